@@ -1,0 +1,3 @@
+"""Federated large language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,48 @@
+"""The errors of fedllm form one small tree. Each message names the thing, its value, and what is allowed.
+
+    FedLLMError
+      RecipeError       the recipe is wrong: unknown key, wrong type, out of range (also a ValueError)
+      DataError         rows or files cannot be used: names file, line and field
+      ModelError        the model lacks something that a space or method needs
+      CompositionError  two parts of a run do not fit together: names both and the nearest thing that works
+      ClientError       a client's work failed: names client, phase and cause
+      QuorumError       too few clients answered
+      PayloadError      bytes from the wire that are not a payload, or a payload the reducer cannot take
+      RunError          a run folder that cannot be read, resumed or written
+"""
+
+
+class FedLLMError(Exception):
+    """The root: `except fedllm.FedLLMError` catches all that fedllm raises on purpose."""
+
+
+class RecipeError(FedLLMError, ValueError):
+    """The recipe is wrong; the message names the key's path, the value and what is allowed."""
+
+
+class DataError(FedLLMError, ValueError):
+    """Rows or files cannot be used; the message names the file, the line and the field."""
+
+
+class ModelError(FedLLMError):
+    """The model lacks something that a space, an objective or a method needs."""
+
+
+class CompositionError(FedLLMError, TypeError):
+    """Two parts of a run do not fit together; the message names both and the nearest thing that works."""
+
+
+class ClientError(FedLLMError):
+    """A client's work failed; the message names the client, the phase and the cause."""
+
+
+class QuorumError(FedLLMError):
+    """Fewer clients answered than the ask needs; the message says who is missing and why."""
+
+
+class PayloadError(FedLLMError, ValueError):
+    """Bytes that are no payload, or a payload with a wrong name, shape or type."""
+
+
+class RunError(FedLLMError):
+    """A run folder cannot be read, resumed or written."""

@@ -1,0 +1,1 @@
+"""Data of a federation: sources, templates, partitioners and synthetic federations."""
