@@ -1,0 +1,1 @@
+"""The wire: the codec that turns payloads into bytes, and layers that make them fewer."""

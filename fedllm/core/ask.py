@@ -1,0 +1,83 @@
+"""What a method says: `Ask` some clients to run one of my functions, and get `Replies`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedllm.core.payload import Payload
+from fedllm.core.reduce import Reducer
+
+ClientId = str
+
+
+def on_client(reduce: Reducer | None = None) -> Callable[[Callable], Callable]:
+    """Mark a function that runs on clients, and say how its replies are folded (None: kept one by one)."""
+
+    def mark(fn: Callable) -> Callable:
+        fn.__dict__["reduce"] = reduce
+        fn.__dict__["runs_on_client"] = True
+        return fn
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to some clients: run this function of mine with these messages.
+
+    `quorum` is how many answers are enough: a float is a share of those asked, an int a count, None leaves it to the
+    recipe. `deadline` is in seconds from the moment of asking; a client that is silent by then is `missing`.
+    """
+
+    fn: Callable[[Payload, Any], Payload]
+    msgs: Mapping[ClientId, Payload]
+    reduce: Reducer | None = None
+    quorum: float | int | None = None
+    deadline: float | None = None
+
+    @property
+    def owner(self) -> Any:
+        return self.fn.__self__  # type: ignore[attr-defined]
+
+    @property
+    def phase(self) -> str:
+        """`Owner.function`: the name under which the client half is found and bytes are booked."""
+        return f"{type(self.owner).__name__}.{self.fn.__name__}"
+
+    @property
+    def reducer(self) -> Reducer | None:
+        return self.reduce or self.fn.__dict__.get("reduce")
+
+    def needed(self, default: float | int = 1) -> int:
+        """How many answers are enough, as a count (at least one)."""
+        quorum = default if self.quorum is None else self.quorum
+        return max(1, quorum if isinstance(quorum, int) else math.ceil(len(self.msgs) * quorum - 1e-9))
+
+
+@dataclass(frozen=True)
+class Replies(Mapping[ClientId, Payload]):
+    """Who answered what. With a reducer only `value` is filled, never `each`.
+
+    `missing` maps each silent or refused client to the reason.
+    """
+
+    each: Mapping[ClientId, Payload] = field(default_factory=dict)
+    value: Payload | None = None
+    answered: tuple[ClientId, ...] = ()
+    missing: Mapping[ClientId, str] = field(default_factory=dict)
+
+    def __getitem__(self, key: ClientId) -> Payload:
+        return self.each[key]
+
+    def __iter__(self) -> Iterator[ClientId]:
+        return iter(self.each)
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+
+Program = Generator["Ask | Sequence[Ask]", Any, Any]
+"""Yields an Ask (or a list of Asks that run side by side), is sent Replies (or a list), returns the next state."""

@@ -1,0 +1,156 @@
+"""What a method is: a frozen dataclass whose fields are its knobs, with a card, and programs over clients."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from fedllm.core.ask import Ask, Program, Replies, on_client
+from fedllm.core.client import Client, ClientInfo
+from fedllm.core.errors import RecipeError
+from fedllm.core.payload import Payload, Tree, pack, part
+
+State = Mapping[str, Any]
+
+
+def knob(default: Any, doc: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None,
+         lt: float | None = None, options: Sequence[Any] | None = None) -> Any:
+    """A dataclass field with a sentence on what it does and the values that it takes."""
+    meta = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "options": options}
+    return field(default=default, metadata=meta)
+
+
+class Knobs:
+    """Checks every knob of a frozen dataclass when it is made; a value out of range is a RecipeError, never clamped."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            check_knob(type(self).__name__, f.name, getattr(self, f.name), f.metadata, f.type)
+
+    @classmethod
+    def knobs(cls) -> dict[str, dict[str, Any]]:
+        """Name -> default, doc and limits, in the order of declaration."""
+        return {f.name: {"default": None if f.default is MISSING else f.default, "type": str(f.type), **f.metadata}
+                for f in fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any], path: str) -> Any:
+        """Build from a recipe's mapping; an unknown key is refused with the nearest name."""
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise RecipeError(f"{path}.{key}: unknown key{hint} Allowed here: {', '.join(names) or 'nothing'}")
+        try:
+            return cls(**values)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+
+def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind: Any = "") -> None:
+    """Raise RecipeError naming the knob, the value and what is allowed."""
+    limits = [f"{sign} {meta[op]}" for op, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+              if meta.get(op) is not None]
+    allowed = f"one of {list(meta['options'])}" if meta.get("options") else " and ".join(limits)
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None and "None" in str(kind):
+        return
+    wants_int = str(kind).replace(" ", "") in ("int", "int|None")
+    bad = (
+        (meta.get("options") and value not in meta["options"])
+        or (limits and not numeric)
+        or (wants_int and (isinstance(value, bool) or not isinstance(value, int)))
+        or (str(kind) == "bool" and not isinstance(value, bool))
+        or (numeric and (
+            (meta.get("ge") is not None and not value >= meta["ge"])
+            or (meta.get("gt") is not None and not value > meta["gt"])
+            or (meta.get("le") is not None and not value <= meta["le"])
+            or (meta.get("lt") is not None and not value < meta["lt"])))
+    )
+    if bad:
+        raise RecipeError(f"{owner}.{name} = {value!r} is not allowed; it must be {allowed or kind}")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that can fail: on `rig`, `metric` of the method against the same metric of `baseline`, over seeds.
+
+    `holds` is one of "<=", ">=", "<", ">" between `figure` and `threshold`; with `relative="ratio"` the figure is
+    method / baseline, with "difference" method - baseline, with "own" the method's metric alone. It passes when it
+    holds in at least `wins` of `seeds` seeds.
+    """
+
+    says: str
+    rig: str
+    metric: str
+    holds: Literal["<=", ">=", "<", ">"]
+    threshold: float
+    baseline: str | None = None
+    relative: Literal["own", "ratio", "difference"] = "own"
+    seeds: int = 5
+    wins: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Passed on to the rig (for example other knobs, ranks or learning rates)."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method says about itself; docs and tables are generated from it."""
+
+    title: str
+    paper: str
+    topic: str
+    sends: str
+    needs: str
+    claim: Claim
+    evidence: str = ""
+    """What of the paper was read where, and choices of our own."""
+
+
+class Method(Knobs):
+    """A federated method. Training methods have `init` and `round`; inference-time methods have `answer`."""
+
+    card: ClassVar[Card]
+    simulation_only: ClassVar[bool] = False
+    """True when the method sees what no deployment may (pooled data)."""
+
+    def init(self, model: Any) -> State:
+        """The server's state before the first round; `model.initial()` gives the starting trainables."""
+        return {"theta": model.initial()}
+
+    def round(self, state: State, clients: Sequence[ClientInfo]) -> Program:
+        """One round: yields Asks, returns the next state."""
+        raise NotImplementedError
+
+    def served(self, state: State) -> tuple[Tree, Tree | None]:
+        """The model that would be deployed: trainables, and what was merged into the frozen base (or None)."""
+        return state["theta"], None
+
+    def evaluate(self, state: State, clients: Sequence[ClientInfo], on: str) -> Program:
+        """Each client scores the model that it would use; `on` names the rows ("local" or "global")."""
+        return (yield Ask(self.score, {c.id: pack(theta=self.served(state)[0], on=on) for c in clients}))
+
+    @on_client()
+    def score(self, msg: Payload, client: Client) -> Payload:
+        return client.score(part(msg, "theta"), on=msg["on"])
+
+
+class Star(Method):
+    """The usual round: tell each client, let it work, merge the answers."""
+
+    local: Callable[..., Any]
+
+    def down(self, state: State, client: ClientInfo) -> Payload:
+        """What this client is told."""
+        return pack(theta=state["theta"])
+
+    def merge(self, state: State, out: Replies) -> State:
+        """The next state from the folded (or single) replies. The server may train here."""
+        raise NotImplementedError
+
+    def round(self, state: State, clients: Sequence[ClientInfo]) -> Program:
+        out = yield Ask(self.local, {c.id: self.down(state, c) for c in clients})
+        return self.merge(state, out)

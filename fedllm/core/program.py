@@ -1,0 +1,118 @@
+"""Driving programs: the loop between those who ask and the engine that answers."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, Protocol
+
+from fedllm.core.ask import Ask, ClientId, Program, Replies
+from fedllm.core.errors import PayloadError, QuorumError
+from fedllm.core.layer import Layer
+from fedllm.core.payload import Payload, non_finite
+
+
+class Engine(Protocol):
+    """The only place that does I/O."""
+
+    def send(self, asks: Sequence[Ask]) -> Sequence[Replies]: ...
+
+
+def drive(program: Program, engine: Engine, layers: Sequence[Layer] = (),
+          states: Sequence[MutableMapping[str, Any]] | None = None) -> Any:
+    """Run one program to its end and return what it returns."""
+    states = [layer.init() for layer in layers] if states is None else states
+    return drive_all([program], engine, layers, states)[0]
+
+
+def drive_all(programs: Sequence[Program], engine: Engine, layers: Sequence[Layer],
+              states: Sequence[MutableMapping[str, Any]]) -> list[Any]:
+    """Step many programs together, so that all they ask travels in one trip.
+
+    A layer's server half is itself a program over the layers below it: that is the recursion.
+    """
+    waiting: dict[int, Ask | Sequence[Ask]] = {}
+    ended: dict[int, Any] = {}
+
+    def step(i: int, answer: Any) -> None:
+        try:
+            waiting[i] = programs[i].send(answer)
+        except StopIteration as end:
+            ended[i] = end.value
+            waiting.pop(i, None)
+
+    for i in range(len(programs)):
+        step(i, None)
+    while waiting:
+        now = dict(waiting)
+        asks = [a for asked in now.values() for a in ([asked] if isinstance(asked, Ask) else asked)]
+        answers = iter(_send(asks, engine, layers, states))
+        for i, asked in now.items():
+            step(i, next(answers) if isinstance(asked, Ask) else [next(answers) for _ in asked])
+    return [ended[i] for i in range(len(programs))]
+
+
+def _send(asks: Sequence[Ask], engine: Engine, layers: Sequence[Layer],
+          states: Sequence[MutableMapping[str, Any]]) -> Sequence[Replies]:
+    if not layers:
+        return engine.send(asks)
+    top, state = layers[0], states[0]
+    return drive_all([top.server(ask, state) for ask in asks], engine, layers[1:], states[1:])
+
+
+def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any) -> Payload:
+    """The client half: climb from the wire to whoever asked, through the layers below it.
+
+    `stack` is the method followed by its layers. Only functions marked `@on_client` can be called.
+    """
+    owner, _, name = phase.partition(".")
+    at = next((i for i, part in enumerate(stack) if type(part).__name__ == owner), None)
+    fn = getattr(stack[at], name, None) if at is not None else None
+    if at is None or fn is None or not fn.__func__.__dict__.get("runs_on_client"):
+        raise PayloadError(f"phase '{phase}' is not a client function of {[type(p).__name__ for p in stack]}")
+
+    def climb(i: int, msg: Payload) -> Payload:
+        if i == at:
+            return fn(msg, client)
+        return stack[i].client(fn, msg, client, lambda m: climb(i - 1, m))
+
+    return climb(len(stack) - 1, msg)
+
+
+class Fold:
+    """Folds the answers to one ask as they come; take them in the order of the ask and the result is bit-stable.
+
+    A reply with NaN or an infinity, or one that the reducer cannot take, is left out and named.
+    """
+
+    def __init__(self, ask: Ask, quorum: float | int = 1) -> None:
+        self.ask, self.needed, self.reducer = ask, ask.needed(quorum), ask.reducer
+        self.acc = self.reducer.zero() if self.reducer else None
+        self.each: dict[ClientId, Payload] = {}
+        self.answered: list[ClientId] = []
+        self.missing: dict[ClientId, str] = {}
+
+    def miss(self, client: ClientId, why: str) -> None:
+        """This client gives no answer, or none that counts."""
+        self.missing[client] = why
+
+    def take(self, client: ClientId, reply: Payload) -> None:
+        """One answer."""
+        if bad := non_finite(reply):
+            return self.miss(client, f"reply refused: '{bad}' holds NaN or infinity")
+        try:
+            if self.reducer:
+                self.acc = self.reducer.add(self.acc, reply)
+            else:
+                self.each[client] = reply
+        except (PayloadError, KeyError) as error:
+            return self.miss(client, f"reply refused: {error}")
+        self.answered.append(client)
+
+    def done(self) -> Replies:
+        """Who answered what; raises QuorumError when too few did."""
+        if len(self.answered) < self.needed:
+            why = "; ".join(f"{cid}: {reason}" for cid, reason in list(self.missing.items())[:5])
+            raise QuorumError(f"{self.ask.phase}: {len(self.answered)} of {len(self.ask.msgs)} clients answered, "
+                              f"{self.needed} needed ({why})")
+        value = self.reducer.done(self.acc) if self.reducer and self.answered else None
+        return Replies(self.each, value, tuple(self.answered), self.missing)

@@ -1,0 +1,113 @@
+"""The client as its functions see it, for every engine: heavy work becomes requests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedllm.core.client import ClientInfo, Profile
+from fedllm.core.payload import Tree
+from fedllm.core.rng import numpy_stream, seed_of
+from fedllm.data.encode import Encoded, batches
+from fedllm.engines.world import GLOBAL, World
+from fedllm.local.fit import run_fits
+from fedllm.local.forward import run_embeds, run_losses
+from fedllm.local.generate import prompt_ids, run_generates
+from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Request
+from fedllm.local.terms import Term
+
+RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
+    Fit: run_fits, Losses: run_losses, Generate: run_generates, Embed: run_embeds}
+
+
+class ClientCall:
+    """One client during one call of one of its functions."""
+
+    def __init__(self, info: ClientInfo, world: World, memory: MutableMapping[str, Any], round: int, phase: str,
+                 visit: int, submit: Callable[[Request], Any]) -> None:
+        self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, world.model
+        self.memory, self.round = memory, round
+        self._world, self._submit, self._key = world, submit, (world.seed, round, info.id, phase, visit)
+        self._streams: dict[str, np.random.Generator] = {}
+
+    @property
+    def data(self) -> Sequence[Mapping[str, Any]]:
+        """The client's own training rows."""
+        return self._world.rows(self.id, "train")
+
+    def rng(self, owner: str) -> np.random.Generator:
+        """This owner's stream for the present round and phase."""
+        if owner not in self._streams:
+            self._streams[owner] = numpy_stream(*self._key, owner)
+        return self._streams[owner]
+
+    def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Term] = (),
+            steps: int | None = None) -> Fitted:
+        """Train on the client's rows as the recipe's `local` says; names matching a pattern in `freeze` stay."""
+        spec, rows = self._world.local, self._world.encoded(self.id, "train")
+        shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
+        plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
+                       steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)
+        return self._submit(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms)))
+
+    def batches(self, steps: int) -> list[np.ndarray]:
+        """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
+        spec, rows = self._world.local, self._world.encoded(self.id, "train")
+        shared = numpy_stream(self._world.seed, self.round, "batch order")
+        return batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared, steps=steps)
+
+    def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:
+        """Mean loss per target on these training rows (None: all of them)."""
+        mine = self._world.encoded(self.id, "train")
+        chosen = mine if rows is None else [mine[i] for i in rows]
+        return self._submit(Losses(self.id, self.model, theta, base, chosen)).mean
+
+    def generate(self, prompts: Sequence[str], theta: Tree | None = None, *, base: Tree | None = None,
+                 max_new_tokens: int | None = None, temperature: float = 0.0) -> list[str]:
+        """Continuations of the prompts as text, greedy at temperature 0."""
+        ids = prompt_ids(prompts, self.model.tokenizer, self._world.local.max_length)
+        return self._continue(ids, theta or {}, base, max_new_tokens or self._world.max_new_tokens, temperature)
+
+    def _continue(self, ids: Sequence[np.ndarray], theta: Tree, base: Tree | None, new: int,
+                  temperature: float = 0.0) -> list[str]:
+        seed = seed_of(*self._key, "generate")
+        said = self._submit(Generate(self.id, self.model, theta, base, ids, new, temperature, seed))
+        return [self.model.tokenizer.decode(s, skip_special_tokens=True) for s in said]
+
+    def embed(self, texts: Sequence[str], theta: Tree | None = None) -> np.ndarray:
+        """Mean-pooled last hidden states, fp32 [len(texts), hidden]."""
+        rows = prompt_ids(texts, self.model.tokenizer, self._world.local.max_length)
+        return self._submit(Embed(self.id, self.model, theta or {}, None, [Encoded(r, 0, 0) for r in rows]))
+
+    def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local") -> dict[str, float]:
+        """Metrics on the client's held-out rows, or on the simulation's global test (`on="global"`)."""
+        who = GLOBAL if on == "global" else self.id
+        rows, encoded = self._world.rows(who, "test"), self._world.encoded(who, "test")
+        if not rows:
+            return {"n": 0}
+        got = self._submit(Losses(self.id, self.model, theta, base, encoded))
+        metrics = {"loss": got.mean, "n": len(rows)}
+        if self.model.task == "classification":
+            metrics["accuracy"] = float(got.correct.sum() / max(1.0, got.count.sum()))
+        elif self._world.exact_match:
+            said = self._continue([e.prompt for e in encoded], theta, base, self._world.max_new_tokens)
+            hits = [same_answer(s, r["response"]) for s, r in zip(said, rows, strict=True)]
+            metrics["exact_match"] = sum(hits) / len(hits)
+        return metrics
+
+    def once(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn(*args)` of a pure function, computed once for all clients of this process."""
+        return self._world.once(fn, *args)
+
+
+def same_answer(said: str, wanted: str) -> bool:
+    """Equal up to white space."""
+    return re.sub(r"\s+", " ", said).strip() == re.sub(r"\s+", " ", wanted).strip()
+
+
+def server_info() -> ClientInfo:
+    """The server as a client of its own engine: it holds the global test and no training rows."""
+    return ClientInfo(GLOBAL, 0, Profile())

@@ -1,0 +1,127 @@
+"""One client at a time, in this process: the reference that every other engine must equal."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedllm.core.ask import Ask, ClientId, Replies
+from fedllm.core.errors import ClientError, FedLLMError
+from fedllm.core.payload import Payload
+from fedllm.core.program import Fold, serve
+from fedllm.core.record import Record
+from fedllm.core.rng import numpy_stream
+from fedllm.engines.client import RUNNERS, ClientCall, server_info
+from fedllm.engines.world import GLOBAL, World
+from fedllm.wire import codec
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's share of one ask."""
+
+    fold: Fold
+    client: ClientId
+    visit: int
+    ends: float | None  # monotonic time after which its answer is late
+
+
+class InProcess:
+    """Runs each client function to its end before the next one starts."""
+
+    def __init__(self, stack: Sequence[Any], world: World, record: Record | None = None, *,
+                 quorum: float | int = 1, loopback: bool = False) -> None:
+        """`stack` is the method and its layers; `loopback` turns every message into bytes and back."""
+        self.stack, self.world, self.record = tuple(stack), world, record or Record()
+        self.quorum, self.loopback = quorum, loopback
+        self.infos = {c.id: c for c in world.infos()} | {GLOBAL: server_info()}
+        self.memory: dict[ClientId, dict[str, Any]] = {}
+        self.begin(0)
+
+    def begin(self, round: int) -> None:
+        """A new round (or the same one again): memory as it was committed."""
+        self.round = round
+        self._staged: dict[ClientId, dict[str, Any]] = {}
+        self._visits: Counter[tuple[str, ClientId]] = Counter()
+
+    def commit(self) -> dict[ClientId, dict[str, Any]]:
+        """Make this round's memory permanent; returns the memories that were touched."""
+        touched, self._staged = self._staged, {}
+        self.memory.update(touched)
+        return touched
+
+    def send(self, asks: Sequence[Ask]) -> list[Replies]:
+        folds = [Fold(ask, self.quorum) for ask in asks]
+        for job, reply in self.answers(self._jobs(folds)):
+            if isinstance(reply, str):
+                self.record.emit("missing", round=self.round, phase=job.fold.ask.phase, client=job.client, why=reply)
+                job.fold.miss(job.client, reply)
+                continue
+            before = len(job.fold.missing)
+            job.fold.take(job.client, self._cross("up", job, reply))
+            if len(job.fold.missing) > before:
+                self.record.emit("refused", round=self.round, phase=job.fold.ask.phase, client=job.client,
+                                 why=job.fold.missing[job.client])
+        return [fold.done() for fold in folds]
+
+    def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
+        """Each job's reply, or why there is none; in the order of the jobs."""
+        for job in jobs:
+            yield job, self.work(job, lambda request: RUNNERS[type(request)]([request], self.world.limits)[0])
+
+    def work(self, job: Job, submit: Any) -> Payload | str:
+        """Run one client function; `submit` carries its requests to the model."""
+        ask = job.fold.ask
+        if late := self._late(job, "before its turn came"):
+            return late
+        info = self.infos[job.client]
+        up = info.profile.availability
+        if up < 1 and numpy_stream(self.world.seed, self.round, job.client, "availability").random() >= up:
+            return f"not available in round {self.round}"
+        msg = self._cross("down", job, ask.msgs[job.client])
+        call = ClientCall(info, self.world, self.staged(job.client), self.round, ask.phase, job.visit, submit)
+        try:
+            reply = serve(self.stack, ask.phase, msg, call)
+        except FedLLMError:
+            raise
+        except Exception as error:
+            raise ClientError(f"client '{job.client}' failed in {ask.phase} of round {self.round}: "
+                              f"{type(error).__name__}: {error}") from error
+        return self._late(job, "before it answered") or reply
+
+    def staged(self, client: ClientId) -> MutableMapping[str, Any]:
+        """The client's memory in this round; changes count when the round is committed."""
+        if client not in self._staged:
+            self._staged[client] = dict(self.memory.get(client, {}))
+        return self._staged[client]
+
+    def _jobs(self, folds: Sequence[Fold]) -> Iterator[Job]:
+        now = time.monotonic()
+        for fold in folds:
+            ask = fold.ask
+            ends = None if ask.deadline is None else now + ask.deadline
+            for client in ask.msgs:
+                if client not in self.infos:
+                    raise ClientError(f"{ask.phase} asks '{client}', which is not a client of this run")
+                self._visits[ask.phase, client] += 1
+                yield Job(fold, client, self._visits[ask.phase, client], ends)
+
+    def _late(self, job: Job, when: str) -> str | None:
+        if job.ends is None or time.monotonic() <= job.ends:
+            return None
+        return f"its deadline of {job.fold.ask.deadline} s passed {when}"
+
+    def _cross(self, way: str, job: Job, payload: Payload) -> Payload:
+        """Count a payload's bytes on the wire; the server's talk with itself does not cross any."""
+        if job.client == GLOBAL:
+            return payload
+        name = type(job.fold.ask.owner).__name__
+        if self.loopback:
+            data = codec.encode(payload)
+            self.record.crossed(way, job.fold.ask.phase, job.client, len(data), self.round, name)
+            return codec.decode(data)
+        self.record.crossed(way, job.fold.ask.phase, job.client, codec.size(payload), self.round, name)
+        return payload

@@ -1,0 +1,75 @@
+"""What the clients of a simulation stand on: the model, their rows, how they train and how they are scored."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedllm.core.client import ClientInfo, Profile
+from fedllm.core.errors import DataError
+from fedllm.core.payload import digest
+from fedllm.data.encode import Encoded, encode_rows
+from fedllm.data.federation import Federation, Row
+from fedllm.local.requests import Limits
+from fedllm.local.spec import LocalSpec
+from fedllm.models.model import Model
+
+GLOBAL = "__global__"
+"""Whose rows the global test is."""
+
+
+@dataclass
+class World:
+    """Everything that a client call may reach, apart from its own memory."""
+
+    model: Model
+    federation: Federation
+    local: LocalSpec = field(default_factory=LocalSpec)
+    seed: int = 0
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    exact_match: bool = True
+    """Whether scoring a generation task also generates and compares answers."""
+    max_new_tokens: int = 32
+    completion_only: bool = True
+
+    def __post_init__(self) -> None:
+        self._encoded: dict[tuple[str, str], list[Encoded]] = {}
+        self._once: OrderedDict[str, Any] = OrderedDict()
+
+    def infos(self) -> list[ClientInfo]:
+        """The clients as the server knows them, in the federation's order."""
+        return [ClientInfo(c, len(s.train), self.profiles.get(c, Profile())) for c, s in self.federation.clients.items()]
+
+    def rows(self, client: str, part: str) -> Sequence[Row]:
+        """`part` is "train" or "test"; GLOBAL has a test only."""
+        if client == GLOBAL:
+            return self.federation.test
+        shard = self.federation.clients[client]
+        return shard.train if part == "train" else shard.test
+
+    def encoded(self, client: str, part: str) -> list[Encoded]:
+        """Tokenized rows, made once."""
+        key = (client, part)
+        if key not in self._encoded:
+            rows = self.rows(client, part)
+            if part == "train" and not rows:
+                raise DataError(f"client '{client}' has no training rows; leave it out or give it at least one")
+            if self.model.tokenizer is None:
+                self._encoded[key] = list(rows)  # type: ignore[arg-type]
+            else:
+                self._encoded[key] = encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
+                                                 self.completion_only)
+        return self._encoded[key]
+
+    def once(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn(*args)`, kept for the next caller with equal arguments (the last few results only)."""
+        key = digest({"fn": fn.__qualname__, "args": {str(i): a for i, a in enumerate(args)}})
+        if key not in self._once:
+            self._once[key] = fn(*args)
+        self._once.move_to_end(key)
+        while len(self._once) > 4:
+            self._once.popitem(last=False)
+        return self._once[key]

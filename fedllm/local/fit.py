@@ -1,0 +1,114 @@
+"""Local training of K clients in one forward and backward a step."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm.local.requests import Fit, Fitted, Limits
+from fedllm.local.terms import Term
+from fedllm.models.batch import collate
+from fedllm.spaces.space import stack_lanes, take_lane
+
+
+def run_fits(requests: Sequence[Fit], limits: Limits) -> list[Fitted]:
+    """Train every request; those that fit into one step together run together."""
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].plan))  # who ends first sits last
+    done: dict[int, Fitted] = {}
+    for lot in _lots([requests[i] for i in order], limits):
+        for request, fitted in zip(lot, _train(lot), strict=True):
+            done[id(request)] = fitted
+    return [done[id(r)] for r in requests]
+
+
+def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
+    lots: list[list[Fit]] = []
+    tokens = size = 0
+    for r in requests:
+        lengths = np.array([len(e.ids) for e in r.rows])
+        widest = max(int(lengths[at].max()) * len(at) for at in r.plan)
+        held = 4 * sum(t.numel() * t.element_size() for t in r.theta.values())  # weights, gradients, two moments
+        full = bool(lots) and (len(lots[-1]) + 1) * max(tokens, widest) > limits.batch_tokens
+        if not lots or full or size + held > limits.lane_bytes:
+            lots.append([])
+            tokens = size = 0
+        lots[-1].append(r)
+        tokens, size = max(tokens, widest), size + held
+    return lots
+
+
+def _train(lot: Sequence[Fit]) -> list[Fitted]:
+    model, spec, freeze = lot[0].model, lot[0].spec, lot[0].freeze
+    trees = [r.theta for r in lot]
+    stacked = {n: t.to(model.device) for n, t in stack_lanes(trees).items()}
+    frozen = {n: t for n, t in stacked.items() if any(fnmatch.fnmatch(n, f) for f in freeze)}
+    params = {n: t.detach().clone().requires_grad_() for n, t in stacked.items() if n not in frozen}
+    terms = [(t, stack_lanes([r.terms[j].tensors for r in lot])) for j, t in enumerate(lot[0].terms)]
+    optimizer = spec.make(list(params.values()))
+    live, results = len(lot), [None] * len(lot)
+    losses, lr_sum = torch.zeros(len(lot), dtype=torch.float64), 0.0
+    for step in range(len(lot[0].plan)):
+        while len(lot[live - 1].plan) == step:  # the shortest plans sit last
+            live -= 1
+            results[live] = _fitted(lot[live], take_lane(params | frozen, live, trees[live]), losses[live], lr_sum)
+            shrunk = live
+        if live < len(next(iter(params.values()))):
+            params, optimizer = _shrink(params, optimizer, shrunk)
+            frozen = {n: t[:live] for n, t in frozen.items()}
+        lr = spec.rate(step, len(lot[0].plan))
+        lr_sum += lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = collate([[r.rows[i] for i in r.plan[step]] for r in lot[:live]], model.pad, model.device)
+        with model.using(trees[:live], lot[0].base, params | frozen):
+            loss = model.losses(batch)
+        _step(loss, params, optimizer, terms, live, spec.clip_norm)
+        losses[:live] += loss.detach().double().cpu()
+    for k in range(live):
+        results[k] = _fitted(lot[k], take_lane(params | frozen, k, trees[k]), losses[k], lr_sum)
+    return results  # type: ignore[return-value]
+
+
+def _step(loss: Tensor, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
+          terms: Sequence[tuple[Term, Mapping[str, Tensor]]], live: int, clip_norm: float | None) -> None:
+    """One optimizer step for all lanes; the lanes' losses are added, so each lane's gradient is its own."""
+    total = loss.sum()
+    for term, tensors in terms:
+        total = total + term.loss(params, {n: t[:live] for n, t in tensors.items()}).sum()
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    if clip_norm is not None:
+        grads = [p.grad for p in params.values() if p.grad is not None]
+        norms = torch.stack([g.flatten(1).pow(2).sum(1) for g in grads]).sum(0).sqrt()  # [K]
+        shrink = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            g.mul_(shrink.view(-1, *[1] * (g.dim() - 1)))
+    optimizer.step()
+
+
+def _shrink(params: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+            live: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+    """Keep the first `live` lanes of the parameters and of the optimizer's state."""
+    kept = {n: p.detach()[:live].clone().requires_grad_() for n, p in params.items()}
+    group = optimizer.param_groups[0]
+    fresh = type(optimizer)(list(kept.values()), **{k: v for k, v in group.items() if k in _settings(optimizer)})
+    for old, new in zip(params.values(), kept.values(), strict=True):
+        fresh.state[new] = {k: v[:live].clone() if isinstance(v, Tensor) and v.shape == old.shape else v
+                            for k, v in optimizer.state[old].items()}
+    return kept, fresh
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> set[str]:
+    return set(optimizer.defaults) - {"decoupled_weight_decay"}
+
+
+def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float) -> Fitted:
+    seen = np.concatenate(list(r.plan))
+    tokens = sum(len(r.rows[i].ids) for i in seen)
+    return Fitted(theta, float(loss) / len(r.plan), len(r.plan), len(seen), tokens, lr_sum)
+
+

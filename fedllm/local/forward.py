@@ -1,0 +1,97 @@
+"""Forward-only work for many clients: losses on rows, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm.data.encode import Encoded
+from fedllm.local.requests import Embed, Limits, Losses, Request, RowLosses, same
+from fedllm.models.batch import Batch, collate
+from fedllm.models.model import HeadedEncoder, Model
+
+
+@dataclass
+class Lane:
+    """Rows that run under one tree of trainables, longest first, and where each one's answer belongs."""
+
+    request: Request
+    rows: list[tuple[int, int, Encoded]]  # (request, row, what)
+
+
+def lanes_of(requests: Sequence[Losses | Embed]) -> list[Lane]:
+    """One lane a distinct tree: clients that hold the very same trainables share a lane instead of stacking copies."""
+    by_tree: dict[tuple[int, ...], Lane] = {}
+    for i, r in enumerate(requests):
+        lane = by_tree.setdefault(same(r.theta), Lane(r, []))
+        lane.rows += [(i, j, e) for j, e in enumerate(r.rows)]
+    for lane in by_tree.values():
+        lane.rows.sort(key=lambda row: -len(row[2].ids))
+    return sorted((lane for lane in by_tree.values() if lane.rows), key=lambda lane: -len(lane.rows))
+
+
+def sweep(requests: Sequence[Losses | Embed], limits: Limits,
+          work: Callable[[Model, Batch], Tensor]) -> list[np.ndarray]:
+    """`work(model, batch)` gives one vector a row; returns them in each request's row order: [rows, width]."""
+    out: list[list[np.ndarray | None]] = [[None] * len(r.rows) for r in requests]
+    for lot in lots_of_lanes(lanes_of(requests), limits):
+        for live, part in _chunks(lot, limits.batch_tokens):
+            model = lot[0].request.model
+            batch = collate([[row[2] for row in rows] for rows in part], model.pad, model.device)
+            trees = [lane.request.theta for lane in lot[:live]]
+            with torch.no_grad(), model.using(trees, lot[0].request.base):
+                got = work(model, batch).cpu().numpy()
+            for k, rows in enumerate(part):
+                for j, (i, row, _) in enumerate(rows):
+                    out[i][row] = got[k * batch.rows + j]
+    return [np.stack(rows) if rows else np.zeros((0, 3)) for rows in out]  # type: ignore[arg-type]
+
+
+def lots_of_lanes(lanes: Sequence[Lane], limits: Limits) -> Iterator[list[Lane]]:
+    """Cut lanes into lots whose stacked trainables fit into memory."""
+    lot: list[Lane] = []
+    size = 0
+    for lane in lanes:
+        held = sum(t.numel() * t.element_size() for t in lane.request.theta.values())
+        if lot and (size + held > limits.lane_bytes or not lane.request.model.stackable or len(lot) >= 64):
+            yield lot
+            lot, size = [], 0
+        lot.append(lane)
+        size += held
+    if lot:
+        yield lot
+
+
+def _chunks(lot: Sequence[Lane], batch_tokens: int) -> Iterator[tuple[int, list[list[tuple[int, int, Encoded]]]]]:
+    """Rectangles of at most `batch_tokens`, the longest rows first; lanes that run out drop off the end."""
+    at, live = 0, len(lot)
+    while live:
+        longest = max(len(lane.rows[at][2].ids) for lane in lot[:live])
+        b = max(1, batch_tokens // (longest * live))
+        yield live, [lane.rows[at : at + b] for lane in lot[:live]]
+        at += b
+        while live and len(lot[live - 1].rows) <= at:
+            live -= 1
+
+
+def run_losses(requests: Sequence[Losses], limits: Limits) -> list[RowLosses]:
+    """Row losses of every request."""
+    got = sweep(requests, limits, lambda model, batch: torch.stack([x.double() for x in model.row_losses(batch)], 1))
+    return [RowLosses(g[:, 0], g[:, 1], g[:, 2]) for g in got]
+
+
+def run_embeds(requests: Sequence[Embed], limits: Limits) -> list[np.ndarray]:
+    """Mean-pooled last hidden states, fp32 [rows, hidden]."""
+
+    def work(model: Model, batch: Batch) -> Tensor:
+        h = model.hidden(batch)
+        if isinstance(model.net, HeadedEncoder):
+            return model.net.pool(h, batch.mask).float()
+        m = batch.mask.to(h.dtype)[..., None]
+        return ((h * m).sum(1) / m.sum(1)).float()
+
+    return sweep(requests, limits, work)

@@ -1,0 +1,102 @@
+"""Greedy and sampled continuation for many clients in one decoding loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm.core.rng import numpy_stream
+from fedllm.data.encode import Encoded
+from fedllm.local.forward import lanes_of, lots_of_lanes
+from fedllm.local.requests import Embed, Generate, Limits
+from fedllm.models.batch import Batch, collate
+from fedllm.models.kernels import fast
+from fedllm.models.model import Model, as_cache
+
+
+def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[list[int]]]:
+    """Token ids that follow each prompt, without the end token."""
+    out: list[list[list[int]]] = [[[] for _ in r.prompts] for r in requests]
+    asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p, p, 0) for p in r.prompts]) for r in requests]
+    first = requests[0]
+    for lot in lots_of_lanes(lanes_of(asked), limits):
+        at, model = 0, first.model
+        longest = len(lot[0].rows[0][2].ids) + first.max_new_tokens
+        b = max(1, limits.batch_tokens // (max(longest, 1) * len(lot)))
+        while any(len(lane.rows) > at for lane in lot):
+            lanes = [lane for lane in lot if len(lane.rows) > at]
+            part = [lane.rows[at : at + b] for lane in lanes]
+            batch = collate([[row[2] for row in rows] for rows in part], model.pad, model.device, left=True)
+            seats = [_seat(requests, rows[j]) if j < len(rows) else None for rows in part for j in range(batch.rows)]
+            quick = fast(model.device, batch.ids.shape[1], model.fast_kernels)
+            with torch.no_grad(), model.using([lane.request.theta for lane in lanes], first.base), quick:
+                got = decode(model, batch, first, seats)
+            for k, rows in enumerate(part):
+                for j, (i, row, _) in enumerate(rows):
+                    out[i][row] = got[k * batch.rows + j]
+            at += b
+    return out
+
+
+def _seat(requests: Sequence[Generate], row: tuple[int, int, Encoded]) -> np.random.Generator:
+    """Each row draws from a stream of its own, so that sampling does not depend on who shares the batch."""
+    return numpy_stream(requests[row[0]].seed, row[1])
+
+
+def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.Generator | None]) -> list[list[int]]:
+    """Continue left-padded rows [N, T] until each has said its end token or `max_new_tokens` are out.
+
+    `seats` holds one random stream a row, None for rows that only fill the rectangle.
+    """
+    net, n = model.net, batch.ids.shape[0]
+    prompt = model.space.before(net, model.stack, n)
+    ahead = prompt.length if prompt else 0
+    mask = torch.cat([batch.mask.new_ones(n, ahead), batch.mask], 1).long()
+    place = batch.mask.long().cumsum(1).clamp(min=1) - 1 + ahead  # a token's position does not count the padding
+    feed = {"position_ids": place, "input_ids": batch.ids}
+    if prompt and prompt.embeds is not None:
+        text = net.get_input_embeddings()(batch.ids)
+        feed = {"inputs_embeds": torch.cat([prompt.embeds.to(text.dtype), text], 1),
+                "position_ids": torch.cat([torch.arange(ahead, device=place.device).expand(n, -1), place], 1)}
+    cache = as_cache(prompt) if prompt and prompt.cache else None
+    ends = set(np.atleast_1d(model.tokenizer.eos_token_id).tolist())
+    said: list[list[int]] = [[] for _ in range(n)]
+    open_rows = torch.tensor([seat is not None for seat in seats])
+    for step in range(how.max_new_tokens):
+        out = net.base_model(**feed, attention_mask=mask, cache=cache, use_cache=True)
+        cache, z = out.cache, _logits(model, out.last_hidden_state[:, -1:])
+        token = _pick(z, how.temperature, seats)
+        for i in open_rows.nonzero()[:, 0].tolist():
+            if int(token[i]) in ends:
+                open_rows[i] = False
+            else:
+                said[i].append(int(token[i]))
+        if not open_rows.any():
+            break
+        mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
+        feed = {"input_ids": token[:, None], "position_ids": place[:, -1:] + step + 1}
+    return said
+
+
+def _logits(model: Model, h: Tensor) -> Tensor:
+    return model.logits_of(h)[:, 0].float()
+
+
+def _pick(z: Tensor, temperature: float, seats: Sequence[np.random.Generator | None]) -> Tensor:
+    if temperature == 0:
+        return z.argmax(-1)
+    p = torch.softmax(z.double() / temperature, -1).cpu().numpy()
+    picks = [seat.choice(len(q), p=q / q.sum()) if seat else 0 for seat, q in zip(seats, p, strict=True)]
+    return torch.tensor(picks, device=z.device)
+
+
+def prompt_ids(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[np.ndarray]:
+    """Texts as a model reads them before it answers: with the beginning token, without the end token."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    special = not start  # encoders have their own frame instead
+    ids = tokenizer(list(texts), add_special_tokens=special, truncation=special, max_length=max_length)["input_ids"]
+    return [np.array(start + row[-(max_length - len(start)) :] if start else row, np.int32) for row in ids]

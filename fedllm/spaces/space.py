@@ -1,0 +1,135 @@
+"""The protocol of a trainable subspace, and the stack that its patched modules read.
+
+One forward serves K clients ("lanes"): rows of lane k are rows [k*B, (k+1)*B) of the batch, and every trainable
+tensor carries a leading K. One client at a time is the same code with K = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedllm.core.errors import ModelError
+from fedllm.core.method import Knobs
+from fedllm.core.payload import Tree
+
+PEFT = "base_model.model."
+"""The prefix that PEFT gives to the names of an adapted model's tensors in a saved adapter."""
+
+
+@dataclass
+class Stack:
+    """What patched modules read during one forward: the lanes' trainables, stacked, and the shared base drift."""
+
+    k: int = 1
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K, ...]
+    base: Mapping[str, Tensor] = field(default_factory=dict)  # weight name -> dense delta [o, i], shared by all lanes
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def lanes(self, x: Tensor) -> Tensor:
+        """[K*B, ..., d] -> [K, B*..., d], without a copy."""
+        return x.reshape(self.k, -1, x.shape[-1])
+
+
+class Space(Knobs):
+    """A trainable subspace. Trainables are a flat tree in PEFT's naming; lanes may differ in rank where `ragged`."""
+
+    ragged: ClassVar[bool] = False
+    """True when clients' tensors may differ in size and are padded with zeros to be stacked."""
+    takes_base: ClassVar[bool] = False
+    """True when the space can add a drift to the frozen base weights (FLoRA, FedEx-LoRA)."""
+
+    def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
+        """Fresh trainables in fp32; `rank` overrides the knob where the space has one."""
+        raise NotImplementedError
+
+    def install(self, net: nn.Module, stack: Stack) -> bool:
+        """Patch the modules of `net` to read `stack`; returns whether K > 1 lanes can run in one forward."""
+        raise NotImplementedError
+
+    def prepare(self, stack: Stack, trees: Sequence[Mapping[str, Tensor]]) -> None:
+        """Note what depends on each lane's own shapes (LoRA: alpha / rank) before a forward."""
+
+    def before(self, net: nn.Module, stack: Stack, rows: int) -> Prompt | None:
+        """What is put in front of `rows` sequences, for the prompt spaces."""
+        return None
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter `name` of the network itself is replaced by a trainable."""
+        return False
+
+    def peft_config(self, net: nn.Module, task: str) -> Any:
+        """The PEFT config with which a saved adapter loads in plain `peft`, or None where PEFT has no such method."""
+        return None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Virtual tokens for every row: embeddings [N, P, d] in front of the text, or a key-value cache of length P."""
+
+    length: int
+    embeds: Tensor | None = None
+    cache: Sequence[tuple[Tensor, Tensor]] | None = None  # per layer: keys, values [N, heads, P, head_dim]
+
+
+def patch(module: nn.Module, make: Callable[[Callable], Callable]) -> None:
+    """Put `make(forward)` in the place of this module's forward."""
+    module.__dict__["forward"] = make(module.forward)
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear map, whichever way its weight lies; None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return None
+
+
+def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str) -> dict[str, nn.Module]:
+    """Linear maps whose path ends in one of `targets` ("all-linear": every one but the output heads).
+
+    Raises ModelError naming the targets and the linear maps that the model has.
+    """
+    heads = output_heads(net)
+    linears = {p: m for p, m in net.named_modules() if linear_size(m) and p not in heads}
+    if targets == "all-linear":
+        found = linears
+    else:
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        found = {p: m for p, m in linears.items() if any(p == t or p.endswith("." + t) for t in wanted)}
+    if not found:
+        have = sorted({p.rsplit(".", 1)[-1] for p in linears})
+        raise ModelError(f"{needs}: the model has no linear modules named {targets!r}; it has {have}")
+    return found
+
+
+def output_heads(net: nn.Module) -> set[str]:
+    """Paths of the language-model head and of the classifier."""
+    return {p for p, _ in net.named_modules() if p.rsplit(".", 1)[-1] in ("lm_head", "classifier", "score", "embed_out")}
+
+
+def stack_lanes(trees: Sequence[Mapping[str, Tensor]]) -> Tree:
+    """Stack K trees to [K, ...], padding with zeros where shapes differ."""
+    out: Tree = {}
+    for name in trees[0]:
+        parts = [tree[name] for tree in trees]
+        shape = tuple(max(sizes) for sizes in zip(*(p.shape for p in parts), strict=True))
+        if all(p.shape == parts[0].shape for p in parts):
+            out[name] = torch.stack(parts)
+            continue
+        full = parts[0].new_zeros((len(parts), *shape))
+        for k, p in enumerate(parts):
+            full[(k, *(slice(s) for s in p.shape))] = p
+        out[name] = full
+    return out
+
+
+def take_lane(stacked: Mapping[str, Tensor], k: int, like: Mapping[str, Tensor]) -> Tree:
+    """Lane `k` with the padding cut off to the shapes of `like`, as tensors of its own."""
+    return {n: stacked[n][(k, *(slice(s) for s in t.shape))].detach().clone() for n, t in like.items()}

@@ -1,0 +1,128 @@
+"""Payloads as bytes: a manifest and one flat buffer. Nothing is ever unpickled.
+
+Layout: 4 bytes magic, 4 bytes manifest length (little endian), the manifest (JSON), zero padding up to a multiple
+of 64, then all tensors one after the other in name order of the payload, each at a multiple of 16.
+Decoding is zero-copy: tensors are views of the received buffer.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.core.errors import PayloadError
+from fedllm.core.payload import Payload
+
+MAGIC = b"FLM1"
+HEAD = 8
+DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.uint8, torch.bool)}
+NAMES = {d: n for n, d in DTYPES.items()}
+Shape = tuple[str, torch.dtype, torch.Size]
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor_part(shapes: tuple[Shape, ...]) -> tuple[str, tuple[int, ...], int]:
+    """Manifest text of these tensors, their offsets, and the buffer's length: the same every round, so kept."""
+    at, offsets, rows = 0, [], []
+    for name, dtype, shape in shapes:
+        offsets.append(at)
+        rows.append([name, NAMES[dtype], list(shape), at])
+        at += -(-math.prod(shape) * dtype.itemsize // 16) * 16
+    return json.dumps(rows, separators=(",", ":")), tuple(offsets), at
+
+
+def _layout(payload: Payload) -> tuple[bytes, list[Tensor], tuple[int, ...], int]:
+    """Manifest bytes, tensors, offsets, length of the buffer."""
+    tensors = {k: v for k, v in payload.items() if isinstance(v, Tensor)}
+    try:
+        shapes = tuple((k, t.dtype, t.shape) for k, t in tensors.items())
+        text, offsets, length = _tensor_part(shapes)
+        rest = json.dumps([[k, _plain(v)] for k, v in payload.items() if not isinstance(v, Tensor)],
+                          separators=(",", ":"))
+    except (KeyError, TypeError) as error:
+        raise PayloadError(f"payload cannot cross the wire: {error} is not allowed; use tensors of {sorted(DTYPES)}, "
+                           "int, float, str, bool, bytes, or lists of these") from None
+    return f'{{"t":{text},"v":{rest}}}'.encode(), list(tensors.values()), offsets, length
+
+
+def _plain(v: Any) -> Any:
+    if isinstance(v, bytes):
+        return {"b64": base64.b64encode(v).decode()}
+    if isinstance(v, list | tuple):
+        return [_plain(x) for x in v]
+    if v is None or isinstance(v, str | int | float | bool):
+        return v
+    raise TypeError(type(v).__name__)
+
+
+def _start(manifest: bytes) -> int:
+    return -(-(HEAD + len(manifest)) // 64) * 64
+
+
+def size(payload: Payload) -> int:
+    """Bytes that `encode` would give, without encoding."""
+    manifest, _, _, length = _layout(payload)
+    return _start(manifest) + length
+
+
+def encode(payload: Payload) -> bytearray:
+    """One buffer that `decode` turns back; tensors are moved to the CPU."""
+    manifest, tensors, offsets, length = _layout(payload)
+    start = _start(manifest)
+    out = bytearray(start + length)
+    out[:HEAD] = MAGIC + len(manifest).to_bytes(4, "little")
+    out[HEAD : HEAD + len(manifest)] = manifest
+    if length:
+        flat = torch.frombuffer(out, dtype=torch.uint8)
+        for t, at in zip(tensors, offsets, strict=True):
+            n = t.numel() * t.element_size()
+            if n:
+                flat[start + at : start + at + n].copy_(t.detach().contiguous().view(-1).view(torch.uint8))
+    return out
+
+
+def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """The payload in `data`; tensors are views of it. Raises PayloadError for anything malformed."""
+    view = memoryview(data)
+    if len(view) < HEAD or bytes(view[:4]) != MAGIC:
+        raise PayloadError(f"{len(view)} bytes that do not start with {MAGIC!r} are no payload")
+    length = int.from_bytes(view[4:HEAD], "little")
+    manifest = bytes(view[HEAD : HEAD + length])
+    try:
+        rows, values = _parse(manifest)
+        start = _start(manifest)
+        out: dict[str, Any] = {}
+        for name, dtype, shape, at, count in rows:
+            if start + at + count * dtype.itemsize > len(view):
+                raise PayloadError(f"'{name}' reaches beyond the {len(view)} bytes received")
+            out[name] = (torch.frombuffer(view, dtype=dtype, count=count, offset=start + at).view(shape) if count
+                         else torch.empty(shape, dtype=dtype))
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise PayloadError(f"malformed payload: {error}") from None
+    return out | {k: _rich(v) for k, v in values}
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(manifest: bytes) -> tuple[list[tuple[str, torch.dtype, tuple[int, ...], int, int]], list[tuple[str, Any]]]:
+    doc = json.loads(manifest)
+    rows = []
+    for name, dtype, shape, at in doc["t"]:
+        if at < 0 or any(s < 0 for s in shape):
+            raise PayloadError(f"'{name}' has a negative size or place")
+        rows.append((str(name), DTYPES[dtype], tuple(shape), int(at), math.prod(shape)))
+    return rows, [(str(k), v) for k, v in doc["v"]]
+
+
+def _rich(v: Any) -> Any:
+    if isinstance(v, Mapping):
+        return base64.b64decode(v["b64"])
+    return [_rich(x) for x in v] if isinstance(v, list) else v
