@@ -1,0 +1,230 @@
+"""Builds the federation that a recipe's `data` section describes: read, shape, hold out, share out among clients."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedllm.core.errors import DataError, RecipeError
+from fedllm.core.rng import numpy_stream
+from fedllm.data.cluster import Embed
+from fedllm.data.federation import Federation, Row, Shard, Task
+from fedllm.data.partition import FILE, partitioner
+from fedllm.data.sources import Table, map_fields, nearest, read_tables
+from fedllm.data.templates import classify, label_names, raw_label, template
+
+HOLD_BACK_FROM = 10
+"""Clients with fewer rows keep none back: a test of fewer than one row in ten says nothing."""
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OfficeSpec(BaseModel):
+    """The knobs of the synthetic office; what is left out takes the office's own default."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    clients: Annotated[int, Field(ge=1)] = 8
+    """Number of institutions."""
+    rows: Annotated[int, Field(ge=1)] = 200
+    """Training rows of each institution, on average."""
+    label_skew: Annotated[float, Field(gt=0)] | None = None
+    """Dirichlet concentration over kinds of record: 0.1 is harsh, 100 nearly even; none is even."""
+    quantity_skew: Annotated[float, Field(gt=0)] | None = None
+    """Dirichlet concentration over the institutions' sizes; none is even."""
+    style_skew: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of an institution's rows that are written in its own house style."""
+    test_rows: Annotated[int, Field(ge=0)] = 200
+    """Rows of the global test."""
+    client_test_rows: Annotated[int, Field(ge=0)] = 40
+    """Test rows of each institution."""
+    categories: Annotated[int, Field(ge=1)] = 12
+    """Number of kinds of record."""
+
+
+class DataSpec(BaseModel):
+    """The `data` section of a recipe: where rows come from, what they become, and who holds which."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    source: str | list[str] = "office"
+    """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, or `office`."""
+    split: str = "train"
+    """Split of a Hub or saved dataset."""
+    subset: str | None = None
+    """Configuration of a Hub dataset, where it has several."""
+    test: float | str = 0.1
+    """The global test: a file, or the fraction of rows held out at random before clients are made."""
+    task: Task = "generation"
+    """What rows are for: `generation` (prompt and response) or `classification` (text and label)."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}."""
+    template: str | dict[str, str] | None = None
+    """Makes prompt and response: plain, question_answer, alpaca, text, chat, or format strings over columns."""
+    labels: list[str] | None = None
+    """Label names by index; by default the labels found, sorted."""
+    partition: dict[str, Any] = Field(default_factory=lambda: {"kind": "iid", "clients": 10})
+    """How rows are shared out: `kind` (iid, dirichlet, shards, quantity, by_key, per_file, by_cluster) and knobs."""
+    client_test: Fraction = 0.1
+    """Fraction that a client with 10 rows or more keeps back for its own test."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Most rows of the source to use, drawn at random; the global test counts among them if it is a fraction."""
+    office: OfficeSpec | None = None
+    """Knobs of the office; only with `source: office`."""
+
+    @field_validator("test")
+    @classmethod
+    def _test_is_a_file_or_a_fraction(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ValueError(f"data.test = {value}: allowed is a file, or a fraction from 0 to below 1")
+        return value
+
+    @field_validator("partition")
+    @classmethod
+    def _partition_can_be_made(cls, value: dict[str, Any]) -> dict[str, Any]:
+        partitioner(value)
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _template_can_be_made(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        template(value)
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DataSpec:
+        other = {"generation": "labels", "classification": "template"}[self.task]
+        if getattr(self, other) is not None:
+            raise ValueError(f"data.{other} = {getattr(self, other)!r} is of no use to data.task = {self.task!r}")
+        if self.source != "office":
+            if self.office is not None:
+                raise ValueError(f"data.office: data.source is {self.source!r}; allowed with these knobs is 'office'")
+            return self
+        # Compared by value, not by what was set: a resolved recipe writes every default out.
+        plain = DataSpec.model_construct(office=self.office)
+        unused = [name for name in DataSpec.model_fields if getattr(self, name) != getattr(plain, name)]
+        if unused:
+            raise ValueError(f"data.{', data.'.join(unused)}: the office makes its own rows, clients and tests; its "
+                             "knobs are in data.office")
+        return self
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows as the model will see them, beside the same rows with every column, for partitioners to look at."""
+
+    lean: Sequence[Row]
+    wide: Sequence[Row]
+
+    def take(self, which: np.ndarray) -> _Rows:
+        return _Rows([self.lean[i] for i in which], [self.wide[i] for i in which])
+
+
+def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed | None = None) -> Federation:
+    """The federation of a recipe's `data` section; equal spec and seed give equal clients, row for row.
+
+    `embed` serves `by_cluster`: a callable from texts to [n, dim], or an array with a row for each row of the source.
+    Raises RecipeError for a wrong spec and DataError for rows that cannot be used.
+    """
+    spec = spec if isinstance(spec, DataSpec) else _checked(spec)
+    if spec.source == "office":
+        from fedllm.data.office import office_federation
+
+        return office_federation(**(spec.office or OfficeSpec()).model_dump(), seed=seed)
+    tables = read_tables(spec.source, spec.split, spec.subset)
+    held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
+    labels = _labels(spec, [*tables, *held]) if spec.task == "classification" else ()
+    rows, test = _shape(spec, tables, labels), _shape(spec, held, labels).lean
+    kept = np.arange(len(rows.lean))
+    if spec.limit is not None and spec.limit < len(kept):
+        kept = np.sort(numpy_stream(seed, "data.limit").choice(kept, spec.limit, replace=False))
+    if isinstance(spec.test, float):
+        out, kept = _held_back(kept, spec.test, numpy_stream(seed, "data.test"))
+        test = rows.take(out).lean
+    if isinstance(embed, np.ndarray):
+        if len(embed) != len(rows.lean):
+            raise DataError(f"embed has {len(embed)} vectors; data.source has {len(rows.lean)} rows")
+        embed = embed[kept]
+    return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels)
+
+
+def _checked(spec: Mapping[str, Any]) -> DataSpec:
+    try:
+        return DataSpec.model_validate(dict(spec))
+    except ValidationError as error:
+        raise RecipeError("\n".join(_complaint(one) for one in error.errors())) from error
+
+
+def _complaint(one: Mapping[str, Any]) -> str:
+    """One line on one thing that pydantic refused: the key's path, the value, what is allowed."""
+    text = one["msg"].removeprefix("Value error, ")
+    path = ".".join(str(part) for part in ("data", *one["loc"]))
+    if one["type"] == "extra_forbidden":
+        known = OfficeSpec.model_fields if one["loc"][0] == "office" else DataSpec.model_fields
+        return f"{path}: no such key{nearest(str(one['loc'][-1]), known)}; allowed are {', '.join(known)}"
+    # What our own checks raise names its key already.
+    return text if one["type"] == "value_error" else f"{path} = {one['input']!r}: {text}"
+
+
+def _mapped(spec: DataSpec, table: Table) -> list[tuple[dict[str, Any], str]]:
+    """Each row under fedllm's field names, and where it is."""
+    where = [table.where(i) for i in range(len(table.rows))]
+    return [(map_fields(row, spec.fields, at), at) for row, at in zip(table.rows, where, strict=True)]
+
+
+def _labels(spec: DataSpec, tables: Sequence[Table]) -> tuple[str, ...]:
+    """The recipe's labels, or those that the dataset declares, or those found in training and test rows together."""
+    if spec.labels is not None:
+        return tuple(spec.labels)
+    declared = tables[0].classes.get(spec.fields.get("label", "label"))
+    return declared or label_names(raw_label(row, at) for table in tables for row, at in _mapped(spec, table))
+
+
+def _file_names(tables: Sequence[Table]) -> list[str]:
+    """A short name for each file: its stem, or its folder and stem where stems repeat."""
+    paths = [Path(table.name) for table in tables]
+    twice = {stem for stem, count in Counter(path.stem for path in paths).items() if count > 1}
+    return [os.path.join(path.parent.name, path.stem) if path.stem in twice else path.stem for path in paths]
+
+
+def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...]) -> _Rows:
+    """Rows of the task; what `fields` maps and `category` stay with the row, other columns only serve the partition."""
+    render = template(spec.template)
+    lean: list[Row] = []
+    wide: list[Row] = []
+    for file, table in zip(_file_names(tables), tables, strict=True):
+        for row, at in _mapped(spec, table):
+            made = classify(row, labels, at) if spec.task == "classification" else render(row, at)
+            stays = {name: row[name] for name in (*spec.fields, "category") if name in row}
+            lean.append({**stays, **made})
+            wide.append({**row, **made, FILE: file})
+    return _Rows(lean, wide)
+
+
+def _held_back(rows: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(held back, left), each in the rows' order; one row at least is left."""
+    count = min(round(fraction * len(rows)), len(rows) - 1)
+    out = np.zeros(len(rows), dtype=bool)
+    out[rng.permutation(len(rows))[:count]] = True
+    return rows[out], rows[~out]
+
+
+def _clients(spec: DataSpec, rows: _Rows, labels: tuple[str, ...], seed: int, embed: Embed | None) -> dict[str, Shard]:
+    parts = partitioner(spec.partition).split(rows.wide, numpy_stream(seed, "data.partition"), embed=embed)
+    shards = {}
+    for client, part in parts.items():
+        fraction = spec.client_test if len(part) >= HOLD_BACK_FROM else 0.0
+        test, train = _held_back(np.array(part), fraction, numpy_stream(seed, "data.client_test", client))
+        kinds = Counter(labels[row["label"]] if labels else row.get("category") for row in rows.take(train).lean)
+        info: dict[str, Any] = {"partition": spec.partition.get("kind", "iid")}
+        if set(kinds) != {None}:
+            info["categories"] = dict(sorted(kinds.items(), key=str))
+        shards[client] = Shard(rows.take(train).lean, rows.take(test).lean, info)
+    return shards

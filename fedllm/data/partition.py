@@ -1,0 +1,283 @@
+"""Ways to share rows out among simulated clients; every row goes to exactly one of them.
+
+Each partitioner is a frozen dataclass whose fields are its knobs and whose `split` gives each client's row indices,
+sorted, by client id. A row may carry columns that the model never sees; `FILE` among them is the file it came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from fedllm.core.errors import DataError, RecipeError
+from fedllm.data.cluster import Embed, clusters
+from fedllm.data.federation import Row
+from fedllm.data.sources import nearest, value_of
+
+FILE = "_file"
+Parts = dict[str, list[int]]
+"""Each client's row indices, in order."""
+
+logger = logging.getLogger(__name__)
+
+
+class Partitioner(Protocol):
+    """Shares rows out: what a new way to partition must offer."""
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """Row indices by client id; a DataError names a client that would have no rows."""
+        ...
+
+
+def _number(key: str, value: Any, low: float, *, whole: bool = False, open_low: bool = False) -> None:
+    """Refuses a knob out of range, naming the key, the value and what is allowed."""
+    kind = int if whole else int | float
+    right = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not right or value < low or (open_low and value == low):
+        bound = f"above {low}" if open_low else f"from {low} up"
+        raise RecipeError(f"data.partition.{key} = {value!r}: allowed is a {'whole ' if whole else ''}number {bound}")
+
+
+def _choice(key: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        names = ", ".join(allowed)
+        raise RecipeError(f"data.partition.{key} = {value!r}: allowed is one of {names}{nearest(value, allowed)}")
+
+
+def _numbered(parts: Sequence[Sequence[int] | np.ndarray]) -> Parts:
+    """The parts as client-00, client-01, ...; a DataError names one that is empty."""
+    width = max(2, len(str(len(parts) - 1)))
+    named = {f"client-{i:0{width}d}": sorted(int(row) for row in part) for i, part in enumerate(parts)}
+    for name, part in named.items():
+        if not part:
+            raise DataError(f"{name} would have no rows ({sum(map(len, parts))} rows for {len(parts)} clients): "
+                            "ask for fewer clients or for less skew")
+    return named
+
+
+def _enough(rows: Sequence[Row], clients: int, least: int = 1) -> None:
+    """Refuses a split that cannot give each client its least number of rows, naming the first that would go short."""
+    if len(rows) < clients * least:
+        short = len(rows) // least
+        raise DataError(f"client-{short:02d} would have too few rows: {clients} clients with {least} or more each "
+                        f"need {clients * least} rows, and there are {len(rows)}")
+
+
+def _groups(rows: Sequence[Row], by: str | None) -> dict[str, list[int]]:
+    """Row indices by the value of a column (default: `label` where there is one, else `category`)."""
+    by = by or ("label" if rows and "label" in rows[0] else "category")
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(str(value_of(row, by, f"data.partition by {by!r}: row {i + 1}")), []).append(i)
+    return dict(sorted(groups.items()))
+
+
+def sizes(total: int, weights: np.ndarray, least: int) -> np.ndarray:
+    """Whole sizes that sum to `total`, nearly proportional to `weights` [clients], none below `least`."""
+    share = weights / weights.sum() * (total - least * len(weights))
+    whole = np.floor(share).astype(np.int64)
+    # Largest remainder: the rows lost to rounding go where rounding took most.
+    whole[np.argsort(whole - share, kind="stable")[: total - least * len(weights) - whole.sum()]] += 1
+    return whole + least
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """What partitioners share whose clients are made up: client-00, client-01, ..."""
+
+    clients: int
+
+    def __post_init__(self) -> None:
+        """Refuses knobs that are out of range."""
+        _number("clients", self.clients, 1, whole=True)
+
+
+@dataclass(frozen=True)
+class Iid(Numbered):
+    """Deals shuffled rows out evenly: no client differs from another but by chance."""
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """Client sizes differ by one row at most."""
+        _enough(rows, self.clients)
+        return _numbered(np.array_split(rng.permutation(len(rows)), self.clients))
+
+
+@dataclass(frozen=True)
+class Dirichlet(Numbered):
+    """Draws each label's shares over the clients from a Dirichlet (Hsu et al. 2019): small alpha, strong label skew."""
+
+    alpha: float
+    by: str | None = None
+    """Column to skew by; by default `label`, or `category` where rows have no label."""
+    min_examples: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _number("alpha", self.alpha, 0, open_low=True)
+        _number("min_examples", self.min_examples, 1, whole=True)
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """Clients below `min_examples` are topped up with random rows of the largest client.
+
+        Redrawing until all are large enough, as is often done, may never end.
+        """
+        _enough(rows, self.clients, self.min_examples)
+        parts: list[list[int]] = [[] for _ in range(self.clients)]
+        for group in _groups(rows, self.by).values():
+            shares = rng.dirichlet(np.full(self.clients, float(self.alpha)))
+            cuts = (np.cumsum(shares)[:-1] * len(group)).astype(np.int64)
+            for part, piece in zip(parts, np.split(rng.permutation(group), cuts), strict=True):
+                part.extend(piece.tolist())
+        for part in parts:
+            while len(part) < self.min_examples:
+                donor = max(parts, key=len)
+                part.append(donor.pop(int(rng.integers(len(donor)))))
+        return _numbered(parts)
+
+
+@dataclass(frozen=True)
+class Shards(Numbered):
+    """Gives each client a fixed number of classes, and each class's rows in equal parts to those that hold it."""
+
+    classes: int = 2
+    by: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _number("classes", self.classes, 1, whole=True)
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """No client sees more than `classes` classes, and each class is held by someone."""
+        groups = list(_groups(rows, self.by).values())
+        if not len(groups) / self.clients <= self.classes <= len(groups):
+            least = math.ceil(len(groups) / self.clients)
+            raise RecipeError(f"data.partition.classes = {self.classes}: allowed is {least} to {len(groups)}, since "
+                              f"{self.clients} clients share {len(groups)} classes")
+        held = np.zeros(len(groups), dtype=np.int64)
+        holders: list[list[int]] = [[] for _ in groups]
+        for client in range(self.clients):
+            # The classes that the fewest clients hold yet, ties broken at random.
+            for group in np.lexsort((rng.random(len(groups)), held))[: self.classes]:
+                holders[group].append(client)
+                held[group] += 1
+        parts: list[list[int]] = [[] for _ in range(self.clients)]
+        for group, owners in zip(groups, holders, strict=True):
+            for client, piece in zip(owners, np.array_split(rng.permutation(group), len(owners)), strict=True):
+                parts[client].extend(piece.tolist())
+        return _numbered(parts)
+
+
+@dataclass(frozen=True)
+class Quantity(Numbered):
+    """Shares rows out at random in unequal amounts: log-normal sizes, or sizes that fall as a power of the rank."""
+
+    skew: float = 1.0
+    """Log-normal: standard deviation of the log size. Power: exponent of the rank (1 is Zipf). 0 is equal sizes."""
+    law: Literal["lognormal", "power"] = "lognormal"
+    min_examples: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _number("skew", self.skew, 0)
+        _number("min_examples", self.min_examples, 1, whole=True)
+        _choice("law", self.law, ("lognormal", "power"))
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """Which client is large is drawn too."""
+        _enough(rows, self.clients, self.min_examples)
+        draws: dict[str, Callable[[int], np.ndarray]] = {
+            "lognormal": rng.standard_normal,
+            "power": lambda k: -np.log(1.0 + rng.permutation(k)),
+        }
+        logs = self.skew * draws[self.law](self.clients)
+        amounts = sizes(len(rows), np.exp(logs - logs.max()), self.min_examples)
+        return _numbered(np.split(rng.permutation(len(rows)), np.cumsum(amounts)[:-1]))
+
+
+@dataclass(frozen=True)
+class ByKey:
+    """Makes one client of each value of a column: a language, a hospital, an author."""
+
+    key: str
+    min_examples: int = 1
+    small: Literal["merge", "drop"] = "merge"
+    """What becomes of values with fewer rows: one client `other` of them all, or left out (logged)."""
+
+    def __post_init__(self) -> None:
+        _number("min_examples", self.min_examples, 1, whole=True)
+        _choice("small", self.small, ("merge", "drop"))
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """Clients stand in the sorted order of their keys. Only `small: drop` leaves rows out."""
+        groups = _groups(rows, self.key)
+        kept = {value: part for value, part in groups.items() if len(part) >= self.min_examples}
+        small = sorted(i for value, part in groups.items() if value not in kept for i in part)
+        if small and self.small == "drop":
+            logger.warning("by_key %r: %d of %d values have fewer than %d rows; their %d rows are left out", self.key,
+                           len(groups) - len(kept), len(groups), self.min_examples, len(small))
+            if not kept:
+                raise DataError(f"client {next(iter(groups))!r} and all others would have no rows: no value of "
+                                f"{self.key!r} has min_examples = {self.min_examples} rows")
+        ids = _safe_ids([*kept, *(["other"] if small and self.small == "merge" else [])])
+        return dict(zip(ids, [*kept.values(), small], strict=False))
+
+
+def _safe_ids(values: Sequence[str]) -> list[str]:
+    """Client ids that can name a folder, still distinct: ids become paths in a run's folder."""
+    seen: Counter[str] = Counter()
+    ids = []
+    for value in values:
+        name = re.sub(r"[^\w.-]+", "_", value).strip(".") or "_"
+        seen[name] += 1
+        ids.append(name if seen[name] == 1 else f"{name}~{seen[name]}")
+    return ids
+
+
+@dataclass(frozen=True)
+class PerFile:
+    """Makes one client of each source file, as when each site has sent its own."""
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """Clients are named after their files."""
+        return ByKey(FILE).split(rows, rng)
+
+
+@dataclass(frozen=True)
+class ByCluster(Numbered):
+    """Clusters the texts by k-means over embeddings and makes one client of each cluster: topic skew without labels."""
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """Embeds `text`, or else `prompt`, by TF-IDF and SVD where no `embed` is given."""
+        _enough(rows, self.clients)
+        texts = [str(row["text"] if "text" in row else row["prompt"]) for row in rows]
+        found = clusters(texts, self.clients, rng, embed)
+        return _numbered([np.flatnonzero(found == k).tolist() for k in range(self.clients)])
+
+
+KINDS: dict[str, type[Any]] = {
+    "iid": Iid, "dirichlet": Dirichlet, "shards": Shards, "quantity": Quantity,
+    "by_key": ByKey, "per_file": PerFile, "by_cluster": ByCluster,
+}
+
+
+def partitioner(spec: Mapping[str, Any]) -> Partitioner:
+    """The partitioner of a recipe's `data.partition`; a RecipeError names an unknown kind, knob or value."""
+    kind = str(spec.get("kind", "iid"))
+    _choice("kind", kind, tuple(KINDS))
+    known = {field.name: field for field in fields(KINDS[kind])}
+    knobs = {key: value for key, value in spec.items() if key != "kind"}
+    for key in knobs:
+        if key not in known:
+            raise RecipeError(f"data.partition.{key}: {kind} has no such knob{nearest(key, known)}; it has "
+                              f"{', '.join(known) or 'none'}")
+    lacking = [name for name, knob in known.items() if knob.default is MISSING and name not in knobs]
+    if lacking:
+        raise RecipeError(f"data.partition: {kind} needs {', '.join(lacking)}")
+    return KINDS[kind](**knobs)
