@@ -10,6 +10,9 @@ import numpy as np
 
 from fedllm.core.payload import Tree
 
+SERVER = "__global__"
+"""The server as a client of its own engine. In a simulation it holds the global test, and all training rows pooled."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -46,6 +49,8 @@ class Client(Protocol):
     profile: Profile
     model: Any
     data: Any
+    local: Any
+    """How the recipe has it train: `local.optimizer`, `local.count(n)` steps a round on n rows, ..."""
     memory: MutableMapping[str, Any]
     """Never leaves the client; committed when the round ends."""
 

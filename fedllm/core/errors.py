@@ -8,6 +8,7 @@
       ClientError       a client's work failed: names client, phase and cause
       QuorumError       too few clients answered
       PayloadError      bytes from the wire that are not a payload, or a payload the reducer cannot take
+      EndpointError     a text endpoint that cannot be reached or answers wrongly: names URL, model and cause
       RunError          a run folder that cannot be read, resumed or written
 """
 
@@ -42,6 +43,10 @@ class QuorumError(FedLLMError):
 
 class PayloadError(FedLLMError, ValueError):
     """Bytes that are no payload, or a payload with a wrong name, shape or type."""
+
+
+class EndpointError(FedLLMError):
+    """A text endpoint cannot be reached or answers wrongly; the message names its URL, the model and the cause."""
 
 
 class RunError(FedLLMError):

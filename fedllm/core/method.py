@@ -55,15 +55,16 @@ def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind:
     limits = [f"{sign} {meta[op]}" for op, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
               if meta.get(op) is not None]
     allowed = f"one of {list(meta['options'])}" if meta.get("options") else " and ".join(limits)
+    kind = kind.__name__ if isinstance(kind, type) else str(kind)
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is None and "None" in str(kind):
+    if value is None and "None" in kind:
         return
-    wants_int = str(kind).replace(" ", "") in ("int", "int|None")
+    wants_int = kind.replace(" ", "") in ("int", "int|None")
     bad = (
         (meta.get("options") and value not in meta["options"])
         or (limits and not numeric)
         or (wants_int and (isinstance(value, bool) or not isinstance(value, int)))
-        or (str(kind) == "bool" and not isinstance(value, bool))
+        or (kind == "bool" and not isinstance(value, bool))
         or (numeric and (
             (meta.get("ge") is not None and not value >= meta["ge"])
             or (meta.get("gt") is not None and not value > meta["gt"])
@@ -117,6 +118,12 @@ class Method(Knobs):
     simulation_only: ClassVar[bool] = False
     """True when the method sees what no deployment may (pooled data)."""
 
+    serves: ClassVar[bool] = True
+    """False when the server ends with no model of its own: every client keeps and uses its own."""
+
+    def check(self, model: Any) -> None:
+        """Raise CompositionError or ModelError when this method cannot work with the model's space or task."""
+
     def init(self, model: Any) -> State:
         """The server's state before the first round; `model.initial()` gives the starting trainables."""
         return {"theta": model.initial()}
@@ -131,11 +138,12 @@ class Method(Knobs):
 
     def evaluate(self, state: State, clients: Sequence[ClientInfo], on: str) -> Program:
         """Each client scores the model that it would use; `on` names the rows ("local" or "global")."""
-        return (yield Ask(self.score, {c.id: pack(theta=self.served(state)[0], on=on) for c in clients}))
+        theta, base = self.served(state)
+        return (yield Ask(self.score, {c.id: pack(theta=theta, base=base, on=on) for c in clients}))
 
     @on_client()
     def score(self, msg: Payload, client: Client) -> Payload:
-        return client.score(part(msg, "theta"), on=msg["on"])
+        return client.score(part(msg, "theta"), base=part(msg, "base") or None, on=msg["on"])
 
 
 class Star(Method):

@@ -47,8 +47,8 @@ def tree_map(f: Callable[..., Tensor], *trees: Mapping[str, Tensor]) -> Tree:
 
 
 def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float = 1.0) -> Tree:
-    """a + alpha * b."""
-    return tree_map(lambda x, y: torch.add(x, y, alpha=alpha), a, b)
+    """a + alpha * b, in the types of `a`."""
+    return tree_map(lambda x, y: torch.add(x, y, alpha=alpha).to(x.dtype), a, b)
 
 
 def sub(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:

@@ -66,9 +66,10 @@ def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any) -> Payloa
     """
     owner, _, name = phase.partition(".")
     at = next((i for i, part in enumerate(stack) if type(part).__name__ == owner), None)
-    fn = getattr(stack[at], name, None) if at is not None else None
-    if at is None or fn is None or not fn.__func__.__dict__.get("runs_on_client"):
+    marked = getattr(type(stack[at]), name, None) if at is not None else None
+    if at is None or not getattr(marked, "runs_on_client", False):
         raise PayloadError(f"phase '{phase}' is not a client function of {[type(p).__name__ for p in stack]}")
+    fn = getattr(stack[at], name)
 
     def climb(i: int, msg: Payload) -> Payload:
         if i == at:

@@ -17,6 +17,7 @@ from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_embeds, run_losses
 from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Request
+from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
@@ -32,6 +33,11 @@ class ClientCall:
         self.memory, self.round = memory, round
         self._world, self._submit, self._key = world, submit, (world.seed, round, info.id, phase, visit)
         self._streams: dict[str, np.random.Generator] = {}
+
+    @property
+    def local(self) -> LocalSpec:
+        """How the recipe has this client train."""
+        return self._world.local
 
     @property
     def data(self) -> Sequence[Mapping[str, Any]]:
@@ -109,5 +115,5 @@ def same_answer(said: str, wanted: str) -> bool:
 
 
 def server_info() -> ClientInfo:
-    """The server as a client of its own engine: it holds the global test and no training rows."""
+    """The server as a client of its own engine."""
     return ClientInfo(GLOBAL, 0, Profile())

@@ -115,8 +115,8 @@ class InProcess:
         return f"its deadline of {job.fold.ask.deadline} s passed {when}"
 
     def _cross(self, way: str, job: Job, payload: Payload) -> Payload:
-        """Count a payload's bytes on the wire; the server's talk with itself does not cross any."""
-        if job.client == GLOBAL:
+        """Count a payload's bytes on the wire; an empty one is no message, and the server's own cross no wire."""
+        if job.client == GLOBAL or not payload:
             return payload
         name = type(job.fold.ask.owner).__name__
         if self.loopback:

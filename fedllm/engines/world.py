@@ -7,17 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedllm.core.client import ClientInfo, Profile
+from torch import Tensor
+
+from fedllm.core.client import SERVER, ClientInfo, Profile
 from fedllm.core.errors import DataError
-from fedllm.core.payload import digest
+from fedllm.core.payload import digest, leaves
 from fedllm.data.encode import Encoded, encode_rows
 from fedllm.data.federation import Federation, Row
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.models.model import Model
 
-GLOBAL = "__global__"
-"""Whose rows the global test is."""
+GLOBAL = SERVER
+"""Whose rows the global test is; only methods that say `simulation_only` train on its rows, all of them pooled."""
+
+KEPT = 4
+"""How many results of `once` are kept."""
 
 
 @dataclass
@@ -38,15 +43,16 @@ class World:
     def __post_init__(self) -> None:
         self._encoded: dict[tuple[str, str], list[Encoded]] = {}
         self._once: OrderedDict[str, Any] = OrderedDict()
+        self._seen: OrderedDict[tuple[Any, ...], tuple[str, Any]] = OrderedDict()
 
     def infos(self) -> list[ClientInfo]:
         """The clients as the server knows them, in the federation's order."""
         return [ClientInfo(c, len(s.train), self.profiles.get(c, Profile())) for c, s in self.federation.clients.items()]
 
     def rows(self, client: str, part: str) -> Sequence[Row]:
-        """`part` is "train" or "test"; GLOBAL has a test only."""
+        """`part` is "train" or "test"; GLOBAL has the global test, and every client's training rows."""
         if client == GLOBAL:
-            return self.federation.test
+            return self.federation.test if part == "test" else self.federation.pooled()
         shard = self.federation.clients[client]
         return shard.train if part == "train" else shard.test
 
@@ -66,10 +72,20 @@ class World:
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, kept for the next caller with equal arguments (the last few results only)."""
-        key = digest({"fn": fn.__qualname__, "args": {str(i): a for i, a in enumerate(args)}})
+        key = self._key_of(fn, args)
         if key not in self._once:
             self._once[key] = fn(*args)
         self._once.move_to_end(key)
-        while len(self._once) > 4:
+        while len(self._once) > KEPT:
             self._once.popitem(last=False)
         return self._once[key]
+
+    def _key_of(self, fn: Callable[..., Any], args: Sequence[Any]) -> str:
+        """A digest of the call; the very same tensors, unchanged, are not hashed again."""
+        named = {"fn": f"{fn.__module__}.{fn.__qualname__}", "args": {str(i): a for i, a in enumerate(args)}}
+        same = tuple((p, id(v), v._version) if isinstance(v, Tensor) else (p, repr(v)) for p, v in leaves(named))
+        if same not in self._seen:
+            self._seen[same] = (digest(named), args)  # holding the arguments keeps their ids from being used again
+        while len(self._seen) > KEPT:
+            self._seen.popitem(last=False)
+        return self._seen[same][0]

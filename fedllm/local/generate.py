@@ -53,6 +53,7 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
     `seats` holds one random stream a row, None for rows that only fill the rectangle.
     """
     net, n = model.net, batch.ids.shape[0]
+    model.stack.rows = n
     prompt = model.space.before(net, model.stack, n)
     ahead = prompt.length if prompt else 0
     mask = torch.cat([batch.mask.new_ones(n, ahead), batch.mask], 1).long()

@@ -36,6 +36,10 @@ class LocalSpec(Knobs):
         if self.momentum and self.optimizer != "sgd":
             raise RecipeError(f"local.momentum = {self.momentum} is SGD's knob; {self.optimizer} has beta1")
 
+    def count(self, rows: int) -> int:
+        """How many steps a round has for a client with so many rows."""
+        return self.steps or self.epochs * -(-rows // self.batch_size)
+
     def make(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
         """A torch optimizer over stacked tensors: elementwise, so that each lane is on its own."""
         if self.optimizer == "sgd":

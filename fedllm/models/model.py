@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.models.batch import IGNORE, Batch
 from fedllm.models.kernels import fast, frozen_head_loss
-from fedllm.spaces.space import Space, Stack, stack_lanes
+from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes
 
 Task = Literal["generation", "classification"]
 
@@ -47,15 +47,22 @@ class HeadedEncoder(nn.Module):
         return (h * m).sum(1) / m.sum(1)
 
 
+RowLoss = Callable[["Model", Batch], tuple[Tensor, Tensor, Tensor]]
+
+
 class Model:
     """What client code and servers see of a model: its space, its tokenizer, and losses for stacked lanes."""
 
     def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase | None, task: Task, space: Space, *,
-                 labels: Sequence[str] = (), seed: int = 0, fast_kernels: bool = True, name: str = "") -> None:
+                 labels: Sequence[str] = (), seed: int = 0, fast_kernels: bool = True, name: str = "",
+                 loss: RowLoss | None = None) -> None:
+        """`loss` takes the place of the task's own (see `row_losses`), for nets that are no language model."""
         self.net, self.tokenizer, self.task, self.space = net, tokenizer, task, space
         self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
+        self.loss: RowLoss = loss or (Model._classify if task == "classification" else Model._next_tokens)
         self.net.eval().requires_grad_(False)
         self.stack = Stack()
+        self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self.fused = self._head_is_plain()
         self._start_net()
         self.stackable = space.install(net, self.stack)
@@ -67,8 +74,9 @@ class Model:
             classifier_start(self.net.classifier, torch_stream(self.seed, "classifier"))
 
     def initial(self, rank: int | None = None) -> Tree:
-        """The starting trainables (fp32); the same for the same seed."""
-        return self.space.start(self.net, torch_stream(self.seed, "start"), rank)
+        """The starting trainables (fp32 or wider); the same for the same seed."""
+        fresh = self.space.start(self.net, torch_stream(self.seed, "start"), rank)
+        return fresh if self.start is None else fitted_to(self.start, fresh)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +113,7 @@ class Model:
         The last is counted for classification only (zeros for generation, whose exact match is a generation).
         """
         with fast(batch.ids.device, batch.ids.shape[1], self.fast_kernels):
-            return self._classify(batch) if self.task == "classification" else self._next_tokens(batch)
+            return self.loss(self, batch)
 
     def _next_tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         h = self.hidden(batch)[:, :-1]
@@ -132,6 +140,7 @@ class Model:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
+        self.stack.rows = batch.ids.shape[0]
         encoder = isinstance(self.net, HeadedEncoder)
         body = self.net.body if encoder else self.net.base_model
         prompt = self.space.before(self.net, self.stack, batch.ids.shape[0])

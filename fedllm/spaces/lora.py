@@ -52,10 +52,11 @@ class LoRA(Space):
             if r > min(o, i):
                 raise RecipeError(f"space.rank = {r} is not allowed; '{path}' is {o} x {i}, so it must be <= {min(o, i)}")
             bound = 1 / math.sqrt(i)  # Kaiming uniform with a = sqrt(5), as PEFT does
-            tree[f"{PEFT}{path}.lora_A.weight"] = (torch.rand(r, i, generator=rng) * 2 - 1) * bound
-            tree[f"{PEFT}{path}.lora_B.weight"] = torch.zeros(o, r)
+            dtype = torch.promote_types(module.weight.dtype, torch.float32)
+            tree[f"{PEFT}{path}.lora_A.weight"] = ((torch.rand(r, i, generator=rng) * 2 - 1) * bound).to(dtype)
+            tree[f"{PEFT}{path}.lora_B.weight"] = torch.zeros(o, r, dtype=dtype)
         for name, p in self._saved(net).items():
-            tree[PEFT + name] = p.detach().float().clone()
+            tree[PEFT + name] = p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone()
         return tree
 
     def install(self, net: nn.Module, stack: Stack) -> bool:

@@ -27,6 +27,7 @@ class Stack:
     """What patched modules read during one forward: the lanes' trainables, stacked, and the shared base drift."""
 
     k: int = 1
+    rows: int = 1  # of the batch: K * B
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K, ...]
     base: Mapping[str, Tensor] = field(default_factory=dict)  # weight name -> dense delta [o, i], shared by all lanes
     extra: dict[str, Any] = field(default_factory=dict)
@@ -133,3 +134,13 @@ def stack_lanes(trees: Sequence[Mapping[str, Tensor]]) -> Tree:
 def take_lane(stacked: Mapping[str, Tensor], k: int, like: Mapping[str, Tensor]) -> Tree:
     """Lane `k` with the padding cut off to the shapes of `like`, as tensors of its own."""
     return {n: stacked[n][(k, *(slice(s) for s in t.shape))].detach().clone() for n, t in like.items()}
+
+
+def fitted_to(tree: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Tree:
+    """A copy of `tree` in the shapes of `fresh`: cut where it is larger (a lower rank), filled up where smaller."""
+    out: Tree = {}
+    for name, to in fresh.items():
+        out[name] = to.clone()
+        common = tuple(slice(min(a, b)) for a, b in zip(tree[name].shape, to.shape, strict=True))
+        out[name][common] = tree[name][common].to(to)
+    return out

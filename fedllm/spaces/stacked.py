@@ -74,6 +74,8 @@ def linear(m: nn.Module, own: Mapping[str, Tensor], stack: Stack, x: Tensor) -> 
 def embedding(m: nn.Embedding, own: Mapping[str, Tensor], stack: Stack, ids: Tensor) -> Tensor:
     """One lookup in the K tables laid end to end."""
     w = own["weight"]  # [K, V, d]
+    if ids.shape[0] != stack.rows:  # position and type ids come as one row for all
+        ids = ids.expand(stack.rows, *ids.shape[1:])
     shift = torch.arange(stack.k, device=ids.device).repeat_interleave(ids.shape[0] // stack.k) * w.shape[1]
     return F.embedding(ids + shift.view(-1, *[1] * (ids.dim() - 1)), w.flatten(0, 1)).to(m.weight.dtype)
 
@@ -85,8 +87,8 @@ def layer_norm(m: nn.LayerNorm, own: Mapping[str, Tensor], stack: Stack, x: Tens
 
 
 def rms_norm(m: nn.Module, own: Mapping[str, Tensor], stack: Stack, x: Tensor) -> Tensor:
-    """x / rms(x), computed in fp32 as the Llama family does, then each lane's own gain."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    """x / rms(x), computed in fp32 whatever the type, as the Llama family does, then each lane's own gain."""
+    wide = x.float()
     y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _eps(m))
     return _affine(stack.lanes(y.to(x.dtype)), own.get("weight"), None, None, None).reshape(x.shape)
 

@@ -93,6 +93,8 @@ def encode(payload: Payload) -> bytearray:
 def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:
     """The payload in `data`; tensors are views of it. Raises PayloadError for anything malformed."""
     view = memoryview(data)
+    if view.readonly:  # tensors may be written to, so they must not look into memory that may not
+        view = memoryview(bytearray(data))
     if len(view) < HEAD or bytes(view[:4]) != MAGIC:
         raise PayloadError(f"{len(view)} bytes that do not start with {MAGIC!r} are no payload")
     length = int.from_bytes(view[4:HEAD], "little")

