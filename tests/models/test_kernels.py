@@ -1,0 +1,49 @@
+"""The fast kernels compute what the plain ones do, and leave the switches as they found them."""
+
+import torch
+import torch.nn.functional as F
+
+from fedllm.models.kernels import fast, frozen_head_loss, onednn_is_fp32
+
+
+def test_frozen_head_loss_equals_cross_entropy_and_its_gradient():
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(37, 12, generator=g, dtype=torch.float64)
+    w, b = torch.randn(50, 12, generator=g, dtype=torch.float64), torch.randn(50, generator=g, dtype=torch.float64)
+    y, weight = torch.randint(50, (37,), generator=g), torch.rand(37, generator=g, dtype=torch.float64)
+    for chunk in (5, 37, 1000):
+        for bias in (None, b):
+            a, c = h.clone().requires_grad_(), h.clone().requires_grad_()
+            ours, plain = frozen_head_loss(a, w, bias, y, chunk), F.cross_entropy(F.linear(c, w, bias), y, reduction="none")
+            assert torch.allclose(ours, plain, atol=1e-12)
+            (ours * weight).sum().backward()
+            (plain * weight).sum().backward()
+            assert torch.allclose(a.grad, c.grad, atol=1e-12)
+
+
+def test_frozen_head_loss_survives_huge_logits_and_no_rows():
+    h = torch.full((2, 4), 1e4)
+    loss = frozen_head_loss(h, torch.eye(6, 4), None, torch.tensor([5, 0]))
+    assert torch.isfinite(loss).all()
+    assert frozen_head_loss(torch.zeros(0, 4), torch.eye(6, 4), None, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+def test_switches_are_put_back_even_after_an_error():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        with fast(torch.device("cpu"), 16):
+            if onednn_is_fp32():
+                assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+            raise KeyError
+    except KeyError:
+        pass
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_the_self_check_refuses_a_machine_that_rounds_to_bf16(monkeypatch):
+    from fedllm.models import kernels
+
+    real = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: real(a, b) if a.dtype == torch.float64
+                        else real(a.bfloat16(), b.bfloat16()).float())
+    assert kernels.onednn_is_fp32.__wrapped__() is False
