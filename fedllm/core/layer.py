@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from fedllm.core.ask import Ask, Program
 from fedllm.core.payload import Payload
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a layer may know of its run before it starts."""
+
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Training rows of each client of the federation."""
+    cohort: int = 0
+    """Clients asked in a round."""
+    rounds: int = 0
+    local: Any = None
+    """How the recipe has clients train."""
+
+
+@dataclass(frozen=True)
+class Algebra:
+    """What a layer asks of the others in its stack; `privacy.composition` refuses stacks that cannot hold."""
+
+    kind: Literal["plain", "dp", "secagg", "he", "codec", "robust", "attack"] = "plain"
+    needs: Literal["any", "sum", "set"] = "any"
+    """What it must get from below: any replies, one sum, or every single reply (Krum, median)."""
+    reveals: Literal["each", "sum"] = "each"
+    """What the server sees of the replies above it."""
+    additive: bool = True
+    """Whether the sum of what it sends decodes to the sum."""
+    contracts: bool = True
+    """Whether what it sends decodes to nothing longer than what it got, so that a clip above it still holds."""
+    instead: str = ""
+    """What works in its place where it cannot stand."""
 
 
 class Layer:
     """A step of the protocol stack. Layers are listed from the method down to the wire.
 
     On the way down and at the server `server` sees the Ask; on the client `client` is climbed from the wire up, so
-    that a layer listed first touches the reply first (DP clips before SecAgg masks).
+    that a layer listed first touches the reply first (DP clips before SecAgg masks). A question of a layer's own
+    without a reducer carries no client data, and every layer below lets it pass.
     """
+
+    algebra: ClassVar[Algebra] = Algebra()
+
+    def bind(self, facts: Facts) -> Layer:
+        """The layer for this run: what depends on its size is worked out, and refused, before it starts."""
+        return self
 
     def init(self) -> MutableMapping[str, Any]:
         """The layer's state at the start: accountant, residue, adaptive clip. Checkpointed with the run."""
@@ -30,3 +68,7 @@ class Layer:
     def client(self, fn: Callable, msg: Payload, client: Any, call: Callable[[Payload], Payload]) -> Payload:
         """`call(msg)` runs what lies above; change the message before it and the reply after it."""
         return call(msg)
+
+    def statement(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What it can say about the run's privacy; `void` lists what takes its claim away. None: nothing."""
+        return None

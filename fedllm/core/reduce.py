@@ -51,6 +51,16 @@ class Sum:
         return acc
 
 
+class Lifted(Sum):
+    """The sum of replies that a layer above has lifted on the client already."""
+
+    def lift(self, reply: Payload) -> Payload:
+        return reply
+
+    def done(self, total: Payload) -> Payload:
+        return total
+
+
 @dataclass(frozen=True)
 class Mean(Sum):
     """Weighted mean of every tensor and number in the reply; the weight is the reply's `n`, or 1 (`by="uniform"`).

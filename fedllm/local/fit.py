@@ -48,7 +48,7 @@ def _train(lot: Sequence[Fit]) -> list[Fitted]:
     frozen = {n: t for n, t in stacked.items() if any(fnmatch.fnmatch(n, f) for f in freeze)}
     params = {n: t.detach().clone().requires_grad_() for n, t in stacked.items() if n not in frozen}
     terms = [(t, stack_lanes([r.terms[j].tensors for r in lot])) for j, t in enumerate(lot[0].terms)]
-    optimizer = spec.make(list(params.values()))
+    optimizer = spec.optimizer_over(list(params.values()))
     live, results = len(lot), [None] * len(lot)
     losses, lr_sum = torch.zeros(len(lot), dtype=torch.float64), 0.0
     for step in range(len(lot[0].plan)):

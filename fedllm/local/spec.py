@@ -40,7 +40,7 @@ class LocalSpec(Knobs):
         """How many steps a round has for a client with so many rows."""
         return self.steps or self.epochs * -(-rows // self.batch_size)
 
-    def make(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    def optimizer_over(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
         """A torch optimizer over stacked tensors: elementwise, so that each lane is on its own."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(params, self.lr, momentum=self.momentum, weight_decay=self.weight_decay,

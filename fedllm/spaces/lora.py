@@ -89,22 +89,57 @@ class LoRA(Space):
 def _adapted(frozen: Any, path: str, module: nn.Module, stack: Stack) -> Any:
     a_name, b_name, w_name = f"{PEFT}{path}.lora_A.weight", f"{PEFT}{path}.lora_B.weight", f"{path}.weight"
 
+    plain = type(module) in (nn.Linear, Conv1D)
+
     def forward(x: Tensor) -> Tensor:
-        y = frozen(x)
-        if stack.base and (drift := stack.base.get(w_name)) is not None:
-            y = y + F.linear(x, drift.to(x.dtype))
         a = stack.tensors.get(a_name)  # [K, r, i]
+        drift = stack.base.get(w_name) if stack.base else None
+        if a is not None:
+            a, b = a.to(x.dtype), stack.tensors[b_name].to(x.dtype)
+            scale: Any = stack.extra["lora_scale"]
+            one = len(set(scale)) == 1
+            scale = scale[0] if one else torch.tensor(scale, dtype=x.dtype, device=x.device)[:, None, None]
+            if plain and drift is None:
+                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+                return Adapted.apply(x, weight, module.bias, a, b, scale)
+        y = frozen(x) if drift is None else frozen(x) + F.linear(x, drift.to(x.dtype))
         if a is None:
             return y
-        b = stack.tensors[b_name]  # [K, o, r]
-        s = stack.extra["lora_scale"]
-        h = torch.bmm(stack.lanes(x), a.to(x.dtype).mT)  # [K, N, r]
-        if len(set(s)) > 1:
-            h = h * torch.tensor(s, dtype=h.dtype, device=h.device)[:, None, None]
-            s = [1.0]
-        return torch.baddbmm(stack.lanes(y), h, b.to(x.dtype).mT, alpha=s[0]).view(y.shape)
+        h = torch.bmm(stack.lanes(x), a.mT) * scale  # [K, N, r]
+        return torch.baddbmm(stack.lanes(y), h, b.mT).view(y.shape)
 
     return forward
+
+
+class Adapted(torch.autograd.Function):
+    """x W^T + bias + s x A_k^T B_k^T for K lanes, W frozen: x [K*n, ..., i], W [o, i], A [K, r, i], B [K, o, r].
+
+    Thin products are written with the rank as the number of rows, which runs up to three times as fast, and wide
+    results are added to in place.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Any) -> Tensor:
+        y = F.linear(x, weight, bias)
+        lanes = x.reshape(len(a), -1, x.shape[-1])  # [K, N, i]
+        ht = torch.bmm(a, lanes.mT).mul_(scale)  # [K, r, N]
+        y.view(len(a), -1, y.shape[-1]).baddbmm_(ht.mT, b.mT)
+        ctx.save_for_backward(lanes, weight, a, b, ht)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+        lanes, weight, a, b, ht = ctx.saved_tensors
+        wide = d.reshape(len(a), -1, d.shape[-1])  # [K, N, o]
+        dh = torch.bmm(b.mT, wide.mT).mul_(ctx.scale)  # [K, r, N]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = d @ weight  # [K*n, ..., i]
+            dx.view(lanes.shape).baddbmm_(dh.mT, a)
+        da = torch.bmm(dh, lanes) if ctx.needs_input_grad[3] else None
+        db = torch.bmm(ht, wide).mT if ctx.needs_input_grad[4] else None
+        return dx, None, None, da, db, None
 
 
 def factors(tree: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

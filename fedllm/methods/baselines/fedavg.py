@@ -17,7 +17,8 @@ class FedAvg(Star):
 
     card = Card(
         title="FedAvg: federated averaging",
-        paper="McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017, arXiv 1602.05629",
+        paper="McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS "
+              "2017, arXiv 1602.05629",
         topic="baselines",
         sends="down: the trainables; up: their change, the number of examples, the training loss",
         needs="any model and space",

@@ -1,0 +1,113 @@
+"""A tiny federation on a tiny Llama, and a driver for a few rounds of any method."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedllm.core.client import Profile
+from fedllm.core.program import drive
+from fedllm.data.federation import Federation, Shard
+from fedllm.engines import ENGINES
+from fedllm.engines.world import World
+from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method
+from fedllm.models.model import Model
+from fedllm.spaces import make_space
+
+torch.set_num_threads(1)
+WORDS = [f"w{i}" for i in range(60)]
+SIZES = (5, 7, 9, 12)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>")
+
+
+def rows(rnd: random.Random, n: int) -> list[dict[str, str]]:
+    return [{"prompt": " ".join(rnd.choices(WORDS, k=rnd.randint(3, 8))),
+             "response": " ".join(rnd.choices(WORDS, k=rnd.randint(1, 4)))} for _ in range(n)]
+
+
+def federation(sizes: tuple[int, ...] = SIZES) -> Federation:
+    rnd = random.Random(0)
+    return Federation({f"c{i}": Shard(rows(rnd, n), rows(rnd, 2)) for i, n in enumerate(sizes)}, rows(rnd, 4),
+                      "generation")
+
+
+def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    """Its k and v projections are 8 x 16 and its feed-forward 24 x 16: no module of it is square but q and o."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                             attn_implementation="sdpa")
+        return LlamaForCausalLM(config).to(dtype)
+
+
+@dataclass
+class Run:
+    """What a few rounds of a method left."""
+
+    method: Any
+    engine: Any
+    world: World
+    state: dict = field(default_factory=dict)
+
+    def go(self, rounds: int = 1, clients: list[str] | None = None) -> Run:
+        for _ in range(rounds):
+            infos = [c for c in self.world.infos() if clients is None or c.id in clients]
+            if clients is not None:  # in the order that was asked for
+                infos.sort(key=lambda c: clients.index(c.id))
+            self.engine.begin(getattr(self, "t", -1) + 1)
+            self.t = self.engine.round
+            self.state = drive(self.method.round(self.state, infos), self.engine, self.engine.stack[1:])
+            self.engine.commit()
+        return self
+
+    def up(self) -> int:
+        return self.engine.record.totals()["up"]
+
+
+def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.float64, space: str = "lora",
+          space_knobs: dict | None = None, local: dict | None = None, layers: tuple = (), ranks: tuple = (),
+          sizes: tuple[int, ...] = SIZES, loopback: bool = False, kind: type | None = None, **knobs: Any) -> Run:
+    """A method on the tiny federation, before its first round."""
+    knobs_of_space = {"rank": 4} if space == "lora" else {}
+    model = Model(llama(dtype), tokenizer(), "generation", make_space(space, **(knobs_of_space | (space_knobs or {}))),
+                  fast_kernels=False)
+    plain = {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 4, "max_length": 32}
+    spec = LocalSpec(**(plain | (local or {})))
+    fed = federation(sizes)
+    profiles = {c: Profile(rank=r) for c, r in zip(fed.clients, ranks, strict=False)}
+    world = World(model, fed, spec, profiles=profiles, exact_match=False)
+    method = make_method(name, **knobs)
+    run = Run(method, (kind or ENGINES[engine])((method, *layers), world, loopback=loopback), world)
+    run.state = method.init(model)
+    return run
+
+
+@pytest.fixture(name="begin")
+def begin_fixture():
+    return begin
+
+
+def gap(a: Any, b: Any) -> float:
+    """Largest difference between two trees."""
+    assert a.keys() == b.keys()
+    return max((float((a[k].double() - b[k].double()).abs().max()) for k in a), default=0.0)
+
+
+@pytest.fixture(name="gap")
+def gap_fixture():
+    return gap

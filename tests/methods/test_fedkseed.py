@@ -1,0 +1,103 @@
+"""The model as seeds and scalars: replay, weights, bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedllm.core.errors import CompositionError
+from fedllm.methods.efficiency.fedkseed import Pools, candidates, direction, flat, rebuild, replay
+from fedllm.wire import codec
+
+KNOBS = {"space": "full", "K": 16, "steps": 5, "lr": 1e-2, "eps": 1e-3, "dtype": torch.float32}
+
+
+def test_server_and_clients_hold_the_same_bits(begin):
+    run = begin("fedkseed", **KNOBS).go(2)
+    served = run.method.served(run.state)[0]
+    built = rebuild(run.world.model, run.state["A"], 0, 1e-2)
+    assert all(torch.equal(served[n], built[n]) for n in served)
+    assert int((run.state["A"] != 0).sum()) > 5
+
+
+def test_the_replay_is_the_average_of_the_clients_weights(begin):
+    """sum_k p_k w_k = w_0 - eta sum_j A_j z_j, after two rounds."""
+    run = begin("fedkseed", **KNOBS)
+    ends = {}
+    from fedllm.engines.client import ClientCall
+
+    original = ClientCall.loss
+
+    def spy(self, theta, rows=None, *, base=None):
+        ends.setdefault(self.id, []).append(flat(theta))
+        return original(self, theta, rows, base=base)
+
+    ClientCall.loss = spy
+    try:
+        run.go(1)
+        ends.clear()
+        before = flat(run.method.served(run.state)[0])
+        run.go(1)
+    finally:
+        ClientCall.loss = original
+    n = {c.id: c.n / 33 for c in run.world.infos()}
+    # the middle of a step's two points is w_t; the last step's update is not seen, so compare up to its size
+    middle = sum(n[c] * (e[-1] + e[-2]) / 2 for c, e in ends.items())
+    after = flat(run.method.served(run.state)[0])
+    z = direction(candidates(0, 16)[0], after)
+    assert float((after - middle).norm()) < float((after - before).norm()) + float(z.norm())
+    assert float((after - before).norm()) > 0
+
+
+def test_local_steps_add_up(begin):
+    """One client: its own path of steps ends where the replay does."""
+    run = begin("fedkseed", sizes=(12,), **KNOBS)
+    seen = []
+    from fedllm.engines.client import ClientCall
+
+    original = ClientCall.loss
+
+    def spy(self, theta, rows=None, *, base=None):
+        got = original(self, theta, rows, base=base)
+        seen.append((flat(theta), got))
+        return got
+
+    ClientCall.loss = spy
+    try:
+        run.go(1)
+    finally:
+        ClientCall.loss = original
+    (up, high), (lo, low) = seen[-2:]
+    z = (up - lo) / (2 * 1e-3)
+    end = (up + lo) / 2 - 1e-2 * (high - low) / (2 * 1e-3) * z
+    assert float((end - flat(run.method.served(run.state)[0])).abs().max()) < 1e-5
+
+
+def test_pools_take_pairs_and_whole_lists():
+    pairs = {"K": 4, "at": torch.tensor([1, 3]).int(), "g": torch.tensor([1.0, 2.0]), "n": 1.0, "loss": 0.0}
+    whole = {"G": torch.tensor([1.0, 0.0, 0.0, 4.0]), "n": 3.0, "loss": 0.0}
+    pools = Pools()
+    out = pools.done(pools.add(pools.add({}, pairs), whole))
+    assert out["G"].tolist() == [0.75, 0.25, 0.0, 3.5]
+
+
+def test_messages_are_small_and_do_not_know_the_model(begin):
+    method = begin("fedkseed", K=4096, steps=200, space="full").method
+    import numpy as np
+
+    down = method.down({"A": torch.zeros(4096)}, None)
+    up = {**method.sparse(torch.zeros(4096), np.arange(200)), "n": 10, "loss": 1.0}
+    assert codec.size(down) + codec.size(up) < 18_432
+
+
+def test_what_breaks_the_replay_is_refused(begin):
+    with pytest.raises(CompositionError, match="schedule or weight decay"):
+        begin("fedkseed", **KNOBS, local={"weight_decay": 0.1}).go()
+
+
+def test_accumulators_at_zero_are_the_base(begin):
+    w0 = {"b": torch.ones(3), "a": torch.zeros(2)}
+    assert all(torch.equal(x, w0[n]) for n, x in replay(w0, torch.zeros(8), 0, 1.0).items())
+    once = replay(w0, torch.tensor([0.0, 2.0]), 0, 0.5)
+    z = direction(candidates(0, 2)[1], torch.zeros(5))
+    assert torch.allclose(once["a"], -z[:2]) and torch.allclose(once["b"], 1 - z[2:])
