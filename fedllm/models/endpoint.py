@@ -85,6 +85,8 @@ class LocalText:
     def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0,
                  seed: int = 0) -> list[Completion]:
         """Continue each prompt; too long a prompt loses its start."""
+        if not prompts:
+            return []
         room = self.model.net.config.max_position_embeddings - max_new_tokens
         if room < 1:
             raise RecipeError(f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of "
@@ -92,7 +94,7 @@ class LocalText:
         ids = prompt_ids(prompts, self.model.tokenizer, room)
         asked = [Generate("text", self.model, self.theta, self.base, [p], max_new_tokens, temperature,
                           (seed + i) % SEEDS) for i, p in enumerate(ids)]
-        said = [rows[0] for rows in run_generates(asked, self.limits)] if asked else []
+        said = [rows[0] for rows in run_generates(asked, self.limits)]
         out = [Completion(self.model.tokenizer.decode(s, skip_special_tokens=True), lp, len(p), len(s))
                for p, s, lp in zip(ids, said, self._logprobs(ids, said), strict=True)]
         self.usage.book(out)
@@ -186,9 +188,14 @@ class Endpoint(Knobs):
         return {"prompt": prompt, **({"logprobs": 1} if self.logprobs else {})}
 
     def _key(self) -> str:
-        key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
-        if self.api_key_env and not key:
+        if not self.api_key_env:
+            return ""
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
             raise EndpointError(f"{self._who}: the environment variable {self.api_key_env} is not set")
+        if not key.isascii() or not key.isprintable():  # the HTTP library would repeat it in its complaint, escaped
+            raise EndpointError(f"{self._who}: the environment variable {self.api_key_env} holds characters that no "
+                                "HTTP header can carry")
         return key
 
     @property
@@ -206,7 +213,7 @@ class Endpoint(Knobs):
             except httpx.TimeoutException:
                 why = f"no answer within {self.timeout} s"
                 continue
-            except (httpx.TransportError, ValueError) as error:  # ValueError: a key that cannot stand in a header
+            except httpx.TransportError as error:
                 why = f"{type(error).__name__}: {hidden(str(error), key)}"
                 continue
             if answer.status_code == 200:

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SHORT = 256
-"""Up to this length plain attention beats the CPU's flash kernel, whose backward is slow."""
-
+from fedllm.models.blocks import SHORT
 
 @functools.cache
 def onednn_is_fp32() -> bool:
@@ -60,15 +58,11 @@ class FrozenHeadLoss(torch.autograd.Function):
         for at in range(0, h.shape[0], chunk):
             part, target = h[at : at + chunk].detach(), y[at : at + chunk]
             z = F.linear(part, weight, bias).to(losses.dtype)  # [m, V]
-            z -= z.max(-1, keepdim=True).values
-            hit = z.gather(1, target[:, None])[:, 0]
-            z.exp_()
-            total = z.sum(-1)
-            losses[at : at + chunk] = total.log() - hit
-            if grad is not None:  # dL/dh = (softmax(z) - onehot(y)) W
-                z /= total[:, None]
-                z.scatter_add_(1, target[:, None], z.new_full((len(target), 1), -1.0))
-                grad[at : at + chunk] = z.to(h.dtype) @ weight
+            hit, top = z.gather(1, target[:, None])[:, 0], z.amax(-1, keepdim=True)
+            total = z.sub_(top).exp_().sum(-1)
+            losses[at : at + chunk] = total.log() + top[:, 0] - hit
+            if grad is not None:  # dL/dh = (softmax(z) - onehot(y)) W, divided by the total where it is narrow
+                grad[at : at + chunk] = (z.to(h.dtype) @ weight).div_(total[:, None]).sub_(weight[target])
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses
@@ -79,6 +73,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         return grad * d[:, None].to(grad.dtype), None, None, None, None
 
 
-def frozen_head_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chunk: int = 2048) -> Tensor:
+def frozen_head_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chunk: int | None = None) -> Tensor:
     """Per-position cross-entropy [M] of hidden states [M, d] under a frozen head."""
+    if chunk is None:  # on a CPU a chunk's logits stay in the cache: 4 MB of them
+        chunk = max(128, (1 << 20) // weight.shape[0]) if h.device.type == "cpu" else 2048
     return FrozenHeadLoss.apply(h, weight, bias, y, chunk)

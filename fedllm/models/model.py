@@ -15,6 +15,7 @@ from fedllm.core.errors import CompositionError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.models.batch import IGNORE, Batch
+from fedllm.models.blocks import quicken
 from fedllm.models.kernels import fast, frozen_head_loss
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes
 
@@ -64,6 +65,8 @@ class Model:
         self.stack = Stack()
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self.fused = self._head_is_plain()
+        if fast_kernels:
+            quicken(net.body if isinstance(net, HeadedEncoder) else net)
         self._start_net()
         self.stackable = space.install(net, self.stack)
 
@@ -112,6 +115,7 @@ class Model:
 
         The last is counted for classification only (zeros for generation, whose exact match is a generation).
         """
+        self.stack.rows = batch.ids.shape[0]
         with fast(batch.ids.device, batch.ids.shape[1], self.fast_kernels):
             return self.loss(self, batch)
 

@@ -18,7 +18,7 @@ from random import Random
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedllm.data import office_words as words
 from fedllm.data.office import ANSWER_MARK, TASK_MARK, pretraining_rows
@@ -127,10 +127,14 @@ def learning_rate(progress: float) -> float:
     return PEAK_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))))
 
 
-def pretrain(out: Path, minutes: float, seed: int, steps: int | None = None) -> None:
-    """Train for `minutes` of CPU time, or for `steps`, and save an ordinary model folder in `out`."""
+def pretrain(out: Path, minutes: float, seed: int, steps: int | None = None, start: Path | None = None) -> None:
+    """Train for `minutes` of CPU time, or for `steps`, and save an ordinary model folder in `out`.
+
+    With `start`, an earlier result goes on under a fresh schedule; give it another seed, for new rows.
+    """
     torch.set_num_threads(1)
-    tokenizer, model = train_tokenizer(seed), build_model(seed)
+    tokenizer = AutoTokenizer.from_pretrained(start) if start else train_tokenizer(seed)
+    model = LlamaForCausalLM.from_pretrained(start) if start else build_model(seed)
     log.info("%d parameters", model.num_parameters())
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -170,9 +174,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="CPU minutes to train for")
     parser.add_argument("--steps", type=int, help="train for exactly so many steps instead")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of an earlier result to go on from")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    pretrain(given.out, given.minutes, given.seed, given.steps)
+    pretrain(given.out, given.minutes, given.seed, given.steps, given.start)
 
 
 if __name__ == "__main__":

@@ -129,8 +129,9 @@ def vote(thoughts: Sequence[Thought], tiebreak: Literal["logprob", "first"] = "f
         return Voted(question, None, thoughts=tuple(thoughts))
     count = Counter(t.answer for t in cast)
     tied = [a for a in count if count[a] == max(count.values())]  # in the order asked
-    support = {a: [t.logprob for t in cast if t.answer == a] for a in tied}
-    if tiebreak == "logprob" and all(lp is not None for lps in support.values() for lp in lps):
-        tied.sort(key=lambda a: -sum(support[a]))  # stable: equals stay in the order asked
+    rivals = [(t.answer, t.logprob) for t in cast if t.answer in tied]
+    if tiebreak == "logprob" and all(lp is not None for _, lp in rivals):
+        support = {a: sum(lp for b, lp in rivals if b == a and lp is not None) for a in tied}
+        tied.sort(key=lambda a: -support[a])  # stable: equals stay in the order asked
     won = next(t for t in cast if t.answer == tied[0])
     return Voted(question, won.answer, won.rationale, count[won.answer] / len(thoughts), tuple(thoughts))

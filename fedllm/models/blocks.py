@@ -1,0 +1,157 @@
+"""Quicker forms of two parts of Llama-like blocks: the RMS norm, and short causal attention on a CPU.
+
+A form is put in place only where the network's answers stay what they were; anything it does not cover (a mask, a
+cache, a long sequence, another device) goes through the module's own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SHORT = 256
+"""Up to this length plain attention beats the CPU's flash kernel, whose backward is slow."""
+
+
+def quicken(net: nn.Module) -> None:
+    """Put the quick forms where they fit, and take a form out again if it changes what `net` says."""
+    if not isinstance(net, PreTrainedModel):
+        return
+    for sites, form in ((_norms, _quick_norm), (_attentions, _quick_attention)):
+        modules = list(sites(net))
+        if not modules:
+            continue
+        before = _answer(net)
+        for module in modules:
+            module.__dict__["forward"] = form(module, module.forward)
+        if not torch.allclose(_answer(net), before, rtol=1e-3, atol=1e-4 if before.dtype != torch.bfloat16 else 5e-2):
+            for module in modules:
+                del module.__dict__["forward"]
+
+
+def _answer(net: nn.Module) -> Tensor:
+    ids = torch.arange(2, 26).view(2, 12) % net.config.vocab_size
+    with torch.no_grad():
+        return net.base_model(input_ids=ids.to(next(net.parameters()).device), use_cache=False).last_hidden_state
+
+
+def _norms(net: nn.Module) -> Iterator[nn.Module]:
+    for m in net.modules():
+        if "RMSNorm" in type(m).__name__ and "variance_epsilon" in m.__dict__:
+            yield m
+
+
+def _attentions(net: nn.Module) -> Iterator[nn.Module]:
+    parts = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for m in net.modules():
+        if {n for n, _ in m.named_children()} == parts and m.__dict__.get("is_causal") and "scaling" in m.__dict__:
+            yield m
+
+
+def _quick_norm(m: Any, slow: Callable) -> Callable:
+    return lambda x: RmsNorm.apply(x, m.weight, m.variance_epsilon)
+
+
+def _quick_attention(m: Any, slow: Callable) -> Callable:
+    def forward(hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, cache: Any = None,
+                **kwargs: Any) -> tuple[Tensor, None]:
+        x, turns = hidden_states, position_embeddings
+        odd = attention_mask is not None or cache is not None or turns is None or x.device.type != "cpu"
+        if odd or x.shape[1] > SHORT or turns[0].shape[-1] != m.head_dim:
+            return slow(hidden_states, position_embeddings=turns, attention_mask=attention_mask, cache=cache, **kwargs)
+        cos, sin = (t.to(x.dtype).unsqueeze(1) for t in turns)  # [1, 1, T, h]
+        return m.o_proj(CausalAttention.apply(m.q_proj(x), m.k_proj(x), m.v_proj(x), cos, sin, m.scaling)), None
+
+    return forward
+
+
+class RmsNorm(torch.autograd.Function):
+    """w * x / rms(x) with a frozen gain w; keeps x and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None]:
+        # dx = r (w d) - x r^3 mean(x w d)
+        x, weight, scale = ctx.saved_tensors
+        g, wide = (d * weight).to(scale.dtype), x.to(scale.dtype)
+        along = (g * wide).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(x.shape[-1])
+        return g.mul_(scale).addcmul_(wide, along, value=-1).to(x.dtype), None, None
+
+
+class CausalAttention(torch.autograd.Function):
+    """Rotate queries and keys, and attend to what came before: q [N, T, H*h], k and v [N, T, G*h] -> [N, T, H*h].
+
+    The rotation writes straight into the layout that the products want, and grouped heads share their keys in place.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        h, t = cos.shape[-1], q.shape[1]
+        groups = k.shape[-1] // h
+        q, k, v = _heads(q, h), _heads(k, h), _heads(v, h)
+        shape = (q.shape[0] * groups, -1, h)
+        q, k = (_rotate(x, cos, sin, torch.empty(x.shape, dtype=x.dtype)).view(shape) for x in (q, k))
+        v = v.reshape(shape)
+        ahead = _ahead(t, q.shape[1] // t, q.dtype)
+        p = torch.softmax(torch.baddbmm(ahead, q, k.mT, alpha=scale), -1)  # [N*G, H/G*T, T]
+        ctx.save_for_backward(q, k, v, p, cos, sin)
+        ctx.scale, ctx.rows = scale, t
+        return _flat(torch.bmm(p, v), t, groups)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, p, cos, sin = ctx.saved_tensors
+        t, h = ctx.rows, cos.shape[-1]
+        groups = v.shape[0] // d.shape[0]
+        d = _heads(d, h).reshape(q.shape)
+        dv = _flat(torch.bmm(p.mT, d), t, groups) if ctx.needs_input_grad[2] else None
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            return None, None, dv, None, None, None
+        ds = torch.ops.aten._softmax_backward_data(torch.bmm(d, v.mT), p, -1, p.dtype)
+        cos, sin = cos * ctx.scale, -sin.roll(h // 2, -1) * ctx.scale  # the rotation backwards
+        back = [None, None]
+        for i, (left, right) in enumerate(((ds, k), (ds.mT, q))):
+            if ctx.needs_input_grad[i]:
+                g = torch.bmm(left, right).view(v.shape[0] // groups, -1, t, h)
+                out = torch.empty(g.shape[0], t, g.shape[1] * h, dtype=g.dtype)
+                _rotate(g, cos, sin, _heads(out, h))
+                back[i] = out
+        return back[0], back[1], dv, None, None, None
+
+
+def _heads(x: Tensor, h: int) -> Tensor:
+    """[N, T, H*h] -> [N, H, T, h], a view."""
+    return x.view(*x.shape[:2], -1, h).transpose(1, 2)
+
+
+def _flat(x: Tensor, t: int, groups: int) -> Tensor:
+    """[N*G, H/G*T, h] -> [N, T, H*h]."""
+    n = x.shape[0] // groups
+    return x.view(n, -1, t, x.shape[-1]).transpose(1, 2).reshape(n, t, -1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """out = x cos + (-x2, x1) sin, on [N, H, T, h] in any layout."""
+    half = x.shape[-1] // 2
+    torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _ahead(t: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """0 where a position may look and -inf ahead of it: [heads*T, T]."""
+    return torch.full((t, t), float("-inf"), dtype=dtype).triu(1).repeat(heads, 1)
