@@ -1,3 +1,69 @@
-"""Federated large language models."""
+"""Federated large language models: one recipe a run, one short file a method, one adapter at the end.
+
+    import fedllm
+    result = fedllm.run("recipes/demo.yaml", rounds=3)
+    result.evaluation["global"], result.adapter_path
+
+What is listed in `__all__` is what users may rely on; everything heavy is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fedllm.core.errors import (
+    ClientError,
+    CompositionError,
+    DataError,
+    EndpointError,
+    FedLLMError,
+    ModelError,
+    PayloadError,
+    QuorumError,
+    RecipeError,
+    RunError,
+)
+
+if TYPE_CHECKING:
+    from fedllm.app.export import export
+    from fedllm.app.plan import Plan, plan
+    from fedllm.app.recipe import Recipe
+    from fedllm.app.replay import replay
+    from fedllm.app.result import Result
+    from fedllm.app.run import resume, run
+    from fedllm.core.ask import Ask, Replies, on_client
+    from fedllm.core.client import Client, ClientInfo, Profile
+    from fedllm.core.layer import Layer
+    from fedllm.core.method import Card, Claim, Method, Star, knob
+    from fedllm.core.program import drive
+    from fedllm.core.reduce import Mean, Reducer, Sum
+    from fedllm.data.federation import Federation, Shard
+    from fedllm.data.load import load_federation
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "run": "app.run", "resume": "app.run", "plan": "app.plan", "Plan": "app.plan", "replay": "app.replay",
+    "export": "app.export", "Recipe": "app.recipe", "Result": "app.result",
+    "Ask": "core.ask", "Replies": "core.ask", "on_client": "core.ask",
+    "Client": "core.client", "ClientInfo": "core.client", "Profile": "core.client", "Layer": "core.layer",
+    "Card": "core.method", "Claim": "core.method", "Method": "core.method", "Star": "core.method", "knob": "core.method",
+    "drive": "core.program", "Mean": "core.reduce", "Reducer": "core.reduce", "Sum": "core.reduce",
+    "Federation": "data.federation", "Shard": "data.federation", "load_federation": "data.load",
+}
+
+__all__ = [
+    "Ask", "Card", "Claim", "Client", "ClientError", "ClientInfo", "CompositionError", "DataError", "EndpointError",
+    "FedLLMError", "Federation", "Layer", "Mean", "Method", "ModelError", "PayloadError", "Plan", "Profile",
+    "QuorumError", "Recipe", "RecipeError", "Reducer", "Replies", "Result", "RunError", "Shard", "Star", "Sum", "drive",
+    "export", "knob", "load_federation", "on_client", "plan", "replay", "resume", "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fedllm.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

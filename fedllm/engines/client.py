@@ -31,7 +31,9 @@ class ClientCall:
                  visit: int, submit: Callable[[Request], Any]) -> None:
         self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, world.model
         self.memory, self.round = memory, round
-        self._world, self._submit, self._key = world, submit, (world.seed, round, info.id, phase, visit)
+        self._world, self._submit = world, submit
+        step = phase.rpartition(".")[2]  # the function, without whose it is: methods compare on the same batches
+        self._key = (world.seed, round, info.id, step, visit)
         self._streams: dict[str, np.random.Generator] = {}
 
     @property

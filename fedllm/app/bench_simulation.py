@@ -1,0 +1,172 @@
+"""Training tokens per CPU-second of a simulated round, beside OpenFedLLM's loop and a plain PEFT loop."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedllm.core.errors import FedLLMError
+from fedllm.core.program import drive
+from fedllm.data.federation import Federation, Shard
+from fedllm.engines import Vectorized
+from fedllm.engines.client import ClientCall
+from fedllm.engines.world import World
+from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method
+from fedllm.models.model import Model
+from fedllm.spaces import make_space
+
+VOCABULARY = 4096
+LR = 1e-3
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the work of one round."""
+
+    label: str
+    hidden: int
+    layers: int
+    targets: str | tuple[str, ...] = "all-linear"
+    clients: int = 8
+    steps: int = 5
+    batch: int = 4
+    length: int = 64
+    vocabulary: int = VOCABULARY
+    gate: float | None = None  # tokens per CPU-second over OpenFedLLM's
+    moonshot: float | None = None
+    moonshot_peft: float = 2.5
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds times two, per token, of a forward and a backward with frozen weights."""
+        d, ff = self.hidden, wide(self.hidden)
+        blocks = self.layers * (4 * d * d + 3 * d * ff)
+        sites = [(d, d)] * (2 if self.targets != "all-linear" else 4)
+        sites += [(d, ff)] * 3 if self.targets == "all-linear" else []
+        adapters = self.layers * sum(8 * (i + o) for i, o in sites)
+        return 4.0 * (blocks + d * self.vocabulary) + 6.0 * adapters + 6.0 * self.layers * self.length * d
+
+
+SIZES = (
+    Size("S B4 T64", 128, 2, ("q_proj", "v_proj"), gate=8, moonshot=12),
+    Size("S B1 T32", 128, 2, ("q_proj", "v_proj"), batch=1, length=32, gate=30, moonshot=50, moonshot_peft=3.5),
+    Size("M B4 T64", 256, 4, steps=3, gate=3.5, moonshot=6),
+    Size("L B4 T64", 512, 8, clients=4, steps=2, gate=2.5, moonshot=4),
+)
+
+
+class Contender(Protocol):
+    """Something that can train one federated round; returns the tokens that it trained on."""
+
+    def round(self) -> int: ...
+
+
+class Ours:
+    """FedAvg on the vectorized engine, as `fedllm run` would do it."""
+
+    def __init__(self, size: Size, dtype: torch.dtype = torch.float32, optimizer: str = "adamw") -> None:
+        tokenizer, self.texts = tokenizer_of(size), texts_of(size)
+        space = make_space("lora", rank=8, alpha=16.0, targets=size.targets)
+        self.model = Model(net_of(size, dtype), tokenizer, "generation", space)
+        shards = {c: Shard([{"prompt": "", "response": text} for text in rows]) for c, rows in self.texts.items()}
+        local = LocalSpec(optimizer=optimizer, lr=LR, batch_size=size.batch, max_length=size.length)
+        self.world = World(self.model, Federation(shards, [], "generation"), local, completion_only=False)
+        self.method = make_method("fedavg")
+        self.engine = Vectorized((self.method,), self.world)
+        self.state, self.rounds_done = self.method.init(self.model), 0
+
+    def round(self) -> int:
+        self.engine.begin(self.rounds_done)
+        self.state = drive(self.method.round(self.state, self.world.infos()), self.engine)
+        self.engine.commit()
+        self.rounds_done += 1
+        return sum(len(e.ids) for c in self.texts for e in self.world.encoded(c, "train"))  # one epoch: each row once
+
+    def plans(self) -> dict[str, list]:
+        """Each client's batches in the first round."""
+        calls = {c.id: ClientCall(c, self.world, {}, 0, "FedAvg.local", 1, _refuse) for c in self.world.infos()}
+        return {c: call.batches(len(self.texts[c]) // self.world.local.batch_size) for c, call in calls.items()}
+
+
+def _refuse(request: Any) -> Any:
+    raise FedLLMError(f"{type(request).__name__}: this client only tells its batches")
+
+
+def wide(hidden: int) -> int:
+    """The width of the feed-forward part."""
+    return hidden * 11 // 4
+
+
+def net_of(size: Size, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A Llama of this size with the same random weights every time."""
+    torch.manual_seed(0)
+    heads = max(4, size.hidden // 64)
+    config = LlamaConfig(vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=wide(size.hidden),
+                         num_hidden_layers=size.layers, num_attention_heads=heads, num_key_value_heads=heads,
+                         max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                         attn_implementation="sdpa")
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tokenizer_of(size: Size) -> PreTrainedTokenizerFast:
+    """One word, one token."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = special + [f"w{i}" for i in range(size.vocabulary - len(special))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>")
+
+
+def texts_of(size: Size) -> dict[str, list[str]]:
+    """Each client's rows; all are longer than the limit, so that every side trains on exactly `length` tokens."""
+    rng, words = Random(0), size.vocabulary - 4
+    return {f"c{k}": [" ".join(f"w{rng.randrange(words)}" for _ in range(size.length + 2))
+                      for _ in range(size.steps * size.batch)] for k in range(size.clients)}
+
+
+def plain_peft(size: Size, ours: Ours, dtype: torch.dtype = torch.float32, optimizer: str = "adamw") -> Contender:
+    """The plain PEFT loop on the rows and batches that our side trains on."""
+    rows = {c: [e.ids for e in ours.world.encoded(c, "train")] for c in ours.texts}
+    config = ours.model.space.peft_config(ours.model.net, "generation")
+    return peer("plain_peft").PlainPeft(net_of(size, dtype), config, rows, ours.plans(), lr=LR, optimizer=optimizer)
+
+
+def openfedllm(size: Size, ours: Ours) -> Contender:
+    """OpenFedLLM's loop on the same texts."""
+    config = ours.model.space.peft_config(ours.model.net, "generation")
+    return peer("openfedllm").OpenFedLLM(net_of(size), config, tokenizer_of(size), ours.texts, steps=size.steps,
+                                         batch_size=size.batch, max_length=size.length, lr=LR)
+
+
+def race(contenders: Mapping[str, Contender], repeats: int, floor: float = 0.4) -> dict[str, list[float]]:
+    """Tokens per CPU-second of each, turn by turn, after one warm-up round each.
+
+    A turn lasts `floor` CPU-seconds or one round, whichever is longer, so that short rounds are not lost in noise.
+    """
+    for contender in contenders.values():
+        contender.round()
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            gc.collect()
+            tokens, start = 0, time.process_time()
+            while not tokens or time.process_time() - start < floor:
+                tokens += contender.round()
+            speeds[name].append(tokens / (time.process_time() - start))
+    return speeds
+
+
+def ratio(speeds: Mapping[str, Sequence[float]], ours: str, theirs: str) -> float:
+    """Median over turns of how many times faster."""
+    return median(a / b for a, b in zip(speeds[ours], speeds[theirs], strict=True))

@@ -1,0 +1,189 @@
+"""From a checked recipe to the parts of a run: federation, model, method, layers, engine."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedllm.app.layers import make_layer
+from fedllm.app.recipe import Recipe
+from fedllm.core.client import Profile
+from fedllm.core.errors import CompositionError, DataError, RecipeError
+from fedllm.core.layer import Layer
+from fedllm.core.method import Method, check_knob
+from fedllm.data.federation import Federation
+from fedllm.data.load import load_federation
+from fedllm.engines.world import World
+from fedllm.local.requests import Limits
+from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method
+from fedllm.models.load import load_model
+from fedllm.spaces.registry import SPACES, make_space
+from fedllm.spaces.space import Space
+
+T = TypeVar("T")
+PACKAGES = ("fedllm", "torch", "transformers", "peft", "numpy")
+
+
+@dataclass
+class Parts:
+    """What a run is made of, ready to go."""
+
+    recipe: Recipe
+    world: World
+    method: Method
+    layers: list[Layer]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Clients of the data that take no part, and why."""
+
+
+def build(recipe: Recipe) -> Parts:
+    """Make every part; what does not fit is refused here, before any work is done."""
+    method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
+    space, start = make_recipe_space(recipe)
+    local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
+    layers = [_part(f"layers.{i}", lambda i=i, n=n: make_layer(n.name, n.knobs, f"layers.{i}"))
+              for i, n in enumerate(recipe.layers)]
+    compose(method, layers)
+    federation, left_out = _without_empty(load_federation(recipe.data, recipe.seed, embed=_embedder(recipe)))
+    m = recipe.model
+    model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
+                       pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
+    if start is not None:
+        from fedllm.spaces.peft_io import load_adapter
+
+        model.start = load_adapter(start, model)
+    method.check(model)
+    e = recipe.evaluate
+    world = World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
+                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
+                  recipe.data.completion_only)
+    return Parts(recipe, world, method, layers, left_out)
+
+
+def _part(path: str, make: Callable[[], T]) -> T:
+    """Make one part; its errors name keys by the recipe's path (`method.mu`) and not by the class (`FedProx.mu`)."""
+    try:
+        return make()
+    except RecipeError as error:
+        owner, _, rest = str(error).removeprefix(f"{path}: ").partition(".")
+        if rest and owner.isidentifier() and owner[:1].isupper():
+            raise RecipeError(f"{path}.{rest}") from None
+        raise
+
+
+def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
+    """The space, and the folder of the adapter that it starts from (`space.start_from`), if any."""
+    knobs, start = recipe.space.knobs, None
+    own = SPACES[recipe.space.name].knobs() if recipe.space.name in SPACES else {}
+    options = own.get("start_from", {}).get("options") or ()
+    if "start_from" in knobs and knobs["start_from"] not in options:
+        from fedllm.spaces.peft_io import knobs_of
+
+        start = str(knobs.pop("start_from"))
+        knobs = {**knobs_of(start, recipe.space.name), **knobs}
+    return _part("space", lambda: make_space(recipe.space.name, **knobs)), start
+
+
+def compose(method: Method, layers: list[Layer]) -> None:
+    """Let every layer look at the method; what would be unsound is refused with a CompositionError."""
+    if layers and overrides(method, "answer") and not overrides(method, "round"):
+        raise CompositionError(f"method '{type(method).__name__}' answers questions and has no rounds, so the layers "
+                               f"{[type(x).__name__ for x in layers]} would never act; leave 'layers' out")
+    reducers = {n: f.__dict__.get("reduce") for n in dir(type(method))
+                if callable(f := getattr(type(method), n)) and getattr(f, "__dict__", {}).get("runs_on_client")}
+    for layer in layers:
+        layer.check(method, reducers)
+
+
+def overrides(method: Method, name: str) -> bool:
+    """Whether the method's class says more about `name` than `Method` does."""
+    mine = getattr(type(method), name, None)
+    return mine is not None and mine is not Method.__dict__.get(name)
+
+
+def _without_empty(federation: Federation) -> tuple[Federation, dict[str, str]]:
+    left = {c: "it has no training rows" for c, s in federation.clients.items() if not s.train}
+    if len(left) == len(federation.clients):
+        raise DataError(f"no client has training rows ({len(left)} clients); check data.source and data.partition")
+    kept = {c: s for c, s in federation.clients.items() if c not in left}
+    return replace(federation, clients=kept), left
+
+
+def make_profiles(recipe: Recipe, clients: list[str]) -> dict[str, Profile]:
+    """What each client declares: the recipe's common values, then its own."""
+    spec = recipe.clients
+    names = [f.name for f in fields(Profile)]
+    out = {}
+    for unknown in spec.profiles.keys() - set(clients):
+        near = difflib.get_close_matches(unknown, clients, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise RecipeError(f"clients.profiles.{unknown}: no such client{hint} The data has {', '.join(clients[:12])}")
+    for i, client in enumerate(clients):
+        values: dict[str, Any] = {"availability": spec.availability}
+        if spec.ranks:
+            values["rank"] = spec.ranks[i % len(spec.ranks)]
+        for key, value in spec.profiles.get(client, {}).items():
+            _check_profile(f"clients.profiles.{client}", key, value, names)
+            values[key] = value
+        out[client] = Profile(**values)
+    return out
+
+
+LIMITS: dict[str, Mapping[str, Any]] = {
+    "rank": {"ge": 1}, "memory_bytes": {"ge": 1}, "bandwidth": {"gt": 0}, "speed": {"gt": 0},
+    "availability": {"gt": 0, "le": 1}}
+
+
+def _check_profile(path: str, key: str, value: Any, names: list[str]) -> None:
+    if key not in names:
+        near = difflib.get_close_matches(key, names, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise RecipeError(f"{path}.{key}: unknown key{hint} Allowed here: {', '.join(names)}")
+    kind = next(f.type for f in fields(Profile) if f.name == key)
+    check_knob(path, key, value, LIMITS.get(key, {}), kind)
+    if not LIMITS.get(key) and not isinstance(value, str):
+        raise RecipeError(f"{path}.{key} = {value!r} is not allowed; it must be a text")
+
+
+def _embedder(recipe: Recipe) -> Callable[[list[str]], np.ndarray]:
+    """Texts -> vectors by the recipe's own model, loaded only if a partition asks for it (`by_cluster`)."""
+
+    def embed(texts: Any) -> np.ndarray:
+        from fedllm.data.encode import Encoded
+        from fedllm.local.forward import run_embeds
+        from fedllm.local.generate import prompt_ids
+        from fedllm.local.requests import Embed
+
+        model = load_model(recipe.model.name, "classification", make_space("head"), labels=("any",))
+        rows = [Encoded(r, 0, 0) for r in prompt_ids(list(texts), model.tokenizer, 256)]
+        return run_embeds([Embed("partition", model, {}, None, rows)], Limits())[0]
+
+    return embed
+
+
+def resolved(parts: Parts) -> dict[str, Any]:
+    """The recipe with every default written out, and the versions that it ran with."""
+    full = parts.recipe.model_dump()
+    full["method"] = {"name": parts.recipe.method.name, **_plain(parts.method)}
+    start = parts.recipe.space.knobs.get("start_from")
+    full["space"] = {"name": parts.recipe.space.name, **_plain(parts.world.model.space)}
+    if start is not None:
+        full["space"]["start_from"] = start
+    full["local"] = _plain(parts.world.local)
+    if parts.world.federation.task == "classification":
+        full["data"]["labels"] = list(parts.world.federation.labels)
+    full["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+    return full
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """A dataclass as what YAML can hold."""
+    values = asdict(part) if is_dataclass(part) and not isinstance(part, type) else {}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -1,0 +1,163 @@
+"""Reads a recipe's YAML, edits it by key path, and says what is wrong with it in words of the recipe."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from fedllm.core.errors import RecipeError
+
+SHORT = {"model": "name", "data": "source", "method": "name", "space": "name", "engine": "kind"}
+"""Sections that may be given as one word, and the key that the word is for."""
+
+
+class Yaml(yaml.SafeLoader):
+    """YAML in which `3e-3` is a number, as people expect, and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            where = node.start_mark
+            raise yaml.MarkedYAMLError(problem=f"the key '{twice[0]}' is given twice", problem_mark=where)
+        return super().construct_mapping(node, deep=deep)
+
+
+Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text; a RecipeError names the place and the line of what cannot be read."""
+    try:
+        return yaml.load(text, Loader=Yaml)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file; give a recipe in YAML") from None
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, _beside(path), n=1)
+        hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error.strerror}{hint}") from None
+    value = parse_yaml(text, str(path))
+    if value is None or not isinstance(value, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, and this is {type(value).__name__}")
+    return value
+
+
+def _beside(path: Path) -> list[str]:
+    return [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`local.lr=3e-3` -> ("local.lr", 0.003)."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise RecipeError(f"{text!r} is no override; write key.path=value, for example local.lr=3e-3")
+    return key.strip(), parse_yaml(value, f"the value of {key.strip()}")
+
+
+def edit(raw: MutableMapping[str, Any], key: str, value: Any) -> None:
+    """Set one value by its key path, in place; mappings are merged, unless they name another part."""
+    steps = key.split(".")
+    at: Any = raw
+    for i, step in enumerate(steps[:-1]):
+        path = ".".join(steps[: i + 1])
+        child = at[_index(at, step, path)] if isinstance(at, list) else at.get(step)
+        if isinstance(child, str) and ((i == 0 and step in SHORT) or (i == 1 and steps[0] == "layers")):
+            child = {SHORT.get(step, "name"): child}
+        if child is not None and not isinstance(child, dict | list):
+            raise RecipeError(f"{key}: '{path}' is {child!r} and holds no keys")
+        child = {} if child is None else child.copy()
+        at[int(step) if isinstance(at, list) else step] = child
+        at = child
+    last = steps[-1]
+    if isinstance(at, list):
+        at[_index(at, last, key)] = value
+    else:
+        at[last] = _merged(at.get(last), value)
+
+
+def _index(at: Sequence[Any], step: str, path: str) -> int:
+    if not step.isdigit() or int(step) >= len(at):
+        raise RecipeError(f"{path}: it is a list of {len(at)}; allowed are 0 to {len(at) - 1}")
+    return int(step)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    if "name" in new and new["name"] != old.get("name"):
+        return dict(new)  # another method's or space's knobs mean nothing to this one
+    return {**old, **{k: _merged(old.get(k), v) for k, v in new.items()}}
+
+
+def fill(raw: MutableMapping[str, Any]) -> None:
+    """`method: {server_lr: 0.5}` without a name means the default method; the same for the space."""
+    for section, name in (("method", "fedavg"), ("space", "lora")):
+        if isinstance(raw.get(section), dict):
+            raw[section] = {"name": name, **raw[section]}
+
+
+def complaints(root: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> str:
+    """All that pydantic refused, one line for each key (its complaints about the branches of a union are joined)."""
+    lines: dict[str, str] = {}
+    for one in errors:
+        head, colon, text = complaint(root, one).partition(": ")
+        lines[head + colon] = f"{lines[head + colon]}, or {text}" if head + colon in lines else text
+    return "\n".join(head + text for head, text in lines.items())
+
+
+def complaint(root: type[BaseModel], one: Mapping[str, Any]) -> str:
+    """One line on one thing that pydantic refused: the key's path, the value, and what is allowed."""
+    loc, model = _known(root, one["loc"])
+    path = ".".join(str(p) for p in loc)
+    text = one["msg"].removeprefix("Value error, ")
+    if one["type"] == "extra_forbidden":
+        key = str(loc[-1])
+        near = difflib.get_close_matches(key, model.model_fields, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"{path}: unknown key{hint} Allowed here: {', '.join(model.model_fields)}"
+    if one["type"] == "missing":
+        return f"{path}: this key is needed"
+    if one["type"] == "value_error" and text.startswith(f"{loc[0]}."):
+        return text  # it names its key already
+    return f"{path} = {one['input']!r}: {text[0].lower() + text[1:]}"
+
+
+def _known(root: type[BaseModel], loc: Sequence[Any]) -> tuple[list[Any], type[BaseModel]]:
+    """The part of pydantic's location that is the user's (no union tags), and the section that it ends in."""
+    model, out = root, []
+    for i, step in enumerate(loc):
+        out.append(step)
+        field = model.model_fields.get(step) if isinstance(step, str) else None
+        if field is None and not (isinstance(step, int) or i == len(loc) - 1):
+            return out, model
+        if field is not None:
+            inner = _section(field.annotation)
+            if inner is None:  # what follows are indices, a mapping's keys, and tags of pydantic's own
+                mapping = get_origin(field.annotation) is dict
+                return out + [s for s in loc[i + 1 :] if mapping or isinstance(s, int)], model
+            model = inner
+    return out, model
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as `Spec | None` or `list[Spec]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)

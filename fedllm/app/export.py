@@ -1,0 +1,48 @@
+"""Hand a run's model to others: the PEFT adapter as it is, or merged into its base with plain `peft`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from fedllm.app.products import BASE
+from fedllm.app.result import Result
+from fedllm.core.errors import RunError
+from fedllm.models.load import load_tokenizer
+from fedllm.models.merge import merge_adapter
+
+
+def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False) -> Path:
+    """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
+
+    Raises RunError when the run serves no model or `out` exists, ModelError for adapters that cannot be merged.
+    """
+    result = Result.load(path)
+    served = result.adapter_path
+    if served is None:
+        raise RunError(f"{path}: method '{result.method}' serves no single model; what clients have lies in "
+                       f"{result.folder / 'clients'}")
+    goal = Path(out) if out else result.folder / ("merged" if merge else "export")
+    if goal.exists() and any(goal.iterdir()):
+        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+    try:
+        if merge and served.name == "adapter":
+            _merge(served, goal)
+        else:
+            if (served / BASE).exists():
+                raise RunError(f"{served}: the method also changed the base weights ({BASE}), which an adapter alone "
+                               "cannot hold; export with --merge")
+            shutil.copytree(served, goal, dirs_exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{goal} cannot be written: {error}") from None
+    return goal
+
+
+def _merge(adapter: Path, goal: Path) -> None:
+    import json
+
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    delta = load_file(adapter / BASE) if (adapter / BASE).exists() else {}
+    merge_adapter(adapter, goal, delta, load_tokenizer(base))

@@ -1,0 +1,157 @@
+"""NVFlare's side of the engine: what runs in the job processes of the server and of the sites.
+
+Only installed code is named in a job; these classes are all that a site's allow-list admits, and no job ships any code.
+NVFlare's own controller gives up a run when one site is slow to start, and forgets a site whose process died. Ours
+builds its proxies from what both sides have installed, and the server's `Reviver` starts a lost process again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_scheduler_spec import DispatchInfo
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
+from nvflare.collab import CollabCallError, collab
+from nvflare.collab.api.app import ClientApp
+from nvflare.collab.runtime.controller import CollabController
+from nvflare.collab.runtime.dispatch import prepare_for_remote_call
+from nvflare.collab.runtime.executor import CollabExecutor
+from nvflare.collab.runtime.lifecycle import run_server
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
+from nvflare.fuel.f3.cellnet.utils import new_cell_message
+
+from fedllm.app.federate_site import SETTINGS, SiteSettings, open_run
+from fedllm.core.errors import FedLLMError
+from fedllm.engines.flare_site import SiteHost
+from fedllm.engines.flare_sites import Head, Patience, Silence
+
+log = logging.getLogger(__name__)
+CHANNEL, TOPIC = "fedllm", "revive"
+FAILED = "failed.txt"
+"""In the run's folder: why the coordinator's process gave up."""
+
+
+class CollabLink:
+    """Carries messages over NVFlare's Collab calls; NVFlare encrypts, streams and authenticates them."""
+
+    def __init__(self, proxies: Sequence[Any], revive: Callable[[str], None]) -> None:
+        self.proxies = {p.name: p for p in proxies}
+        self.revive = revive
+
+    def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float) -> tuple[Head, bytes]:
+        try:
+            got = self.proxies[site](timeout=max(0.1, seconds)).handle(json.dumps(dict(head)), bytes(body))
+            return json.loads(got["head"]), got["body"]
+        except CollabCallError as error:
+            if head.get("op") == "probe":
+                self.revive(site)
+            raise Silence(str(error.cause or error)[:300]) from None
+        except (TypeError, KeyError, ValueError) as error:
+            raise Silence(f"an answer that is none: {error}") from None
+
+
+class CoordinatorNode:
+    """The server's object: drives the run in `folder` and leaves its result there."""
+
+    def __init__(self, folder: str, needed: int, patience: dict[str, float] | None = None) -> None:
+        self.folder, self.needed, self.patience = folder, needed, patience or {}
+
+    @collab.main
+    def run(self) -> None:
+        """The whole run; why it failed is written beside its events."""
+        from fedllm.app.federate_run import drive_run
+
+        torch.set_num_threads(1)
+        folder, cell, job = Path(self.folder), collab.fl_ctx.get_engine().get_cell(), collab.fl_ctx.get_job_id()
+
+        def revive(site: str) -> None:
+            cell.fire_and_forget(channel=CHANNEL, topic=TOPIC, targets=FQCN.ROOT_SERVER,
+                                 message=new_cell_message({}, {"job": job, "site": site}), optional=True)
+
+        clients = list(collab.clients)
+        link = CollabLink(clients, revive)
+        try:
+            drive_run(folder, link, [p.name for p in clients], self.needed, Patience(**self.patience))
+        except FedLLMError as error:
+            (folder / FAILED).write_text(str(error))
+            raise
+
+
+class SiteNode:
+    """A site's object: one process a run, which keeps the base model loaded."""
+
+    def __init__(self) -> None:
+        self.host: SiteHost | None = None
+
+    @collab.publish
+    def handle(self, head: str, body: bytes) -> dict[str, Any]:
+        """Any message of the coordinator: envelope (JSON) and payload in, the same out."""
+        if self.host is None:
+            site = collab.site_name
+            context = collab.fl_ctx
+            settings = SiteSettings.read(Path(context.get_engine().get_workspace().get_site_config_dir()) / SETTINGS)
+            torch.set_num_threads(settings.threads)
+            self.host = SiteHost(lambda opening: open_run(opening, site, settings))
+        said, data = self.host.answer(json.loads(head), body)
+        return {"head": json.dumps(said), "body": data}
+
+
+class Conductor(CollabController):
+    """NVFlare's Collab controller without its start-up vote: a site that is late or lost is for the engine to judge."""
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        if self.server_app is None:
+            self.system_panic("the coordinator's own code did not start", fl_ctx)
+            return
+        engine, job = fl_ctx.get_engine(), fl_ctx.get_job_id()
+        self.cell = engine.get_cell()
+        published = ClientApp(SiteNode()).get_collab_interface()
+        proxies = [self._prepare_client_proxy(job, c, published, abort_signal, fl_ctx) for c in engine.get_clients()]
+        own = self._prepare_server_proxy(job, abort_signal, self.server_app.get_collab_interface(), fl_ctx)
+        self.server_app.setup(fl_ctx.get_workspace(), own, proxies, abort_signal)
+        run_server(self.server_app, self.logger)
+
+
+class Resident(CollabExecutor):
+    """NVFlare's Collab executor that answers calls from its start on, so that a process started again is reachable."""
+
+    def _handle_start_run(self, event_type: str, fl_ctx: FLContext) -> None:
+        super()._handle_start_run(event_type, fl_ctx)
+        if self.client_app is None:
+            return
+        server = FQCN.join([FQCN.ROOT_SERVER, fl_ctx.get_job_id()])
+        prepare_for_remote_call(cell=fl_ctx.get_engine().get_cell(), app=self.client_app, logger=self.logger,
+                                executor=self.inbound_executor, participants={server: "server"})
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        return make_reply("TASK_UNKNOWN")
+
+
+class Reviver(FLComponent):
+    """Lives in the server's main process: starts a site's job process again when the coordinator misses it."""
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.SYSTEM_START:
+            self.engine = fl_ctx.get_engine()
+            self.engine.server.cell.register_request_cb(channel=CHANNEL, topic=TOPIC, cb=self._revive)
+
+    def _revive(self, request: Any) -> Any:
+        job_id, site = str(request.payload["job"]), str(request.payload["site"])
+        origin = request.get_header(MessageHeaderKey.ORIGIN)
+        job = self.engine.job_runner.running_jobs.get(job_id)
+        if job is None or origin != FQCN.join([FQCN.ROOT_SERVER, job_id]):
+            return new_cell_message({MessageHeaderKey.RETURN_CODE: ReturnCode.INVALID_REQUEST})
+        with self.engine.new_context() as fl_ctx:
+            replies = self.engine.start_client_job(job, {site: DispatchInfo("app", {}, None)}, fl_ctx)
+        self.logger.info(f"start of job {job_id} at '{site}' again: {[r.reply and r.reply.body for r in replies]}")
+        return new_cell_message({MessageHeaderKey.RETURN_CODE: ReturnCode.OK})

@@ -1,0 +1,165 @@
+"""The coordinator's half of a real federation: open the run at every site, drive it as any run, close it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fedllm.app.build import Parts, compose, make_recipe_space
+from fedllm.app.federate_site import site_profile, versions
+from fedllm.app.folder import RunFolder
+from fedllm.app.layers import make_layer
+from fedllm.app.progress import Quiet
+from fedllm.app.recipe import Recipe, load_recipe
+from fedllm.app.result import Result
+from fedllm.app.run import Run
+from fedllm.core.client import ClientInfo
+from fedllm.core.errors import RecipeError, RunError
+from fedllm.data.federation import Federation, Shard
+from fedllm.data.load import load_federation
+from fedllm.engines import ENGINES
+from fedllm.engines.flare import Flare
+from fedllm.engines.flare_sites import PROTOCOL, Link, Patience, Silence, Sites
+from fedllm.engines.world import World
+from fedllm.local.requests import Limits
+from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method
+from fedllm.models.load import load_model
+
+log = logging.getLogger(__name__)
+
+
+class FarWorld(World):
+    """The coordinator's world: the model and the global test; of the clients only what they said of themselves."""
+
+    said: Mapping[str, ClientInfo] = {}
+
+    def infos(self) -> list[ClientInfo]:
+        return list(self.said.values())
+
+
+class Opening:
+    """Opens (and after a site's restart reopens) one run at its sites."""
+
+    def __init__(self, sites: Sites, recipe: Recipe, run: str, at: int) -> None:
+        self.sites, self.recipe = sites, recipe
+        self.said: dict[str, Mapping[str, Any]] = {}
+        self.head = {"op": "open", "protocol": PROTOCOL, "run": run, "at": at, "incarnation": uuid.uuid4().hex,
+                     "recipe": for_sites(recipe), "versions": versions(), "sites": sorted(sites.table)}
+        sites.reopen = self.one
+
+    def one(self, site: str) -> None:
+        """One site loads its model; raises Silence with the site's own reason when it refuses."""
+        head, _ = self.sites.link.call(site, self.head, b"", self.sites.patience.opening)
+        if why := head.get("refused") or head.get("failed"):
+            raise Silence(f"refused by the site: {why}")
+        self.sites.table[site].boot = str(head["boot"])
+        self.said[site] = head
+
+    def all(self, needed: int) -> dict[str, str]:
+        """Open everywhere at once; returns who does not take part and why. RunError when fewer than `needed` do."""
+        names = list(self.sites.table)
+        with ThreadPoolExecutor(len(names)) as pool:
+            out = {n: why for n, why in zip(names, pool.map(self._try, names), strict=True) if why}
+        if len(names) - len(out) < needed:
+            reasons = "; ".join(f"{n}: {why}" for n, why in out.items())
+            raise RunError(f"{len(names) - len(out)} of {len(names)} sites take part, {needed} are needed ({reasons})")
+        for name in out:
+            del self.sites.table[name]
+        return out
+
+    def close(self) -> dict[str, int]:
+        """Tell every site which rounds counted last; returns how often each has loaded its model."""
+        loads = {}
+        for name, site in self.sites.table.items():
+            head = {"op": "close", "protocol": PROTOCOL, "settled": list(site.settled)}
+            try:
+                loads[name] = int(self.sites.link.call(name, head, b"", 10.0)[0].get("loads", 0))
+            except Silence as why:
+                log.warning("site '%s' did not hear that the run is over: %s", name, why)
+        return loads
+
+    def _try(self, site: str) -> str | None:
+        try:
+            self.one(site)
+        except Silence as why:
+            return str(why)
+        return None
+
+
+def for_sites(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what is the coordinator's alone: where its own test rows lie, and its baselines."""
+    raw = recipe.model_dump(mode="json")
+    raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "partition", "office")}
+    raw["engine"]["kind"] = "in_process"
+    raw["evaluate"]["baselines"] = []
+    return raw
+
+
+def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sites: Sequence[str],
+                      left_out: Mapping[str, str]) -> Parts:
+    """The parts of the run on the coordinator, where no client's row is."""
+    labels = sorted({tuple(s["labels"]) for s in said.values()})
+    tasks = sorted({str(s["task"]) for s in said.values()})
+    if len(labels) != 1 or len(tasks) != 1:
+        raise RunError(f"the sites disagree on the task: labels {labels}, tasks {tasks}")
+    method = make_method(recipe.method.name, **recipe.method.knobs)
+    layers = [make_layer(n.name, n.knobs, f"layers.{i}") for i, n in enumerate(recipe.layers)]
+    compose(method, layers)
+    infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
+             for s in sorted(said)}
+    federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _test_rows(recipe), recipe.data.task,
+                            tuple(labels[0]))
+    space, _ = make_recipe_space(recipe)
+    m, e = recipe.model, recipe.evaluate
+    model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
+                       pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
+    method.check(model)
+    world = FarWorld(model, federation, LocalSpec.make(recipe.local, "local"), recipe.seed,
+                     {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
+                     e.exact_match, e.max_new_tokens, recipe.data.completion_only)
+    world.said = infos
+    return Parts(recipe, world, method, layers, dict(left_out))
+
+
+def _test_rows(recipe: Recipe) -> Sequence[Mapping[str, Any]]:
+    """The coordinator's own test file, if it has one; a fraction of rows that lie elsewhere cannot be held out."""
+    spec = recipe.data
+    if not isinstance(spec.test, str):
+        return ()
+    own = spec.model_copy(update={"source": spec.test, "test": 0.0, "client_test": 0.0, "office": None,
+                                  "partition": {"kind": "per_file"}, "limit": None})
+    return load_federation(own, recipe.seed).pooled()
+
+
+def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None = None,
+              patience: Patience | None = None, progress: Quiet | None = None) -> Result:
+    """Begin the run in `folder`, or go on where it stood, with these sites; comes back with its result."""
+    room = RunFolder.open(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    if recipe.evaluate.baselines:
+        raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
+    found = room.load()
+    table = Sites(link, sites, patience)
+    opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0)
+    left_out = opening.all(len(sites) if needed is None else needed)
+    parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
+    parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": "flare"})})
+    ENGINES["flare"] = functools.partial(Flare, sites=table)  # type: ignore[assignment]
+    result = Run(parts, room, progress or Quiet()).go()
+    loads = opening.close()
+    room.write_json("sites.json", {n: {"loads": loads.get(n), "suspect": s.suspect} for n, s in table.table.items()})
+    return result
+
+
+def recipe_run(folder: Path) -> str:
+    """The run's name for its sites' stores: kept in the folder, so that a resumed run finds its memories."""
+    path = folder / "run_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text().strip()

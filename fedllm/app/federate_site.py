@@ -1,0 +1,175 @@
+"""What a site decides for itself: its data, what may run here, and what may leave. Its settings never leave either."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedllm.app.build import PACKAGES, compose, make_profiles, make_recipe_space
+from fedllm.app.federate_memory import DiskMemory
+from fedllm.app.layers import make_layer
+from fedllm.app.recipe import Recipe, load_recipe
+from fedllm.core.client import ClientInfo, Profile
+from fedllm.core.errors import CompositionError, DataError, RecipeError
+from fedllm.core.payload import Payload, tensor_bytes
+from fedllm.core.rng import numpy_stream
+from fedllm.data.federation import Federation, Row, Shard
+from fedllm.data.load import HOLD_BACK_FROM, _held_back, load_federation
+from fedllm.engines.flare_site import SiteRun
+from fedllm.engines.flare_sites import Head
+from fedllm.engines.world import World
+from fedllm.local.requests import Limits
+from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method, modules
+from fedllm.models.load import load_model
+
+SETTINGS = "fedllm.json"
+
+
+class SiteSettings(BaseModel):
+    """A site's own file, `local/fedllm.json` in its kit: what the organisation allows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    data: str
+    """A file or folder with this site's rows."""
+    store: str
+    """Folder for what the client remembers between rounds and runs."""
+    methods: list[str] | None = None
+    """Ids of the methods that may run here; None: every installed one."""
+    models: list[str] = Field(default_factory=list)
+    """Folders that models and adapters may be read from; embedded models and Hub ids need none."""
+    profile: dict[str, Any] = Field(default_factory=dict)
+    """What this site declares: rank, memory_bytes, bandwidth, modality, privacy."""
+    text_leaves: bool = True
+    """Whether a reply may hold text."""
+    most_bytes: int | None = Field(default=None, ge=1)
+    """Tensor bytes of the largest reply that may leave; None: any."""
+    trust_remote_code: bool = False
+    """Whether a run may execute Python code that comes with a Hub model."""
+    same_packages: list[str] = Field(default_factory=lambda: ["fedllm", "torch", "transformers", "peft"])
+    """Packages whose versions must be the coordinator's."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of the model; another number rounds another way."""
+
+    @classmethod
+    def read(cls, path: Path) -> SiteSettings:
+        """The settings in a file; RecipeError when they are missing or wrong."""
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, ValidationError) as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    def may(self, way: str, payload: Payload) -> str | None:
+        """Why a payload may not pass here, or None."""
+        if way == "down":
+            return None
+        text = next((k for k, v in payload.items() if isinstance(v, str) or
+                     (isinstance(v, list) and any(isinstance(x, str) for x in v))), None)
+        if text is not None and not self.text_leaves:
+            return f"'{text}' is text, and this site lets no text leave (text_leaves = false)"
+        if self.most_bytes is not None and tensor_bytes(payload) > self.most_bytes:
+            return f"the reply has {tensor_bytes(payload)} bytes of tensors, this site allows {self.most_bytes}"
+        return None
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide a run's bits."""
+    return {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, dict[str, Any]]:
+    """The run that a coordinator's message describes, if this site takes part in it; loads the model.
+
+    Raises FedLLMError with the reason when the site's settings forbid it.
+    """
+    _same_versions(head["versions"], settings)
+    recipe = _recipe(head["recipe"], settings)
+    method = make_method(recipe.method.name, **recipe.method.knobs)
+    layers = [make_layer(n.name, n.knobs, f"layers.{i}") for i, n in enumerate(recipe.layers)]
+    compose(method, layers)
+    federation = _own_rows(recipe, site, settings)
+    space, _ = make_recipe_space(recipe)
+    m, e = recipe.model, recipe.evaluate
+    model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
+                       pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
+    method.check(model)
+    profile = site_profile(recipe, site, head["sites"], settings.profile)
+    world = World(model, federation, LocalSpec.make(recipe.local, "local"), recipe.seed, {site: profile},
+                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
+                  recipe.data.completion_only)
+    info = world.infos()[0]
+    run = str(head["run"])
+    if not run.replace("-", "").isalnum():
+        raise RecipeError(f"run = {run!r} is no run's name")
+    memory = DiskMemory(Path(settings.store) / run, int(head["at"]), 2 * recipe.record.checkpoint_every)
+    said = {"n": info.n, "profile": settings.profile, "task": federation.task, "labels": list(federation.labels)}
+    return SiteRun((method, *layers), world, ClientInfo(site, info.n, info.profile), memory, settings.may), said
+
+
+def _same_versions(theirs: Mapping[str, str], settings: SiteSettings) -> None:
+    mine = versions()
+    for package in settings.same_packages:
+        if theirs.get(package) != mine.get(package):
+            raise CompositionError(f"the run asks for {package} {theirs.get(package)}, this site has installed "
+                                   f"{mine.get(package)}; install the same version on both sides")
+
+
+def _recipe(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
+    """The coordinator's recipe with this site's data, if it asks for nothing that is forbidden here."""
+    data = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "partition", "office")}
+    recipe = load_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
+                                          "partition": {"kind": "per_file"}}})
+    name = recipe.method.name
+    if settings.methods is not None and name not in settings.methods:
+        raise RecipeError(f"method '{name}' is not on this site's allow-list "
+                          f"({', '.join(settings.methods) or 'empty'})")
+    if name not in modules():
+        raise RecipeError(f"method '{name}' is not installed here, and this site runs installed code only")
+    if recipe.model.trust_remote_code and not settings.trust_remote_code:
+        raise RecipeError("model.trust_remote_code = true is forbidden by this site (trust_remote_code = false)")
+    for key, value in (("model.name", recipe.model.name), ("space.start_from", recipe.space.knobs.get("start_from"))):
+        _path_inside(key, value, settings)
+    return recipe
+
+
+def _path_inside(key: str, value: Any, settings: SiteSettings) -> None:
+    """A path that a run names must lie in a folder that the site opened for it."""
+    if not isinstance(value, str) or not (value.startswith(("/", ".", "~")) or Path(value).exists()):
+        return
+    real = Path(value).expanduser().resolve()
+    if not any(real.is_relative_to(Path(folder).resolve()) for folder in settings.models):
+        raise RecipeError(f"{key} = {value!r} is a path outside of the folders that this site opened "
+                          f"({', '.join(settings.models) or 'none'}); use a Hub id, or `fedllm join --models FOLDER`")
+
+
+def site_profile(recipe: Recipe, site: str, sites: Sequence[str], declared: Mapping[str, Any]) -> Profile:
+    """What the recipe says of this site, overruled by what the site declares of itself."""
+    recipe = recipe.model_copy(update={"clients": recipe.clients.model_copy(
+        update={"profiles": {k: v for k, v in recipe.clients.profiles.items() if k in sites}})})
+    profiles = make_profiles(recipe, list(sites))
+    try:
+        return replace(profiles[site], **declared)
+    except TypeError as error:
+        raise RecipeError(f"profile of site '{site}': {error}") from None
+
+
+def _own_rows(recipe: Recipe, site: str, settings: SiteSettings) -> Federation:
+    """This site's rows as one client, held back for its test as the same client's would be in a simulation."""
+    if not Path(settings.data).exists():
+        raise DataError(f"this site's data ({settings.data}) does not exist")
+    if recipe.data.task == "classification" and not recipe.data.labels:
+        raise RecipeError("data.labels is empty; in a real federation the recipe names the labels, since no site "
+                          "knows the others'")
+    found = load_federation(recipe.data.model_copy(update={"client_test": 0.0}), recipe.seed)
+    rows: list[Row] = found.pooled()
+    fraction = recipe.data.client_test if len(rows) >= HOLD_BACK_FROM else 0.0
+    test, train = _held_back(np.arange(len(rows)), fraction, numpy_stream(recipe.seed, "data.client_test", site))
+    return replace(found, clients={site: Shard([rows[i] for i in train], [rows[i] for i in test])}, test=())

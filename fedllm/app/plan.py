@@ -1,0 +1,197 @@
+"""Foresee what a run will cost: run a small slice of it on the real engine, and work out the rest."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedllm.app.build import Parts, build
+from fedllm.app.course import Course, draw_cohort
+from fedllm.app.judge import Judge
+from fedllm.app.meter import Meter
+from fedllm.app.recipe import Recipe, load_recipe
+from fedllm.core.method import Method
+from fedllm.core.record import Event, Record
+from fedllm.data.federation import Federation
+from fedllm.engines.world import World
+from fedllm.methods.registry import make_method
+
+PROBED = 16
+"""Clients in the slice: the vectorized engine's step is full with as many."""
+TEST_ROWS = 64
+CLIENT_ROWS = 16
+PER_ROUND_OVERHEAD = 0.02
+"""Seconds of a checkpoint and of bookkeeping."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run is expected to need."""
+
+    up: int
+    """Bytes on the wire from clients to server."""
+    down: int
+    by_phase: Mapping[str, Mapping[str, int]]
+    seconds: float
+    """Of the run itself; baselines are in `seconds_baselines`."""
+    seconds_baselines: float
+    peak_memory_bytes: int
+    rounds: int
+    cohort: int
+    epsilon: float | None = None
+    """Privacy that will be spent; None without a layer that accounts for it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+Bytes = dict[tuple[str, str], float]
+"""(direction, phase) -> bytes."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probed round: bytes and seconds."""
+
+    bytes: Bytes
+    seconds: float
+
+
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Plan:
+    """Probe a recipe and predict bytes, seconds and peak memory; nothing is written."""
+    return plan_parts(build(load_recipe(recipe, overrides)))
+
+
+def plan_parts(parts: Parts) -> Plan:
+    """The same for parts that are built.
+
+    Rounds 0, 1 and 2 are probed with one local step (methods may send other things first, or by turns), and round 2
+    once more with several: the difference is what a step costs, whatever the method makes of it.
+    """
+    recipe, meter = parts.recipe, Meter()
+    cohorts = [draw_cohort(parts.world.infos(), recipe.clients.per_round, recipe.seed, r) for r in range(recipe.rounds)]
+    asked = max((len(c) for c in cohorts), default=0)
+    small, steps = _slice(parts, asked), _mean_steps(parts)
+    more = max(3, min(12, round(steps / 4)))
+    by_round, per_step, seconds = _probe(small, small.method, small.layers, steps, more)
+    share = asked / max(1, len(small.world.federation.clients)) * _availability(parts)
+    total: Bytes = defaultdict(float)
+    for r in range(recipe.rounds):
+        for key, size in by_round[0 if r == 0 else 1 + (r + 1) % 2].items():
+            total[key] += share * (size + per_step[key] * (steps - 1))
+    tests = _tests(recipe)
+    one_test, test_seconds = _probe_test(parts, small)
+    for key, size in one_test.items():
+        total[key] += tests * size
+    time_share = asked / max(1, len(small.world.federation.clients))
+    spent = recipe.rounds * (seconds * time_share + PER_ROUND_OVERHEAD) + tests * test_seconds
+    extra = sum(_baseline_seconds(small, name, steps, more) * time_share * recipe.rounds + test_seconds
+                for name in recipe.evaluate.baselines)
+    phases: dict[str, dict[str, int]] = {}
+    for (way, phase), size in sorted(total.items()):
+        phases.setdefault(phase, {"up": 0, "down": 0})[way] += round(size)
+    return Plan(sum(p["up"] for p in phases.values()), sum(p["down"] for p in phases.values()), phases, spent, extra,
+                meter.peak(), recipe.rounds, asked)
+
+
+def _tests(recipe: Recipe) -> int:
+    every, rounds = recipe.evaluate.every, recipe.rounds
+    return 2 + (sum(1 for r in range(1, rounds) if r % every == 0) if every else 0)
+
+
+def _mean_steps(parts: Parts) -> float:
+    local, clients = parts.world.local, parts.world.infos()
+    return sum(local.count(c.n) for c in clients) / len(clients)
+
+
+def _availability(parts: Parts) -> float:
+    clients = parts.world.infos()
+    return sum(c.profile.availability for c in clients) / len(clients)
+
+
+def _slice(parts: Parts, asked: int) -> Parts:
+    """The same run with some of its clients (spread over their sizes), always there, and few test rows."""
+    world, federation = parts.world, parts.world.federation
+    infos = sorted(world.infos(), key=lambda c: c.n)
+    want = max(1, min(PROBED, asked, len(infos)))
+    chosen = {infos[(2 * i + 1) * len(infos) // (2 * want)].id for i in range(want)}
+    clients = {c: replace(s, test=s.test[:CLIENT_ROWS]) for c, s in federation.clients.items() if c in chosen}
+    small = Federation(clients, federation.test[:TEST_ROWS], federation.task, federation.labels)
+    profiles = {c.id: replace(c.profile, availability=1.0) for c in infos}
+    recipe = parts.recipe.model_copy(
+        update={"clients": parts.recipe.clients.model_copy(update={"per_round": 1.0, "quorum": 1, "deadline": None})})
+    return replace(parts, world=_world(world, small, profiles), recipe=recipe)
+
+
+def _world(world: World, federation: Federation, profiles: Mapping[str, Any], steps: int | None = None) -> World:
+    local = replace(world.local, steps=steps) if steps else world.local
+    return replace(world, federation=federation, profiles=profiles, local=local)
+
+
+def _probe(small: Parts, method: Method, layers: list[Any], steps: float, more: int) -> tuple[list[Bytes], Bytes, float]:
+    """Bytes of rounds 0, 1 and 2 at one step, bytes of each further step, and seconds of a whole round."""
+    few, many = _with_steps(small, 1), _with_steps(small, more)
+    course, seen = Course(few, method, layers), _Counter()
+    course.record.sink = seen
+    probes, state = [], course.state
+    for round in range(3):
+        state = course.state
+        probes.append(_round(course, round, seen))
+    course.state, course.engine.world = state, many.world
+    again = _round(course, 2, seen)
+    per_step: Bytes = defaultdict(float)
+    for key in probes[2].bytes:
+        per_step[key] = (again.bytes[key] - probes[2].bytes[key]) / (more - 1)
+    slope = max(0.0, again.seconds - min(probes[1].seconds, probes[2].seconds)) / (more - 1)
+    return [p.bytes for p in probes], per_step, min(probes[1].seconds, probes[2].seconds) + slope * (steps - 1)
+
+
+def _with_steps(parts: Parts, steps: int) -> Parts:
+    world = parts.world
+    return replace(parts, world=_world(world, world.federation, world.profiles, steps))
+
+
+class _Counter:
+    """Adds up what crosses the wire."""
+
+    def __init__(self) -> None:
+        self.bytes: Bytes = defaultdict(float)
+
+    def __call__(self, event: Event) -> None:
+        if event["kind"] == "wire":
+            self.bytes[event["direction"], event["phase"]] += event["bytes"]
+
+
+def _round(course: Course, round: int, seen: _Counter) -> Probe:
+    seen.bytes, started = defaultdict(float), time.perf_counter()
+    course.step(round)
+    return Probe(seen.bytes, time.perf_counter() - started)
+
+
+def _probe_test(parts: Parts, small: Parts) -> tuple[Bytes, float]:
+    """Bytes and seconds of one whole test, from one on few rows (it is run twice: the first one also tokenizes)."""
+    seen = _Counter()
+    judge = Judge(small, small.method, Record(seen))
+    state = small.method.init(small.world.model)
+    whole, part = parts.world.federation, small.world.federation
+    judge.test(state, {}, 0)
+    seen.bytes, started = defaultdict(float), time.perf_counter()
+    judge.test(state, {}, 0)
+    seconds = time.perf_counter() - started
+    clients = len(whole.clients) / len(part.clients)
+    rows = _rows(whole) / max(1, _rows(part))
+    return {key: size * clients for key, size in seen.bytes.items()}, seconds * rows
+
+
+def _rows(federation: Federation) -> int:
+    return len(federation.test) + sum(len(s.test) for s in federation.clients.values())
+
+
+def _baseline_seconds(small: Parts, name: str, steps: float, more: int) -> float:
+    return _probe(small, make_method(name), [], steps, more)[2]
+

@@ -1,0 +1,171 @@
+"""The recipe: one YAML file that says all of a run, checked key by key before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+
+from fedllm.app.complaints import complaints, edit, fill, read_yaml
+from fedllm.core.errors import RecipeError
+from fedllm.data.load import DataSpec
+
+Count = Annotated[int, Field(ge=1)]
+
+
+def _share(value: Any) -> int | float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+        raise ValueError("allowed is a count (a whole number from 1) or a share (a decimal above 0, up to 1.0)")
+    return value
+
+
+def _short(key: str) -> Any:
+    """`method: fedavg` is short for `method: {name: fedavg}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+Share = Annotated[int | float, PlainValidator(_share)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: nothing in it is guessed, and an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSpec(Section):
+    """Which model, and how it is held in memory."""
+
+    name: str = "embedded"
+    """embedded, minilm, a folder saved with save_pretrained, or a Hub id."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the frozen base; trainables are fp32 at least."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """How an encoder's states become one vector (classification)."""
+    fast_kernels: bool = True
+    """Use the quickest CPU kernels that pass a start-up check."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a Hub model."""
+
+
+class Named(BaseModel):
+    """A part that is found by its name; every other key is one of its knobs and is checked where it is made."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """All keys but the name."""
+        return dict(self.model_extra or {})
+
+
+class Data(DataSpec):
+    """Where rows come from, what they become, who holds which, and which tokens are learned."""
+
+    completion_only: bool = True
+    """Learn the response's tokens alone; false: the prompt's too."""
+
+
+class ClientsSpec(Section):
+    """Who takes part in a round, and what clients declare about themselves."""
+
+    per_round: Share = 1.0
+    """Clients drawn each round: a share (1.0: all) or a count."""
+    quorum: Share = 1
+    """Answers that are enough: a share of those asked, or a count."""
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which an answer no longer counts."""
+    ranks: list[Count] | None = None
+    """LoRA ranks, dealt to the clients in order and over again."""
+    profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What single clients declare: rank, speed, memory_bytes, bandwidth, availability, modality, privacy."""
+    availability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability that a client answers when asked, where its profile does not say."""
+
+
+class EngineSpec(Section):
+    """How client work is run."""
+
+    kind: Literal["in_process", "vectorized"] = "vectorized"
+    """One client at a time, or many in one forward and backward."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 16384
+    """Most tokens in one step over all clients together."""
+    loopback: bool = False
+    """Turn every message into bytes and back, as a network would."""
+
+
+class EvaluateSpec(Section):
+    """When and how the model is tested."""
+
+    every: Count | None = None
+    """Also after every so many rounds; always before the first and after the last."""
+    exact_match: bool = True
+    """Generate answers and compare them (generation tasks)."""
+    max_new_tokens: Count = 32
+    """Longest answer, in tokens."""
+    baselines: list[Literal["local_only", "centralized"]] = Field(default_factory=list)
+    """Methods to run beside this one on the same work."""
+    samples: Annotated[int, Field(ge=0)] = 4
+    """Test prompts whose answers are kept, before and after."""
+    clients: bool = True
+    """Test on each client's own held-out rows too."""
+
+
+class RecordSpec(Section):
+    """What the run folder keeps."""
+
+    replies: bool = False
+    """Keep every reply, so that `fedllm replay` can fold them another way."""
+    checkpoint_every: Count = 1
+    """Rounds from one checkpoint to the next."""
+
+
+class Recipe(Section):
+    """All that a run depends on."""
+
+    name: str = "run"
+    """Name of the run, and of its folder."""
+    model: Annotated[ModelSpec, _short("name")] = Field(default_factory=ModelSpec)
+    data: Annotated[Data, _short("source")] = Field(default_factory=Data)
+    method: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="fedavg"))
+    space: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="lora"))
+    local: dict[str, Any] = Field(default_factory=dict)
+    """Knobs of a client's training: optimizer, lr, steps or epochs, batch_size, ..."""
+    layers: list[Annotated[Named, _short("name")]] = Field(default_factory=list)
+    """Privacy, compression, attacks and defenses, from the method down to the wire."""
+    clients: ClientsSpec = Field(default_factory=ClientsSpec)
+    rounds: Annotated[int, Field(ge=0)] = 10
+    engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
+    seed: Annotated[int, Field(ge=0)] = 0
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    record: RecordSpec = Field(default_factory=RecordSpec)
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Written into a run's own recipe: what it ran with. Not read."""
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A checked recipe from a YAML path, a mapping or a recipe; `overrides` maps key paths to values.
+
+    Raises RecipeError with one line for each thing that is wrong.
+    """
+    if isinstance(source, Recipe):
+        raw = source.model_dump()
+    elif isinstance(source, Mapping):
+        raw = dict(source)
+    else:
+        raw = {"name": Path(source).stem, **read_yaml(Path(source))}
+    for key, value in (overrides or {}).items():
+        edit(raw, key, value)
+    fill(raw)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(complaints(Recipe, error.errors())) from None
+    if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
+        raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
+    return recipe

@@ -1,0 +1,93 @@
+"""Run the server again from the replies that a run kept, with the same reducer or another: no client, no data."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedllm.app.build import make_recipe_space
+from fedllm.app.course import draw_cohort
+from fedllm.app.folder import RunFolder
+from fedllm.app.layers import make_layer
+from fedllm.app.products import write_served
+from fedllm.app.recipe import load_recipe
+from fedllm.app.tape import Playback
+from fedllm.core.client import ClientInfo, Profile
+from fedllm.core.errors import QuorumError, RecipeError, RunError
+from fedllm.core.payload import Tree, digest, norm, sub
+from fedllm.core.program import drive
+from fedllm.core.reduce import Mean, Reducer
+from fedllm.defenses.median import Median
+from fedllm.methods.registry import make_method
+from fedllm.models.load import load_model
+
+log = logging.getLogger(__name__)
+REDUCERS: dict[str, Reducer] = {"mean": Mean(), "uniform": Mean(by="uniform"), "median": Median()}
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What the server comes to this time."""
+
+    folder: Path
+    reducer: str
+    rounds: int
+    state_digest: str
+    same: bool
+    """Whether it is the recorded state, bit for bit."""
+    distance: float
+    """L2 distance between the served trainables and the recorded ones, relative to how far the run had moved."""
+
+
+def replay(path: str | Path, reducer: str | None = None) -> Replayed:
+    """Fold the recorded replies again; the served model goes to `replay-<reducer>/` in the run's folder.
+
+    Raises RunError when the run kept no replies, CompositionError when the method cannot use another reducer.
+    """
+    if reducer is not None and reducer not in REDUCERS:
+        raise RecipeError(f"reducer = {reducer!r} is unknown; allowed are {', '.join(REDUCERS)}")
+    folder = RunFolder.open(Path(path))
+    recipe = load_recipe(folder.path / "recipe.yaml")
+    if not recipe.record.replies:
+        raise RunError(f"{folder.path} kept no replies; run the recipe with record.replies=true")
+    method = make_method(recipe.method.name, **recipe.method.knobs)
+    layers = [make_layer(x.name, x.knobs, f"layers.{i}") for i, x in enumerate(recipe.layers)]
+    first = folder.load(0)
+    last = folder.load()
+    if first is None or last is None or last[0] != recipe.rounds:
+        raise RunError(f"{folder.path} is not finished; `fedllm resume {folder.path}` goes on with it")
+    clients = [ClientInfo(c["id"], c["n"], Profile(rank=c["rank"])) for c in folder.read("clients.json")]
+    start, state, states = first[1]["state"], first[1]["state"], first[1]["layers"]
+    engine = Playback(folder.path / "replies", REDUCERS[reducer] if reducer else None, recipe.clients.quorum)
+    for round in range(recipe.rounds):
+        engine.begin(round)
+        cohort = draw_cohort(clients, recipe.clients.per_round, recipe.seed, round)
+        try:
+            state = drive(method.round(state, cohort), engine, layers, states[: len(layers)])
+        except QuorumError as error:
+            log.warning("round %d is skipped: %s", round, error)
+    out = folder.path / f"replay-{reducer or 'same'}"
+    _write(out, recipe, folder, method, state)
+    theta, goal, begun = (method.served(s)[0] for s in (state, last[1]["state"], start))
+    return Replayed(out, reducer or "same", recipe.rounds, digest(state), digest(state) == digest(last[1]["state"]),
+                    _relative(theta, goal, begun))
+
+
+def _relative(theta: Tree, goal: Tree, begun: Tree) -> float:
+    if theta.keys() != goal.keys() or any(theta[n].shape != goal[n].shape for n in goal):
+        return float("nan")
+    moved = norm(sub(goal, begun)) if all(n in begun and begun[n].shape == goal[n].shape for n in goal) else norm(goal)
+    return norm(sub(theta, goal)) / max(moved, torch.finfo(torch.float32).tiny)
+
+
+def _write(out: Path, recipe: Any, folder: RunFolder, method: Any, state: Any) -> None:
+    space, _ = make_recipe_space(recipe)
+    m = recipe.model
+    model = load_model(m.name, recipe.data.task, space, labels=recipe.data.labels or (), seed=recipe.seed, dtype=m.dtype,
+                       pooling=m.pooling, trust_remote_code=m.trust_remote_code)
+    out.mkdir(exist_ok=True)
+    write_served(RunFolder(out), model, method, state)

@@ -1,0 +1,57 @@
+"""What a run comes back with: the figures of `result.json`, and where everything lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedllm.app.store import read_json
+from fedllm.core.errors import RunError
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    folder: Path
+    method: str
+    engine: str
+    rounds: int
+    seed: int
+    evaluation: Mapping[str, Any]
+    """`before` and `baselines` (each with `global` and `clients`), `global`, `clients`."""
+    bytes: Mapping[str, Any]
+    """`up`, `down` and `by_phase`, on the wire."""
+    seconds: float
+    peak_memory_bytes: int
+    state_digest: str
+    """sha256 over the final state's tensors in name order."""
+    privacy: Mapping[str, Any] | None = None
+    skipped: list[int] = field(default_factory=list)
+    """Rounds that too few clients answered."""
+    joules: float | None = None
+    """Energy of the processor package, where it can be measured."""
+
+    @property
+    def adapter_path(self) -> Path | None:
+        """The served adapter (PEFT) or, for a space that PEFT does not have, the merged model."""
+        return next((p for n in ("adapter", "model") if (p := self.folder / n).is_dir()), None)
+
+    @property
+    def report_path(self) -> Path:
+        """The self-contained HTML report."""
+        return self.folder / "report.html"
+
+    def as_json(self) -> dict[str, Any]:
+        """What `result.json` holds."""
+        return {k: v for k, v in asdict(self).items() if k != "folder"}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Result:
+        """The result of a run that is finished; a RunError when it is not."""
+        path = Path(folder) / "result.json"
+        if not path.is_file():
+            raise RunError(f"{folder} holds no finished run; `fedllm resume {folder}` goes on with it")
+        return cls(Path(folder), **read_json(path))

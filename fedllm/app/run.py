@@ -1,0 +1,222 @@
+"""Run a recipe from its first test to its report, or go on where a killed run stood."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm.app import judge as judging
+from fedllm.app.build import Parts, build, resolved
+from fedllm.app.course import Course
+from fedllm.app.folder import EventLog, RunFolder, fresh_path
+from fedllm.app.judge import Judge
+from fedllm.app.meter import Meter
+from fedllm.app.products import write_clients, write_served
+from fedllm.app.progress import Quiet, progress_bars
+from fedllm.app.recipe import Recipe, load_recipe
+from fedllm.app.result import Result
+from fedllm.app.store import Frozen, freeze
+from fedllm.app.tape import Tape
+from fedllm.core.client import SERVER
+from fedllm.core.errors import FedLLMError, RunError
+from fedllm.core.payload import digest
+from fedllm.core.record import Event, Record
+from fedllm.methods.registry import make_method
+
+log = logging.getLogger(__name__)
+RUNS = Path("runs")
+
+
+def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = RUNS, **overrides: Any) -> Result:
+    """Run a recipe (a path, a mapping or a `Recipe`) and come back with its `Result`.
+
+    `overrides` are keys of the recipe (`rounds=3`, `local={"lr": 1e-3}`, or `**{"local.lr": 1e-3}`). The run's folder
+    is made under `root`. Raises RecipeError, DataError, ModelError or CompositionError before any work is done,
+    ClientError when a client's code fails, and RunError when the run cannot go on; `resume` then takes it up.
+    """
+    parts = build(load_recipe(recipe, overrides))
+    folder = RunFolder.create(fresh_path(Path(root), parts.recipe.name), resolved(parts))
+    with progress_bars() as progress:
+        return Run(parts, folder, progress).go()
+
+
+def resume(path: str | Path) -> Result:
+    """Go on with a run that was stopped at any moment; it ends as if it had never stopped."""
+    folder = RunFolder.open(Path(path))
+    if (folder.path / "result.json").exists():
+        return Result.load(folder.path)
+    parts = build(load_recipe(folder.path / "recipe.yaml"))
+    with progress_bars() as progress:
+        return Run(parts, folder, progress).go()
+
+
+class Run:
+    """One run and its folder."""
+
+    def __init__(self, parts: Parts, folder: RunFolder, progress: Quiet) -> None:
+        self.parts, self.folder, self.progress = parts, folder, progress
+        found = folder.load()
+        self.at, self.kept = found or (0, {})
+        self.events = EventLog(folder.path / "events.jsonl", self.kept.get("events", 0))
+        self.record = Record(self._saw)
+        self.tape = Tape(folder.path / "replies") if parts.recipe.record.replies else None
+        self.course = Course(parts, parts.method, parts.layers, self.record, [self.tape] if self.tape else [])
+        self.judge = Judge(parts, parts.method, self.record)
+        self.frozen: dict[str, Frozen] = {}
+        self.dirty: set[str] = set()
+        self.skipped: list[int] = list(self.kept.get("skipped", []))
+        self.before: dict[str, Any] = self.kept.get("before", {})
+        self.answers_before: list[str] = self.kept.get("answers_before", [])
+        self.meter = Meter(*self.kept.get("spent", ()))
+        if found:
+            self._restore()
+
+    def go(self) -> Result:
+        """From wherever the run stands to its end."""
+        total = self.parts.recipe.rounds
+        self.progress.rounds(total, self.at)
+        try:
+            if not self.kept:
+                self._begin()
+            for round in range(self.at, total):
+                self._round(round, total)
+            return self._finish()
+        except FedLLMError as error:
+            self.record.emit("stopped", why=str(error))
+            raise
+        finally:
+            if self.tape:
+                self.tape.close()
+            self.events.close()
+
+    def _saw(self, event: Event) -> None:
+        self.events.append(event)
+        self.progress.saw(event)
+
+    def _restore(self) -> None:
+        course, kept = self.course, self.kept
+        course.state, course.states, course.failed_in_a_row = kept["state"], kept["layers"], kept["failed_in_a_row"]
+        course.engine.memory = kept["memory"]
+        self.dirty = set(kept["memory"])
+        for way, phase, size in kept["bytes"]:
+            self.record.bytes[way, phase] = size
+        self.record.emit("resumed", round=self.at)
+
+    def _begin(self) -> None:
+        """What is known before the first round."""
+        for client, why in self.parts.left_out.items():
+            self.record.emit("left_out", client=client, why=why)
+            log.warning("client '%s' is left out: %s", client, why)
+        clients = [{"id": c.id, "n": c.n, "rank": c.profile.rank,
+                    "info": dict(self.parts.world.federation.clients[c.id].info)} for c in self.course.clients]
+        self._write(lambda: self.folder.write_json("clients.json", clients))
+        self.progress.note("testing before the first round")
+        if not self.judge.answering:
+            self.before = self.judge.test(self.course.state, {}, 0)
+            self.answers_before = self.judge.answers(self.course.state)
+        self.record.emit("evaluation", round=0, **self.before)
+        self._checkpoint(0)
+
+    def _round(self, round: int, total: int) -> None:
+        recipe = self.parts.recipe
+        self.progress.round(round, len(self.course.clients))
+        if self.tape:
+            self.tape.begin(round)
+        facts = self.course.step(round)
+        touched = facts.pop("touched")
+        self.dirty.update(touched)
+        if "skipped" in facts:
+            self.skipped.append(round)
+            log.warning("round %d is skipped: %s", round, facts["skipped"])
+        if self.tape:
+            self.tape.close()
+            if self.tape.trouble:
+                self.record.emit("replies_lost", round=round, why=self.tape.trouble)
+        self.record.emit("round", **facts)
+        done = round + 1
+        every = recipe.evaluate.every
+        if every and done % every == 0 and done < total:
+            self.progress.note(f"testing after round {done}")
+            self.record.emit("evaluation", round=done, **self._test(done))
+        if done % recipe.record.checkpoint_every == 0 or done == total:
+            self._checkpoint(done)
+        self.progress.round_done(facts)
+
+    def _test(self, round: int) -> dict[str, Any]:
+        return self.judge.test(self.course.state, self.course.engine.memory, round)
+
+    def _checkpoint(self, round: int) -> None:
+        """Keep all that the next round needs. A full disk costs this checkpoint, never the run or the one before."""
+        course = self.course
+        try:
+            for client in sorted(self.dirty):
+                self.frozen[client] = Frozen(freeze(course.engine.memory[client], self.folder.blobs, client))
+            value = {
+                "state": dict(course.state), "layers": course.states, "memory": self.frozen,
+                "failed_in_a_row": course.failed_in_a_row, "skipped": self.skipped, "before": self.before,
+                "answers_before": self.answers_before, "events": self.events.sync(),
+                "bytes": [(*key, size) for key, size in self.record.bytes.items()],
+                "spent": (self.meter.seconds(), self.meter.peak(), self.meter.joules())}
+            self.folder.save(round, value, pin=round == 0 and self.tape is not None)
+            self.dirty.clear()
+        except OSError as error:
+            why = error.strerror or str(error)
+            self.record.emit("checkpoint_failed", round=round, why=why)
+            log.warning("the checkpoint before round %d could not be written (%s); the one before it stands", round, why)
+
+    def _write(self, write: Callable[[], Any]) -> Any:
+        """Write what the run made; when the disk refuses, say how to finish it."""
+        try:
+            return write()
+        except OSError as error:
+            at = self.folder.rounds()
+            stand = f"its last checkpoint is before round {at[-1]}" if at else "it has no checkpoint yet"
+            raise RunError(f"{self.folder.path} cannot be written: {error.strerror or error}; {stand}. Make room, then "
+                           f"`fedllm resume {self.folder.path}`") from None
+
+    def _finish(self) -> Result:
+        parts, course, total = self.parts, self.course, self.parts.recipe.rounds
+        self.progress.note("testing the result")
+        final = self._test(total)
+        self.record.emit("evaluation", round=total, **final)
+        shown = judging.samples(parts, self.answers_before, self.judge.answers(course.state))
+        spent = {"seconds": self.meter.seconds(), "peak_memory_bytes": self.meter.peak(), "joules": self.meter.joules()}
+        evaluation: dict[str, Any] = {"before": self.before, **final}
+        if parts.recipe.evaluate.baselines:
+            evaluation["baselines"] = self._baselines()
+        self._write(lambda: write_served(self.folder, parts.world.model, parts.method, course.state))
+        mine = {c: m for c, m in course.engine.memory.items() if c != SERVER}
+        self._write(lambda: write_clients(self.folder, parts.world.model, mine))
+        result = Result(
+            folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
+            seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=None,
+            state_digest=digest(course.state), skipped=self.skipped, **spent)
+        self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds)
+        if not self.events.flush():
+            raise RunError(f"{self.events.path} cannot be written: {self.events.trouble}. Make room, then `fedllm resume "
+                           f"{self.folder.path}`")
+        self._write(lambda: self.folder.write_json("samples.json", shown))
+        self._write(lambda: self._publish(result))
+        return result
+
+    def _publish(self, result: Result) -> None:
+        """Report and model card first: a folder with a `result.json` is complete."""
+        from fedllm.app.card import model_card
+        from fedllm.app.report import report_html
+
+        self.folder.write_text("report.html", report_html(self.folder, result))
+        self.folder.write_text("model_card.md", model_card(self.folder, result))
+        self.folder.write_json("result.json", result.as_json())
+
+    def _baselines(self) -> dict[str, Any]:
+        """Each baseline's evaluation, kept as it is done."""
+        path = self.folder.path / "baselines.json"
+        done: dict[str, Any] = self.folder.read("baselines.json") if path.exists() else {}
+        for name in self.parts.recipe.evaluate.baselines:
+            if name not in done:
+                self.progress.note(f"running {name} for comparison")
+                done[name] = judging.run_baseline(self.parts, make_method(name), self.parts.recipe.rounds, self.progress)
+                self._write(lambda: self.folder.write_json("baselines.json", done))
+        return done

@@ -1,0 +1,1 @@
+"""Reducers and layers that withstand wrong or hostile replies."""

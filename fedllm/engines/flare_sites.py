@@ -1,0 +1,187 @@
+"""The far sites as the server sees them: who lives, who is suspect, and one call that outlives a site's restart.
+
+No NVFlare here: a `Link` carries bytes to one site and back, and tests use one made of threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedllm.core.errors import FedLLMError
+
+log = logging.getLogger(__name__)
+Head = Mapping[str, Any]
+"""The envelope of a message: small, JSON; the body is a payload in the codec's bytes, or empty."""
+
+PROTOCOL = 1
+
+
+class Silence(FedLLMError):
+    """A site gives no answer; the message is the reason that the record keeps."""
+
+
+class Link(Protocol):
+    """Carries one message to one site and its answer back."""
+
+    def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float) -> tuple[Head, bytes]:
+        """The site's answer; raises `Silence` when there is none within `seconds`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the server waits for what, in seconds."""
+
+    answer: float = 3600.0
+    """For an ask that names no deadline."""
+    opening: float = 600.0
+    """For a site to load its model."""
+    probe: float = 3.0
+    """For a sign of life."""
+    every: float = 5.0
+    """From one sign of life to the next while an answer is awaited."""
+    grace: float = 60.0
+    """How long a site may be gone in the middle of a call before the call is given up."""
+
+
+@dataclass
+class Site:
+    """What the server knows of one site."""
+
+    name: str
+    boot: str | None = None
+    """Changes with every start of the site's process."""
+    suspect: str | None = None
+    """Why it is suspected of being gone."""
+    since: float = 0.0
+    settled: list[list[Any]] = field(default_factory=list)
+    """Rounds that counted, as [attempt, round], of which the site has not heard yet."""
+
+
+class Sites:
+    """The liveness table, and calls to sites that come to an end whatever happens."""
+
+    def __init__(self, link: Link, names: Sequence[str], patience: Patience | None = None) -> None:
+        self.link, self.patience = link, patience or Patience()
+        self.table = {name: Site(name) for name in names}
+        self.reopen: Callable[[str], None] = lambda site: None
+        """Called when a site has a new process that does not know the run yet."""
+        self.on_event: Callable[..., None] = lambda kind, **facts: None
+
+    def ask(self, name: str, head: Head, body: bytes | bytearray, seconds: float | None) -> tuple[Head, bytes, int]:
+        """The site's answer and how often the message was sent; raises `Silence` at the deadline at the latest.
+
+        A site that dies and comes back in time is asked again: equal rounds and visits give equal answers.
+        """
+        site, ends = self.table[name], time.monotonic() + (seconds or self.patience.answer)
+        if site.suspect and not self._taken_back(site, ends):
+            raise Silence(f"{site.suspect}; no sign of life in {self.patience.probe:g} s")
+        sent = 0
+        while True:
+            sent += 1
+            told = list(site.settled)
+            got = self._once(site, {**head, "settled": told}, body, ends)
+            if got is None:
+                continue
+            if got[0].get("closed"):
+                self._open_again(site, ends)
+                continue
+            site.settled = [s for s in site.settled if s not in told]
+            return *got, sent
+
+    def probe(self, name: str) -> str | None:
+        """The boot id of the site's process, or None when it gives no sign of life."""
+        try:
+            head, _ = self.link.call(name, {"op": "probe", "protocol": PROTOCOL}, b"", self.patience.probe)
+        except Silence:
+            return None
+        return str(head.get("boot"))
+
+    def settle(self, name: str, attempt: str, round: int) -> None:
+        """What this site staged in `attempt` counts; it hears of it with the next message."""
+        self.table[name].settled.append([attempt, round])
+
+    def _once(self, site: Site, head: Head, body: bytes | bytearray, ends: float) -> tuple[Head, bytes] | None:
+        """One sending, watched; None when it must be sent again."""
+        left = ends - time.monotonic()
+        if left <= 0:
+            raise self._give_up(site, "its deadline passed")
+        call = _started(lambda: self.link.call(site.name, head, body, left))
+        gone: float | None = None
+        while True:
+            left = ends - time.monotonic()
+            failed = False
+            try:
+                return call.result(max(0.0, min(self.patience.every, left)))
+            except NotYet:
+                if left <= 0:
+                    raise self._give_up(site, "it was silent until the deadline") from None
+            except Silence as why:
+                failed = True
+                if ends - time.monotonic() <= 0:
+                    raise self._give_up(site, str(why)) from None
+            boot = self.probe(site.name)
+            if boot is None:
+                gone = gone or time.monotonic()
+                if time.monotonic() - gone >= self.patience.grace:
+                    raise self._give_up(site, f"it was gone for {self.patience.grace:g} s in the middle of its work")
+                if failed:
+                    call = _started(lambda: self._sign_of_life(site, ends))
+                continue
+            if failed or boot != site.boot:
+                self._back(site, boot)
+                return None
+            gone = None
+
+    def _sign_of_life(self, site: Site, ends: float) -> tuple[Head, bytes]:
+        """Stands in for a call that failed: ends with `Silence` at the site's next sign of life."""
+        while time.monotonic() < ends and self.probe(site.name) is None:
+            time.sleep(min(1.0, self.patience.probe))
+        raise Silence("the call broke off")
+
+    def _open_again(self, site: Site, ends: float) -> None:
+        log.info("site '%s' has a new process; it gets the run again", site.name)
+        self.on_event("reopened", client=site.name)
+        self.reopen(site.name)
+        site.boot = self.probe(site.name)
+        if time.monotonic() >= ends:
+            raise self._give_up(site, "its deadline passed while it came back")
+
+    def _taken_back(self, site: Site, ends: float) -> bool:
+        boot = self.probe(site.name) if time.monotonic() < ends else None
+        if boot is not None:
+            self._back(site, boot)
+        return boot is not None
+
+    def _back(self, site: Site, boot: str) -> None:
+        if site.suspect:
+            self.on_event("back", client=site.name, after=round(time.monotonic() - site.since, 3))
+        site.boot, site.suspect = boot, None
+
+    def _give_up(self, site: Site, why: str) -> Silence:
+        if not site.suspect:
+            site.since = time.monotonic()
+            self.on_event("suspect", client=site.name, why=why)
+        site.suspect = f"suspect: {why}" if not why.startswith("suspect") else why
+        return Silence(why)
+
+
+def _started(work: Callable[[], tuple[Head, bytes]]) -> Future[tuple[Head, bytes]]:
+    """`work` on a thread of its own that does not keep the process alive."""
+    done: Future[tuple[Head, bytes]] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="flare-call", daemon=True).start()
+    return done

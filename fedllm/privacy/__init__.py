@@ -1,0 +1,1 @@
+"""Privacy as layers: each changes what leaves a client or the server, and keeps one ledger of what that gave away."""

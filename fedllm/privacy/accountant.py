@@ -1,0 +1,199 @@
+"""One ledger for every noisy release, and what it adds up to as epsilon at delta.
+
+A release is booked before its result is used, so a run that dies half-way has paid. Two accountants of `dp-accounting`
+read the same rows: PLD (tight; Poisson or no sampling) and RDP (an upper bound; also fixed-size sampling). What is let
+out without noise is booked too, as `unbooked`, and then no epsilon stands for the run.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
+
+import dp_accounting as dp
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from fedllm.core.errors import CompositionError, RecipeError, RunError
+
+log = logging.getLogger(__name__)
+Kind = Literal["pld", "rdp"]
+Sampling = Literal["none", "poisson", "fixed"]
+ORDERS = [1 + x / 10 for x in range(6, 100)] + [*range(11, 64), 96, 128, 256, 512]
+
+
+class BudgetSpent(RunError):
+    """One more release would cost more privacy than the budget allows."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One Gaussian release of a sum in which a unit (client or example) moves at most `1 / noise_multiplier` sigmas.
+
+    `sampling` is how units came into the sum: "none" (everybody who could be in it), "poisson" (each with probability
+    `rate`, on its own), or "fixed" (a draw of round(rate * population) without replacement). Under "fixed" neighbors
+    differ by the replacement of one unit, which moves the sum by twice the clip: the accountant halves the multiplier.
+    """
+
+    noise_multiplier: float
+    sampling: Sampling = "none"
+    rate: float = 1.0
+    population: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.noise_multiplier > 0:
+            raise RecipeError(f"noise_multiplier = {self.noise_multiplier!r} is not allowed; it must be > 0")
+        if not 0 < self.rate <= 1:
+            raise RecipeError(f"sampling rate = {self.rate!r} is not allowed; it must be > 0 and <= 1")
+
+    @property
+    def event(self) -> dp.DpEvent:
+        """The same release as `dp-accounting` names it."""
+        if self.sampling == "fixed":
+            size = round(self.rate * self.population)
+            return dp.SampledWithoutReplacementDpEvent(self.population, size,
+                                                       dp.GaussianDpEvent(self.noise_multiplier / 2))
+        gaussian = dp.GaussianDpEvent(self.noise_multiplier)
+        return gaussian if self.sampling == "none" else dp.PoissonSampledDpEvent(self.rate, gaussian)
+
+
+class Ledger:
+    """A view of the ledger that a layer keeps in its state (plain lists, so that it is checkpointed with the run)."""
+
+    def __init__(self, state: MutableMapping[str, Any]) -> None:
+        self.rows: list[list[Any]] = state.setdefault("releases", [])
+        """[noise_multiplier, sampling, rate, population, count], equal releases counted in one row."""
+        self.unbooked: list[str] = state.setdefault("unbooked", [])
+
+    def book(self, release: Release, count: int = 1) -> None:
+        """Write down `count` releases of this kind."""
+        key = list(astuple(release))
+        for row in self.rows:
+            if row[:-1] == key:
+                row[-1] += count
+                return
+        self.rows.append([*key, count])
+
+    def book_unaccounted(self, what: str) -> None:
+        """Something left without noise: from now on no epsilon stands for the run, and everybody hears so once."""
+        if what not in self.unbooked:
+            self.unbooked.append(what)
+            log.warning("the privacy claim of this run is void: %s", what)
+
+    def epsilon(self, delta: float, kind: Kind | None = None, extra: Release | None = None, count: int = 1) -> float:
+        """Epsilon at `delta` of all that is booked (and of `count` more `extra`); infinite with anything unbooked."""
+        if self.unbooked:
+            return math.inf
+        rows = [tuple(r) for r in self.rows]
+        return spent(tuple(rows + ([(*astuple(extra), count)] if extra else [])), delta, kind)
+
+    def afford(self, extra: Release, epsilon: float | None, delta: float) -> None:
+        """Raise BudgetSpent when one more such release would exceed `epsilon` (None: no budget)."""
+        if epsilon is None:
+            return
+        if min_sure(self, extra, delta) <= epsilon:
+            return
+        after = self.epsilon(delta, extra=extra)
+        if after > epsilon:
+            raise BudgetSpent(f"one more release would cost epsilon {after:.3f} at delta {delta:g}, and the budget is "
+                              f"{epsilon:g} ({self.epsilon(delta):.3f} spent); end the run here, or start again with "
+                              "more noise or fewer rounds")
+
+    @property
+    def count(self) -> int:
+        """How many releases are booked."""
+        return sum(row[-1] for row in self.rows)
+
+
+def min_sure(ledger: Ledger, extra: Release, delta: float) -> float:
+    """RDP's epsilon with one more release: an upper bound that is cheap to have in every round."""
+    return ledger.epsilon(delta, "rdp", extra)
+
+
+@functools.lru_cache(maxsize=4096)
+def spent(rows: tuple[tuple[Any, ...], ...], delta: float, kind: Kind | None = None) -> float:
+    """Epsilon at `delta` of counted releases; `kind` None takes the tighter accountant that can read all rows."""
+    check_delta(delta)
+    rows = tuple(row for row in rows if row[-1])
+    if not rows:
+        return 0.0
+    fixed = {row[1] == "fixed" for row in rows}
+    if len(fixed) > 1:
+        raise CompositionError("releases under fixed-size sampling and releases under Poisson or no sampling have "
+                               "different neighbors and cannot share a ledger; use one kind of sampling, or poisson")
+    if fixed == {True} and kind == "pld":
+        raise CompositionError("the PLD accountant and fixed-size sampling do not fit together; use kind='rdp', or "
+                               "sampling='poisson'")
+    relation = dp.NeighboringRelation.REPLACE_ONE if fixed == {True} else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    use_rdp = kind == "rdp" or fixed == {True}
+    accountant = RdpAccountant(ORDERS, relation) if use_rdp else PLDAccountant(relation)
+    for *fields, count in rows:
+        accountant.compose(Release(*fields).event, count)
+    return float(accountant.get_epsilon(delta))
+
+
+@functools.lru_cache(maxsize=256)
+def noise_for(epsilon: float, delta: float, rounds: int, sampling: Sampling = "none", rate: float = 1.0,
+              population: int = 0, kind: Kind = "rdp") -> float:
+    """The least noise multiplier with which `rounds` releases stay within (epsilon, delta), to 0.1 %.
+
+    With kind "rdp" it errs on the safe side and takes seconds; "pld" is tight and takes a minute.
+    """
+    check_epsilon(epsilon)
+
+    def cost(z: float) -> float:
+        return spent(((z, sampling, rate, population, rounds),), delta, kind)
+
+    low, high = 0.05, 1.0
+    while cost(high) > epsilon:
+        low, high = high, high * 2
+        if high > 1e6:
+            raise RecipeError(f"epsilon = {epsilon} at delta = {delta} over {rounds} rounds needs a noise multiplier "
+                              "above a million; allow more epsilon or fewer rounds")
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(middle) <= epsilon else (middle, high)
+    return high
+
+
+def rounds_for(epsilon: float, delta: float, release: Release, kind: Kind = "rdp", most: int = 1 << 20) -> int:
+    """How many such releases fit into (epsilon, delta)."""
+    check_epsilon(epsilon)
+
+    def fits(n: int) -> bool:
+        return spent(((*astuple(release), n),), delta, kind) <= epsilon
+
+    low, high = 0, 1
+    while high < most and fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise RecipeError for an epsilon that promises nothing."""
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise RecipeError(f"epsilon = {epsilon!r} is not allowed; it must be > 0 and finite")
+
+
+def check_delta(delta: float, units: int | None = None) -> None:
+    """Raise RecipeError for a delta that promises nothing; with `units` people a delta of 1/units may expose one."""
+    if not 0 < delta < 1:
+        raise RecipeError(f"delta = {delta!r} is not allowed; it must be > 0 and < 1")
+    if units and delta >= 1 / units:
+        raise RecipeError(f"delta = {delta!r} is not allowed with {units} units; it must be < 1/{units}, since a "
+                          f"mechanism that publishes one unit's data outright has that delta; take {units ** -1.1:.1e}")
+
+
+def join(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a run says about its privacy, from what its layers say: the claim holds only if every part of it does."""
+    if not statements:
+        return None
+    void = [why for s in statements for why in s.get("void", ())]
+    return {"claim": "none" if void else "private", "void": void, "layers": [dict(s) for s in statements]}
