@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,3 +73,11 @@ def peer(name: str) -> Any:
     except ImportError as error:
         raise FedLLMError(f"bench: {error}; pip install 'fedllm[bench]'") from error
     return module
+
+
+def subprocess_row(module: str, *args: str) -> dict[str, Any]:
+    """What a module of ours writes as JSON when it runs in a process of its own (for memory, which never shrinks)."""
+    done = subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise FedLLMError(f"bench: {module} {' '.join(args)} failed: {done.stderr[-500:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])

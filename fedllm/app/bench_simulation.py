@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedllm.app.bench_rows import Row, peer, row
 from fedllm.core.errors import FedLLMError
 from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
@@ -22,6 +23,7 @@ from fedllm.engines.client import ClientCall
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
+from fedllm.models.kernels import fast
 from fedllm.models.model import Model
 from fedllm.spaces import make_space
 
@@ -74,9 +76,10 @@ class Contender(Protocol):
 class Ours:
     """FedAvg on the vectorized engine, as `fedllm run` would do it."""
 
-    def __init__(self, size: Size, dtype: torch.dtype = torch.float32, optimizer: str = "adamw") -> None:
+    def __init__(self, size: Size, dtype: torch.dtype = torch.float32, optimizer: str = "adamw",
+                 rank: int = 8) -> None:
         tokenizer, self.texts = tokenizer_of(size), texts_of(size)
-        space = make_space("lora", rank=8, alpha=16.0, targets=size.targets)
+        space = make_space("lora", rank=rank, alpha=16.0, targets=size.targets)
         self.model = Model(net_of(size, dtype), tokenizer, "generation", space)
         shards = {c: Shard([{"prompt": "", "response": text} for text in rows]) for c, rows in self.texts.items()}
         local = LocalSpec(optimizer=optimizer, lr=LR, batch_size=size.batch, max_length=size.length)
@@ -170,3 +173,53 @@ def race(contenders: Mapping[str, Contender], repeats: int, floor: float = 0.4) 
 def ratio(speeds: Mapping[str, Sequence[float]], ours: str, theirs: str) -> float:
     """Median over turns of how many times faster."""
     return median(a / b for a, b in zip(speeds[ours], speeds[theirs], strict=True))
+
+
+def simulation() -> list[Row]:
+    """All sizes in fp32 beside both peers; S and M once more with the frozen base in bf16."""
+    rows: list[Row] = []
+    for size in SIZES:
+        rows += _size_rows(size)
+    for size in (SIZES[0], SIZES[2]):
+        rows.append(_half_row(size))
+    return rows
+
+
+def _size_rows(size: Size, repeats: int = 3) -> list[Row]:
+    ours = Ours(size)
+    speeds = race({"ours": ours, "openfedllm": openfedllm(size, ours), "plain_peft": plain_peft(size, ours)}, repeats)
+    peak, tokens = gemm_rate(size), {name: round(median(s)) for name, s in speeds.items()}
+    facts = {"tokens_per_cpu_s": tokens, "gemm_gflops": round(peak / 1e9, 1),
+             "share_of_gemm_rate": {n: round(t * size.flops / peak, 2) for n, t in tokens.items()}}
+    name = f"simulation/{size.label}"
+    return [row(f"{name} vs OpenFedLLM", ratio(speeds, "ours", "openfedllm"), "times", "OpenFedLLM's loop", size.gate,
+                size.moonshot, span=span(speeds, "ours", "openfedllm"), **facts),
+            row(f"{name} vs plain PEFT", ratio(speeds, "ours", "plain_peft"), "times", "plain PEFT loop", 1.7,
+                size.moonshot_peft, span=span(speeds, "ours", "plain_peft"), **facts)]
+
+
+def _half_row(size: Size, repeats: int = 3) -> Row:
+    half, full = Ours(size, torch.bfloat16), Ours(size)
+    speeds = race({"bf16 base": half, "fp32": full}, repeats)
+    return row(f"simulation/{size.label} bf16 base vs fp32", ratio(speeds, "bf16 base", "fp32"), "times",
+               "ours with the base in fp32", span=span(speeds, "bf16 base", "fp32"),
+               tokens_per_cpu_s={name: round(median(s)) for name, s in speeds.items()})
+
+
+def gemm_rate(size: Size) -> float:
+    """Flop per CPU-second of the size's own matrix product here, best of five: the ceiling of all contenders."""
+    x, w = torch.randn(1024, size.hidden), torch.randn(size.hidden, size.hidden)
+    work, best, times = 2.0 * 1024 * size.hidden**2, 0.0, max(4, int(4e9 / (2.0 * 1024 * size.hidden**2)))
+    with fast(torch.device("cpu"), size.length):
+        for _ in range(5):
+            start = time.process_time()
+            for _ in range(times):
+                torch.mm(x, w)
+            best = max(best, work * times / (time.process_time() - start))
+    return best
+
+
+def span(speeds: Mapping[str, Sequence[float]], ours: str, theirs: str) -> list[float]:
+    """Least and most over turns of how many times faster."""
+    each = sorted(a / b for a, b in zip(speeds[ours], speeds[theirs], strict=True))
+    return [round(each[0], 2), round(each[-1], 2)]

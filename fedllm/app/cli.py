@@ -132,8 +132,12 @@ def _tool(name: str, args: list[str]) -> None:
     """Run a tool with a command line of its own."""
     import importlib
 
-    code = importlib.import_module(f"fedllm.app.{name}").main(args)
-    if code:
+    try:
+        tool = importlib.import_module(f"fedllm.app.{name}")
+    except ImportError as error:
+        raise RecipeError(f"`fedllm {name}` lacks the package '{error.name}'; pip install 'fedllm[bench]'") from None
+    sys.argv = [f"fedllm {name}", *args]
+    if code := tool.main():
         raise typer.Exit(code)
 
 

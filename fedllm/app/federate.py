@@ -1,34 +1,29 @@
-"""A real federation in two lines: `serve` on the coordinator's machine, `join` on each organisation's."""
+"""The coordinator's side: `serve` starts NVFlare's server, submits the run as a job, and waits for its result."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import psutil
-
 from fedllm.app.federate_keys import ADMIN, NODES, Federation
-from fedllm.app.federate_site import SETTINGS, SiteSettings, versions
+from fedllm.app.federate_process import kit_process
+from fedllm.app.federate_run import FAILED
+from fedllm.app.federate_site import versions
 from fedllm.app.folder import RunFolder, fresh_path
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.app.result import Result
-from fedllm.core.errors import FedLLMError, RecipeError, RunError
+from fedllm.core.errors import FedLLMError, RunError
 from fedllm.engines.flare_sites import Patience
 
 log = logging.getLogger(__name__)
-TRAIN = "nvflare.private.fed.app"
 RESTARTS = 3
 """Times that a coordinator's process that died is started again by itself."""
 
@@ -54,102 +49,27 @@ def resume_serving(run: str | Path, federation: str | Path, *, needed: int | Non
     if (room.path / "result.json").exists():
         return Result.load(room.path)
     sites = keys.spec["sites"]
-    needed = len(sites) if needed is None else needed
     with server(keys), admin(keys, wait) as session:
-        for start in range(RESTARTS + 1):
-            await_sites(session, needed, wait)
-            (room.path / "failed.txt").unlink(missing_ok=True)
-            submit(session, room.path, needed, patience or Patience())
-            if _follow(session, room.path):
-                return Result.load(room.path)
-            log.warning("the coordinator's process died; start %d of %d", start + 2, RESTARTS + 1)
-    raise RunError(f"the coordinator's process died {RESTARTS + 1} times; its log is in {keys.kit('server')}")
+        return carry_out(session, room.path, len(sites) if needed is None else needed, wait, patience)
 
 
-def join(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[str] | None = None,
-         models: Sequence[str] = (), store: str | Path | None = None, stop: Callable[[], bool] = lambda: False,
-         **settings: Any) -> None:
-    """Take part in a federation until stopped: this site's process, its data and its settings.
-
-    `address` must be the one that the kit was made for. `settings` are `SiteSettings`, kept in the kit's local folder.
-    """
-    kit = Path(kit).resolve()
-    target = _target(kit)
-    if address != target:
-        raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
-    mine = SiteSettings(data=str(Path(data).resolve()), store=str(Path(store or kit / "memory").resolve()),
-                        methods=None if methods is None else list(methods),
-                        models=[str(Path(m).resolve()) for m in models], **settings)
-    (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
-    name = json.loads((kit / "startup" / "fed_client.json").read_text())["client"]["fqsn"]
-    with _stoppable():
-        while not stop():
-            with _process(kit, "client", "fed_client.json", f"uid={name}", f"org={name.replace('-', '_')}") as process:
-                while process.poll() is None and not stop():
-                    time.sleep(0.2)
-            if process.returncode == 0 or stop():
-                return
-            log.warning("the site's process ended with %s; it is started again", process.returncode)
-            time.sleep(2.0)
-
-
-def _target(kit: Path) -> str:
-    try:
-        return json.loads((kit / "startup" / "fed_client.json").read_text())["servers"][0]["service"]["target"]
-    except OSError:
-        raise RecipeError(f"{kit} is no site's kit (it has no startup/fed_client.json); ask the coordinator for the one "
-                          "that `fedllm keys` made") from None
+def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patience: Patience | None = None) -> Result:
+    """A run (begun or not) as a job of a running server; the coordinator's process is started again when it dies."""
+    for start in range(RESTARTS + 1):
+        await_sites(session, needed, wait)
+        (run / FAILED).unlink(missing_ok=True)
+        job = submit(session, run, needed, patience or Patience())
+        if _follow(session, run, job):
+            return Result.load(run)
+        log.warning("the coordinator's process died; start %d of %d", start + 2, RESTARTS + 1)
+    raise RunError(f"the coordinator's process died {RESTARTS + 1} times; see process.log in the server's kit")
 
 
 @contextlib.contextmanager
 def server(keys: Federation) -> Iterator[None]:
     """NVFlare's server while the block runs."""
-    with _process(keys.kit("server"), "server", "fed_server.json", "org=coordinator"):
+    with kit_process(keys.kit("server"), "server", "fed_server.json", "org=coordinator"):
         yield
-
-
-@contextlib.contextmanager
-def _process(kit: Path, side: str, config: str, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """One NVFlare main process; its own job processes end with it."""
-    words = [sys.executable, "-u", "-m", f"{TRAIN}.{side}.{side}_train", "-m", str(kit), "-s", config, "--set",
-             "secure_train=true", *more, "config_folder=config"]
-    for left in ("shutdown.fl", "restart.fl", "pid.fl"):
-        (kit / left).unlink(missing_ok=True)
-    (kit / "transfer").mkdir(exist_ok=True)
-    with (kit / "process.log").open("ab") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, cwd=kit, env={**os.environ, "MALLOC_ARENA_MAX": "4"})
-    try:
-        yield process
-    finally:
-        end_tree(process.pid)
-        process.wait(30)
-
-
-def end_tree(pid: int, patience: float = 10.0) -> None:
-    """End a process and all that it started: asked first, then killed."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        top = psutil.Process(pid)
-        all_of = [*top.children(recursive=True), top]
-        for process in all_of:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        for process in psutil.wait_procs(all_of, patience)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that no child is left behind."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -158,14 +78,15 @@ def admin(keys: Federation, wait: float = 60.0) -> Iterator[Any]:
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     ends, last = time.monotonic() + wait, "no try"
-    session = None
+    session, at = None, (str(keys.spec["host"]), int(keys.spec["port"]))
     while session is None:
         try:
+            socket.create_connection(at, 5.0).close()  # NVFlare's own tries take seconds each and are printed
             session = new_secure_session(ADMIN, str(keys.kit("admin")), timeout=5.0)
-        except Exception as error:  # NVFlare raises many kinds while its server starts
+        except Exception as error:  # NVFlare raises errors of many kinds while its server starts
             last = f"{type(error).__name__}: {error}"
             if time.monotonic() > ends:
-                raise RunError(f"the server at {keys.spec['host']}:{keys.spec['port']} does not answer ({last})") from None
+                raise RunError(f"the server at {at[0]}:{at[1]} does not answer ({last})") from None
             time.sleep(0.5)
     try:
         yield session
@@ -185,9 +106,12 @@ def await_sites(session: Any, needed: int, wait: float) -> list[str]:
         time.sleep(0.5)
 
 
-def submit(session: Any, run: Path, needed: int, patience: Patience) -> str:
-    """Submit the run as a job that names installed classes only; returns the job's id."""
-    args = {"folder": str(run), "needed": needed, "patience": asdict(patience)}
+def submit(session: Any, run: Path, needed: int, patience: Patience, bench: Sequence[int] = ()) -> str:
+    """Submit the run as a job that names installed classes only; returns the job's id.
+
+    With `bench` messages of these sizes are measured in place of the run.
+    """
+    args = {"folder": str(run), "needed": needed, "patience": asdict(patience), "bench": list(bench)}
     parts = {
         "meta.json": {"name": "fedllm", "resource_spec": {}, "min_clients": 1, "deploy_map": {"app": ["@ALL"]}},
         "app/config/config_fed_server.json": {"format_version": 2, "components": [
@@ -205,18 +129,17 @@ def submit(session: Any, run: Path, needed: int, patience: Patience) -> str:
         return str(session.submit_job(str(Path(temp) / "fedllm")))
 
 
-def _follow(session: Any, run: Path) -> bool:
-    """Wait for the job's end: True when the run is complete, False when its process died; RunError with its reason."""
+def _follow(session: Any, run: Path, job: str) -> bool:
+    """Wait for the job's end: True when the run is complete, False when its process died; RunError with its reason.
+
+    A run may take days, so the wait is bounded by the job: NVFlare ends it when its process or its server dies.
+    """
     while True:
-        if (run / "result.json").exists():
-            return True
-        if (run / "failed.txt").exists():
-            raise RunError((run / "failed.txt").read_text())
-        jobs = session.list_jobs(limit=1, reverse=True)
-        if jobs and str(jobs[0].get("status", "")).startswith("FINISHED"):
-            time.sleep(0.5)
-            if not (run / "failed.txt").exists():
-                return (run / "result.json").exists()
+        over = str(session.get_job_status(job)).startswith("FINISHED")
+        if (run / FAILED).exists():
+            raise RunError((run / FAILED).read_text())
+        if over:
+            return (run / "result.json").exists()
         time.sleep(0.5)
 
 

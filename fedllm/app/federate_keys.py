@@ -17,7 +17,8 @@ from fedllm.core.errors import FedLLMError, RecipeError
 log = logging.getLogger(__name__)
 ADMIN = "admin@fedllm.org"
 NODES = "fedllm.app.federate_nodes"
-SERVER_CLASSES = [f"{NODES}.Conductor", f"{NODES}.CoordinatorNode", f"{NODES}.Reviver"]
+REVIVER = "fedllm.app.federate_reviver.Reviver"
+SERVER_CLASSES = [f"{NODES}.Conductor", f"{NODES}.CoordinatorNode", REVIVER]
 SITE_CLASSES = [f"{NODES}.Resident", f"{NODES}.SiteNode"]
 PERMISSIONS = {
     "format_version": "1.0",
@@ -124,7 +125,7 @@ def _server_policy(kit: Path) -> None:
             part["args"]["uri_root"] = str(kit / "jobs")
         if part["id"] == "job_scheduler":
             part["args"] = {"max_jobs": 1, "min_schedule_interval": 0.5, "max_schedule_interval": 2.0}
-    raw["components"].append({"id": "reviver", "path": f"{NODES}.Reviver", "args": {}})
+    raw["components"].append({"id": "reviver", "path": REVIVER, "args": {}})
     _save(local / "resources.json", raw)
     _save(local / "authorization.json", PERMISSIONS)
 

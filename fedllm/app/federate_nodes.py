@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.job_scheduler_spec import DispatchInfo
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.collab import CollabCallError, collab
@@ -26,19 +23,19 @@ from nvflare.collab.runtime.controller import CollabController
 from nvflare.collab.runtime.dispatch import prepare_for_remote_call
 from nvflare.collab.runtime.executor import CollabExecutor
 from nvflare.collab.runtime.lifecycle import run_server
-from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import new_cell_message
 
-from fedllm.app.federate_site import SETTINGS, SiteSettings, open_run
+from fedllm.app.federate_bench import bench
+from fedllm.app.federate_reviver import CHANNEL, TOPIC
+from fedllm.app.federate_run import FAILED, drive_run
+from fedllm.app.federate_settings import SETTINGS, SiteSettings
+from fedllm.app.federate_site import open_run
 from fedllm.core.errors import FedLLMError
 from fedllm.engines.flare_site import SiteHost
 from fedllm.engines.flare_sites import Head, Patience, Silence
 
 log = logging.getLogger(__name__)
-CHANNEL, TOPIC = "fedllm", "revive"
-FAILED = "failed.txt"
-"""In the run's folder: why the coordinator's process gave up."""
 
 
 class CollabLink:
@@ -46,15 +43,16 @@ class CollabLink:
 
     def __init__(self, proxies: Sequence[Any], revive: Callable[[str], None]) -> None:
         self.proxies = {p.name: p for p in proxies}
-        self.revive = revive
+        self._revive = revive
+
+    def revive(self, site: str) -> None:
+        self._revive(site)
 
     def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float) -> tuple[Head, bytes]:
         try:
             got = self.proxies[site](timeout=max(0.1, seconds)).handle(json.dumps(dict(head)), bytes(body))
             return json.loads(got["head"]), got["body"]
         except CollabCallError as error:
-            if head.get("op") == "probe":
-                self.revive(site)
             raise Silence(str(error.cause or error)[:300]) from None
         except (TypeError, KeyError, ValueError) as error:
             raise Silence(f"an answer that is none: {error}") from None
@@ -63,14 +61,14 @@ class CollabLink:
 class CoordinatorNode:
     """The server's object: drives the run in `folder` and leaves its result there."""
 
-    def __init__(self, folder: str, needed: int, patience: dict[str, float] | None = None) -> None:
-        self.folder, self.needed, self.patience = folder, needed, patience or {}
+    def __init__(self, folder: str, needed: int, patience: dict[str, float] | None = None,
+                 bench: list[int] | None = None) -> None:
+        """`bench` measures messages of these sizes in place of a run."""
+        self.folder, self.needed, self.patience, self.bench = folder, needed, patience or {}, bench
 
     @collab.main
     def run(self) -> None:
         """The whole run; why it failed is written beside its events."""
-        from fedllm.app.federate_run import drive_run
-
         torch.set_num_threads(1)
         folder, cell, job = Path(self.folder), collab.fl_ctx.get_engine().get_cell(), collab.fl_ctx.get_job_id()
 
@@ -81,6 +79,9 @@ class CoordinatorNode:
         clients = list(collab.clients)
         link = CollabLink(clients, revive)
         try:
+            if self.bench:
+                bench(link, list(link.proxies), self.bench, folder)
+                return
             drive_run(folder, link, [p.name for p in clients], self.needed, Patience(**self.patience))
         except FedLLMError as error:
             (folder / FAILED).write_text(str(error))
@@ -135,23 +136,3 @@ class Resident(CollabExecutor):
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         return make_reply("TASK_UNKNOWN")
-
-
-class Reviver(FLComponent):
-    """Lives in the server's main process: starts a site's job process again when the coordinator misses it."""
-
-    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type == EventType.SYSTEM_START:
-            self.engine = fl_ctx.get_engine()
-            self.engine.server.cell.register_request_cb(channel=CHANNEL, topic=TOPIC, cb=self._revive)
-
-    def _revive(self, request: Any) -> Any:
-        job_id, site = str(request.payload["job"]), str(request.payload["site"])
-        origin = request.get_header(MessageHeaderKey.ORIGIN)
-        job = self.engine.job_runner.running_jobs.get(job_id)
-        if job is None or origin != FQCN.join([FQCN.ROOT_SERVER, job_id]):
-            return new_cell_message({MessageHeaderKey.RETURN_CODE: ReturnCode.INVALID_REQUEST})
-        with self.engine.new_context() as fl_ctx:
-            replies = self.engine.start_client_job(job, {site: DispatchInfo("app", {}, None)}, fl_ctx)
-        self.logger.info(f"start of job {job_id} at '{site}' again: {[r.reply and r.reply.body for r in replies]}")
-        return new_cell_message({MessageHeaderKey.RETURN_CODE: ReturnCode.OK})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ from fedllm.methods.registry import make_method
 from fedllm.models.load import load_model
 
 log = logging.getLogger(__name__)
+FAILED = "failed.txt"
+"""In the run's folder: why the coordinator's process gave up."""
 
 
 class FarWorld(World):
@@ -55,6 +58,11 @@ class Opening:
 
     def one(self, site: str) -> None:
         """One site loads its model; raises Silence with the site's own reason when it refuses."""
+        ends = time.monotonic() + self.sites.patience.opening
+        while self.sites.probe(site) is None:  # its process may still be starting
+            if time.monotonic() > ends:
+                raise Silence(f"its process did not start in {self.sites.patience.opening:g} s")
+            time.sleep(0.2)
         head, _ = self.sites.link.call(site, self.head, b"", self.sites.patience.opening)
         if why := head.get("refused") or head.get("failed"):
             raise Silence(f"refused by the site: {why}")

@@ -1,24 +1,22 @@
-"""What a site decides for itself: its data, what may run here, and what may leave. Its settings never leave either."""
+"""How a site takes part in a run: the coordinator's recipe over the site's own rows, if its settings allow it."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.app.build import PACKAGES, compose, make_profiles, make_recipe_space
 from fedllm.app.federate_memory import DiskMemory
+from fedllm.app.federate_settings import SiteSettings
 from fedllm.app.layers import make_layer
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.core.client import ClientInfo, Profile
 from fedllm.core.errors import CompositionError, DataError, RecipeError
-from fedllm.core.payload import Payload, tensor_bytes
 from fedllm.core.rng import numpy_stream
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.load import HOLD_BACK_FROM, _held_back, load_federation
@@ -29,55 +27,6 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method, modules
 from fedllm.models.load import load_model
-
-SETTINGS = "fedllm.json"
-
-
-class SiteSettings(BaseModel):
-    """A site's own file, `local/fedllm.json` in its kit: what the organisation allows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    data: str
-    """A file or folder with this site's rows."""
-    store: str
-    """Folder for what the client remembers between rounds and runs."""
-    methods: list[str] | None = None
-    """Ids of the methods that may run here; None: every installed one."""
-    models: list[str] = Field(default_factory=list)
-    """Folders that models and adapters may be read from; embedded models and Hub ids need none."""
-    profile: dict[str, Any] = Field(default_factory=dict)
-    """What this site declares: rank, memory_bytes, bandwidth, modality, privacy."""
-    text_leaves: bool = True
-    """Whether a reply may hold text."""
-    most_bytes: int | None = Field(default=None, ge=1)
-    """Tensor bytes of the largest reply that may leave; None: any."""
-    trust_remote_code: bool = False
-    """Whether a run may execute Python code that comes with a Hub model."""
-    same_packages: list[str] = Field(default_factory=lambda: ["fedllm", "torch", "transformers", "peft"])
-    """Packages whose versions must be the coordinator's."""
-    threads: int = Field(default=1, ge=1)
-    """Threads of the model; another number rounds another way."""
-
-    @classmethod
-    def read(cls, path: Path) -> SiteSettings:
-        """The settings in a file; RecipeError when they are missing or wrong."""
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, ValidationError) as error:
-            raise RecipeError(f"{path}: {error}") from None
-
-    def may(self, way: str, payload: Payload) -> str | None:
-        """Why a payload may not pass here, or None."""
-        if way == "down":
-            return None
-        text = next((k for k, v in payload.items() if isinstance(v, str) or
-                     (isinstance(v, list) and any(isinstance(x, str) for x in v))), None)
-        if text is not None and not self.text_leaves:
-            return f"'{text}' is text, and this site lets no text leave (text_leaves = false)"
-        if self.most_bytes is not None and tensor_bytes(payload) > self.most_bytes:
-            return f"the reply has {tensor_bytes(payload)} bytes of tensors, this site allows {self.most_bytes}"
-        return None
 
 
 def versions() -> dict[str, str]:

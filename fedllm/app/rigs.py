@@ -76,7 +76,9 @@ def quadratic(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None,
     c = torch.from_numpy(rng.normal(0, 3, (clients, d)))
 
     def loss(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        w, good = model.net.w(batch.ids[:, 0]), batch.labels >= 0  # [N, d], [N]
+        net, good = model.net, batch.labels >= 0
+        assert isinstance(net, Quadratic)
+        w = net.w(batch.ids[:, 0])  # [N, d]
         k = batch.labels.clamp(min=0)  # a row's label is its client's number
         value = 0.5 * (a[k] * (w - c[k]).pow(2)).sum(1) * good
         return value, good.to(value.dtype), torch.zeros_like(value)

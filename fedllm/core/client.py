@@ -79,6 +79,10 @@ class Client(Protocol):
         """Test metrics of `theta` on the client's held-out rows (`on="global"`: a simulator's global test)."""
         ...
 
+    def through(self, change: Callable[[Any], Any], closed: str = "") -> Any:
+        """For layers: a context in which `change` sees, changes or refuses every request that the client makes."""
+        ...
+
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` for a pure function, computed once per process for equal arguments; treat it as read-only."""
         ...

@@ -36,6 +36,13 @@ def part(payload: Payload, name: str) -> dict[str, Any]:
     return {key[len(head) :]: leaf for key, leaf in payload.items() if key.startswith(head)}
 
 
+def alike(msgs: Mapping[str, Payload]) -> Tree:
+    """The float tensors that all of these messages hold alike."""
+    first, *others = msgs.values() if msgs else [{}]
+    return {k: v for k, v in first.items() if isinstance(v, Tensor) and v.is_floating_point()
+            and all(o.get(k) is v or (isinstance(o.get(k), Tensor) and v.equal(o[k])) for o in others)}
+
+
 def tree_map(f: Callable[..., Tensor], *trees: Mapping[str, Tensor]) -> Tree:
     """Apply `f` leaf by leaf; all trees must have the first one's names."""
     first = trees[0]

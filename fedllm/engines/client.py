@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedllm.core.client import ClientInfo, Profile
+from fedllm.core.errors import CompositionError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
@@ -35,15 +37,34 @@ class ClientCall:
         step = phase.rpartition(".")[2]  # the function, without whose it is: methods compare on the same batches
         self._key = (world.seed, round, info.id, step, visit)
         self._streams: dict[str, np.random.Generator] = {}
+        self._closed = ""
 
     @property
     def local(self) -> LocalSpec:
         """How the recipe has this client train."""
         return self._world.local
 
+    @contextlib.contextmanager
+    def through(self, change: Callable[[Request], Request], closed: str = "") -> Iterator[None]:
+        """For layers: `change` sees every request made inside, and changes or refuses it.
+
+        `closed` says why the functions above may not read the rows themselves (empty: they may).
+        """
+        before = self._submit, self._closed
+        self._submit, self._closed = (lambda request: before[0](change(request))), closed or self._closed
+        try:
+            yield
+        finally:
+            self._submit, self._closed = before
+
+    def _open_rows(self) -> None:
+        if self._closed:
+            raise CompositionError(self._closed)
+
     @property
     def data(self) -> Sequence[Mapping[str, Any]]:
         """The client's own training rows."""
+        self._open_rows()
         return self._world.rows(self.id, "train")
 
     def rng(self, owner: str) -> np.random.Generator:
@@ -63,6 +84,7 @@ class ClientCall:
 
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
+        self._open_rows()
         spec, rows = self._world.local, self._world.encoded(self.id, "train")
         shared = numpy_stream(self._world.seed, self.round, "batch order")
         return batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared, steps=steps)

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 BOOT = uuid.uuid4().hex
 """Names this process: the server sees by it that a site was started again."""
 
+ECHO = 4 << 30
+"""Bytes of the longest echo (a measurement of the line)."""
+
 Said = tuple[dict[str, Any], bytes]
 
 
@@ -85,6 +88,8 @@ class SiteHost:
                 return {"refused": f"it speaks protocol {PROTOCOL}, the server {head.get('protocol')!r}"}, b""
             if head.get("op") == "probe":
                 return {"boot": BOOT, "open": self.run is not None, "loads": self.loads}, b""
+            if head.get("op") == "echo":
+                return {"boot": BOOT, "got": len(body)}, bytes(min(int(head["size"]), ECHO))
             with self._lock:
                 return self._serve(head, body)
         except (FedLLMError, KeyError, TypeError, ValueError) as error:

@@ -34,6 +34,10 @@ class Link(Protocol):
         """The site's answer; raises `Silence` when there is none within `seconds`."""
         ...
 
+    def revive(self, site: str) -> None:
+        """Ask for a site's lost process to be started again; comes back at once."""
+        ...
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -49,6 +53,8 @@ class Patience:
     """From one sign of life to the next while an answer is awaited."""
     grace: float = 60.0
     """How long a site may be gone in the middle of a call before the call is given up."""
+    revive: float = 20.0
+    """From one request to start a lost process again to the next."""
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Site:
     suspect: str | None = None
     """Why it is suspected of being gone."""
     since: float = 0.0
+    revived: float = 0.0
     settled: list[list[Any]] = field(default_factory=list)
     """Rounds that counted, as [attempt, round], of which the site has not heard yet."""
 
@@ -101,8 +108,16 @@ class Sites:
         try:
             head, _ = self.link.call(name, {"op": "probe", "protocol": PROTOCOL}, b"", self.patience.probe)
         except Silence:
+            self._revive(self.table[name])
             return None
         return str(head.get("boot"))
+
+    def _revive(self, site: Site) -> None:
+        """Not before the site has lived once: it may still be starting."""
+        now = time.monotonic()
+        if site.boot is not None and now - site.revived >= self.patience.revive:
+            site.revived = now
+            self.link.revive(site.name)
 
     def settle(self, name: str, attempt: str, round: int) -> None:
         """What this site staged in `attempt` counts; it hears of it with the next message."""

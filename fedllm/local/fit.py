@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.local.private import private_objective
 from fedllm.local.requests import Fit, Fitted, Limits
 from fedllm.local.terms import Term
 from fedllm.models.batch import collate
@@ -30,7 +31,7 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
     tokens = size = 0
     for r in requests:
         lengths = np.array([len(e.ids) for e in r.rows])
-        widest = max(int(lengths[at].max()) * len(at) for at in r.plan)
+        widest = max((int(lengths[at].max()) * len(at) for at in r.plan if len(at)), default=0)
         held = 4 * sum(t.numel() * t.element_size() for t in r.theta.values())  # weights, gradients, two moments
         full = bool(lots) and (len(lots[-1]) + 1) * max(tokens, widest) > limits.batch_tokens
         if not lots or full or size + held > limits.lane_bytes:
@@ -63,14 +64,25 @@ def _train(lot: Sequence[Fit]) -> list[Fitted]:
         lr_sum += lr
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = collate([[r.rows[i] for i in r.plan[step]] for r in lot[:live]], model.pad, model.device)
-        with model.using(trees[:live], lot[0].base, params | frozen):
-            loss = model.losses(batch)
-        _step(loss, params, optimizer, terms, live, spec.clip_norm)
+        objective, loss = _objective(lot[:live], step, params, frozen)
+        _step(objective, params, optimizer, terms, live, spec.clip_norm)
         losses[:live] += loss.detach().double().cpu()
     for k in range(live):
         results[k] = _fitted(lot[k], take_lane(params | frozen, k, trees[k]), losses[k], lr_sum)
     return results  # type: ignore[return-value]
+
+
+def _objective(lot: Sequence[Fit], step: int, params: Mapping[str, Tensor],
+               frozen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What each lane descends [K], and the loss that may be told [K]: none (0) where training is private."""
+    model, trees = lot[0].model, [r.theta for r in lot]
+    rows = [[r.rows[i] for i in r.plan[step]] for r in lot]
+    if private := [r.private for r in lot if r.private]:
+        objective = private_objective(model, rows, private, trees, lot[0].base, params, frozen)
+        return objective, torch.zeros(len(lot))
+    with model.using(trees, lot[0].base, params | frozen):
+        loss = model.losses(collate(rows, model.pad, model.device))
+    return loss, loss
 
 
 def _step(loss: Tensor, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
@@ -107,6 +119,8 @@ def _settings(optimizer: torch.optim.Optimizer) -> set[str]:
 
 
 def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float) -> Fitted:
+    if r.private:  # whom its batches drew is a secret, so their size is told as expected
+        return Fitted(theta, 0.0, len(r.plan), round(r.private.batch * len(r.plan)), 0, lr_sum)
     seen = np.concatenate(list(r.plan))
     tokens = sum(len(r.rows[i].ids) for i in seen)
     return Fitted(theta, float(loss) / len(r.plan), len(r.plan), len(seen), tokens, lr_sum)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedllm.core.payload import Tree
 from fedllm.data.encode import Encoded
+from fedllm.local.private import Private
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.models.model import Model
@@ -54,11 +55,14 @@ class Fit(Request):
     spec: LocalSpec
     freeze: tuple[str, ...] = ()
     terms: tuple[Term, ...] = ()
+    private: Private | None = None
+    """Clip each example's gradient and add noise; batches may then be empty."""
 
     @property
     def group(self) -> Hashable:
         steps = len(self.plan) if self.spec.schedule != "constant" else None
-        return (*super().group, self.spec, self.freeze, tuple(t.key for t in self.terms), steps)
+        private = self.private and self.private.key
+        return (*super().group, self.spec, self.freeze, tuple(t.key for t in self.terms), steps, private)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def start() -> dict[str, Any]:
     return {"drift": {}, "version": 0, "last": {}, "at": {}}
 
 
-def news(state: Mapping[str, Any], client: str, dense: bool = False) -> Payload:
+def news(state: Mapping[str, Any], client: str, dense: bool = False) -> dict[str, Any]:
     """What this client must be told to hold the drift: the last step if it holds all before, else the whole drift."""
     version, at = state["version"], state["at"].get(client, 0)
     if at == version - 1 and not dense:

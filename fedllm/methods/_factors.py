@@ -39,8 +39,8 @@ class Products(Sum):
     def lift(self, reply: Payload) -> Payload:
         w, s = float(reply["n"]), float(reply["scale"])
         pairs = factors(part(reply, "theta"))
-        return Mean().lift(self._rest(reply)) | {
-            f"product/{path}": w * s * wide(b) @ wide(a) for path, (b, a) in pairs.items()}
+        products = {f"product/{path}": w * s * wide(b) @ wide(a) for path, (b, a) in pairs.items()}
+        return {**Mean().lift(self._rest(reply)), **products}
 
     def add(self, acc: dict[str, Any], reply: Payload) -> dict[str, Any]:
         w, s = float(reply["n"]), float(reply["scale"])
@@ -62,7 +62,7 @@ class Products(Sum):
     def done(self, total: Payload) -> Payload:
         if "pairs" not in total:  # a sum of lifted replies
             return Mean().done(total)
-        value = Mean().done(total["rest"])
+        value = dict(Mean().done(total["rest"]))
         for path, (b, a) in total["pairs"].items():
             value |= {f"B/{path}": torch.cat(b, 1), f"A/{path}": torch.cat(a, 0) / value["n"]}
         return value

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from fedllm.core.ask import Ask
 from fedllm.core.errors import CompositionError
 from fedllm.core.layer import Layer
@@ -52,12 +50,3 @@ EVALUATION = ("score",)
 def without(msg: Payload, prefix: str) -> dict[str, Any]:
     """The message without a layer's own keys."""
     return {k: v for k, v in msg.items() if not k.startswith(prefix)}
-
-
-def same_everywhere(msgs: Mapping[str, Payload]) -> dict[str, Tensor]:
-    """The float tensors that every client is told alike."""
-    if not msgs:
-        return {}
-    first, *others = msgs.values()
-    return {k: v for k, v in first.items() if isinstance(v, Tensor) and v.is_floating_point()
-            and all(o.get(k) is v or (isinstance(o.get(k), Tensor) and v.equal(o[k])) for o in others)}

@@ -15,10 +15,10 @@ from fedllm.core.ask import Replies
 from fedllm.core.errors import QuorumError, RecipeError
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
-from fedllm.core.payload import norm
+from fedllm.core.payload import alike, norm
 from fedllm.core.reduce import Lifted, Mean, wide
 from fedllm.core.rng import torch_stream
-from fedllm.privacy._sums import is_control, must_lift, need_sums, same_everywhere, without
+from fedllm.privacy._sums import is_control, must_lift, need_sums, without
 from fedllm.privacy.accountant import Ledger, Release, check_delta, check_epsilon, noise_for
 
 OWN = "_dp/"
@@ -92,7 +92,7 @@ class DPFedAvg(Knobs, Layer):
         asked, lift = len(ask.msgs), must_lift(ask, self)
         self._book(ask.phase, asked, state)
         state["asked"] += 1
-        rng, common = self._rng(state), same_everywhere(ask.msgs) if isinstance(ask.reducer, Mean) else {}
+        rng, common = self._rng(state), alike(ask.msgs) if isinstance(ask.reducer, Mean) else {}
         told = {OWN + "clip": state["clip"], OWN + "lift": lift, OWN + "change": sorted(common)}
         out, total = Replies(), {}
         if chosen := self._draw(list(ask.msgs), rng):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedllm.app.rigs import RIGS, Scripted, best_of_rank, off, update, wanted
-from fedllm.core.errors import CompositionError
+from fedllm.core.ask import Replies
+from fedllm.core.errors import CompositionError, PayloadError
 from fedllm.core.payload import pack, part, tensor_bytes
 from fedllm.core.program import drive
 from fedllm.methods._factors import Padded, Products, first_ranks, svds
@@ -193,7 +194,7 @@ def test_hetlora_regularizer_and_norm():
     term = Tail(0.5, masks(one, 3))
     value = term.loss(theta, {n: m[None] for n, m in term.tensors.items()})
     b, a = one[names_of("m")[0]], one[names_of("m")[1]]
-    assert float(value) == pytest.approx(0.5 * float(b[:, 3:].norm() * a[3:].norm()))
+    assert value.item() == pytest.approx(0.5 * float(b[:, 3:].norm() * a[3:].norm()))
     value.sum().backward()
     assert all(t.grad.abs().sum() > 0 and t.grad[..., :3, :].isfinite().all() for t in theta.values())
     assert product_norm([(b, a)]) == pytest.approx(float((b @ a).norm()), rel=1e-12)
@@ -245,3 +246,27 @@ def test_factored_svd_takes_zeros_and_is_fast():
     assert quick * 3 < slow
     assert float((s - dense[1][:80]).abs().max() / s[0]) < 1e-5
     assert float(((u * s) @ vt - b @ a).norm() / (b @ a).norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["flora_stacking", "fedex_lora", "flexlora"])
+def test_merging_products_or_factors_deploys_the_same(begin, gap, name):
+    """A server that sees only a sum of lifted replies ends where one that sees every factor does."""
+    run = begin(name, kind=Scripted)
+    method, state, reducer = run.method, run.state, type(run.method).local.reduce
+    acc, total = {}, {}
+    for n in (1.0, 3.0):
+        theta = {k: random(*t.shape) for k, t in run.world.model.initial().items()}
+        reply = {**pack(theta=theta), "n": n, "scale": 4.0, "loss": 1.0}
+        acc, total = reducer.add(acc, reply), reducer.plus(total, reducer.lift(reply))
+    space = run.world.model.space
+    ends = [update(space, *method.served(method.merge(state, Replies(value=reducer.done(x), answered=("c0", "c1")))))
+            for x in (acc, total)]
+    assert gap(*ends) < 1e-10
+
+
+def test_a_reply_of_the_wrong_shape_is_refused():
+    b, a = names_of("m")
+    reply = {**pack(theta={b: random(12, 2), a: random(2, 7)}), "n": 1.0, "scale": 1.0}
+    acc = Products().add({}, reply)
+    with pytest.raises(PayloadError, match="do not go with"):
+        Products().add(acc, {**reply, f"theta/{b}": random(11, 2)})

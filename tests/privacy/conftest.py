@@ -62,7 +62,7 @@ def tiny(tiny_llama_folder):
     from fedllm.models.model import Model
     from fedllm.spaces import make_space
 
-    words = "red green blue one two three cat dog bird say the word is a good bad film of and to yes no".split()
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word"]
 
     def row(k, i):
         text = [words[(7 * i + 3 * k + j * (i + 1)) % len(words)] for j in range(3 + (5 * i + k) % 9)]
@@ -72,7 +72,8 @@ def tiny(tiny_llama_folder):
              spec=None, knobs=None, loopback=False, **space_knobs):
         net = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=dtype)
         space_knobs = {"rank": 4, **space_knobs} if space == "lora" else space_knobs
-        model = Model(net, AutoTokenizer.from_pretrained(tiny_llama_folder), "generation", make_space(space, **space_knobs))
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+        model = Model(net, tokenizer, "generation", make_space(space, **space_knobs))
         shards = {f"c{i}": Shard([row(i, j) for j in range(6 + i)], [row(i, 50)]) for i in range(k)}
         profiles = {f"c{i}": Profile(rank=r) for i, r in enumerate(ranks)}
         world = World(model, Federation(shards, [row(9, 1)], "generation"),

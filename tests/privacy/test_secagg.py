@@ -1,7 +1,7 @@
 """Secure aggregation: exact sums, drop-outs in every phase, what the server sees, and those who do not play along."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_survivors_that_fall_apart_are_not_opened(loop, people):
     for i in range(12):
         pair = [ids[i], ids[(i + 5) % 12]]
         try:
-            out, engine = run(layer, clients, loop, {"local": pair})
+            out, _ = run(layer, clients, loop, {"local": pair})
             assert_sum(out, clients, layer, 12)
         except QuorumError as error:
             assert "parts" in str(error) or "needed" in str(error)
@@ -98,7 +98,7 @@ def plain_ring(layer, client, count):
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_server_s_transcript_holds_no_update(name, loop, people):
     """Search: no vector that came is a client's own, nor is the difference of any two, nor does one come unmasked.
-    Statistics: bytes of what came are uniform by chi-square at 1 %, while the same vectors without masks are not."""
+    Statistics: bytes of what came are uniform by chi-square, while the same vectors without masks are not."""
     clients, layer = people(10, size=3000), LAYERS[name]
     _, engine = run(layer, clients, loop, {"local": ["c03"]})
     rings = {c: r["ring"] for phase, c, r in engine.seen if "ring" in r}
@@ -109,7 +109,7 @@ def test_the_server_s_transcript_holds_no_update(name, loop, people):
         for d, other in rings.items():
             assert c == d or ((ring - other) == (own[c] - own[d])).float().mean() < 0.01
     words = torch.cat(list(rings.values()))
-    bound = 1 + 2.6 * (2 / 255) ** 0.5  # 1 % of chi-square per degree of freedom, 255 of them
+    bound = 1 + 4 * (2 / 255) ** 0.5  # four deviations of a chi-square per degree of freedom, 255 of them
     assert _ring.chi_square(words) < bound
     assert _ring.chi_square(torch.cat(list(own.values()))) > 2 * bound
     said = [r for _, _, r in engine.seen if "ring" not in r]
@@ -117,7 +117,7 @@ def test_the_server_s_transcript_holds_no_update(name, loop, people):
 
 
 def test_masks_are_uniform_whatever_they_hide(loop, people):
-    """The distinguisher over 100 sessions of constant updates: it fails to tell masks from noise, and finds them bare."""
+    """The distinguisher at 1 % over 100 sessions of constant updates: it finds nothing, and bare vectors always."""
     high = bare = 0
     for seed in range(100):
         clients = people(3, size=600, seed=seed)
@@ -137,7 +137,7 @@ def test_shares_below_the_threshold_say_nothing():
     assert _shamir.combine({x: shares[x] for x in (2, 3, 5)}) != secret
     # for three shares and any other secret there is a fourth share that makes it so
     other = (10**9).to_bytes(32, "big")
-    fit = next(y for y in [fourth({x: shares[x] for x in (2, 3, 5)}, 7, other)])
+    fit = fourth({x: shares[x] for x in (2, 3, 5)}, 7, other)
     assert _shamir.combine({**{x: shares[x] for x in (2, 3, 5)}, 7: fit}) == other
     assert pow(3, _shamir.PRIME - 1, _shamir.PRIME) == pow(7, _shamir.PRIME - 1, _shamir.PRIME) == 1
 
@@ -155,7 +155,8 @@ def test_a_wrong_share_is_passed_over_and_its_sender_named(loop, people):
     clients, layer = people(9), SecAgg()
 
     def spoil(phase, cid, reply):
-        return {**reply, "shares": [bytes(33) for _ in reply["shares"]]} if "shares" in reply and cid == "c02" else reply
+        bad = "shares" in reply and cid == "c02"
+        return {**reply, "shares": [bytes(33) for _ in reply["shares"]]} if bad else reply
 
     states = [layer.init()]
     out, _ = run(layer, clients, loop, {"local": ["c08"]}, spoil, states)
@@ -204,12 +205,12 @@ def test_clients_refuse_a_server_that_lies(loop, people):
     _, engine = run(layer, clients, loop)
     sid = next(m["sid"] for p, c, m in engine.told if p.endswith("advertise"))
     one = clients["c00"]
-    with pytest.raises(PayloadError, match="seen .replayed"):
+    with pytest.raises(PayloadError, match=r"seen .replayed"):
         layer.advertise({"sid": sid}, one)
     with pytest.raises(PayloadError, match="another session"):
         layer.unmask({"sid": sid, "signers": [], "signatures": []}, one)
 
-    fresh = [c for c in clients.values()]
+    fresh = list(clients.values())
     adverts = {c.id: layer.advertise({"sid": "s"}, c)["advert"] for c in fresh}
     forged = {**adverts, "c01": [adverts["c02"][0], *adverts["c01"][1:]]}
     peers = ["c01", "c02", "c03", "c04"]
@@ -229,7 +230,7 @@ def test_clients_refuse_a_server_that_lies(loop, people):
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: SecAgg(quantum=1e-6).bind(Facts(dict.fromkeys("abcdefghij", 1), 10, 1)), "overflow the ring.*finest quantum"),
+    (lambda: SecAgg(quantum=1e-6).bind(Facts(dict.fromkeys("abcdefghij", 1), 10)), "overflow the ring.*finest quantum"),
     (lambda: SecAgg().bind(Facts({"a": 1, "b": 1}, 2, 1)), "at least 3 and 2 take part"),
     (lambda: SecAgg().check(Ship(), {"each": None}), r"SecAgg.*'Ship.each' needs every single reply.*fedavg")])
 def test_what_cannot_hold_is_refused_before_the_run(make, says):
@@ -299,11 +300,6 @@ def assert_equal_products(a, b):
     for path, (bb, aa) in factors(a["theta"]).items():
         other_b, other_a = factors(b["theta"])[path]
         torch.testing.assert_close(other_b @ other_a, bb @ aa, atol=2e-5, rtol=1e-3)
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """A method of one question."""
 
 
 def test_noise_on_the_sum_and_masks_below_it(loop, people):

@@ -82,10 +82,9 @@ class FedKSeed(Star):
 
     def sparse(self, g_sum: Tensor, drawn: np.ndarray) -> dict[str, Any]:
         """Pairs (index, scalar), or all K scalars where that is shorter."""
-        at = np.unique(drawn)
+        at = torch.from_numpy(np.unique(drawn))
         if 8 * len(at) >= 4 * self.K:
             return {"G": g_sum}
-        at = torch.from_numpy(at)
         return {"K": self.K, "at": at.int(), "g": g_sum[at]}
 
     def merge(self, state: State, out) -> State:

@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make demo`, `make test`. Both make .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One torch thread a process: small models lose by more, and results do not depend on the machine's cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint claims bench clean
+
+# A stamp for each set of extras, younger than pyproject.toml when it is installed.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[dev,encoder]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[bench,encoder]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/fedllm demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy fedllm/__init__.py fedllm/core fedllm/app
+
+claims: $(VENV)/.dev
+	$(BIN)/fedllm claims
+
+bench: $(VENV)/.bench
+	$(BIN)/fedllm bench
+
+clean:
+	rm -rf $(VENV) runs build dist

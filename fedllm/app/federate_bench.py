@@ -1,0 +1,49 @@
+"""Measures a federation's line: the time of a message to every site and back, by size."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedllm.app.folder import RunFolder
+from fedllm.engines.flare_sites import PROTOCOL, Link, Sites
+
+NOOPS = 60
+
+
+def bench(link: Link, names: Sequence[str], sizes: Sequence[int], folder: Path) -> None:
+    """Writes `bench.json`: seconds of an empty round to all sites, and of `sizes` bytes one way and back, to one."""
+    sites = Sites(link, names)
+    for name in names:
+        while sites.probe(name) is None:
+            time.sleep(0.2)
+        sites.table[name].boot = sites.probe(name)
+    out: dict[str, Any] = {"sites": len(names), "load": psutil.getloadavg()[0]}
+    with ThreadPoolExecutor(len(names)) as pool:
+        rounds = [_timed(lambda: list(pool.map(lambda n: _echo(sites, n, b"", 0), names))) for _ in range(NOOPS)]
+    out["noop_round"] = {"median": statistics.median(rounds), "least": min(rounds), "p90": sorted(rounds)[-NOOPS // 10]}
+    one = [_timed(lambda: _echo(sites, names[0], b"", 0)) for _ in range(NOOPS)]
+    out["noop_one_site"] = {"median": statistics.median(one), "least": min(one)}
+    for size in sizes:
+        data = bytes(size)
+        down = [_timed(lambda data=data: _echo(sites, names[0], data, 0)) for _ in range(3)]
+        both = [_timed(lambda data=data, size=size: _echo(sites, names[0], data, size)) for _ in range(3)]
+        out[str(size)] = {"one_way": min(down), "there_and_back": min(both)}
+    out["peak_memory_bytes"] = psutil.Process().memory_info().rss
+    RunFolder(folder).write_json("bench.json", out)
+
+
+def _echo(sites: Sites, name: str, body: bytes, size: int) -> None:
+    sites.ask(name, {"op": "echo", "protocol": PROTOCOL, "size": size}, body, 120.0)
+
+
+def _timed(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

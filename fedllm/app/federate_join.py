@@ -1,0 +1,53 @@
+"""An organisation's side: one line that takes part in a federation until it is stopped. Loads no model itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm.app.federate_process import kit_process, stoppable
+from fedllm.app.federate_settings import SETTINGS, SiteSettings
+from fedllm.core.errors import RecipeError
+
+log = logging.getLogger(__name__)
+
+
+def join(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[str] | None = None,
+         models: Sequence[str] = (), store: str | Path | None = None, stop: Callable[[], bool] = lambda: False,
+         **settings: Any) -> None:
+    """Take part in a federation until stopped: this site's process, its data and its settings.
+
+    `address` must be the one that the kit was made for. `settings` are `SiteSettings`, kept in the kit's local folder.
+    """
+    kit = Path(kit).resolve()
+    target = _target(kit)
+    if address != target:
+        raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
+    mine = SiteSettings(data=str(Path(data).resolve()), store=str(Path(store or kit / "memory").resolve()),
+                        methods=None if methods is None else list(methods),
+                        models=[str(Path(m).resolve()) for m in models], **settings)
+    (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
+    name = json.loads((kit / "startup" / "fed_client.json").read_text())["client"]["fqsn"]
+    with contextlib.suppress(KeyboardInterrupt), stoppable():
+        while not stop():
+            words = (f"uid={name}", f"org={name.replace('-', '_')}")
+            with kit_process(kit, "client", "fed_client.json", *words) as process:
+                while process.poll() is None and not stop():
+                    time.sleep(0.2)
+            if process.returncode == 0 or stop():
+                return
+            log.warning("the site's process ended with %s; it is started again", process.returncode)
+            time.sleep(2.0)
+
+
+def _target(kit: Path) -> str:
+    try:
+        return json.loads((kit / "startup" / "fed_client.json").read_text())["servers"][0]["service"]["target"]
+    except OSError:
+        raise RecipeError(f"{kit} is no site's kit (it has no startup/fed_client.json); ask the coordinator for the "
+                          "one that `fedllm keys` made") from None

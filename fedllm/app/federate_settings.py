@@ -1,0 +1,64 @@
+"""A site's own settings: its data, what may run there, and what may leave. They never leave either."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedllm.core.errors import RecipeError
+
+SETTINGS = "fedllm.json"
+
+
+class SiteSettings(BaseModel):
+    """A site's own file, `local/fedllm.json` in its kit: what the organisation allows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    data: str
+    """A file or folder with this site's rows."""
+    store: str
+    """Folder for what the client remembers between rounds and runs."""
+    methods: list[str] | None = None
+    """Ids of the methods that may run here; None: every installed one."""
+    models: list[str] = Field(default_factory=list)
+    """Folders that models and adapters may be read from; embedded models and Hub ids need none."""
+    profile: dict[str, Any] = Field(default_factory=dict)
+    """What this site declares: rank, memory_bytes, bandwidth, modality, privacy."""
+    text_leaves: bool = True
+    """Whether a reply may hold text."""
+    most_bytes: int | None = Field(default=None, ge=1)
+    """Tensor bytes of the largest reply that may leave; None: any."""
+    trust_remote_code: bool = False
+    """Whether a run may execute Python code that comes with a Hub model."""
+    same_packages: list[str] = Field(default_factory=lambda: ["fedllm", "torch", "transformers", "peft"])
+    """Packages whose versions must be the coordinator's."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of the model; another number rounds another way."""
+
+    @classmethod
+    def read(cls, path: Path) -> SiteSettings:
+        """The settings in a file; RecipeError when they are missing or wrong."""
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, ValidationError) as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    def may(self, way: str, payload: Mapping[str, Any]) -> str | None:
+        """Why a payload may not pass here, or None."""
+        if way == "down":
+            return None
+        text = next((k for k, v in payload.items() if isinstance(v, str) or
+                     (isinstance(v, list) and any(isinstance(x, str) for x in v))), None)
+        if text is not None and not self.text_leaves:
+            return f"'{text}' is text, and this site lets no text leave (text_leaves = false)"
+        if self.most_bytes is not None:
+            from fedllm.core.payload import tensor_bytes
+
+            if (size := tensor_bytes(payload)) > self.most_bytes:
+                return f"the reply has {size} bytes of tensors, this site allows {self.most_bytes}"
+        return None

@@ -1,0 +1,151 @@
+"""Example-level DP at the client: DP-SGD under any method that trains by gradients, whoever the server is."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedllm.core.ask import Ask, on_client
+from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.layer import Algebra, Facts, Layer
+from fedllm.core.method import Knobs, knob
+from fedllm.core.rng import numpy_stream, torch_stream
+from fedllm.local.private import Private
+from fedllm.local.requests import Fit
+from fedllm.privacy._sums import is_control
+from fedllm.privacy.accountant import Ledger, Release, check_delta, check_epsilon, noise_for
+
+BOOK = "dp_sgd"
+CLOSED = ("layer 'DPSGD' lets a client function learn from its rows through client.fit only, and this one reads the "
+          "rows or their losses, so they do not fit together; use dp_fedavg, or a method that only trains (fedavg)")
+
+
+@dataclass(frozen=True)
+class DPSGD(Knobs, Layer):
+    """DP-SGD (Abadi et al. 2016, arXiv 1607.00133) inside `client.fit`.
+
+    Unit: one training row, against everybody, the server included. Batches are drawn by coins (Poisson, with
+    probability batch_size / rows) from the operating system's randomness; the optimizer's step on the noisy gradient,
+    penalties on the trainables, and all that the server does later are post-processing. Training losses are not told.
+    How many rows a client has is taken as public. Every client keeps its own ledger over the whole run; clients hold
+    different rows, so the run's epsilon is the largest of theirs.
+    """
+
+    algebra = Algebra("dp", instead="dp_fedavg, which clips and noises what the method sends")
+
+    noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon, the rounds and local steps", gt=0)
+    clip_norm: float = knob(1.0, "largest L2 norm of one example's gradient over all trainables", gt=0)
+    epsilon: float | None = knob(None, "budget of every client; the run stops before exceeding it", gt=0)
+    delta: float | None = knob(None, "None: (rows of the largest client) ** -1.1", gt=0, lt=1)
+    seed: int | None = knob(None, "seeds noise and sampling for tests, which voids the claim; None: from the OS")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epsilon is not None:
+            check_epsilon(self.epsilon)
+        if self.noise_multiplier is None and self.epsilon is None:
+            raise RecipeError("DPSGD.noise_multiplier and DPSGD.epsilon are both missing; give one of them")
+        object.__setattr__(self, "_facts", Facts())
+
+    def init(self) -> dict[str, Any]:
+        return {"clients": {}, "open": {}}
+
+    def bind(self, facts: Facts) -> DPSGD:
+        """Noise from the budget: the client with the fewest rows spends the most, as its rows are drawn most often."""
+        most = max(facts.rows.values(), default=2)
+        if self.delta is not None:
+            check_delta(self.delta, most)
+        bound = replace(self, delta=self.delta or min(0.5, most**-1.1))
+        if bound.noise_multiplier is None:
+            assert bound.epsilon is not None and bound.delta is not None
+            rows = min(facts.rows.values())
+            steps = facts.local.count(rows) * facts.rounds
+            z = noise_for(bound.epsilon, bound.delta, steps, "poisson", min(1.0, facts.local.batch_size / rows))
+            bound = replace(bound, noise_multiplier=z)
+        object.__setattr__(bound, "_facts", facts)
+        return bound
+
+    def server(self, ask: Any, state: Any) -> Any:
+        if is_control(ask):
+            return (yield ask)
+        for c in ask.msgs:
+            self._afford(c, state)
+            state["open"][c] = state["open"].get(c, 0) + 1  # paid even if the round fails and memories are rolled back
+        out = yield ask
+        books = yield Ask(self.account, {c: {} for c in out.answered}, quorum=1)
+        for c, reply in books.items():
+            state["clients"][c] = [list(row) for row in reply["rows"]]
+            state["open"].pop(c, None)
+        return out
+
+    def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
+        if not fn.__dict__.get("runs_on_client") or isinstance(fn.__self__, Layer):
+            return call(msg)
+        with client.through(lambda request: self._private(request, client), CLOSED):
+            reply = dict(call(msg))
+        reply.pop("loss", None)  # the training loss is a release without noise
+        return reply
+
+    @on_client()
+    def account(self, msg: Any, client: Any) -> dict[str, Any]:
+        """What this client has released over the whole run: rates and counts, which say nothing about its rows."""
+        return {"rows": [list(row) for row in client.memory.get(BOOK, {}).get("releases", [])]}
+
+    def statement(self, state: Any) -> dict[str, Any]:
+        delta, void = self.delta or 1e-5, []
+        if self.seed is not None:
+            void.append("DPSGD.seed is set, so whoever knows the recipe can take the noise off")
+        each = {}
+        for c in sorted({*state["clients"], *state["open"]}):
+            ledger = Ledger({"releases": [list(r) for r in state["clients"].get(c, [])]})
+            missing = state["open"].get(c, 0)
+            if missing and (cost := self._cost(c, state)):
+                ledger.book(cost[0], cost[1] * missing)
+            elif missing:
+                void.append(f"client '{c}' was asked {missing} times without telling what it released")
+            each[c] = ledger.epsilon(delta)
+        worst = float("inf") if void else max(each.values(), default=0.0)
+        return {"layer": "dp_sgd", "unit": "example", "epsilon": worst, "delta": delta,
+                "clients": each, "adjacency": "one training row more or less", "sampling": "poisson",
+                "noise_multiplier": self.noise_multiplier, "clip": self.clip_norm, "void": void,
+                "not_covered": "how many rows a client has; evaluation on held-out rows"}
+
+    def _private(self, request: Any, client: Any) -> Any:
+        """The same training on Poisson batches, clipped and noised, and booked."""
+        if not isinstance(request, Fit):
+            raise CompositionError(CLOSED)
+        if self.noise_multiplier is None:
+            raise RecipeError("DPSGD.noise_multiplier is unknown: with epsilon alone, bind the layer first")
+        n, steps = len(request.rows), len(request.plan)
+        rate = min(1.0, request.spec.batch_size / n)
+        book = client.memory.setdefault(BOOK, {})
+        Ledger(book).book(Release(self.noise_multiplier, "poisson" if rate < 1 else "none", rate, 0), steps)
+        book["fits"] = book.get("fits", 0) + 1
+        key = (self.seed, client.id, book["fits"])
+        coins = np.random.default_rng(secrets.randbits(128)) if self.seed is None else numpy_stream(*key, "batches")
+        noise = (torch.Generator().manual_seed(secrets.randbits(63)) if self.seed is None
+                 else torch_stream(*key, "noise"))
+        plan = [np.flatnonzero(coins.random(n) < rate) for _ in range(steps)]
+        return replace(request, plan=plan, private=Private(self.clip_norm, self.noise_multiplier, rate * n, noise))
+
+    def _cost(self, client: str, state: Mapping[str, Any]) -> tuple[Release, int] | None:
+        """What one more round will cost this client: as the recipe has it train, or as it last did."""
+        rows, z = self._facts.rows.get(client), self.noise_multiplier  # type: ignore[attr-defined]
+        if not rows or not z:
+            return None
+        local = self._facts.local  # type: ignore[attr-defined]
+        rate = min(1.0, local.batch_size / rows)
+        return Release(z, "poisson" if rate < 1 else "none", rate, 0), local.count(rows)
+
+    def _afford(self, client: str, state: Mapping[str, Any]) -> None:
+        if self.epsilon is None or not (cost := self._cost(client, state)):
+            return
+        ledger = Ledger({"releases": [list(r) for r in state["clients"].get(client, [])]})
+        if waiting := state["open"].get(client, 0):
+            ledger.book(cost[0], cost[1] * waiting)
+        ledger.afford(cost[0], self.epsilon, self.delta or 1e-5, count=cost[1])
