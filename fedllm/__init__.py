@@ -46,7 +46,8 @@ _HOMES = {
     "export": "app.export", "Recipe": "app.recipe", "Result": "app.result",
     "Ask": "core.ask", "Replies": "core.ask", "on_client": "core.ask",
     "Client": "core.client", "ClientInfo": "core.client", "Profile": "core.client", "Layer": "core.layer",
-    "Card": "core.method", "Claim": "core.method", "Method": "core.method", "Star": "core.method", "knob": "core.method",
+    "Card": "core.method", "Claim": "core.method", "Method": "core.method", "Star": "core.method",
+    "knob": "core.method",
     "drive": "core.program", "Mean": "core.reduce", "Reducer": "core.reduce", "Sum": "core.reduce",
     "Federation": "data.federation", "Shard": "data.federation", "load_federation": "data.load",
 }

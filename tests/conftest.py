@@ -8,8 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "a", "good",
-         "bad", "film", "of", "and", "to", "yes", "no", "north", "south", "east", "west", "bank", "court", "ward", "bus"]
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "a",
+         "good", "bad", "film", "of", "and", "to", "yes", "no", "north", "south", "east", "west",
+         "bank", "court", "ward", "bus"]
 
 
 @pytest.fixture(scope="session", autouse=True)

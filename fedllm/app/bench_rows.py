@@ -81,3 +81,9 @@ def subprocess_row(module: str, *args: str) -> dict[str, Any]:
     if done.returncode:
         raise FedLLMError(f"bench: {module} {' '.join(args)} failed: {done.stderr[-500:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def memory_mb(peak: bool = False) -> float:
+    """Memory of this process now, or the most that it has held (`getrusage` would count the parent's as well)."""
+    facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return float(facts["VmHWM" if peak else "VmRSS"].split()[0]) / 1024

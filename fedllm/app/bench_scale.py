@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from dataclasses import replace
 
 import torch
 
-from fedllm.app.bench_rows import Row, row, subprocess_row
+from fedllm.app.bench_rows import Row, memory_mb, row, subprocess_row
 from fedllm.app.bench_simulation import Ours, Size
 
 TINY = Size("tiny", 128, 4, ("q_proj", "v_proj"), steps=1, batch=2, length=32, vocabulary=2048)
@@ -27,9 +26,9 @@ def scale(few: int = 100, many: int = 1000) -> list[Row]:
 def one_round(clients: int) -> dict[str, float]:
     """Train `clients` clients once and say what it took."""
     start, ours = time.process_time(), Ours(replace(TINY, clients=clients), rank=4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = memory_mb()
     tokens = ours.round()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory_mb(peak=True)
     return {"peak_mb": round(peak), "grown_mb": round(peak - before), "tokens": tokens,
             "cpu_s": round(time.process_time() - start, 1)}
 

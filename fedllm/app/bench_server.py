@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.app.bench_rows import Row, peer, row, subprocess_row
+from fedllm.app.bench_rows import Row, memory_mb, peer, row, subprocess_row
 from fedllm.core.reduce import Mean
 from fedllm.methods._linalg import cut, factored_svd
 from fedllm.wire import codec
@@ -47,17 +47,16 @@ def stream(updates: Any) -> Mapping[str, Any]:
     acc = reducer.zero()
     for one in updates:
         acc = reducer.add(acc, {**one, "n": 1})
+        del one  # or it would live on while the next one is made
     return reducer.done(acc)
 
 
 def peak(clients: int) -> dict[str, float]:
     """Most memory held while updates of this many clients are made and folded, in updates."""
-    import resource
-
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_mb()
     kept = stream(update(seed) for seed in range(clients))
-    size = sum(t.numel() * 4 for t in kept.values() if isinstance(t, Tensor))
-    return {"updates": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024 / size, 2)}
+    size = sum(t.numel() * 4 for t in kept.values() if isinstance(t, Tensor)) / MB
+    return {"updates": round((memory_mb(peak=True) - before) / size, 2)}
 
 
 def codec_rows(repeats: int = 7) -> list[Row]:
@@ -94,7 +93,8 @@ def svd(d: int = 2048, clients: int = 10, rank: int = 8, repeats: int = 3) -> li
     error = float((left.double() @ right.double() - exact).norm() / exact.norm())
     return [row(f"svd/d={d} K={clients} r={rank}", ratio(times, "dense", "ours"), "times", "dense SVD", 200, 480,
                 ms={n: round(1e3 * median(t), 2) for n, t in times.items()}),
-            row(f"svd/d={d} K={clients} r={rank} error", error, "relative", "dense SVD in fp64", 1e-5, 1e-6, least=True)]
+            row(f"svd/d={d} K={clients} r={rank} error", error, "relative", "dense SVD in fp64", 1e-5, 1e-6,
+                least=True)]
 
 
 def turns(work: Mapping[str, Callable[[], Any]], repeats: int, floor: float = 0.05) -> dict[str, list[float]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -48,7 +49,7 @@ def build(recipe: Recipe) -> Parts:
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
     space, start = make_recipe_space(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
-    layers = [_part(f"layers.{i}", lambda i=i, n=n: make_layer(n.name, n.knobs, f"layers.{i}"))
+    layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
               for i, n in enumerate(recipe.layers)]
     compose(method, layers)
     federation, left_out = _without_empty(load_federation(recipe.data, recipe.seed, embed=_embedder(recipe)))
@@ -60,6 +61,7 @@ def build(recipe: Recipe) -> Parts:
 
         model.start = load_adapter(start, model)
     method.check(model)
+    method.init(model)  # some methods find only here that the model's space does not suit them
     e = recipe.evaluate
     world = World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
                   Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
@@ -152,10 +154,10 @@ def _check_profile(path: str, key: str, value: Any, names: list[str]) -> None:
         raise RecipeError(f"{path}.{key} = {value!r} is not allowed; it must be a text")
 
 
-def _embedder(recipe: Recipe) -> Callable[[list[str]], np.ndarray]:
+def _embedder(recipe: Recipe) -> Callable[[Sequence[str]], np.ndarray]:
     """Texts -> vectors by the recipe's own model, loaded only if a partition asks for it (`by_cluster`)."""
 
-    def embed(texts: Any) -> np.ndarray:
+    def embed(texts: Sequence[str]) -> np.ndarray:
         from fedllm.data.encode import Encoded
         from fedllm.local.forward import run_embeds
         from fedllm.local.generate import prompt_ids

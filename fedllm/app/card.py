@@ -42,7 +42,8 @@ def _usage(result: Result, base: str) -> list[str]:
                 'model = AutoModelForCausalLM.from_pretrained("model")', "```"]
     return ["```python", "from peft import AutoPeftModelForCausalLM",
             'model = AutoPeftModelForCausalLM.from_pretrained("adapter")', "```", "",
-            f"`fedllm export {result.folder} --merge` writes a merged checkpoint; `fedllm chat {result.folder}` talks to it."]
+            f"`fedllm export {result.folder} --merge` writes a merged checkpoint; `fedllm chat {result.folder}` "
+            "talks to it."]
 
 
 def _results(result: Result) -> list[str]:

@@ -47,8 +47,9 @@ def testing(facts: Facts, baselines: Mapping[str, Any]) -> str | None:
     for (key, text), color in zip((("local_only", "local only"), ("centralized", "centralized")), (AMBER, GREEN),
                                   strict=True):
         if (value := ((baselines.get(key) or {}).get("global") or {}).get(name)) is not None:
+            side = "bottom right" if name == "loss" else "bottom left"  # where the curve is not
             figure.add_hline(y=value, line={"color": color, "dash": "dash", "width": 2}, annotation_text=text,
-                             annotation_position="bottom right" if name == "loss" else "bottom left", annotation_font_color=color)
+                             annotation_position=side, annotation_font_color=color)
     figure.update_xaxes(title="rounds done")
     share = name != "loss"
     figure.update_yaxes(title=f"global test: {label(name)}", rangemode="tozero", tickformat=".0%" if share else None,

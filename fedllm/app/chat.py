@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -45,12 +46,12 @@ class Speaker:
     def say(self, text: str, *, temperature: float = 0.0, max_new_tokens: int | None = None, seed: int = 0,
             adapted: bool = True) -> str:
         """The model's continuation of `text`; `adapted=False` asks the base model instead."""
-        tokenizer = self.model.tokenizer
+        tokenizer: Any = self.model.tokenizer
         ids = prompt_ids([text], tokenizer, 4096)
         theta = self.theta if adapted else self.model.initial()
         request = Generate("chat", self.model, theta, self.base if adapted else None, ids, max_new_tokens or self.new,
                            temperature, seed)
-        return tokenizer.decode(run_generates([request], Limits())[0][0], skip_special_tokens=True)
+        return str(tokenizer.decode(run_generates([request], Limits())[0][0], skip_special_tokens=True))
 
     def framed(self, text: str) -> str:
         """What was typed, in the frame that the model was trained on, where the recipe has one that fits."""
@@ -72,7 +73,8 @@ def _model(recipe: Recipe) -> Model:
                       trust_remote_code=m.trust_remote_code)
 
 
-def chat(path: str | Path, console: Console, read: Callable[[], Iterator[str]], *, temperature: float, raw: bool) -> None:
+def chat(path: str | Path, console: Console, read: Callable[[], Iterator[str]], *, temperature: float,
+         raw: bool) -> None:
     """Answer line after line until there are no more; `/base TEXT` asks the untrained model."""
     speaker = Speaker(path)
     console.print(f"[dim]{path}: {speaker.recipe.method.name} on {speaker.recipe.model.name}. "

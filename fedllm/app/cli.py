@@ -1,4 +1,4 @@
-"""The command line: `fedllm run`, `resume`, `plan`, `methods`, `replay`, `report`, `export`, `chat`, `bench`, `claims`."""
+"""The command line: `fedllm run`, `resume`, `plan`, `methods`, `replay`, `report`, `export`, `chat`, and the tools."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 out, err = Console(), Console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Keys of the recipe to change.",
-                                                       show_default=False)]
+RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
+                                                       help="Keys of the recipe to change.")]
 
 
 @app.command()
-def run(recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)], overrides: Overrides = None,
+def run(recipe: RecipePath, overrides: Overrides = None,
         root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs")) -> None:
     """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
     from fedllm.app.run import run as go
@@ -48,7 +49,7 @@ def resume(path: RunPath) -> None:
 
 
 @app.command()
-def plan(recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)], overrides: Overrides = None,
+def plan(recipe: RecipePath, overrides: Overrides = None,
          as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Foresee bytes, seconds and memory of a recipe by running a small slice of it."""
     from fedllm.app.plan import plan as foresee
@@ -76,9 +77,10 @@ def replay(path: RunPath, reducer: Annotated[str | None, typer.Option(help="mean
     from fedllm.app.replay import replay as again
 
     got = again(path, reducer)
-    same = "the recorded state, bit for bit" if got.same else f"{got.distance:.1%} of the run's way from the recorded state"
-    out.print(f"{got.rounds} rounds folded again ({got.reducer}): {same}\nstate  {got.state_digest}\nmodel  {got.folder}",
-              highlight=False)
+    away = f"{got.distance:.1%} of the run's way from the recorded state"
+    same = "the recorded state, bit for bit" if got.same else away
+    out.print(f"{got.rounds} rounds folded again ({got.reducer}): {same}\nstate  {got.state_digest}\n"
+              f"model  {got.folder}", highlight=False)
 
 
 @app.command()
@@ -92,7 +94,7 @@ def report(path: RunPath) -> None:
 @app.command()
 def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", help="A merged model, or the PEFT "
                                                               "adapter.")] = False,
-           to: Annotated[Path | None, typer.Option("--out", help="Folder to write.", show_default=False)] = None) -> None:
+           to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None) -> None:
     """Export a run's model for transformers, vLLM or llama.cpp."""
     from fedllm.app.export import export as go
 
@@ -101,7 +103,7 @@ def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", 
 
 @app.command()
 def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-         raw: Annotated[bool, typer.Option(help="Send lines as they are, without the recipe's frame.")] = False) -> None:
+         raw: Annotated[bool, typer.Option(help="Send lines without the recipe's frame.")] = False) -> None:
     """Talk to a run's model."""
     from fedllm.app.chat import chat as talk
 

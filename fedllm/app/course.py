@@ -10,7 +10,7 @@ from typing import Any
 from fedllm.app.build import Parts
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.client import ClientInfo
-from fedllm.core.errors import QuorumError, RunError
+from fedllm.core.errors import PayloadError, QuorumError, RunError
 from fedllm.core.layer import Layer
 from fedllm.core.method import Method, State
 from fedllm.core.program import drive
@@ -24,7 +24,8 @@ PATIENCE = 3
 
 def draw_cohort(clients: Sequence[ClientInfo], per_round: int | float, seed: int, round: int) -> list[ClientInfo]:
     """The clients asked in this round, in the data's order; the same for the same seed and round."""
-    want = min(per_round, len(clients)) if isinstance(per_round, int) else max(1, round_half_up(per_round * len(clients)))
+    share = max(1, round_half_up(per_round * len(clients)))
+    want = min(per_round, len(clients)) if isinstance(per_round, int) else share
     if want == len(clients):
         return list(clients)
     picks = numpy_stream(seed, round, "cohort").choice(len(clients), want, replace=False)
@@ -55,8 +56,8 @@ class Course:
     def step(self, round: int) -> dict[str, Any]:
         """One round; returns what to write down about it. The touched memories are under `touched`.
 
-        A round with too few answers leaves state and memories as they were and says so; what layers booked (privacy
-        spent) stays booked, since the answers were given.
+        A round with too few answers, or with answers that the server cannot merge, leaves state and memories as they
+        were and says so; what layers booked (privacy spent) stays booked, since the answers were given.
         """
         spec, started = self.parts.recipe, time.perf_counter()
         cohort = draw_cohort(self.clients, spec.clients.per_round, spec.seed, round)
@@ -66,12 +67,12 @@ class Course:
         try:
             program = watched(self.method.round(self.state, cohort), spec.clients.deadline, losses)
             self.state = drive(program, self.engine, self.layers, self.states)
-        except QuorumError as error:
+        except (QuorumError, PayloadError) as error:
             self.engine.begin(round)  # what clients noted in their memories does not count
             self.failed_in_a_row += 1
             if self.failed_in_a_row >= PATIENCE:
-                raise RunError(f"{PATIENCE} rounds in a row had too few answers; the last: {error}. Lower clients.quorum, "
-                               "or raise clients.per_round or clients.deadline") from None
+                raise RunError(f"{PATIENCE} rounds in a row had too few answers that count; the last: {error}. "
+                               "Lower clients.quorum or local.lr, or raise clients.per_round") from None
             return {**facts, "skipped": str(error), "seconds": time.perf_counter() - started, "touched": {}}
         self.failed_in_a_row = 0
         touched = self.engine.commit()

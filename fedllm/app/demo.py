@@ -28,10 +28,10 @@ def demo(console: Console, root: Path, recipe: Path = RECIPE) -> None:
     rows = [len(s.train) for s in shards.values()]
     kinds = [len(s.info.get("categories", ())) for s in shards.values()]
     console.print(Panel(
-        f"{len(shards)} institutions hold {min(rows)} to {max(rows)} records each, of {min(kinds)} to {max(kinds)} kinds. "
-        "Each knows the routing codes\nof its own kinds only, and none may show its records to another. They tune a small "
-        "language model together\n(LoRA), and its test asks for every kind. Then each trains alone, and all in one place, "
-        "for comparison.", title="fedllm demo", border_style="blue"))
+        f"{len(shards)} institutions hold {min(rows)} to {max(rows)} records, of {min(kinds)} to {max(kinds)} kinds. "
+        "Each knows the routing codes of its own kinds only, and none may show its records to another. They tune a "
+        "small language model together (LoRA), and the test asks for every kind. Then each trains alone, and all in "
+        "one place, for comparison.", title="fedllm demo", border_style="blue"))
     folder = RunFolder.create(fresh_path(root, parts.recipe.name), resolved(parts))
     with progress_bars(console) as progress:
         result = Run(parts, folder, progress).go()

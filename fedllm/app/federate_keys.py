@@ -78,6 +78,7 @@ def _write(folder: Path, spec: dict[str, Any], sites: list[str]) -> Federation:
     for name, source in {**fresh, **{s: s for s in sites}}.items():
         shutil.copytree(made / source, kits / name)
         (kits / name).chmod(0o700)
+    shutil.rmtree(made)  # no second copy of the private keys
     if fresh:
         _server_policy(kits / "server")
     for site in sites:

@@ -36,14 +36,17 @@ class Staged:
 class DiskMemory:
     """Implements `flare_site.Memory` in one folder (one run's, of one client)."""
 
-    def __init__(self, folder: Path, at: int, behind: int = 2) -> None:
-        """Rounds from `at` on are done again, so what they left is dropped; `behind`: rounds the server may go back."""
+    def __init__(self, folder: Path, at: int | None, behind: int = 2) -> None:
+        """Rounds from `at` on are done again, so what they left is dropped (None: nothing is).
+
+        `behind` is how many rounds the server may go back.
+        """
         self.folder, self.behind = folder, behind
         self.blobs = Blobs(folder / "blobs")
         self.attempts: OrderedDict[str, Staged] = OrderedDict()
         folder.mkdir(parents=True, exist_ok=True)
         for version in self.versions():
-            if version > at:
+            if at is not None and version > at:
                 self._path(version).unlink()
 
     def versions(self) -> list[int]:

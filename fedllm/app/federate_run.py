@@ -63,7 +63,9 @@ class Opening:
             if time.monotonic() > ends:
                 raise Silence(f"its process did not start in {self.sites.patience.opening:g} s")
             time.sleep(0.2)
-        head, _ = self.sites.link.call(site, self.head, b"", self.sites.patience.opening)
+        # A process that is started again keeps what counted; only the run's first process there drops later rounds.
+        told = {**self.head, "at": None} if site in self.said else self.head
+        head, _ = self.sites.link.call(site, told, b"", self.sites.patience.opening)
         if why := head.get("refused") or head.get("failed"):
             raise Silence(f"refused by the site: {why}")
         self.sites.table[site].boot = str(head["boot"])

@@ -58,7 +58,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     run = str(head["run"])
     if not run.replace("-", "").isalnum():
         raise RecipeError(f"run = {run!r} is no run's name")
-    memory = DiskMemory(Path(settings.store) / run, int(head["at"]), 2 * recipe.record.checkpoint_every)
+    memory = DiskMemory(Path(settings.store) / run, head["at"], 2 * recipe.record.checkpoint_every)
     said = {"n": info.n, "profile": settings.profile, "task": federation.task, "labels": list(federation.labels)}
     return SiteRun((method, *layers), world, ClientInfo(site, info.n, info.profile), memory, settings.may), said
 

@@ -25,7 +25,8 @@ class EventLog:
 
     def __init__(self, path: Path, length: int = 0) -> None:
         """Go on from byte `length`; what lies behind it belongs to work that is done again, and is cut."""
-        self.path, self.waiting, self.trouble = path, [], ""
+        self.path, self.trouble = path, ""
+        self.waiting: list[str] = []
         self.length = length
         path.touch()
         os.truncate(path, length)

@@ -97,7 +97,8 @@ class Judge:
         prompts = [world.encoded(SERVER, "test")[i].prompt for i in rows]
         request = Generate(SERVER, world.model, theta, base, prompts, world.max_new_tokens)
         said = run_generates([request], world.limits)[0]
-        return [world.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+        tokenizer: Any = world.model.tokenizer
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
 
 
 def _one(ask: Ask) -> Program:

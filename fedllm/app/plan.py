@@ -14,7 +14,7 @@ from fedllm.app.course import Course, draw_cohort
 from fedllm.app.judge import Judge
 from fedllm.app.meter import Meter
 from fedllm.app.recipe import Recipe, load_recipe
-from fedllm.core.method import Method
+from fedllm.core.method import Method, State
 from fedllm.core.record import Event, Record
 from fedllm.data.federation import Federation
 from fedllm.engines.world import World
@@ -78,16 +78,17 @@ def plan_parts(parts: Parts) -> Plan:
     asked = max((len(c) for c in cohorts), default=0)
     small, steps = _slice(parts, asked), _mean_steps(parts)
     more = max(3, min(12, round(steps / 4)))
-    by_round, per_step, seconds = _probe(small, small.method, small.layers, steps, more)
+    by_round, per_step, seconds, course = _probe(small, small.method, small.layers, steps, more)
     share = asked / max(1, len(small.world.federation.clients)) * _availability(parts)
     total: Bytes = defaultdict(float)
     for r in range(recipe.rounds):
         for key, size in by_round[0 if r == 0 else 1 + (r + 1) % 2].items():
             total[key] += share * (size + per_step[key] * (steps - 1))
     tests = _tests(recipe)
-    one_test, test_seconds = _probe_test(parts, small)
-    for key, size in one_test.items():
-        total[key] += tests * size
+    first, _ = _probe_test(parts, small, small.method.init(small.world.model), {})
+    later, test_seconds = _probe_test(parts, small, course.state, course.engine.memory)
+    for key in first.keys() | later.keys():  # a state may weigh more once there was a round
+        total[key] += first[key] + (tests - 1) * later[key]
     time_share = asked / max(1, len(small.world.federation.clients))
     spent = recipe.rounds * (seconds * time_share + PER_ROUND_OVERHEAD) + tests * test_seconds
     extra = sum(_baseline_seconds(small, name, steps, more) * time_share * recipe.rounds + test_seconds
@@ -133,8 +134,9 @@ def _world(world: World, federation: Federation, profiles: Mapping[str, Any], st
     return replace(world, federation=federation, profiles=profiles, local=local)
 
 
-def _probe(small: Parts, method: Method, layers: list[Any], steps: float, more: int) -> tuple[list[Bytes], Bytes, float]:
-    """Bytes of rounds 0, 1 and 2 at one step, bytes of each further step, and seconds of a whole round."""
+def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
+           more: int) -> tuple[list[Bytes], Bytes, float, Course]:
+    """Bytes of rounds 0, 1 and 2 at one step, bytes of each further step, seconds of a whole round, and the course."""
     few, many = _with_steps(small, 1), _with_steps(small, more)
     course, seen = Course(few, method, layers), _Counter()
     course.record.sink = seen
@@ -148,7 +150,8 @@ def _probe(small: Parts, method: Method, layers: list[Any], steps: float, more: 
     for key in probes[2].bytes:
         per_step[key] = (again.bytes[key] - probes[2].bytes[key]) / (more - 1)
     slope = max(0.0, again.seconds - min(probes[1].seconds, probes[2].seconds)) / (more - 1)
-    return [p.bytes for p in probes], per_step, min(probes[1].seconds, probes[2].seconds) + slope * (steps - 1)
+    whole = min(probes[1].seconds, probes[2].seconds) + slope * (steps - 1)
+    return [p.bytes for p in probes], per_step, whole, course
 
 
 def _with_steps(parts: Parts, steps: int) -> Parts:
@@ -173,19 +176,17 @@ def _round(course: Course, round: int, seen: _Counter) -> Probe:
     return Probe(seen.bytes, time.perf_counter() - started)
 
 
-def _probe_test(parts: Parts, small: Parts) -> tuple[Bytes, float]:
-    """Bytes and seconds of one whole test, from one on few rows (it is run twice: the first one also tokenizes)."""
+def _probe_test(parts: Parts, small: Parts, state: State, memory: Mapping[str, Any]) -> tuple[Bytes, float]:
+    """Bytes and seconds of one whole test, from one on few rows."""
     seen = _Counter()
     judge = Judge(small, small.method, Record(seen))
-    state = small.method.init(small.world.model)
     whole, part = parts.world.federation, small.world.federation
-    judge.test(state, {}, 0)
-    seen.bytes, started = defaultdict(float), time.perf_counter()
-    judge.test(state, {}, 0)
+    started = time.perf_counter()
+    judge.test(state, memory, 0)
     seconds = time.perf_counter() - started
     clients = len(whole.clients) / len(part.clients)
     rows = _rows(whole) / max(1, _rows(part))
-    return {key: size * clients for key, size in seen.bytes.items()}, seconds * rows
+    return defaultdict(float, {key: size * clients for key, size in seen.bytes.items()}), seconds * rows
 
 
 def _rows(federation: Federation) -> int:

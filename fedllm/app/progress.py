@@ -52,7 +52,8 @@ class Bars(Quiet):
         self.bars.reset(self.inner, total=cohort, description="clients", visible=True)
 
     def saw(self, event: Event) -> None:
-        if event["kind"] in ("wire", "missing") and event.get("direction") != "down" and event["client"] not in self.seen:
+        answered = event["kind"] in ("wire", "missing") and event.get("direction") != "down"
+        if answered and event["client"] not in self.seen:
             self.seen.add(event["client"])
             self.bars.update(self.inner, completed=len(self.seen))
 

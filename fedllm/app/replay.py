@@ -87,7 +87,7 @@ def _relative(theta: Tree, goal: Tree, begun: Tree) -> float:
 def _write(out: Path, recipe: Any, folder: RunFolder, method: Any, state: Any) -> None:
     space, _ = make_recipe_space(recipe)
     m = recipe.model
-    model = load_model(m.name, recipe.data.task, space, labels=recipe.data.labels or (), seed=recipe.seed, dtype=m.dtype,
-                       pooling=m.pooling, trust_remote_code=m.trust_remote_code)
+    model = load_model(m.name, recipe.data.task, space, labels=recipe.data.labels or (), seed=recipe.seed,
+                       dtype=m.dtype, pooling=m.pooling, trust_remote_code=m.trust_remote_code)
     out.mkdir(exist_ok=True)
     write_served(RunFolder(out), model, method, state)

@@ -6,13 +6,22 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from fedllm.app import charts
 from fedllm.app.facts import (
-    HEADLINE, Facts, comparison, duration, headline, label, mean_metric, number, read_facts, size)
+    HEADLINE,
+    Facts,
+    comparison,
+    duration,
+    headline,
+    label,
+    mean_metric,
+    number,
+    read_facts,
+    size,
+)
 from fedllm.app.folder import RunFolder
 from fedllm.app.result import Result
 from fedllm.core.errors import RunError
@@ -42,13 +51,18 @@ def report_html(folder: RunFolder, result: Result) -> str:
     facts = read_facts(folder)
     body = "\n".join(part for part in (
         _header(facts, result), _figures(facts, result), _table(result),
-        _section("Learning", "Training loss as clients report it, and the model on the global test.",
-                 _side_by_side([charts.training(facts), charts.testing(facts, result.evaluation.get("baselines", {}))])),
+        _learning(facts, result),
         _clients(facts, result), _samples(facts), _bytes(facts, result), _trouble(facts), _recipe(facts)) if part)
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(facts.recipe['name'])} - fedllm"
             "</title><meta name='viewport' content='width=device-width, initial-scale=1'><meta name='color-scheme' "
             f"content='light dark'><style>{STYLE()}</style><script>{plotly.offline.get_plotlyjs()}</script></head>"
             f"<body><main>{body}</main><script>{SCRIPT()}</script></body></html>")
+
+
+def _learning(facts: Facts, result: Result) -> str:
+    curves = [charts.training(facts), charts.testing(facts, result.evaluation.get("baselines", {}))]
+    says = "Training loss as clients report it, and the model on the global test."
+    return _section("Learning", says, _side_by_side(curves))
 
 
 def _section(title: str, says: str, inner: str | None) -> str:
@@ -92,14 +106,15 @@ def _table(result: Result) -> str:
     names = [n for n in HEADLINE if any(n in (g or {}) or mean_metric(c, n) is not None for _, g, c in rows)]
     if not rows or not names:
         return ""
-    head = "".join(f"<th>{escape(label(n))}<br><small>{where}</small></th>" for where in ("global test", "own tests, mean")
-                   for n in names)
+    head = "".join(f"<th>{escape(label(n))}<br><small>{where}</small></th>"
+                   for where in ("global test", "own tests, mean") for n in names)
     lines = []
     for name, g, c in rows:
         cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
         mark = " class='mine'" if name.startswith("federated") else ""
         lines.append(f"<tr{mark}><th>{escape(name)}</th>{''.join(f'<td>{v}</td>' for v in cells)}</tr>")
-    table = f"<div class='scroll'><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    table = (f"<div class='scroll'><table><thead><tr><th></th>{head}</tr></thead>"
+             f"<tbody>{''.join(lines)}</tbody></table></div>")
     says = ("Local only: each client trains alone; its model is tested on the global test and the mean is shown. "
             "Centralized: all rows pooled, which a simulation may do and a federation may not.")
     return _section("What federation gives", says if len(rows) > 2 else "", table)
@@ -111,8 +126,8 @@ def _clients(facts: Facts, result: Result) -> str:
     bars = charts.per_client((e.get("before") or {}).get("clients", {}), e.get("clients", {}), local)
     held = charts.holdings(facts.clients)
     parts = "".join(f"<div class='card'>{p}</div>" for p in (bars, held) if p)
-    return _section("Clients", "Each client on rows of its own that it did not train on, and what it holds to train on.",
-                    parts + _client_table(facts, result))
+    says = "Each client on rows of its own that it did not train on, and what it holds to train on."
+    return _section("Clients", says, parts + _client_table(facts, result))
 
 
 def _client_table(facts: Facts, result: Result) -> str:
@@ -124,9 +139,9 @@ def _client_table(facts: Facts, result: Result) -> str:
         score = number(after.get(c["id"], {}).get(name), name) if name else "-"
         lines.append(f"<tr><th>{escape(c['id'])}</th><td>{c['n']}</td><td>{c['rank'] or '-'}</td><td>{score}</td>"
                      f"<td>{size(sent['up'])}</td><td>{size(sent['down'])}</td></tr>")
-    return ("<details><summary>Client by client</summary><div class='scroll'><table><thead><tr><th>client</th><th>rows</th>"
-            f"<th>rank</th><th>{escape(label(name or 'own test'))}</th><th>sent up</th><th>sent down</th></tr></thead>"
-            f"<tbody>{''.join(lines)}</tbody></table></div></details>")
+    return ("<details><summary>Client by client</summary><div class='scroll'><table><thead><tr><th>client</th>"
+            f"<th>rows</th><th>rank</th><th>{escape(label(name or 'own test'))}</th><th>sent up</th><th>sent down</th>"
+            f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>")
 
 
 def _samples(facts: Facts) -> str:
@@ -134,8 +149,8 @@ def _samples(facts: Facts) -> str:
     for s in facts.samples:
         good = "good" if s["after"].split() == s["expected"].split() else "off"
         cards.append(f"<div class='card sample'><pre>{escape(s['prompt'][-900:])}</pre><dl><dt>expected</dt><dd>"
-                     f"{escape(s['expected'])}</dd><dt>before</dt><dd>{escape(s['before']) or '(nothing)'}</dd><dt>after</dt>"
-                     f"<dd class='{good}'>{escape(s['after']) or '(nothing)'}</dd></dl></div>")
+                     f"{escape(s['expected'])}</dd><dt>before</dt><dd>{escape(s['before']) or '(nothing)'}</dd>"
+                     f"<dt>after</dt><dd class='{good}'>{escape(s['after']) or '(nothing)'}</dd></dl></div>")
     return _section("Answers before and after", "Prompts of the global test, as the model continues them.",
                     f"<div class='grid'>{''.join(cards)}</div>" if cards else None)
 
@@ -155,8 +170,8 @@ def _trouble(facts: Facts) -> str:
         return ""
     rows = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in line) + "</tr>" for line in lines[:200])
     more = f"<p class='note'>and {len(lines) - 200} more in events.jsonl</p>" if len(lines) > 200 else ""
-    table = ("<div class='scroll text'><table><thead><tr><th>round</th><th>what</th><th>client</th><th>why</th></tr></thead>"
-             f"<tbody>{rows}</tbody></table></div>{more}")
+    table = ("<div class='scroll text'><table><thead><tr><th>round</th><th>what</th><th>client</th><th>why</th></tr>"
+             f"</thead><tbody>{rows}</tbody></table></div>{more}")
     if len(lines) > 8:
         table = f"<details><summary>All {len(lines)} of them</summary>{table}</details>"
     counts = Counter(line[1] for line in lines)
@@ -166,5 +181,5 @@ def _trouble(facts: Facts) -> str:
 
 def _recipe(facts: Facts) -> str:
     text = yaml.safe_dump(facts.recipe, sort_keys=False)
-    inner: Any = f"<details><summary>recipe.yaml, with every default written out</summary><pre>{escape(text)}</pre></details>"
-    return _section("Recipe", "", inner)
+    title = "recipe.yaml, with every default written out"
+    return _section("Recipe", "", f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>")

@@ -164,7 +164,7 @@ class Run:
         except OSError as error:
             why = error.strerror or str(error)
             self.record.emit("checkpoint_failed", round=round, why=why)
-            log.warning("the checkpoint before round %d could not be written (%s); the one before it stands", round, why)
+            log.warning("the checkpoint before round %d could not be written (%s); the last one stands", round, why)
 
     def _write(self, write: Callable[[], Any]) -> Any:
         """Write what the run made; when the disk refuses, say how to finish it."""
@@ -182,7 +182,8 @@ class Run:
         final = self._test(total)
         self.record.emit("evaluation", round=total, **final)
         shown = judging.samples(parts, self.answers_before, self.judge.answers(course.state))
-        spent = {"seconds": self.meter.seconds(), "peak_memory_bytes": self.meter.peak(), "joules": self.meter.joules()}
+        spent: dict[str, Any] = {"seconds": self.meter.seconds(), "peak_memory_bytes": self.meter.peak(),
+                                 "joules": self.meter.joules()}
         evaluation: dict[str, Any] = {"before": self.before, **final}
         if parts.recipe.evaluate.baselines:
             evaluation["baselines"] = self._baselines()
@@ -195,8 +196,8 @@ class Run:
             state_digest=digest(course.state), skipped=self.skipped, **spent)
         self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds)
         if not self.events.flush():
-            raise RunError(f"{self.events.path} cannot be written: {self.events.trouble}. Make room, then `fedllm resume "
-                           f"{self.folder.path}`")
+            raise RunError(f"{self.events.path} cannot be written: {self.events.trouble}. Make room, then "
+                           f"`fedllm resume {self.folder.path}`")
         self._write(lambda: self.folder.write_json("samples.json", shown))
         self._write(lambda: self._publish(result))
         return result
@@ -217,6 +218,7 @@ class Run:
         for name in self.parts.recipe.evaluate.baselines:
             if name not in done:
                 self.progress.note(f"running {name} for comparison")
-                done[name] = judging.run_baseline(self.parts, make_method(name), self.parts.recipe.rounds, self.progress)
+                rounds = self.parts.recipe.rounds
+                done[name] = judging.run_baseline(self.parts, make_method(name), rounds, self.progress)
                 self._write(lambda: self.folder.write_json("baselines.json", done))
         return done

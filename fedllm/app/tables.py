@@ -59,7 +59,8 @@ def show_samples(console: Console, result: Result, most: int = 3) -> None:
         grid.add_row("[dim]expected[/dim]", escape(s["expected"]))
         grid.add_row("[dim]before[/dim]", escape(_short(s["before"])) or "(nothing)")
         right = s["after"].split() == s["expected"].split()
-        grid.add_row("[dim]after[/dim]", f"[{'green' if right else 'yellow'}]{escape(_short(s['after'])) or '(nothing)'}[/]")
+        color = "green" if right else "yellow"
+        grid.add_row("[dim]after[/dim]", f"[{color}]{escape(_short(s['after'])) or '(nothing)'}[/]")
         console.print(Panel(grid, border_style="dim"))
 
 
@@ -98,9 +99,9 @@ def show_plan(console: Console, plan: Plan) -> None:
     table.add_row("in all", size(plan.up), size(plan.down), style="bold")
     console.print(table)
     extra = f", baselines {duration(plan.seconds_baselines)} more" if plan.seconds_baselines else ""
+    privacy = "no layer that accounts for it" if plan.epsilon is None else f"epsilon {plan.epsilon:.2f}"
     console.print(f"time    {duration(plan.seconds)}{extra}\nmemory  {size(plan.peak_memory_bytes)} at the peak\n"
-                  f"privacy {'no layer that accounts for it' if plan.epsilon is None else f'epsilon {plan.epsilon:.2f}'}",
-                  highlight=False)
+                  f"privacy {privacy}", highlight=False)
 
 
 def show_methods(console: Console) -> None:
@@ -129,7 +130,8 @@ def show_method(console: Console, name: str) -> None:
     rows: list[tuple[str, Any]] = [
         ("method", f"{name}: {card.title}"), ("paper", card.paper), ("topic", card.topic), ("sends", card.sends),
         ("needs", card.needs),
-        ("claim", f"{claim.says} (rig {claim.rig}: {_figure(claim)} {claim.holds} {claim.threshold:g}, {claim.seeds} seeds)"),
+        ("claim", f"{claim.says} (rig {claim.rig}: {_figure(claim)} {claim.holds} {claim.threshold:g}, "
+                  f"{claim.seeds} seeds)"),
         ("evidence", card.evidence), ("file", source_of(name))]
     for key, value in rows:
         if value:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from random import Random
+from typing import Any
 
 from fedllm.core.errors import RecipeError
 from fedllm.data.federation import Federation, Row, Shard
@@ -155,10 +156,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _whole(key: str, value: object, least: int, most: int | None = None) -> None:
+def _whole(key: str, value: Any, least: int, most: int | None = None) -> None:
     """Refuse anything but a whole number in range."""
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if fits and (most is None or value <= most):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and least <= value and (most is None or value <= most):
         return
     bound = f"of {least} or more" if most is None else f"from {least} to {most}"
     raise RecipeError(f"{key} is {value!r}; it must be a whole number {bound}")

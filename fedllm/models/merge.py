@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -26,7 +27,7 @@ def save_merged(folder: Path, model: Model, theta: Mapping[str, Tensor], base: M
     For spaces that replace or shift weights (full, bias, layers, head, mask) the result is a plain transformers folder.
     Bottleneck adapters are modules of their own: the base is saved with the trainables beside it.
     """
-    net = fresh_net(model)
+    net: Any = fresh_net(model)
     weights = dict(net.named_parameters(remove_duplicate=False))
     left: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -47,7 +48,7 @@ def save_merged(folder: Path, model: Model, theta: Mapping[str, Tensor], base: M
         model.tokenizer.save_pretrained(str(folder))
 
 
-def _put(net: nn.Module, model: Model, weights: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _put(net: Any, model: Model, weights: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy trainables over weights of the same name; gives those that are no weight of the network."""
     left = {}
     for name, value in theta.items():
@@ -62,7 +63,7 @@ def _put(net: nn.Module, model: Model, weights: Mapping[str, Tensor], theta: Map
     return left
 
 
-def _untie(net: nn.Module) -> None:
+def _untie(net: Any) -> None:
     """Give the output head weights of its own."""
     head = net.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)

@@ -16,7 +16,7 @@ from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.models.batch import IGNORE, Batch
 from fedllm.models.blocks import quicken
-from fedllm.models.kernels import fast, frozen_head_loss
+from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes
 
 Task = Literal["generation", "classification"]
@@ -66,6 +66,7 @@ class Model:
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self.fused = self._head_is_plain()
         if fast_kernels:
+            keep_freed_memory()
             quicken(net.body if isinstance(net, HeadedEncoder) else net)
         self._start_net()
         self.stackable = space.install(net, self.stack)

@@ -18,7 +18,7 @@ from random import Random
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedllm.data import office_words as words
 from fedllm.data.office import ANSWER_MARK, TASK_MARK, pretraining_rows
@@ -133,7 +133,7 @@ def pretrain(out: Path, minutes: float, seed: int, steps: int | None = None, sta
     With `start`, an earlier result goes on under a fresh schedule; give it another seed, for new rows.
     """
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(start) if start else train_tokenizer(seed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else train_tokenizer(seed)
     model = LlamaForCausalLM.from_pretrained(start) if start else build_model(seed)
     log.info("%d parameters", model.num_parameters())
     model.train()

@@ -125,8 +125,8 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
     config = _config(Path(folder))
     kind = TYPES.get(config.get("peft_type", ""))
     if kind != space:
-        raise ModelError(f"space.start_from = {str(folder)!r} holds a {config.get('peft_type')} adapter, and space.name is "
-                         f"{space!r}; " + (f"use {kind!r}" if kind else f"allowed are {', '.join(TYPES)}"))
+        raise ModelError(f"space.start_from = {str(folder)!r} holds a {config.get('peft_type')} adapter, space.name "
+                         f"is {space!r}; " + (f"use {kind!r}" if kind else f"allowed are {', '.join(TYPES)}"))
     if kind in ("soft_prompt", "prefix"):
         return {"length": config["num_virtual_tokens"]}
     targets = config["target_modules"]
@@ -140,7 +140,8 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
 
 
 UNSUPPORTED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
-               "target_parameters": None, "encoder_hidden_size": 0, "prefix_projection": False, "layer_replication": None}
+               "target_parameters": None, "encoder_hidden_size": 0, "prefix_projection": False,
+               "layer_replication": None}
 """Options of PEFT that change the function and that our spaces do not have, with the value that turns each off."""
 
 

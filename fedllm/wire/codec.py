@@ -26,6 +26,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.uint8, torch.bool)}
 NAMES = {d: n for n, d in DTYPES.items()}
+_NUMPY = frozenset(DTYPES.values()) - {torch.bfloat16}
 Shape = tuple[str, torch.dtype, torch.Size]
 
 
@@ -78,16 +79,22 @@ def encode(payload: Payload) -> bytearray:
     """One buffer that `decode` turns back; tensors are moved to the CPU."""
     manifest, tensors, offsets, length = _layout(payload)
     start = _start(manifest)
-    out = bytearray(start + length)
-    out[:HEAD] = MAGIC + len(manifest).to_bytes(4, "little")
-    out[HEAD : HEAD + len(manifest)] = manifest
-    if length:
-        flat = torch.frombuffer(out, dtype=torch.uint8)
-        for t, at in zip(tensors, offsets, strict=True):
-            n = t.numel() * t.element_size()
-            if n:
-                flat[start + at : start + at + n].copy_(t.detach().contiguous().view(-1).view(torch.uint8))
-    return out
+    parts = [MAGIC + len(manifest).to_bytes(4, "little"), manifest, bytes(start - HEAD - len(manifest))]
+    end = 0
+    for t, at in zip(tensors, offsets, strict=True):
+        if at > end:
+            parts.append(bytes(at - end))
+        parts.append(flat := _raw(t))
+        end = at + len(flat)
+    parts.append(bytes(length - end))
+    return bytearray().join(parts)  # one pass over memory: no buffer of zeros is made first
+
+
+def _raw(t: Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it is contiguous and on the CPU."""
+    flat = t.detach().cpu().contiguous()
+    flat = flat if flat.dtype in _NUMPY else flat.view(torch.uint8) if flat.dim() else flat.view(1).view(torch.uint8)
+    return memoryview(flat.numpy()).cast("B") if flat.numel() else memoryview(b"")
 
 
 def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:

@@ -62,13 +62,13 @@ def test_a_model_without_the_target_modules(recipe, tmp_path):
 
 @pytest.fixture
 def spoiled(monkeypatch):
-    """FedAvg whose first client (in the data's order) answers with `spoil(reply)`."""
+    """FedAvg whose client number `which` (the first) answers with `spoil(reply)`."""
     good = FedAvg.local
 
-    def make(spoil):
+    def make(spoil, which="0"):
         def local(self, msg, client):
             reply = good(self, msg, client)
-            return spoil(reply) if client.id.endswith("0") else reply
+            return spoil(reply) if client.id.endswith(which) else reply
 
         local.__dict__.update(good.__dict__)
         local.__name__ = "local"
@@ -87,10 +87,16 @@ def test_nan_in_a_reply_is_named_left_out_and_recorded(recipe, tmp_path, spoiled
 
 
 def test_a_reply_of_another_shape_is_left_out(recipe, tmp_path, spoiled):
-    spoiled(lambda reply: {k: v for k, v in reply.items() if "q_proj" not in k})
+    spoiled(lambda reply: {k: v for k, v in reply.items() if "q_proj" not in k}, "3")
     result = fedllm.run(recipe, root=tmp_path, clients={"per_round": 1.0}, rounds=1)
-    kinds = [e["kind"] for e in RunFolder(result.folder).events()]
-    assert kinds.count("refused") in (1, 4)  # the names of the first reply to arrive are the measure
+    (event,) = [e for e in RunFolder(result.folder).events() if e["kind"] == "refused"]
+    assert event["client"].endswith("3") and "names differ" in event["why"] and not result.skipped
+
+
+def test_answers_that_the_server_cannot_merge_cost_a_round(recipe, tmp_path, spoiled):
+    spoiled(lambda reply: {k: v for k, v in reply.items() if "q_proj" not in k})  # the first one sets the names
+    result = fedllm.run(recipe, root=tmp_path, clients={"per_round": 1.0}, rounds=2)
+    assert result.skipped == [0, 1]
 
 
 def test_a_client_that_fails_is_named_and_the_run_can_go_on(recipe, tmp_path, spoiled, monkeypatch):
@@ -106,4 +112,4 @@ def test_a_client_that_fails_is_named_and_the_run_can_go_on(recipe, tmp_path, sp
 
 def test_a_learning_rate_that_is_far_too_high_stops_with_a_reason(recipe, tmp_path):
     with pytest.raises(fedllm.RunError, match="NaN or infinity"):
-        fedllm.run(recipe, root=tmp_path, local={"lr": 1e18, "optimizer": "sgd", "steps": 30})
+        fedllm.run(recipe, root=tmp_path, local={"lr": 3e38, "optimizer": "sgd", "steps": 5})

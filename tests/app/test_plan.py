@@ -14,6 +14,8 @@ def test_bytes_within_ten_percent(recipe, tmp_path, method):
         recipe["local"] = {"lr": 0.05, "optimizer": "sgd"}
     if method in ("flora_stacking", "hetlora"):
         recipe["clients"] = {"per_round": 1.0, "ranks": [2, 4, 8]}
+    if method == "hetlora":
+        recipe["space"] = {"name": "lora", "scaling": "shared"}
     plan, run = fedllm.plan(recipe), fedllm.run(recipe, root=tmp_path)
     for way, planned in (("up", plan.up), ("down", plan.down)):
         assert abs(planned - run.bytes[way]) <= 0.1 * run.bytes[way], (way, planned, run.bytes)

@@ -90,7 +90,8 @@ def test_profiles():
     made = make_profiles(Recipe.model_validate({"clients": clients}), ["a", "b", "c"])
     assert [made[c].rank for c in "abc"] == [2, 8, 2]
     assert made["a"].availability == 0.5 and made["b"].speed == 2.0
-    for profiles, says in (({"d": {}}, r"clients\.profiles\.d: no such client"), ({"a": {"rnk": 1}}, "did you mean 'rank'"),
+    for profiles, says in (({"d": {}}, r"clients\.profiles\.d: no such client"),
+                           ({"a": {"rnk": 1}}, "did you mean 'rank'"),
                            ({"a": {"rank": 0}}, r"rank = 0"), ({"a": {"speed": -1}}, "speed = -1")):
         with pytest.raises(RecipeError, match=says):
             make_profiles(Recipe.model_validate({"clients": {"profiles": profiles}}), ["a", "b"])

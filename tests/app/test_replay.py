@@ -1,5 +1,7 @@
 """The server runs again from what it was told."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def test_replay_is_the_run_and_other_reducers_are_not(recipe, tmp_path):
 
 def test_no_data_is_needed(recipe, tmp_path, rows_file):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(open(rows_file).read())
+    rows.write_text(Path(rows_file).read_text())
     recipe["data"] = recipe["data"] | {"source": str(rows)}
     run = fedllm.run(recipe, root=tmp_path, record={"replies": True})
     rows.unlink()

@@ -1,4 +1,4 @@
-"""A real federation on loopback for tests: NVFlare's server and three sites, each its own processes, over mutual TLS."""
+"""A real federation on loopback for tests: NVFlare's server and three sites, all processes, over mutual TLS."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from fedllm.app.recipe import load_recipe
 from fedllm.engines.flare_sites import Patience
 
 SITES = ("site-a", "site-b", "site-c")
-WORDS = "red green blue one two three cat dog bird say the word is a good bad film of and to yes no".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
 QUICK = Patience(opening=200.0, probe=4.0, every=2.0, grace=90.0, revive=8.0)
 
 
@@ -64,7 +64,8 @@ class Rig:
         words = {"kit": str(self.keys.kit(site)), "models": [self.model], **settings}
         code = ("import sys, json; from fedllm.app.federate_join import join; a = json.loads(sys.argv[1]); "
                 "join(a.pop('address'), a.pop('data'), **a)")
-        told = json.dumps({"address": f"localhost:{self.port}", "data": str(self.folder / "data" / f"{site}.jsonl"), **words})
+        data = str(self.folder / "data" / f"{site}.jsonl")
+        told = json.dumps({"address": f"localhost:{self.port}", "data": data, **words})
         self.joins[site] = subprocess.Popen([sys.executable, "-c", code, told])
 
     def leave(self, site):

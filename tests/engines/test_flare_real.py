@@ -1,7 +1,8 @@
-"""Real processes on loopback over mutual TLS: every method's result equals the simulation's, and faults lose nothing."""
+"""Real processes on loopback over mutual TLS: a method's result equals the simulation's, and faults lose nothing."""
 
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
@@ -122,8 +123,11 @@ def test_a_killed_coordinator_goes_on_by_itself(rig, long_run):
     assert events(far.folder, "resumed")
 
 
-def test_bench(rig):
+def test_the_line_is_quick(rig):
     path = rig.folder_of(recipe(rig, "fedavg", name="bench"))
     job = federate.submit(rig.session, path, 3, QUICK, bench=[1 << 20, 200_000_000])
     until(lambda: str(rig.session.get_job_status(job)).startswith("FINISHED"), 400)
-    print(json.dumps(json.loads((path / "bench.json").read_text())))  # noqa: T201
+    found = json.loads((path / "bench.json").read_text())
+    logging.getLogger(__name__).warning("bench: %s", found)
+    # Loose, since the machine is shared; the figures of a quiet one are in docs/federation.md.
+    assert found["noop_round"]["least"] < 0.1 and found["200000000"]["one_way"] < 10

@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def held_out():
-    return list(pretraining_rows(500, HELD_OUT_SEED))
+    return list(pretraining_rows(400, HELD_OUT_SEED))
 
 
 def encode(tokenizer, row):
@@ -93,11 +93,11 @@ def test_held_out_text_is_far_likelier_than_to_an_untrained_model(model, tokeniz
 
 def test_fields_are_copied_out_of_held_out_records(model, tokenizer, held_out):
     rows = [row for row in held_out if row["category"] in {"read_one", "prefixed"}]
-    assert len(rows) > 120
+    assert len(rows) > 100
     # Measured 0.70 over all fields, 1.00 over references: docs/results/embedded.md says which fields fall short.
     assert exact(model, tokenizer, rows) >= 0.6
     references = [row for row in rows if row["response"].isdigit()]
-    assert len(references) > 40 and exact(model, tokenizer, references) >= 0.95
+    assert len(references) > 30 and exact(model, tokenizer, references) >= 0.95
 
 
 def test_kinds_are_named(model, tokenizer, held_out):
@@ -113,10 +113,11 @@ def test_generation_gives_the_copied_reference(model, tokenizer):
 
 
 def test_the_base_does_not_know_the_routing_slip(model, tokenizer):
-    assert exact(model, tokenizer, office_federation(rows=10).test) < 0.2
+    assert exact(model, tokenizer, office_federation(rows=10, test_rows=96).test) < 0.2
 
 
-def test_the_recipe_is_deterministic_in_steps(tmp_path):
+def test_the_recipe_is_deterministic_in_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "CHUNK_BATCHES", 4)
     for name in ("first", "again"):
         pretrain.pretrain(tmp_path / name, minutes=1, seed=0, steps=2, start=FOLDER)
     first, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("first", "again"))

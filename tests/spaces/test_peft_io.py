@@ -70,7 +70,7 @@ def test_theirs_loads_in_ours(name, config, tiny_llama_folder, tmp_path):
     torch.manual_seed(1)
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), config)
     with torch.no_grad():
-        for n, p in theirs.named_parameters():
+        for p in theirs.parameters():
             if p.requires_grad:
                 p.add_(0.2 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path)

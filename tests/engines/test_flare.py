@@ -1,0 +1,242 @@
+"""The engine of real federations over a line made of function calls: equal results, refusals, restarts, memory."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedllm.app.build import build
+from fedllm.app.federate_memory import DiskMemory
+from fedllm.app.federate_run import drive_run, for_sites
+from fedllm.app.federate_settings import SiteSettings
+from fedllm.app.federate_site import open_run, versions
+from fedllm.app.folder import RunFolder
+from fedllm.app.recipe import load_recipe
+from fedllm.app.run import run
+from fedllm.core.errors import FedLLMError, PayloadError, RunError
+from fedllm.core.payload import pack
+from fedllm.engines.flare_door import Door
+from fedllm.engines.flare_site import SiteHost
+from fedllm.engines.flare_sites import PROTOCOL, Patience, Silence, Sites
+from fedllm.wire import codec
+
+SITES = ("site-a", "site-b", "site-c")
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
+QUICK = Patience(answer=20.0, probe=0.2, every=0.05, grace=0.3, opening=20.0, revive=0.1)
+
+
+class Line:
+    """Sites in this process; everything crosses as JSON and bytes. `trouble(site, head)` may raise or change things."""
+
+    def __init__(self, folder, model, trouble=lambda line, site, head, body: None, **settings):
+        self.folder, self.trouble, self.revived = folder, trouble, []
+        self.settings = {s: SiteSettings(data=str(folder / "data" / f"{s}.jsonl"), store=str(folder / "store" / s),
+                                         models=[model], **settings) for s in SITES}
+        self.hosts = {}
+        for site in SITES:
+            self.start(site)
+
+    def start(self, site):
+        self.hosts[site] = SiteHost(lambda head: open_run(head, site, self.settings[site]))
+        self.boots = {**self.__dict__.get("boots", {}), site: f"{site}-{time.monotonic()}"}
+
+    def call(self, site, head, body, seconds):
+        self.trouble(self, site, head, bytes(body))
+        said, data = self.hosts[site].answer(json.loads(json.dumps(head)), bytes(body))
+        said = json.loads(json.dumps(said))
+        return {**said, "boot": self.boots[site]} if "boot" in said else said, data
+
+    def revive(self, site):
+        self.revived.append(site)
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "data").mkdir()
+    for k, (site, n) in enumerate(zip(SITES, (12, 15, 9), strict=True)):
+        rows = [{"prompt": " ".join(WORDS[(i + j * (k + 2)) % 14] for j in range(3 + i % 4)),
+                 "response": WORDS[(i + k) % 14]} for i in range(n)]
+        (tmp_path / "data" / f"{site}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def recipe(folder, model, method="fedavg", **more):
+    return {"name": method, "model": model, "method": method, "space": {"name": "lora", "rank": 2}, "rounds": 2,
+            "local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}, "engine": "in_process",
+            "data": {"source": str(folder / "data"), "partition": {"kind": "per_file"}, "test": 0.0},
+            "evaluate": {"exact_match": False, "samples": 0}, **more}
+
+
+def far_folder(folder, spec, name="far"):
+    return RunFolder.create(folder / name, load_recipe(spec).model_dump(mode="json")).path
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    """transformers cannot load two models at once in one process; real sites are processes."""
+    import threading
+
+    lock, answer = threading.Lock(), SiteHost.answer
+
+    def guarded(self, head, body):
+        if head.get("op") == "probe":
+            return answer(self, head, body)
+        with lock:
+            return answer(self, head, body)
+
+    monkeypatch.setattr(SiteHost, "answer", guarded)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fed_sp_sc"])
+def test_the_result_is_the_simulations(data, tiny_llama_folder, method):
+    spec = recipe(data, tiny_llama_folder, method, rounds=1 if method == "fed_sp_sc" else 2)
+    here = run(spec, root=data / "runs")
+    far = drive_run(far_folder(data, spec), Line(data, tiny_llama_folder), SITES, patience=QUICK)
+    assert far.state_digest == here.state_digest
+    assert far.bytes == here.bytes
+    assert far.evaluation["clients"] == here.evaluation["clients"]
+
+
+def test_a_site_started_again_in_mid_round_gives_the_same_answers(data, tiny_llama_folder):
+    spec = recipe(data, tiny_llama_folder, "scaffold", rounds=3)
+    undisturbed = drive_run(far_folder(data, spec, "calm"), Line(data, tiny_llama_folder), SITES, patience=QUICK)
+    hits = []
+
+    def restart(line, site, head, body):
+        if head["op"] == "ask" and head["round"] == 1 and site == "site-b" and "local" in head["phase"] and not hits:
+            hits.append(site)
+            line.hosts[site].answer(head, body)  # it may even have worked, and the answer was lost
+            line.start(site)
+            raise Silence("the connection broke")
+
+    far = drive_run(far_folder(data, spec, "far2"), Line(data, tiny_llama_folder, restart), SITES, patience=QUICK)
+    assert hits and far.state_digest == undisturbed.state_digest
+
+
+def test_a_dead_site_is_missing_suspect_and_taken_back(data, tiny_llama_folder):
+    dead = {"now": False}
+
+    def die(line, site, head, body):
+        if site == "site-c" and head["op"] == "ask" and head["round"] == 1:
+            dead["now"] = True
+        if site != "site-c" and head.get("round") == 3:
+            dead["now"] = False
+        if site == "site-c" and dead["now"]:
+            raise Silence("no route")
+
+    spec = recipe(data, tiny_llama_folder, rounds=5, evaluate={"clients": False, "samples": 0},
+                  clients={"quorum": 2, "deadline": 5.0})
+    path, line = far_folder(data, spec), Line(data, tiny_llama_folder, die)
+    started = time.monotonic()
+    far = drive_run(path, line, SITES, patience=QUICK)
+    events = [json.loads(x) for x in (path / "events.jsonl").read_text().splitlines()]
+    assert far.skipped == [] and time.monotonic() - started < 30
+    missing = [(e["round"], e["why"]) for e in events if e["kind"] == "missing"]
+    assert missing[0][0] == 1 and "gone for 0.3 s" in missing[0][1]
+    assert {e["kind"] for e in events} >= {"suspect", "back"} and line.revived
+    assert not [r for r, _ in missing if r == 4]
+
+
+def test_too_few_sites_say_why(data, tiny_llama_folder):
+    line = Line(data, tiny_llama_folder, methods=["fedprox"])
+    with pytest.raises(RunError, match=r"0 of 3 sites take part, 3 are needed .*'fedavg' is not on this"):
+        drive_run(far_folder(data, recipe(data, tiny_llama_folder)), line, SITES, patience=QUICK)
+
+
+def opening(data, model, **more):
+    spec = load_recipe(recipe(data, model, **more))
+    return {"op": "open", "protocol": PROTOCOL, "run": "r1", "at": 0, "incarnation": "i", "recipe": for_sites(spec),
+            "versions": versions(), "sites": list(SITES)}
+
+
+def test_a_site_refuses_what_its_settings_forbid(data, tiny_llama_folder):
+    def refusal(head, **settings):
+        mine = SiteSettings(data=str(data / "data" / "site-a.jsonl"), store=str(data / "s"), **settings)
+        with pytest.raises(FedLLMError) as caught:
+            open_run(head, "site-a", mine)
+        return str(caught.value)
+
+    head = opening(data, tiny_llama_folder)
+    assert "is a path outside of the folders" in refusal(head)
+    old = {**head, "versions": {**versions(), "torch": "1.0"}}
+    assert "asks for torch 1.0" in refusal(old, models=[tiny_llama_folder])
+    stranger = {**head["recipe"], "method": {"name": "not_installed"}}
+    assert "not installed here" in refusal({**head, "recipe": stranger}, models=[tiny_llama_folder])
+    code = {**head["recipe"], "model": {"name": "some/model", "trust_remote_code": True}}
+    assert "trust_remote_code" in refusal({**head, "recipe": code})
+    assert "is no run's name" in refusal({**head, "run": "../up"}, models=[tiny_llama_folder])
+
+
+def test_a_site_keeps_its_text_and_bounds_its_replies():
+    mine = SiteSettings(data="d", store="s", text_leaves=False, most_bytes=8)
+    assert "lets no text leave" in mine.may("up", {"texts": ["a secret"]})
+    assert "this site allows 8" in mine.may("up", {"x": torch.zeros(3)})
+    assert mine.may("up", {"x": torch.zeros(2)}) is None and mine.may("down", {"texts": ["a"]}) is None
+
+
+@pytest.mark.parametrize("reply, why", [
+    ({"delta/w": torch.tensor([1.0, float("nan")]), "n": 1}, "holds NaN"),
+    ({"delta/w": torch.zeros(3), "n": 1}, r"shape \(3,\), sent was \(2,\)"),
+    ({"delta/w": torch.zeros(2), "delta/v": torch.zeros(2), "n": 1}, "'delta/v' is not the name of a trainable"),
+    ({"delta/w": torch.zeros(1 << 20)}, "bytes, allowed are"),
+], ids=["nan", "shape", "name", "size"])
+def test_the_door_refuses(reply, why):
+    door = Door(1000, frozenset({"w"}))
+    with pytest.raises(PayloadError, match=why):
+        door.enter(pack(theta={"w": torch.zeros(2)}), codec.encode(reply))
+    assert door.enter(pack(theta={"w": torch.zeros(2)}), codec.encode({"delta/w": torch.ones(2), "n": 1}))["n"] == 1
+
+
+def test_a_misshapen_message_never_raises_at_a_site():
+    host = SiteHost(lambda head: (SimpleNamespace(), {}))
+    for head in ({}, {"protocol": PROTOCOL}, {"protocol": PROTOCOL, "op": "ask"}, {"protocol": 0, "op": "open"},
+                 {"protocol": PROTOCOL, "op": "open"}, {"protocol": PROTOCOL, "op": "drop"}):
+        said, body = host.answer(head, b"\x80garbage")
+        assert body == b"" and said.keys() & {"refused", "failed", "closed"}
+
+
+def test_memory_counts_when_settled_and_survives_a_kill(tmp_path):
+    memory = DiskMemory(tmp_path, 0)
+    memory.stage("a0", 0)["c"] = torch.ones(2)
+    memory.keep("a0", "local#1", b"reply")
+    again = DiskMemory(tmp_path, 0)  # the process was killed after its answer
+    assert again.answered("a0", "local#1") == b"reply"
+    assert again.stage("b0", 0) == {}  # another attempt at the round starts from what counted
+    again.settle("a0", 0)
+    again.settle("a0", 0)
+    assert torch.equal(again.stage("a1", 1)["c"], torch.ones(2))
+    again.stage("a1", 1)["c"].add_(1)  # changed in place
+    again.keep("a1", "local#1", b"")
+    again.settle("a1", 1)
+    assert again.versions() == [1, 2]
+    back = DiskMemory(tmp_path, 1)  # the run goes on from before round 1
+    assert back.versions() == [1] and torch.equal(back.stage("x", 1)["c"], torch.ones(2))
+    assert DiskMemory(tmp_path, 1).answered("../../etc/passwd", "v") is None
+
+
+def test_a_call_ends_at_its_deadline_whatever_the_line_does():
+    class Hung:
+        def call(self, site, head, body, seconds):
+            if head["op"] == "probe":
+                return {"boot": "b"}, b""
+            time.sleep(60)
+
+        def revive(self, site):
+            pass
+
+    sites = Sites(Hung(), ["s"], QUICK)
+    sites.table["s"].boot = "b"
+    started = time.monotonic()
+    with pytest.raises(Silence, match="silent until the deadline"):
+        sites.ask("s", {"op": "ask"}, b"", 0.4)
+    assert time.monotonic() - started < 5 and "suspect" in sites.table["s"].suspect
+
+
+def test_the_coordinators_parts_hold_no_row(data, tiny_llama_folder):
+    spec = recipe(data, tiny_llama_folder)
+    assert "source" not in for_sites(load_recipe(spec))["data"]
+    assert build(load_recipe(spec)).world.rows("site-a", "train")
+    assert Path(tiny_llama_folder).exists()

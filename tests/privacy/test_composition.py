@@ -1,0 +1,132 @@
+"""Every pair of the table: those that it calls sound run and equal the plain form, the others name both and a way out."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedllm.core.ask import Ask, on_client
+from fedllm.core.errors import CompositionError
+from fedllm.core.payload import pack
+from fedllm.core.program import drive
+from fedllm.core.reduce import Mean
+from fedllm.core.rng import numpy_stream
+from fedllm.defenses.median import Median
+from fedllm.methods._factors import Products
+from fedllm.privacy.composition import check_stack, clash, examples, foldings, rows, table
+from fedllm.privacy.dp_fedavg import DPFedAvg
+from fedllm.privacy.dp_sgd import DPSGD
+from fedllm.privacy.secagg import SecAgg
+from fedllm.privacy.secagg_plus import SecAggPlus
+from fedllm.wire.codec_powersgd import CodecPowerSGD
+from fedllm.wire.codec_quant import CodecQuant
+from fedllm.wire.codec_topk_ef import CodecTopKEF
+
+QUIET = {"noise_multiplier": 0, "clip_norm": 1e3, "clip_lr": 0}
+LIVE = {
+    "dp_fedavg": DPFedAvg(**QUIET), "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(),
+    "secagg_plus": SecAggPlus(), "codec_quant": CodecQuant(), "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"),
+    "codec_topk_ef": CodecTopKEF(density=1.0), "codec_topk_ef (no feedback)": CodecTopKEF(1.0, error_feedback=False),
+    "codec_powersgd": CodecPowerSGD(rank=4)}
+ERROR = {"codec_quant": 0.03, "codec_quant (toward_zero)": 0.06, "secagg": 2e-5, "secagg_plus": 2e-5}
+"""What each loses on entries of about 1; the others are exact at these settings."""
+
+
+class Ship:
+    """Clients send a matrix of rank 2, folded as the class says."""
+
+    def round(self, state, clients):
+        return (yield Ask(self.local, {c: {} for c in clients}))
+
+    @on_client(reduce=Mean())
+    def local(self, msg, client):
+        return pack(delta={"w": client.b @ client.a}, n=3)
+
+
+class Factors(Ship):
+    @on_client(reduce=Products())
+    def local(self, msg, client):
+        name = "base_model.model.w"
+        return pack(theta={f"{name}.lora_A.weight": client.a, f"{name}.lora_B.weight": client.b}, n=3, scale=1.0)
+
+
+class Middle(Ship):
+    @on_client(reduce=Median())
+    def local(self, msg, client):
+        return pack(delta={"w": client.b @ client.a}, n=3)
+
+
+class Apart(Ship):
+    @on_client()
+    def local(self, msg, client):
+        return pack(delta={"w": client.b @ client.a}, n=3)
+
+
+METHODS = dict(zip(foldings(), (Ship(), Factors(), Middle(), Apart()), strict=True))
+
+
+def people():
+    g = torch.Generator().manual_seed(1)
+    b = torch.randn(48, 2, generator=g)
+    return {f"c{i}": SimpleNamespace(id=f"c{i}", n=3, memory={}, b=b, a=torch.randn(2, 40, generator=g) / 2,
+                                     rng=lambda owner, i=i: numpy_stream(i, owner),
+                                     through=lambda change, closed="": contextlib.nullcontext()) for i in range(5)}
+
+
+def result(method, layers, loop):
+    clients = people()
+    out = drive(method.round(None, clients), loop((method, *layers), clients), layers)
+    if out.value is None:
+        return torch.stack([r["delta/w"] for r in out.values()])
+    v = out.value
+    return v["delta/w"] if "delta/w" in v else v["product/w"] if "product/w" in v else v["B/w"] @ v["A/w"]
+
+
+def test_the_table_covers_every_pair():
+    n = len(examples())
+    assert examples().keys() == LIVE.keys() and len(rows()) == n * n + 4 * n
+    assert table().count("\n") == n * n + 4 * n + 2
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda r: f"{r.above} / {r.below}")
+def test_each_pair_runs_as_the_plain_form_or_is_refused(row, loop):
+    method, layers = METHODS.get(row.above, METHODS["method with Mean (fedavg)"]), []
+    if row.above in LIVE:
+        layers.append(LIVE[row.above])
+    layers.append(LIVE[row.below])
+    reducers = {"local": type(method).local.__dict__["reduce"]}
+    if row.says:
+        with pytest.raises(CompositionError) as caught:
+            check_stack(method, layers, reducers)
+        text = str(caught.value)
+        assert all(type(x).__name__ in text for x in layers) or type(method).__name__ in text
+        assert text.count(". ") == 0 and ("; " in text)  # one sentence, with a way out
+        return
+    check_stack(method, layers, reducers)
+    plain = result(method, [], loop)
+    error = sum(ERROR.get(name, 1e-5) for name in (row.above, row.below))
+    if isinstance(method, Factors) and row.below.startswith("codec_quant"):
+        error *= 8  # both factors are rounded
+    torch.testing.assert_close(result(method, layers, loop), plain, atol=error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("above, below, says", [
+    (SecAgg(), CodecQuant(), "cannot be compressed; list codec_powersgd above"),
+    (CodecQuant(), SecAgg(), "do not add up .* secagg's own quantum"),
+    (CodecTopKEF(), SecAgg(), "codec_powersgd, whose messages add up"),
+    (SecAgg(), DPFedAvg(**QUIET), "list layer 'DPFedAvg' first"),
+    (DPFedAvg(**QUIET), CodecTopKEF(), "longer than the clip .* error_feedback: false"),
+    (DPFedAvg(**QUIET), CodecQuant(), "longer than the clip"),
+    (SecAgg(), SecAggPlus(), "the same work twice")])
+def test_refusals_say_what_to_do(above, below, says):
+    import re
+
+    assert re.search(says, clash(above, below) or "")
+
+
+def test_three_layers_together(loop):
+    """Clip at home, factors of the clipped sum refused, but masks below a clip and DP-SGD above both."""
+    layers = [DPSGD(noise_multiplier=1.0), DPFedAvg(**QUIET), SecAgg()]
+    check_stack(Ship(), layers, {"local": Mean()})
+    torch.testing.assert_close(result(Ship(), layers, loop), result(Ship(), [], loop), atol=1e-4, rtol=1e-4)
