@@ -62,6 +62,21 @@ class Probe:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What the slice told."""
+
+    by_round: list[Bytes]
+    """Of rounds 0, 1 and 2, at one local step."""
+    per_step: Bytes
+    """Of each further step."""
+    warm_up: float
+    """Seconds that only the first round takes."""
+    seconds: float
+    """Of a whole round."""
+    course: Course
+
+
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Plan:
     """Probe a recipe and predict bytes, seconds and peak memory; nothing is written."""
     return plan_parts(build(load_recipe(recipe, overrides)))
@@ -78,19 +93,20 @@ def plan_parts(parts: Parts) -> Plan:
     asked = max((len(c) for c in cohorts), default=0)
     small, steps = _slice(parts, asked), _mean_steps(parts)
     more = max(3, min(12, round(steps / 4)))
-    by_round, per_step, seconds, course = _probe(small, small.method, small.layers, steps, more)
+    probed = _probe(small, small.method, small.layers, steps, more)
     share = asked / max(1, len(small.world.federation.clients)) * _availability(parts)
     total: Bytes = defaultdict(float)
     for r in range(recipe.rounds):
-        for key, size in by_round[0 if r == 0 else 1 + (r + 1) % 2].items():
-            total[key] += share * (size + per_step[key] * (steps - 1))
+        for key, size in probed.by_round[0 if r == 0 else 1 + (r + 1) % 2].items():
+            total[key] += share * (size + probed.per_step[key] * (steps - 1))
     tests = _tests(recipe)
-    first, _ = _probe_test(parts, small, small.method.init(small.world.model), {})
-    later, test_seconds = _probe_test(parts, small, course.state, course.engine.memory)
+    first, first_seconds = _probe_test(parts, small, small.method.init(small.world.model), {})
+    later, test_seconds = _probe_test(parts, small, probed.course.state, probed.course.engine.memory)
     for key in first.keys() | later.keys():  # a state may weigh more once there was a round
         total[key] += first[key] + (tests - 1) * later[key]
     time_share = asked / max(1, len(small.world.federation.clients))
-    spent = recipe.rounds * (seconds * time_share + PER_ROUND_OVERHEAD) + tests * test_seconds
+    spent = probed.warm_up + recipe.rounds * (probed.seconds * time_share + PER_ROUND_OVERHEAD)
+    spent += first_seconds + (tests - 1) * test_seconds
     extra = sum(_baseline_seconds(small, name, steps, more) * time_share * recipe.rounds + test_seconds
                 for name in recipe.evaluate.baselines)
     phases: dict[str, dict[str, int]] = {}
@@ -135,8 +151,8 @@ def _world(world: World, federation: Federation, profiles: Mapping[str, Any], st
 
 
 def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
-           more: int) -> tuple[list[Bytes], Bytes, float, Course]:
-    """Bytes of rounds 0, 1 and 2 at one step, bytes of each further step, seconds of a whole round, and the course."""
+           more: int) -> Probed:
+    """Rounds 0, 1 and 2 at one step, and round 2 once more at `more` steps."""
     few, many = _with_steps(small, 1), _with_steps(small, more)
     course, seen = Course(few, method, layers), _Counter()
     course.record.sink = seen
@@ -150,8 +166,9 @@ def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
     for key in probes[2].bytes:
         per_step[key] = (again.bytes[key] - probes[2].bytes[key]) / (more - 1)
     slope = max(0.0, again.seconds - min(probes[1].seconds, probes[2].seconds)) / (more - 1)
-    whole = min(probes[1].seconds, probes[2].seconds) + slope * (steps - 1)
-    return [p.bytes for p in probes], per_step, whole, course
+    quick = min(probes[1].seconds, probes[2].seconds)
+    return Probed([p.bytes for p in probes], per_step, max(0.0, probes[0].seconds - quick), quick + slope * (steps - 1),
+                  course)
 
 
 def _with_steps(parts: Parts, steps: int) -> Parts:
@@ -194,5 +211,5 @@ def _rows(federation: Federation) -> int:
 
 
 def _baseline_seconds(small: Parts, name: str, steps: float, more: int) -> float:
-    return _probe(small, make_method(name), [], steps, more)[2]
+    return _probe(small, make_method(name), [], steps, more).seconds
 

@@ -36,15 +36,15 @@ def clash(above: Layer, below: Layer) -> str | None:
                 "codec_powersgd above it, or set the quantum of the ring")
     if a.reveals == "sum" and b.kind == "dp":
         return f"{up} above {down}: what is masked or encrypted can no longer be clipped; list {down} first"
-    if a.needs == "set" and b.reveals == "sum" or b.needs == "set" and a.reveals == "sum":
+    if {"set", "sum"} in ({a.needs, b.reveals}, {b.needs, a.reveals}):
         hides, wants = (up, down) if a.reveals == "sum" else (down, up)
         return (f"{hides} lets the server see sums only and {wants} needs every single reply; clip each reply at home "
                 "with dp_fedavg instead")
     if b.reveals == "sum" and not a.additive:
         return f"{up} above {down}: its messages do not add up to the message of the sum; use {a.instead}"
     if a.kind == "dp" and a.needs == "sum" and (b.kind == "robust" or not b.contracts):
-        return (f"{up} above {down}: what {down} delivers may be longer than the clip, so the noise would be too small; "
-                f"use {b.instead or 'dp_sgd, which needs no clip on replies'}")
+        return (f"{up} above {down}: what {down} delivers may be longer than the clip, and the noise too "
+                "small; codec_quant with mode: toward_zero or codec_topk_ef with error_feedback: false keep it")
     if a.kind == "codec" and b.kind == "dp" and b.needs == "sum":
         return f"{up} above {down}: a coded reply cannot be clipped as the update that it stands for; list {down} first"
     if a.kind == b.kind == "codec" and (type(above).__name__, type(below).__name__) != ("CodecTopKEF", "CodecQuant"):
@@ -93,6 +93,7 @@ def examples() -> dict[str, Layer]:
     """Every layer of this room and of the wire, in each form that composes in its own way."""
     from fedllm.privacy.dp_fedavg import DPFedAvg
     from fedllm.privacy.dp_sgd import DPSGD
+    from fedllm.privacy.he_ckks import HECKKS
     from fedllm.privacy.secagg import SecAgg
     from fedllm.privacy.secagg_plus import SecAggPlus
     from fedllm.wire.codec_powersgd import CodecPowerSGD
@@ -101,7 +102,7 @@ def examples() -> dict[str, Layer]:
 
     return {
         "dp_fedavg": DPFedAvg(noise_multiplier=1.0), "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(),
-        "secagg_plus": SecAggPlus(), "codec_quant": CodecQuant(),
+        "secagg_plus": SecAggPlus(), "he_ckks": HECKKS(), "codec_quant": CodecQuant(),
         "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"), "codec_topk_ef": CodecTopKEF(),
         "codec_topk_ef (no feedback)": CodecTopKEF(error_feedback=False), "codec_powersgd": CodecPowerSGD()}
 

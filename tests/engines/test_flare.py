@@ -25,7 +25,7 @@ from fedllm.wire import codec
 
 SITES = ("site-a", "site-b", "site-c")
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
-QUICK = Patience(answer=20.0, probe=0.2, every=0.05, grace=0.3, opening=20.0, revive=0.1)
+QUICK = Patience(answer=200.0, probe=0.2, every=0.05, grace=0.3, opening=200.0, revive=0.1)
 
 
 class Line:
@@ -113,7 +113,8 @@ def test_a_site_started_again_in_mid_round_gives_the_same_answers(data, tiny_lla
             raise Silence("the connection broke")
 
     far = drive_run(far_folder(data, spec, "far2"), Line(data, tiny_llama_folder, restart), SITES, patience=QUICK)
-    assert hits and far.state_digest == undisturbed.state_digest
+    assert hits and "missing" not in (far.folder / "events.jsonl").read_text()
+    assert far.state_digest == undisturbed.state_digest
 
 
 def test_a_dead_site_is_missing_suspect_and_taken_back(data, tiny_llama_folder):
@@ -128,12 +129,12 @@ def test_a_dead_site_is_missing_suspect_and_taken_back(data, tiny_llama_folder):
             raise Silence("no route")
 
     spec = recipe(data, tiny_llama_folder, rounds=5, evaluate={"clients": False, "samples": 0},
-                  clients={"quorum": 2, "deadline": 5.0})
+                  clients={"quorum": 2, "deadline": 60.0})
     path, line = far_folder(data, spec), Line(data, tiny_llama_folder, die)
     started = time.monotonic()
     far = drive_run(path, line, SITES, patience=QUICK)
     events = [json.loads(x) for x in (path / "events.jsonl").read_text().splitlines()]
-    assert far.skipped == [] and time.monotonic() - started < 30
+    assert far.skipped == [] and time.monotonic() - started < 200
     missing = [(e["round"], e["why"]) for e in events if e["kind"] == "missing"]
     assert missing[0][0] == 1 and "gone for 0.3 s" in missing[0][1]
     assert {e["kind"] for e in events} >= {"suspect", "back"} and line.revived

@@ -1,6 +1,7 @@
-"""Every pair of the table: those that it calls sound run and equal the plain form, the others name both and a way out."""
+"""Every pair of the table: those that it calls sound run and equal the plain form, others name both and a way out."""
 
 import contextlib
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from fedllm.methods._factors import Products
 from fedllm.privacy.composition import check_stack, clash, examples, foldings, rows, table
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_sgd import DPSGD
+from fedllm.privacy.he_ckks import HECKKS
 from fedllm.privacy.secagg import SecAgg
 from fedllm.privacy.secagg_plus import SecAggPlus
 from fedllm.wire.codec_powersgd import CodecPowerSGD
@@ -26,10 +28,11 @@ from fedllm.wire.codec_topk_ef import CodecTopKEF
 QUIET = {"noise_multiplier": 0, "clip_norm": 1e3, "clip_lr": 0}
 LIVE = {
     "dp_fedavg": DPFedAvg(**QUIET), "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(),
-    "secagg_plus": SecAggPlus(), "codec_quant": CodecQuant(), "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"),
+    "secagg_plus": SecAggPlus(), "he_ckks": HECKKS(), "codec_quant": CodecQuant(),
+    "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"),
     "codec_topk_ef": CodecTopKEF(density=1.0), "codec_topk_ef (no feedback)": CodecTopKEF(1.0, error_feedback=False),
     "codec_powersgd": CodecPowerSGD(rank=4)}
-ERROR = {"codec_quant": 0.03, "codec_quant (toward_zero)": 0.06, "secagg": 2e-5, "secagg_plus": 2e-5}
+ERROR = {"codec_quant": 0.03, "codec_quant (toward_zero)": 0.06, "secagg": 2e-5, "secagg_plus": 2e-5, "he_ckks": 1e-5}
 """What each loses on entries of about 1; the others are exact at these settings."""
 
 
@@ -120,8 +123,6 @@ def test_each_pair_runs_as_the_plain_form_or_is_refused(row, loop):
     (DPFedAvg(**QUIET), CodecQuant(), "longer than the clip"),
     (SecAgg(), SecAggPlus(), "the same work twice")])
 def test_refusals_say_what_to_do(above, below, says):
-    import re
-
     assert re.search(says, clash(above, below) or "")
 
 

@@ -1,0 +1,69 @@
+"""CKKS addition: the mean is the plain mean, the server holds no key, and what does not fit is refused."""
+
+import pytest
+import torch
+
+from fedllm.core.ask import Ask, on_client
+from fedllm.core.errors import CompositionError, PayloadError, RecipeError
+from fedllm.core.payload import pack
+from fedllm.core.program import drive
+from fedllm.core.reduce import Mean
+from fedllm.privacy.he_ckks import HECKKS, CipherSum, split
+from fedllm.wire import codec
+
+ts = pytest.importorskip("tenseal")
+
+
+class Ship:
+    def round(self, state, clients):
+        return (yield Ask(self.local, {c: {} for c in clients}))
+
+    @on_client(reduce=Mean())
+    def local(self, msg, client):
+        return pack(delta={"x": client.x, "y": client.x[:3].double()}, n=client.n, loss=0.5)
+
+
+def run(layer, clients, loop, silent=None):
+    engine = loop((Ship(), layer), clients, silent)
+    return drive(Ship().round(None, clients), engine, [layer]), engine
+
+
+def test_the_mean_is_the_plain_mean_and_bytes_are_as_said(loop, people):
+    clients, layer = people(4, size=5000), HECKKS()
+    out, engine = run(layer, clients, loop)
+    n = sum(c.n for c in clients.values())
+    mean = sum(c.x * c.n for c in clients.values()) / n
+    torch.testing.assert_close(out.value["delta/x"], mean, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(out.value["delta/y"], mean[:3].double(), atol=1e-6, rtol=1e-5)
+    assert out.value["n"] == pytest.approx(n) and out.value["loss"] == pytest.approx(0.5, abs=1e-5)
+    sent = next(r for p, _, r in engine.seen if p == "Ship.local")
+    assert 28 < codec.size(sent) / 5005 < 37
+    again, engine = run(layer, clients, loop, {"local": ["c01"]})  # keys are there; a drop-out costs nothing
+    assert len(again.answered) == 3 and not any(p.endswith("make") for p, _, _ in engine.seen)
+
+
+def test_the_server_cannot_open_what_it_adds(loop, people):
+    clients, layer = people(3), HECKKS()
+    _, engine = run(layer, clients, loop)
+    public = ts.context_from(layer.__dict__["_live"]["public"])
+    assert not public.is_private()
+    reply = next(r for p, c, r in engine.seen if p == "Ship.local")
+    with pytest.raises(ValueError, match="secret"):
+        ts.ckks_vector_from(public, split(reply)[0]).decrypt()
+    boxes = [r["boxes"] for p, _, r in engine.seen if p.endswith("make")][0]
+    with pytest.raises(Exception):  # noqa: B017 - sealed: no context at all
+        ts.context_from(boxes[0])
+    assert "context" not in repr(layer) and len(layer.init()) == 0
+
+
+def test_what_does_not_fit_is_refused(loop, people):
+    clients = people(3)
+    clients["c01"].x[0] = 5000.0
+    with pytest.raises(PayloadError, match=r"client 'c01': a reply holds 10000 and CKKS .* room for 2730"):
+        run(HECKKS(), clients, loop)
+    with pytest.raises(RecipeError, match="poly_modulus_degree = 2048"):
+        HECKKS(poly_modulus_degree=2048)
+    with pytest.raises(CompositionError, match=r"HECKKS.*'Ship.each' needs every single reply"):
+        HECKKS().check(Ship(), {"each": None})
+    with pytest.raises(PayloadError, match="malformed"):
+        CipherSum(b"no context").plus({}, {"cipher": torch.zeros(3, dtype=torch.uint8), "sizes": [3]})
