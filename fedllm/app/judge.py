@@ -17,6 +17,7 @@ from fedllm.core.method import Method, State
 from fedllm.core.payload import Payload, pack, part
 from fedllm.core.program import drive
 from fedllm.core.record import Record
+from fedllm.core.rng import numpy_stream
 from fedllm.engines import ENGINES
 from fedllm.engines.client import same_answer
 from fedllm.local.generate import run_generates
@@ -106,12 +107,12 @@ def _one(ask: Ask) -> Program:
 
 
 def sample_rows(parts: Parts) -> list[int]:
-    """Indices of the test rows whose answers are kept: evenly spread over the global test."""
+    """Indices of the test rows whose answers are kept: drawn at random, since tests often come in order."""
     world, want = parts.world, parts.recipe.evaluate.samples
     count = len(world.federation.test)
     if world.model.task != "generation" or not want or not count:
         return []
-    return [i * count // min(want, count) for i in range(min(want, count))]
+    return sorted(numpy_stream(world.seed, "samples").choice(count, min(want, count), replace=False).tolist())
 
 
 def samples(parts: Parts, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:

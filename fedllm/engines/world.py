@@ -47,7 +47,8 @@ class World:
 
     def infos(self) -> list[ClientInfo]:
         """The clients as the server knows them, in the federation's order."""
-        return [ClientInfo(c, len(s.train), self.profiles.get(c, Profile())) for c, s in self.federation.clients.items()]
+        known = self.profiles
+        return [ClientInfo(c, len(s.train), known.get(c, Profile())) for c, s in self.federation.clients.items()]
 
     def rows(self, client: str, part: str) -> Sequence[Row]:
         """`part` is "train" or "test"; GLOBAL has the global test, and every client's training rows."""

@@ -36,7 +36,8 @@ def method_class(name: str) -> type[Method]:
     own = [c for _, c in inspect.getmembers(module, inspect.isclass)
            if c.__module__ == module.__name__ and issubclass(c, Method) and "card" in c.__dict__]
     if len(own) != 1:
-        raise RecipeError(f"{module.__name__} must hold just one method with a card; it holds {[c.__name__ for c in own]}")
+        found = [c.__name__ for c in own]
+        raise RecipeError(f"{module.__name__} must hold just one method with a card; it holds {found}")
     return own[0]
 
 

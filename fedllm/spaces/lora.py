@@ -50,7 +50,8 @@ class LoRA(Space):
         for path, module in find_linears(net, self.targets, "lora").items():
             o, i = linear_size(module) or (0, 0)
             if r > min(o, i):
-                raise RecipeError(f"space.rank = {r} is not allowed; '{path}' is {o} x {i}, so it must be <= {min(o, i)}")
+                raise RecipeError(f"space.rank = {r} is not allowed; '{path}' is {o} x {i}, so it must be "
+                                  f"<= {min(o, i)}")
             bound = 1 / math.sqrt(i)  # Kaiming uniform with a = sqrt(5), as PEFT does
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
             tree[f"{PEFT}{path}.lora_A.weight"] = ((torch.rand(r, i, generator=rng) * 2 - 1) * bound).to(dtype)

@@ -34,7 +34,8 @@ class Mask(Space):
         for path, module in find_linears(net, self.targets, "mask").items():
             w = module.weight.detach()
             count = max(1, round(self.density * w.numel()))
-            score = w.abs().flatten().float().cpu() if self.choose == "magnitude" else torch.rand(w.numel(), generator=rng)
+            large = self.choose == "magnitude"
+            score = w.abs().flatten().float().cpu() if large else torch.rand(w.numel(), generator=rng)
             out[f"{path}.weight"] = score.topk(count).indices.sort().values.to(w.device)
         return out
 

@@ -29,7 +29,8 @@ class Prefix(Space):
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
         if net.config.is_encoder_decoder or net.config.model_type in ("bert", "roberta", "distilbert"):
-            raise ModelError(f"prefix: a {net.config.model_type} model takes no cached keys; use 'soft_prompt' or 'lora'")
+            kind = net.config.model_type
+            raise ModelError(f"prefix: a {kind} model takes no cached keys; use 'soft_prompt' or 'lora'")
         return True
 
     def before(self, net: nn.Module, stack: Stack, rows: int) -> Prompt | None:

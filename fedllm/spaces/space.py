@@ -112,7 +112,8 @@ def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str) -> di
 
 def output_heads(net: nn.Module) -> set[str]:
     """Paths of the language-model head and of the classifier."""
-    return {p for p, _ in net.named_modules() if p.rsplit(".", 1)[-1] in ("lm_head", "classifier", "score", "embed_out")}
+    heads = ("lm_head", "classifier", "score", "embed_out")
+    return {p for p, _ in net.named_modules() if p.rsplit(".", 1)[-1] in heads}
 
 
 def stack_lanes(trees: Sequence[Mapping[str, Tensor]]) -> Tree:

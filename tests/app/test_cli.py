@@ -57,6 +57,23 @@ def test_merged_and_adapter_give_the_same_logits(recipe, tmp_path):
         assert torch.allclose(merged(input_ids=ids).logits, adapter(input_ids=ids).logits, atol=1e-5)
 
 
+def test_the_demo_shows_all_four(file, tmp_path):
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from fedllm.app.demo import demo
+
+    console = Console(record=True, width=160)
+    recipe = json.loads(Path(file).read_text())
+    recipe["evaluate"]["baselines"] = ["local_only", "centralized"]
+    Path(file).write_text(json.dumps(recipe))
+    demo(console, tmp_path / "runs", Path(file))
+    text = console.export_text()
+    for said in ("before", "local only", "federated", "centralized", "expected", "adapter", "report.html", "client-00"):
+        assert said in text
+
+
 def test_methods(capsys):
     code, out, _ = call(capsys, "methods")
     assert code == 0 and "fedavg" in out and "scaffold" in out

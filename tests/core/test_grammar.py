@@ -123,8 +123,14 @@ def fold(replies, reduce=None, quorum=1):
 
 def test_bad_replies_are_left_out_and_named():
     good = {"x": torch.ones(2), "n": 1}
-    out = fold({"a": good, "b": {"x": torch.tensor([1.0, float("nan")]), "n": 1}, "c": {"x": torch.ones(3), "n": 1},
-                "d": {"x": torch.ones(2)}})
+    out = fold(
+        {
+            "a": good,
+            "b": {"x": torch.tensor([1.0, float("nan")]), "n": 1},
+            "c": {"x": torch.ones(3), "n": 1},
+            "d": {"x": torch.ones(2)},
+        }
+    )
     assert out.answered == ("a",) and torch.equal(out.value["x"], torch.ones(2))
     assert "NaN" in out.missing["b"] and "'x'" in out.missing["b"]
     assert "(3,)" in out.missing["c"] and set(out.missing) == {"b", "c", "d"}
@@ -170,8 +176,12 @@ def test_pack_and_part():
 
 def test_digest_sees_values_names_shapes_and_types():
     base = {"t": {"a": torch.ones(2, 3)}, "k": 1}
-    other = [{"t": {"a": torch.ones(3, 2)}, "k": 1}, {"t": {"b": torch.ones(2, 3)}, "k": 1}, {"t": {"a": torch.ones(2, 3)}, "k": 2},
-             {"t": {"a": torch.ones(2, 3).double()}, "k": 1}]
+    other = [
+        {"t": {"a": torch.ones(3, 2)}, "k": 1},
+        {"t": {"b": torch.ones(2, 3)}, "k": 1},
+        {"t": {"a": torch.ones(2, 3)}, "k": 2},
+        {"t": {"a": torch.ones(2, 3).double()}, "k": 1},
+    ]
     assert digest(base) == digest({"k": 1, "t": {"a": torch.ones(2, 3)}})
     assert len({digest(base), *map(digest, other)}) == 5
 
@@ -189,10 +199,19 @@ class Some(Knobs):
     mu: float | None = knob(None, "mu", gt=0)
 
 
-@pytest.mark.parametrize("values, says", [
-    ({"rank": 0}, r"rank = 0 .* >= 1"), ({"rank": True}, "rank = True"), ({"rank": 2.5}, "rank = 2.5"),
-    ({"mode": "c"}, r"mode = 'c' .*\['a', 'b'\]"), ({"mu": -1.0}, "mu = -1.0 .* > 0"), ({"mu": "x"}, "mu = 'x'"),
-    ({"rnak": 3}, r"method.rnak: unknown key; did you mean 'rank'\?"), ({"mu": float("nan")}, "mu = nan")])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"rank": 0}, r"rank = 0 .* >= 1"),
+        ({"rank": True}, "rank = True"),
+        ({"rank": 2.5}, "rank = 2.5"),
+        ({"mode": "c"}, r"mode = 'c' .*\['a', 'b'\]"),
+        ({"mu": -1.0}, "mu = -1.0 .* > 0"),
+        ({"mu": "x"}, "mu = 'x'"),
+        ({"rnak": 3}, r"method.rnak: unknown key; did you mean 'rank'\?"),
+        ({"mu": float("nan")}, "mu = nan"),
+    ],
+)
 def test_knobs_name_the_key_the_value_and_what_is_allowed(values, says):
     with pytest.raises(RecipeError, match=says):
         Some.make(values, "method")

@@ -22,7 +22,7 @@ from fedllm.app import federate
 from fedllm.app.run import run
 from fedllm.core.errors import RunError
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 CASES = {
     "fedavg": {}, "fedkseed": {"knobs": {"K": 64, "steps": 4, "lr": 1e-4}},
     "hetlora": {"space": {"name": "lora", "rank": 8, "scaling": "shared"}, "clients": {"ranks": [2, 4, 8]}},
@@ -32,7 +32,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory, tiny_llama_folder):
+def rig(request, tmp_path_factory, tiny_llama_folder):
+    if "slow" not in request.config.getoption("-m"):
+        pytest.skip("starts 8 processes and takes minutes: run with -m slow")
     with running_rig(tmp_path_factory.mktemp("federation"), tiny_llama_folder) as rig:
         yield rig
 
@@ -40,7 +42,7 @@ def rig(tmp_path_factory, tiny_llama_folder):
 @pytest.fixture(scope="module")
 def long_run(rig):
     """A scaffold run of 6 rounds (its clients remember), and what it comes to undisturbed."""
-    spec = recipe(rig, "scaffold", rounds=6, local={"optimizer": "sgd", "lr": 0.1, "steps": 30, "batch_size": 4})
+    spec = recipe(rig, "scaffold", rounds=6, local={"optimizer": "sgd", "lr": 0.1, "steps": 15, "batch_size": 4})
     return spec, run(spec, root=rig.folder / "here")
 
 

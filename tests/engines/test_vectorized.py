@@ -23,7 +23,7 @@ from fedllm.methods.registry import make_method
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
 
-WORDS = "red green blue one two three cat dog bird say the word is a good bad film of and to yes no".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "a", "good", "bad", "film", "of", "and", "to", "yes", "no"]
 SIZES = (9, 14, 3, 1, 22)
 
 
@@ -36,7 +36,9 @@ def federation(task):
         text = {"text": sentence(k, i), "label": (i + k) % 3}
         return text if task == "classification" else {"prompt": sentence(k, i), "response": sentence(k + 1, i)[:20]}
 
-    shards = {f"c{k}": Shard([row(k, i) for i in range(n)], [row(k, 50 + i) for i in range(3)]) for k, n in enumerate(SIZES)}
+    shards = {
+        f"c{k}": Shard([row(k, i) for i in range(n)], [row(k, 50 + i) for i in range(3)]) for k, n in enumerate(SIZES)
+    }
     return Federation(shards, [row(9, i) for i in range(7)], task, ("x", "y", "z") if task == "classification" else ())
 
 
@@ -66,15 +68,32 @@ class Probe(Star):
         noise = {n: 0.1 * t for n, t in theta.items()}
         terms = (Proximal(0.5, theta), Linear(noise)) if self.terms else ()
         fitted = client.fit(theta, terms=terms)
-        return pack(theta=fitted.theta, loss=client.loss(fitted.theta), n=client.n) | pack(seen=client.score(fitted.theta, on="global"))
+        return pack(theta=fitted.theta, loss=client.loss(fitted.theta), n=client.n) | pack(
+            seen=client.score(fitted.theta, on="global")
+        )
 
     def merge(self, state, out):
         return {**state, **{c: dict(reply) for c, reply in out.each.items()}}
 
 
-def outcome(engine, folder, task, space, spec, *, method=None, dtype=torch.float64, profiles=None, rounds=1, limits=None, **options):
+def outcome(
+    engine,
+    folder,
+    task,
+    space,
+    spec,
+    *,
+    method=None,
+    dtype=torch.float64,
+    profiles=None,
+    rounds=1,
+    limits=None,
+    **options,
+):
     model = make_model(folder, task, space, dtype, **options)
-    world = World(model, federation(task), spec, seed=3, profiles=profiles or {}, max_new_tokens=4, limits=limits or Limits())
+    world = World(
+        model, federation(task), spec, seed=3, profiles=profiles or {}, max_new_tokens=4, limits=limits or Limits()
+    )
     method = method or Probe()
     run = engine((method,), world)
     state = {"theta": {n: t.to(dtype) for n, t in model.initial().items()}}
@@ -94,14 +113,27 @@ def gap(a, b):
     return abs(a - b)
 
 
-CAUSAL = [("lora", {}), ("lora", {"targets": ["q_proj", "lm_head"]}), ("full", {}), ("soft_prompt", {"length": 3}),
-          ("prefix", {"length": 3}), ("ia3", {}), ("adapter", {"size": 4}), ("layers", {}), ("mask", {"density": 0.05}), ("head", {})]
+CAUSAL = [
+    ("lora", {}),
+    ("lora", {"targets": ["q_proj", "lm_head"]}),
+    ("full", {}),
+    ("soft_prompt", {"length": 3}),
+    ("prefix", {"length": 3}),
+    ("ia3", {}),
+    ("adapter", {"size": 4}),
+    ("layers", {}),
+    ("mask", {"density": 0.05}),
+    ("head", {}),
+]
 ADAMW = LocalSpec(lr=1e-2, epochs=1, batch_size=4, clip_norm=0.5)
 
 
 @pytest.mark.parametrize("name, knobs", CAUSAL, ids=lambda v: v if isinstance(v, str) else "-".join(v))
 def test_generation_in_fp64(tiny_llama_folder, name, knobs):
-    a, b = (outcome(e, tiny_llama_folder, "generation", make_space(name, **knobs), ADAMW, fast_kernels=False) for e in (InProcess, Vectorized))
+    a, b = (
+        outcome(e, tiny_llama_folder, "generation", make_space(name, **knobs), ADAMW, fast_kernels=False)
+        for e in (InProcess, Vectorized)
+    )
     assert gap(a, b) < 1e-10
 
 
@@ -114,15 +146,28 @@ def test_classification_in_fp64(tiny_bert_folder, name):
 @pytest.mark.parametrize("name", ["lora", "full", "soft_prompt", "prefix", "ia3", "adapter"])
 def test_fp32_with_sgd_and_fast_kernels(tiny_llama_folder, name):
     spec = LocalSpec(optimizer="sgd", lr=0.05, momentum=0.5, epochs=1, batch_size=4)
-    a, b = (outcome(e, tiny_llama_folder, "generation", make_space(name), spec, dtype=torch.float32) for e in (InProcess, Vectorized))
+    a, b = (
+        outcome(e, tiny_llama_folder, "generation", make_space(name), spec, dtype=torch.float32)
+        for e in (InProcess, Vectorized)
+    )
     assert gap(a, b) < 1e-5
 
 
 def test_unequal_ranks_are_padded_exactly(tiny_llama_folder):
     ranks = {f"c{k}": Profile(rank=r) for k, r in enumerate((1, 2, 4, 8, 3))}
     for scaling in ("classic", "rslora", "shared"):
-        a, b = (outcome(e, tiny_llama_folder, "generation", make_space("lora", rank=4, scaling=scaling), ADAMW, profiles=ranks, fast_kernels=False)
-                for e in (InProcess, Vectorized))
+        a, b = (
+            outcome(
+                e,
+                tiny_llama_folder,
+                "generation",
+                make_space("lora", rank=4, scaling=scaling),
+                ADAMW,
+                profiles=ranks,
+                fast_kernels=False,
+            )
+            for e in (InProcess, Vectorized)
+        )
         assert a["c3"]["theta/base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"].shape == (8, 32)
         assert gap(a, b) < 1e-10
 
@@ -130,14 +175,28 @@ def test_unequal_ranks_are_padded_exactly(tiny_llama_folder):
 def test_terms_schedules_and_fixed_steps(tiny_llama_folder):
     for schedule in ("constant", "cosine"):
         spec = LocalSpec(lr=1e-2, steps=3, batch_size=4, schedule=schedule, weight_decay=0.1)
-        a, b = (outcome(e, tiny_llama_folder, "generation", make_space("lora"), spec, method=Probe(terms=True), fast_kernels=False)
-                for e in (InProcess, Vectorized))
+        a, b = (
+            outcome(
+                e,
+                tiny_llama_folder,
+                "generation",
+                make_space("lora"),
+                spec,
+                method=Probe(terms=True),
+                fast_kernels=False,
+            )
+            for e in (InProcess, Vectorized)
+        )
         assert gap(a, b) < 1e-10
 
 
 def test_a_small_token_budget_changes_nothing(tiny_llama_folder):
-    a, b = (outcome(Vectorized, tiny_llama_folder, "generation", make_space("lora"), ADAMW, limits=limits, fast_kernels=False)
-            for limits in (Limits(), Limits(batch_tokens=70, lane_bytes=1)))
+    a, b = (
+        outcome(
+            Vectorized, tiny_llama_folder, "generation", make_space("lora"), ADAMW, limits=limits, fast_kernels=False
+        )
+        for limits in (Limits(), Limits(batch_tokens=70, lane_bytes=1))
+    )
     assert gap(a, b) < 1e-10
 
 
@@ -156,8 +215,19 @@ def test_a_module_without_a_stacked_form_runs_one_lane_at_a_time(tiny_llama_fold
 
 
 def test_rounds_are_bitwise_repeatable(tiny_llama_folder):
-    a, b = (outcome(Vectorized, tiny_llama_folder, "generation", make_space("lora"), ADAMW, method=make_method("fedavg"), rounds=2,
-                    dtype=torch.float32) for _ in range(2))
+    a, b = (
+        outcome(
+            Vectorized,
+            tiny_llama_folder,
+            "generation",
+            make_space("lora"),
+            ADAMW,
+            method=make_method("fedavg"),
+            rounds=2,
+            dtype=torch.float32,
+        )
+        for _ in range(2)
+    )
     assert gap(a, b) == 0
 
 

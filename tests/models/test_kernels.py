@@ -14,7 +14,10 @@ def test_frozen_head_loss_equals_cross_entropy_and_its_gradient():
     for chunk in (5, 37, 1000):
         for bias in (None, b):
             a, c = h.clone().requires_grad_(), h.clone().requires_grad_()
-            ours, plain = frozen_head_loss(a, w, bias, y, chunk), F.cross_entropy(F.linear(c, w, bias), y, reduction="none")
+            ours, plain = (
+                frozen_head_loss(a, w, bias, y, chunk),
+                F.cross_entropy(F.linear(c, w, bias), y, reduction="none"),
+            )
             assert torch.allclose(ours, plain, atol=1e-12)
             (ours * weight).sum().backward()
             (plain * weight).sum().backward()
@@ -44,6 +47,9 @@ def test_the_self_check_refuses_a_machine_that_rounds_to_bf16(monkeypatch):
     from fedllm.models import kernels
 
     real = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: real(a, b) if a.dtype == torch.float64
-                        else real(a.bfloat16(), b.bfloat16()).float())
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda a, b: real(a, b) if a.dtype == torch.float64 else real(a.bfloat16(), b.bfloat16()).float(),
+    )
     assert kernels.onednn_is_fp32.__wrapped__() is False

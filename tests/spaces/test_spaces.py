@@ -16,7 +16,9 @@ ROWS = [{"prompt": "red cat", "response": "say the word"}, {"prompt": "blue dog 
 
 def llama(folder, name, dtype=torch.float32, **knobs):
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return Model(net, AutoTokenizer.from_pretrained(folder), "generation", make_space(name, **knobs), fast_kernels=False)
+    return Model(
+        net, AutoTokenizer.from_pretrained(folder), "generation", make_space(name, **knobs), fast_kernels=False
+    )
 
 
 def losses(model, trees):
@@ -65,14 +67,21 @@ def test_start_is_the_same_for_the_same_seed_and_follows_the_rank(tiny_llama_fol
         model.initial(64)
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "ia3", "adapter", "prefix", "soft_prompt", "bias", "layers", "mask", "head"])
+@pytest.mark.parametrize(
+    "name", ["lora", "full", "ia3", "adapter", "prefix", "soft_prompt", "bias", "layers", "mask", "head"]
+)
 def test_gpt2_with_its_transposed_linears(name):
     torch.manual_seed(0)
-    net = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=64, n_embd=24, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)).double()
+    net = GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, n_positions=64, n_embd=24, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).double()
     knobs = {"targets": ["c_attn", "c_fc"]} if name == "lora" else {}
     model = Model(net, None, "generation", make_space(name, **knobs), fast_kernels=False)
     g = torch.Generator().manual_seed(1)
-    trees = [{n: (t + 0.05 * torch.randn(t.shape, generator=g)).double() for n, t in model.initial().items()} for _ in range(3)]
+    trees = [
+        {n: (t + 0.05 * torch.randn(t.shape, generator=g)).double() for n, t in model.initial().items()}
+        for _ in range(3)
+    ]
     ids = torch.randint(60, (2, 9), generator=g).numpy().astype("int32")
     from fedllm.data.encode import Encoded
 
