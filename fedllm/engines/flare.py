@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -40,7 +40,7 @@ class Flare(InProcess):
         self.sites = sites
         self.door = door or Door.of(world.model, coded=any(isinstance(s, Layer) for s in stack[1:]))
         super().__init__(stack, world, record, quorum=quorum)
-        sites.on_event = lambda kind, **facts: self.record.emit(kind, round=self.round, **facts)
+        self._heard: deque[tuple[str, dict[str, Any]]] = deque()
 
     def begin(self, round: int) -> None:
         super().begin(round)
@@ -55,6 +55,7 @@ class Flare(InProcess):
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
         """All sites work at once, each through its own jobs in order; answers are folded in the order of the ask."""
+        self.sites.on_event = lambda kind, **facts: self._heard.append((kind, facts))  # from the lanes' threads
         todo, lanes = list(jobs), defaultdict[ClientId, list[tuple[Job, Future[Answer]]]](list)
         futures: list[Future[Answer] | None] = []
         for job in todo:
@@ -71,6 +72,9 @@ class Flare(InProcess):
                 yield job, self.work(job, lambda request: RUNNERS[type(request)]([request], self.world.limits)[0])
                 continue
             reply, sent = future.result()
+            while self._heard:
+                kind, facts = self._heard.popleft()
+                self.record.emit(kind, round=self.round, **facts)
             for _ in range(sent):
                 self._cross("down", job, job.fold.ask.msgs[job.client])
             yield job, reply

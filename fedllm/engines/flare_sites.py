@@ -162,12 +162,18 @@ class Sites:
         raise Silence("the call broke off")
 
     def _open_again(self, site: Site, ends: float) -> None:
+        """Give a new process the run; a model that loads beyond the deadline goes on loading for the next round."""
         log.info("site '%s' has a new process; it gets the run again", site.name)
         self.on_event("reopened", client=site.name)
-        self.reopen(site.name)
-        site.boot = self.probe(site.name)
-        if time.monotonic() >= ends:
-            raise self._give_up(site, "its deadline passed while it came back")
+
+        def open_run() -> tuple[Head, bytes]:
+            self.reopen(site.name)
+            return {}, b""
+
+        try:
+            _started(open_run).result(max(0.0, ends - time.monotonic()))
+        except NotYet:
+            raise self._give_up(site, "its deadline passed while a new process loaded the model") from None
 
     def _taken_back(self, site: Site, ends: float) -> bool:
         boot = self.probe(site.name) if time.monotonic() < ends else None

@@ -193,6 +193,11 @@ def check_delta(delta: float, units: int | None = None) -> None:
                           f"mechanism that publishes one unit's data outright has that delta; take {units ** -1.1:.1e}")
 
 
+def usual_delta(units: int) -> float:
+    """The smaller of 1e-5 and units ** -1.1."""
+    return min(1e-5, max(2, units) ** -1.1)
+
+
 def join(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What a run says about its privacy, from what its layers say: the claim holds only if every part of it does."""
     if not statements:

@@ -19,7 +19,7 @@ from fedllm.core.payload import alike, norm
 from fedllm.core.reduce import Lifted, Mean, wide
 from fedllm.core.rng import torch_stream
 from fedllm.privacy._sums import is_control, must_lift, need_sums, without
-from fedllm.privacy.accountant import Ledger, Release, check_delta, check_epsilon, noise_for
+from fedllm.privacy.accountant import Ledger, Release, check_delta, check_epsilon, noise_for, usual_delta
 
 OWN = "_dp/"
 BIT = "_dp/below"
@@ -51,7 +51,7 @@ class DPFedAvg(Knobs, Layer):
                 "number", options=("none", "poisson", "fixed"))
     rate: float = knob(1.0, "share of those asked that takes part", gt=0, le=1)
     epsilon: float | None = knob(None, "budget; the run stops before exceeding it", gt=0)
-    delta: float | None = knob(None, "None: (number of clients) ** -1.1", gt=0, lt=1)
+    delta: float | None = knob(None, "None: 1e-5, or (number of clients) ** -1.1 if less", gt=0, lt=1)
     seed: int | None = knob(None, "seeds noise and sampling for tests, which voids the claim; None: from the OS")
     population: int = knob(0, "clients in the federation; found out by the run", ge=0)
 
@@ -79,7 +79,7 @@ class DPFedAvg(Knobs, Layer):
         if self.delta is not None:
             check_delta(self.delta, n)
         cohort = min(facts.cohort or n, n)
-        bound = replace(self, population=n, delta=self.delta or min(0.5, n ** -1.1))
+        bound = replace(self, population=n, delta=self.delta or usual_delta(n))
         if bound.noise_multiplier is None:
             assert bound.epsilon is not None and bound.delta is not None
             z = noise_for(bound.epsilon, bound.delta, facts.rounds, self.sampling, self.rate, cohort)
@@ -151,7 +151,7 @@ class DPFedAvg(Knobs, Layer):
         return self.noise_multiplier
 
     def _delta(self, clients: int) -> float:
-        return self.delta or min(0.5, max(2, clients) ** -1.1)
+        return self.delta or usual_delta(clients)
 
     def _rng(self, state: Any) -> torch.Generator:
         if self.seed is not None:

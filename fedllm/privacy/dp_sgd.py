@@ -18,7 +18,7 @@ from fedllm.core.rng import numpy_stream, torch_stream
 from fedllm.local.private import Private
 from fedllm.local.requests import Fit
 from fedllm.privacy._sums import is_control
-from fedllm.privacy.accountant import Ledger, Release, check_delta, check_epsilon, noise_for
+from fedllm.privacy.accountant import Ledger, Release, check_delta, check_epsilon, noise_for, usual_delta
 
 BOOK = "dp_sgd"
 CLOSED = ("layer 'DPSGD' lets a client function learn from its rows through client.fit only, and this one reads the "
@@ -41,7 +41,7 @@ class DPSGD(Knobs, Layer):
     noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon, the rounds and local steps", gt=0)
     clip_norm: float = knob(1.0, "largest L2 norm of one example's gradient over all trainables", gt=0)
     epsilon: float | None = knob(None, "budget of every client; the run stops before exceeding it", gt=0)
-    delta: float | None = knob(None, "None: (rows of the largest client) ** -1.1", gt=0, lt=1)
+    delta: float | None = knob(None, "None: 1e-5, or (rows of the largest client) ** -1.1 if less", gt=0, lt=1)
     seed: int | None = knob(None, "seeds noise and sampling for tests, which voids the claim; None: from the OS")
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class DPSGD(Knobs, Layer):
         most = max(facts.rows.values(), default=2)
         if self.delta is not None:
             check_delta(self.delta, most)
-        bound = replace(self, delta=self.delta or min(0.5, most**-1.1))
+        bound = replace(self, delta=self.delta or usual_delta(most))
         if bound.noise_multiplier is None:
             assert bound.epsilon is not None and bound.delta is not None
             rows = min(facts.rows.values())

@@ -204,7 +204,8 @@ def split(payload: Payload) -> list[bytes]:
 
 def serialized(context: Any, secret: bool) -> bytes:
     """A CKKS context with its secret key, or without."""
-    return context.serialize(save_public_key=False, save_secret_key=secret, save_galois_keys=False, save_relin_keys=False)
+    return context.serialize(save_public_key=False, save_secret_key=secret, save_galois_keys=False,
+                             save_relin_keys=False)
 
 
 def tenseal() -> Any:
@@ -212,6 +213,6 @@ def tenseal() -> Any:
     try:
         import tenseal as ts
     except ImportError:
-        raise CompositionError("layer 'HECKKS' and this installation do not fit together: it needs TenSEAL (pip install "
-                               "'fedllm[he]'); secagg hides updates without it") from None
+        raise CompositionError("layer 'HECKKS' and this installation do not fit together: it needs TenSEAL (pip "
+                               "install 'fedllm[he]'); secagg hides updates without it") from None
     return ts

@@ -236,6 +236,22 @@ def test_a_call_ends_at_its_deadline_whatever_the_line_does():
     assert time.monotonic() - started < 5 and "suspect" in sites.table["s"].suspect
 
 
+def test_a_model_that_loads_again_does_not_outlast_the_deadline():
+    class Closed:
+        def call(self, site, head, body, seconds):
+            return ({"boot": "b"} if head["op"] == "probe" else {"closed": True}), b""
+
+        def revive(self, site):
+            pass
+
+    sites = Sites(Closed(), ["s"], QUICK)
+    sites.table["s"].boot, sites.reopen = "b", lambda site: time.sleep(30)
+    started = time.monotonic()
+    with pytest.raises(Silence, match="while a new process loaded the model"):
+        sites.ask("s", {"op": "ask"}, b"", 0.3)
+    assert time.monotonic() - started < 5
+
+
 def test_the_coordinators_parts_hold_no_row(data, tiny_llama_folder):
     spec = recipe(data, tiny_llama_folder)
     assert "source" not in for_sites(load_recipe(spec))["data"]

@@ -23,7 +23,8 @@ from fedllm.methods.registry import make_method
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "a", "good", "bad", "film", "of", "and", "to", "yes", "no"]
+WORDS = "red green blue one two three cat dog bird say the word is a good bad film of and to yes no"
+WORDS = WORDS.split(" ")
 SIZES = (9, 14, 3, 1, 22)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,8 @@ def test_the_table_covers_every_pair():
     n = len(examples())
     assert examples().keys() == LIVE.keys() and len(rows()) == n * n + 4 * n
     assert table().count("\n") == n * n + 4 * n + 2
+    docs = Path(__file__).parents[2] / "docs" / "privacy.md"
+    assert table() in docs.read_text(), "docs/privacy.md holds another table than fedllm.privacy.composition.table()"
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda r: f"{r.above} / {r.below}")
@@ -119,7 +122,7 @@ def test_each_pair_runs_as_the_plain_form_or_is_refused(row, loop):
     (CodecQuant(), SecAgg(), "do not add up .* secagg's own quantum"),
     (CodecTopKEF(), SecAgg(), "codec_powersgd, whose messages add up"),
     (SecAgg(), DPFedAvg(**QUIET), "list layer 'DPFedAvg' first"),
-    (DPFedAvg(**QUIET), CodecTopKEF(), "longer than the clip .* error_feedback: false"),
+    (DPFedAvg(**QUIET), CodecTopKEF(), "longer than the clip.*error_feedback: false"),
     (DPFedAvg(**QUIET), CodecQuant(), "longer than the clip"),
     (SecAgg(), SecAggPlus(), "the same work twice")])
 def test_refusals_say_what_to_do(above, below, says):
