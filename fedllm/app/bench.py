@@ -19,6 +19,7 @@ from fedllm.app.bench_scale import scale
 from fedllm.app.bench_server import aggregation, codec_rows, svd
 from fedllm.app.bench_simulation import simulation
 from fedllm.core.errors import RecipeError
+from fedllm.models.kernels import keep_freed_memory
 
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "simulation": simulation, "aggregation": aggregation, "codec": codec_rows, "svd": svd, "scale": scale}
@@ -32,6 +33,7 @@ def run_bench(names: Sequence[str], out: Path = OUT) -> list[Row]:
             raise RecipeError(f"bench {name!r} is unknown. Allowed: {', '.join(BENCHES)}")
     threads, rows = torch.get_num_threads(), []
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every run does; the peers profit from it too
     try:
         for name in names or BENCHES:
             mine = BENCHES[name]()

@@ -156,9 +156,10 @@ def messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
     return given  # type: ignore[return-value]
 
 
-def number(body: Mapping[str, Any], key: str, default: Any, least: float = 0, kind: type = int) -> Any:
+def number(body: Mapping[str, Any], key: str, default: Any, least: float = 0,
+           kind: type[int] | type[float] = int) -> Any:
     """A number of the request; null counts as not given."""
-    value = default if body.get(key) is None else body[key]
+    value: Any = default if body.get(key) is None else body[key]
     if isinstance(value, bool) or not isinstance(value, int | kind) or not value >= least:
         raise Refusal(400, f"'{key}' must be a number from {least} up")
     return value
@@ -168,8 +169,8 @@ def choice(index: int, said: Completion, chat: bool, limit: int) -> dict[str, An
     """One answer in the API's shape; the log-probability stands in one piece, since only its sum is known."""
     end = "length" if said.completion_tokens >= limit else "stop"
     if chat:
-        whole = {"content": [{"token": said.text, "logprob": said.logprob, "top_logprobs": []}]}
-        return {"index": index, "finish_reason": end, "logprobs": whole,
+        pieces: dict[str, Any] = {"content": [{"token": said.text, "logprob": said.logprob, "top_logprobs": []}]}
+        return {"index": index, "finish_reason": end, "logprobs": pieces,
                 "message": {"role": "assistant", "content": said.text}}
     whole = {"tokens": [said.text], "token_logprobs": [said.logprob]}
     return {"index": index, "finish_reason": end, "logprobs": whole, "text": said.text}

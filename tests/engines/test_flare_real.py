@@ -27,7 +27,7 @@ CASES = {
     "fedavg": {}, "fedkseed": {"knobs": {"K": 64, "steps": 4, "lr": 1e-4}},
     "hetlora": {"space": {"name": "lora", "rank": 8, "scaling": "shared"}, "clients": {"ranks": [2, 4, 8]}},
     "fedex_lora": {}, "local_only": {},
-    "scaffold": {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}, "fed_sp_sc": {"rounds": 1},
+    "scaffold": {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}, "fed_sp_sc": {"rounds": 1, "knobs": {"max_new_tokens": 16, "embed": "tfidf"}},
 }
 
 
