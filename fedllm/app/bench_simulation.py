@@ -198,7 +198,7 @@ def _size_rows(size: Size, repeats: int = 3) -> list[Row]:
                 size.moonshot_peft, span=span(speeds, "ours", "plain_peft"), **facts)]
 
 
-def _half_row(size: Size, repeats: int = 3) -> Row:
+def _half_row(size: Size, repeats: int = 1) -> Row:  # one turn: a CPU without bf16 products needs minutes for it
     half, full = Ours(size, torch.bfloat16), Ours(size)
     speeds = race({"bf16 base": half, "fp32": full}, repeats)
     return row(f"simulation/{size.label} bf16 base vs fp32", ratio(speeds, "bf16 base", "fp32"), "times",

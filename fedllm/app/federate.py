@@ -24,8 +24,8 @@ from fedllm.core.errors import FedLLMError, RunError
 from fedllm.engines.flare_sites import Patience
 
 log = logging.getLogger(__name__)
-RESTARTS = 3
-"""Times that a coordinator's process that died is started again by itself."""
+RESTARTS, PAUSE = 3, 5.0
+"""Times that a coordinator's process that died is started again by itself, and the seconds before."""
 
 
 def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",
@@ -61,8 +61,9 @@ def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patienc
         job = submit(session, run, needed, patience or Patience())
         if _follow(session, run, job):
             return Result.load(run)
-        log.warning("the coordinator's process died; start %d of %d", start + 2, RESTARTS + 1)
-    raise RunError(f"the coordinator's process died {RESTARTS + 1} times; see process.log in the server's kit")
+        log.warning("the coordinator's process ended too early; start %d of %d", start + 2, RESTARTS + 1)
+        time.sleep(PAUSE)
+    raise RunError(f"the coordinator's process ended too early {RESTARTS + 1} times; see process.log in the server's kit")
 
 
 @contextlib.contextmanager

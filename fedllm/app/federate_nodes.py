@@ -28,7 +28,7 @@ from nvflare.fuel.f3.cellnet.utils import new_cell_message
 
 from fedllm.app.federate_bench import bench
 from fedllm.app.federate_reviver import CHANNEL, TOPIC
-from fedllm.app.federate_run import FAILED, drive_run
+from fedllm.app.federate_run import FAILED, NotAllHere, drive_run
 from fedllm.app.federate_settings import SETTINGS, SiteSettings
 from fedllm.app.federate_site import open_run
 from fedllm.core.errors import FedLLMError
@@ -83,6 +83,8 @@ class CoordinatorNode:
                 bench(link, list(link.proxies), self.bench, folder)
                 return
             drive_run(folder, link, [p.name for p in clients], self.needed, Patience(**self.patience))
+        except NotAllHere as error:
+            log.warning("%s; the coordinator tries again", error)
         except FedLLMError as error:
             (folder / FAILED).write_text(str(error))
             raise

@@ -37,6 +37,10 @@ FAILED = "failed.txt"
 """In the run's folder: why the coordinator's process gave up."""
 
 
+class NotAllHere(RunError):
+    """NVFlare began the run without sites that are needed, for example one that is starting again: worth another try."""
+
+
 class FarWorld(World):
     """The coordinator's world: the model and the global test; of the clients only what they said of themselves."""
 
@@ -154,10 +158,13 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     recipe = load_recipe(folder / "recipe.yaml")
     if recipe.evaluate.baselines:
         raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
+    needed = len(sites) if needed is None else needed
+    if len(sites) < needed:
+        raise NotAllHere(f"{len(sites)} of {needed} sites are here ({', '.join(sites)})")
     found = room.load()
     table = Sites(link, sites, patience)
     opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0)
-    left_out = opening.all(len(sites) if needed is None else needed)
+    left_out = opening.all(needed)
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": "flare"})})
     ENGINES["flare"] = functools.partial(Flare, sites=table)  # type: ignore[assignment]

@@ -76,6 +76,8 @@ class DataSpec(BaseModel):
     """Fraction that a client with 10 rows or more keeps back for its own test."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Most rows of the source to use, drawn at random; the global test counts among them if it is a fraction."""
+    test_limit: Annotated[int, Field(ge=1)] | None = None
+    """Most rows of the global test, drawn at random."""
     office: OfficeSpec | None = None
     """Knobs of the office; only with `source: office`."""
 
@@ -152,6 +154,9 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         if len(embed) != len(rows.lean):
             raise DataError(f"embed has {len(embed)} vectors; data.source has {len(rows.lean)} rows")
         embed = embed[kept]
+    if spec.test_limit is not None and spec.test_limit < len(test):
+        few = np.sort(numpy_stream(seed, "data.test_limit").choice(len(test), spec.test_limit, replace=False))
+        test = [test[i] for i in few]
     return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels)
 
 

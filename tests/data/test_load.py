@@ -169,3 +169,12 @@ def test_real_data_loads_whole(source, spec, clients, size):
     kept_back = sum(len(shard.test) for shard in federation.clients.values())
     assert len(federation.pooled()) + kept_back + len(federation.test) == size
     assert all(shard.train for shard in federation.clients.values())
+
+
+def test_a_test_limit_draws_rows_of_the_test(tmp_path):
+    for name, count in (("a", 30), ("b", 50)):
+        rows = [{"prompt": f"{name}{i}", "response": "x"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    spec = {"source": str(tmp_path / "a.jsonl"), "test": str(tmp_path / "b.jsonl"), "test_limit": 7}
+    got = load_federation(spec, seed=1).test
+    assert len({row["prompt"] for row in got}) == 7 and got == load_federation(spec, seed=1).test

@@ -68,6 +68,17 @@ class Rig:
         told = json.dumps({"address": f"localhost:{self.port}", "data": data, **words})
         self.joins[site] = subprocess.Popen([sys.executable, "-c", code, told])
 
+    @contextlib.contextmanager
+    def settings(self, site, **changed):
+        """The organisation edits its settings; they hold for the next run."""
+        path = self.keys.kit(site) / "local" / "fedllm.json"
+        before = path.read_text()
+        path.write_text(json.dumps({**json.loads(before), **changed}))
+        try:
+            yield
+        finally:
+            path.write_text(before)
+
     def leave(self, site):
         join = self.joins.pop(site)
         join.terminate()
