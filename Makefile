@@ -34,7 +34,7 @@ test: lint
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy fedllm/__init__.py fedllm/core fedllm/app
+	$(BIN)/mypy fedllm/__init__.py fedllm/core
 
 claims: $(VENV)/.dev
 	$(BIN)/fedllm claims
