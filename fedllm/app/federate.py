@@ -63,7 +63,7 @@ def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patienc
             return Result.load(run)
         log.warning("the coordinator's process ended too early; start %d of %d", start + 2, RESTARTS + 1)
         time.sleep(PAUSE)
-    raise RunError(f"the coordinator's process ended too early {RESTARTS + 1} times; see process.log in the server's kit")
+    raise RunError(f"the coordinator's process ended too early {RESTARTS + 1} times; see the server kit's process.log")
 
 
 @contextlib.contextmanager

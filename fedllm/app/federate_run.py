@@ -38,7 +38,7 @@ FAILED = "failed.txt"
 
 
 class NotAllHere(RunError):
-    """NVFlare began the run without sites that are needed, for example one that is starting again: worth another try."""
+    """NVFlare began the run without sites that are needed (one may be starting again): worth another try."""
 
 
 class FarWorld(World):
