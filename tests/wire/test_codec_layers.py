@@ -1,5 +1,6 @@
 """The codecs that are layers: error bounds, exact bytes, residues, lost replies, and two-question sums."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -220,10 +221,11 @@ def test_warm_start_closes_in_on_the_best_rank():
         c.w = u @ decay @ v
     codec, best = CodecPowerSGD(rank=4, error_feedback=False), float(torch.diag(decay)[4:].norm())
     states, errors = [codec.init()], []
-    for _ in range(4):
+    for _ in range(8):
         out, engine = run(Ship(), [codec], clients, states=states)
         errors.append(float((out.value["delta/w"] - clients["c0"].w).norm()) / best)
-    assert errors[1] <= 1.05 and errors[2] <= 1.01 and errors[3] <= errors[0]
+    # how fast hangs on the random start: of six, the second round was at 1.02 to 1.42, the sixth at 1.00 to 1.01
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(errors)) and errors[-1] <= 1.02
     assert engine.up < 0.45 * 3 * 60 * 50 * 8
 
 
