@@ -6,6 +6,7 @@ from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_scheduler_spec import DispatchInfo
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
@@ -22,6 +23,15 @@ class Reviver(FLComponent):
         if event_type == EventType.SYSTEM_START:
             self.engine = fl_ctx.get_engine()
             self.engine.server.cell.register_request_cb(channel=CHANNEL, topic=TOPIC, cb=self._revive)
+        elif event_type == EventType.JOB_STARTED:
+            self._outlive(str(fl_ctx.get_prop(FLContextKey.EVENT_DATA)["job_id"]))
+
+    def _outlive(self, job_id: str) -> None:
+        """NVFlare fails a whole job when a site reports that its process died, unless that report is not waited for."""
+        runner = self.engine.job_runner
+        for client in self.engine.get_clients():
+            if runner.is_client_outcome_pending(job_id, client.name):
+                runner.resolve_client_outcome(job_id, client.name)
 
     def _revive(self, request: Any) -> Any:
         job_id, site = str(request.payload["job"]), str(request.payload["site"])

@@ -172,3 +172,6 @@ def ask_all(method_name: str, text: LocalText, problems: Sequence[Sum], wordings
     return {"accuracy": accuracy([v.answer for v in got], problems), "single": float(np.mean(singles)),
             "voters": float(np.mean([len(v.thoughts) for v in got])),
             "calls": float(np.mean([v.cost["calls"] for v in got])), "up": float(engine.record.totals()["up"])}
+
+
+RIGS = {"synonyms": synonyms}

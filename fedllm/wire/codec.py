@@ -115,9 +115,9 @@ def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:
                 raise PayloadError(f"'{name}' reaches beyond the {len(view)} bytes received")
             out[name] = (torch.frombuffer(view, dtype=dtype, count=count, offset=start + at).view(shape) if count
                          else torch.empty(shape, dtype=dtype))
+        return out | {k: _rich(v) for k, v in values}
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PayloadError(f"malformed payload: {error}") from None
-    return out | {k: _rich(v) for k, v in values}
 
 
 @functools.lru_cache(maxsize=64)

@@ -21,7 +21,7 @@ from fedllm.engines.flare_sites import Patience
 
 SITES = ("site-a", "site-b", "site-c")
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
-QUICK = Patience(opening=200.0, probe=4.0, every=2.0, grace=90.0, revive=8.0)
+QUICK = Patience(opening=200.0, probe=4.0, every=2.0, grace=300.0, revive=20.0)
 
 
 def sentence(k, i, least=2):
