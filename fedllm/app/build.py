@@ -16,15 +16,18 @@ from fedllm.app.layers import make_layer
 from fedllm.app.recipe import Recipe
 from fedllm.core.client import Profile
 from fedllm.core.errors import CompositionError, DataError, RecipeError
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Facts, Layer
 from fedllm.core.method import Method, check_knob
+from fedllm.core.record import Record
 from fedllm.data.federation import Federation
 from fedllm.data.load import load_federation
+from fedllm.engines import ENGINES
 from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.models.load import load_model
+from fedllm.privacy.composition import check_stack
 from fedllm.spaces.registry import SPACES, make_space
 from fedllm.spaces.space import Space
 
@@ -42,6 +45,13 @@ class Parts:
     layers: list[Layer]
     left_out: dict[str, str] = field(default_factory=dict)
     """Clients of the data that take no part, and why."""
+    engine: Callable[..., Any] | None = None
+    """Who answers, where it is not the recipe's engine: the sites of a real federation."""
+
+    def engine_over(self, stack: Sequence[Any], record: Record, **options: Any) -> Any:
+        """The run's engine with this method and these layers."""
+        kind = self.engine or ENGINES[self.recipe.engine.kind]
+        return kind(stack, self.world, record, loopback=self.recipe.engine.loopback, **options)
 
 
 def build(recipe: Recipe) -> Parts:
@@ -53,6 +63,7 @@ def build(recipe: Recipe) -> Parts:
               for i, n in enumerate(recipe.layers)]
     compose(method, layers)
     federation, left_out = _without_empty(load_federation(recipe.data, recipe.seed, embed=_embedder(recipe)))
+    layers = bound(layers, recipe, {c: len(s.train) for c, s in federation.clients.items()}, local)
     m = recipe.model
     model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
                        pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
@@ -100,8 +111,18 @@ def compose(method: Method, layers: list[Layer]) -> None:
                                f"{[type(x).__name__ for x in layers]} would never act; leave 'layers' out")
     reducers = {n: f.__dict__.get("reduce") for n in dir(type(method))
                 if callable(f := getattr(type(method), n)) and getattr(f, "__dict__", {}).get("runs_on_client")}
-    for layer in layers:
-        layer.check(method, reducers)
+    check_stack(method, layers, reducers)
+
+
+def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:
+    """The layers, told what the run will be: the noise for a given epsilon follows from it."""
+    facts = Facts(rows, cohort_size(recipe.clients.per_round, len(rows)), recipe.rounds, local)
+    return [_part(f"layers.{i}", functools.partial(layer.bind, facts)) for i, layer in enumerate(layers)]
+
+
+def cohort_size(per_round: int | float, clients: int) -> int:
+    """How many of these clients a round asks; a share is rounded half up, and is one client at least."""
+    return min(per_round, clients) if isinstance(per_round, int) else max(1, int(per_round * clients + 0.5))
 
 
 def overrides(method: Method, name: str) -> bool:

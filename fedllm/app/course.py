@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedllm.app.build import Parts
+from fedllm.app.build import Parts, cohort_size
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import PayloadError, QuorumError, RunError
@@ -16,7 +16,6 @@ from fedllm.core.method import Method, State
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-from fedllm.engines import ENGINES
 
 PATIENCE = 3
 """Rounds in a row that may fail for lack of answers before the run stops."""
@@ -24,17 +23,11 @@ PATIENCE = 3
 
 def draw_cohort(clients: Sequence[ClientInfo], per_round: int | float, seed: int, round: int) -> list[ClientInfo]:
     """The clients asked in this round, in the data's order; the same for the same seed and round."""
-    share = max(1, round_half_up(per_round * len(clients)))
-    want = min(per_round, len(clients)) if isinstance(per_round, int) else share
+    want = cohort_size(per_round, len(clients))
     if want == len(clients):
         return list(clients)
     picks = numpy_stream(seed, round, "cohort").choice(len(clients), want, replace=False)
     return [clients[i] for i in sorted(picks)]
-
-
-def round_half_up(x: float) -> int:
-    """2.5 -> 3, where Python's own rounding gives 2."""
-    return int(x + 0.5)
 
 
 class Course:
@@ -43,11 +36,9 @@ class Course:
     def __init__(self, parts: Parts, method: Method, layers: Sequence[Layer] = (), record: Record | None = None,
                  below: Sequence[Layer] = ()) -> None:
         """`below` are layers of the server alone, next to the wire."""
-        spec = parts.recipe
         self.parts, self.method, self.layers = parts, method, [*layers, *below]
         self.record = record or Record(lambda event: None)
-        self.engine = ENGINES[spec.engine.kind]((method, *layers), parts.world, self.record,
-                                                quorum=spec.clients.quorum, loopback=spec.engine.loopback)
+        self.engine = parts.engine_over((method, *layers), self.record, quorum=parts.recipe.clients.quorum)
         self.clients = parts.world.infos()
         self.states = [layer.init() for layer in self.layers]
         self.state: State = method.init(parts.world.model)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedllm.app.build import Parts, compose, make_recipe_space
+from fedllm.app.build import Parts, bound, compose, make_recipe_space
 from fedllm.app.federate_site import site_profile, versions
 from fedllm.app.folder import RunFolder
 from fedllm.app.layers import make_layer
@@ -23,7 +23,6 @@ from fedllm.core.client import ClientInfo
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.data.federation import Federation, Shard
 from fedllm.data.load import load_federation
-from fedllm.engines import ENGINES
 from fedllm.engines.flare import Flare
 from fedllm.engines.flare_sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
@@ -125,6 +124,8 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     method = make_method(recipe.method.name, **recipe.method.knobs)
     layers = [make_layer(n.name, n.knobs, f"layers.{i}") for i, n in enumerate(recipe.layers)]
     compose(method, layers)
+    local = LocalSpec.make(recipe.local, "local")
+    layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)
     infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
              for s in sorted(said)}
     federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _test_rows(recipe), recipe.data.task,
@@ -134,7 +135,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
                        pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
     method.check(model)
-    world = FarWorld(model, federation, LocalSpec.make(recipe.local, "local"), recipe.seed,
+    world = FarWorld(model, federation, local, recipe.seed,
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
                      e.exact_match, e.max_new_tokens, recipe.data.completion_only)
     world.said = infos
@@ -167,7 +168,7 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     left_out = opening.all(needed)
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": "flare"})})
-    ENGINES["flare"] = functools.partial(Flare, sites=table)  # type: ignore[assignment]
+    parts.engine = functools.partial(Flare, sites=table)
     result = Run(parts, room, progress or Quiet()).go()
     loads = opening.close()
     room.write_json("sites.json", {n: {"loads": loads.get(n), "suspect": s.suspect} for n, s in table.table.items()})

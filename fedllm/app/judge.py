@@ -18,7 +18,6 @@ from fedllm.core.payload import Payload, pack, part
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-from fedllm.engines import ENGINES
 from fedllm.engines.client import same_answer
 from fedllm.local.generate import run_generates
 from fedllm.local.requests import Generate
@@ -39,9 +38,7 @@ class Judge:
 
     def __init__(self, parts: Parts, method: Method, record: Record | None = None) -> None:
         self.parts, self.method, self.examiner = parts, method, Examiner()
-        engine = ENGINES[parts.recipe.engine.kind]
-        self.engine = engine((method, self.examiner), parts.world, record or Record(lambda event: None),
-                             loopback=parts.recipe.engine.loopback)
+        self.engine = parts.engine_over((method, self.examiner), record or Record(lambda event: None))
         # A client that misses a round is still tested.
         self.engine.infos = {c: replace(i, profile=replace(i.profile, availability=1.0))
                              for c, i in self.engine.infos.items()}

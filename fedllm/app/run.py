@@ -24,6 +24,7 @@ from fedllm.core.errors import FedLLMError, RunError
 from fedllm.core.payload import digest
 from fedllm.core.record import Event, Record
 from fedllm.methods.registry import make_method
+from fedllm.privacy.accountant import BudgetSpent, join
 
 log = logging.getLogger(__name__)
 RUNS = Path("runs")
@@ -81,8 +82,14 @@ class Run:
             if not self.kept:
                 self._begin()
             for round in range(self.at, total):
-                self._round(round, total)
-            return self._finish()
+                try:
+                    self._round(round, total)
+                except BudgetSpent as spent:  # the next round would break a promise; this is the result
+                    self.record.emit("budget_spent", round=round, why=str(spent))
+                    log.warning("the run ends before round %d: %s", round, spent)
+                    total = round
+                    break
+            return self._finish(total)
         except FedLLMError as error:
             self.record.emit("stopped", why=str(error))
             raise
@@ -176,8 +183,8 @@ class Run:
             raise RunError(f"{self.folder.path} cannot be written: {error.strerror or error}; {stand}. Make room, then "
                            f"`fedllm resume {self.folder.path}`") from None
 
-    def _finish(self) -> Result:
-        parts, course, total = self.parts, self.course, self.parts.recipe.rounds
+    def _finish(self, total: int) -> Result:
+        parts, course = self.parts, self.course
         self.progress.note("testing the result")
         final = self._test(total)
         self.record.emit("evaluation", round=total, **final)
@@ -192,7 +199,7 @@ class Run:
         self._write(lambda: write_clients(self.folder, parts.world.model, mine))
         result = Result(
             folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
-            seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=None,
+            seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
             state_digest=digest(course.state), skipped=self.skipped, **spent)
         self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds)
         if not self.events.flush():
@@ -201,6 +208,11 @@ class Run:
         self._write(lambda: self.folder.write_json("samples.json", shown))
         self._write(lambda: self._publish(result))
         return result
+
+    def _privacy(self) -> dict[str, Any] | None:
+        """What the layers say of the privacy that the run has spent; None where none of them says anything."""
+        pairs = zip(self.course.layers, self.course.states, strict=True)
+        return join([said for layer, state in pairs if (said := layer.statement(state))])
 
     def _publish(self, result: Result) -> None:
         """Report and model card first: a folder with a `result.json` is complete."""
