@@ -17,10 +17,12 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.panel import Panel
 
+from fedllm.app.cli_federate import app as federation
 from fedllm.core.errors import FedLLMError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Train, tune, prompt and test large language models across clients whose data must not move.")
+app.add_typer(federation)  # serve, join, keys
 out, err = Console(), Console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
@@ -167,7 +169,7 @@ def main(args: list[str] | None = None) -> None:
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
     _quiet(debug)
-    known = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
+    known = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     word = next((a for a in given if not a.startswith("-")), None)
     if word and given[0] == word and word not in known:
         near = difflib.get_close_matches(word, known, n=1)
