@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from fedllm.app.layers import make_layer
 from fedllm.app.recipe import Recipe
@@ -56,6 +57,7 @@ class Parts:
 
 def build(recipe: Recipe) -> Parts:
     """Make every part; what does not fit is refused here, before any work is done."""
+    torch.set_num_threads(recipe.engine.threads)
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
     space, start = make_recipe_space(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))

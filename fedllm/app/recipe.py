@@ -95,6 +95,8 @@ class EngineSpec(Section):
     """One client at a time, or many in one forward and backward."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
     """Most tokens in one step over all clients together."""
+    threads: Count = 1
+    """Threads of one operation on the CPU. The last bits of a result depend on it, so the recipe says it."""
     loopback: bool = False
     """Turn every message into bytes and back, as a network would."""
 
