@@ -7,8 +7,10 @@ builds its proxies from what both sides have installed, and the server's `Revive
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,18 @@ from fedllm.engines.flare_sites import Head, Patience, Silence
 log = logging.getLogger(__name__)
 
 
+class EndOfCall(Signal):
+    """Ends one call: with the run, or when nobody waits for its answer any longer."""
+
+    def __init__(self, run: Signal, over: threading.Event) -> None:
+        super().__init__()
+        self.run, self.over = run, over
+
+    @property
+    def triggered(self) -> bool:
+        return self.over.is_set() or self.run.triggered
+
+
 class CollabLink:
     """Carries messages over NVFlare's Collab calls; NVFlare encrypts, streams and authenticates them."""
 
@@ -48,9 +62,14 @@ class CollabLink:
     def revive(self, site: str) -> None:
         self._revive(site)
 
-    def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float) -> tuple[Head, bytes]:
+    def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float,
+             over: threading.Event | None = None) -> tuple[Head, bytes]:
+        proxy = copy.copy(self.proxies[site])
+        if over is not None:  # NVFlare would hold the end of the run until an abandoned call has timed out
+            proxy.backend = copy.copy(proxy.backend)
+            proxy.backend.abort_signal = EndOfCall(proxy.backend.abort_signal, over)
         try:
-            got = self.proxies[site](timeout=max(0.1, seconds)).handle(json.dumps(dict(head)), bytes(body))
+            got = proxy(timeout=max(0.1, seconds)).handle(json.dumps(dict(head)), bytes(body))
             return json.loads(got["head"]), got["body"]
         except CollabCallError as error:
             raise Silence(str(error.cause or error)[:300]) from None

@@ -16,4 +16,4 @@ function paint() {
   }
 }
 dark.addEventListener("change", paint);
-addEventListener("load", paint);
+addEventListener("load", () => requestAnimationFrame(paint));  // once the grid has settled

@@ -30,8 +30,9 @@ class Silence(FedLLMError):
 class Link(Protocol):
     """Carries one message to one site and its answer back."""
 
-    def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float) -> tuple[Head, bytes]:
-        """The site's answer; raises `Silence` when there is none within `seconds`."""
+    def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float,
+             over: threading.Event | None = None) -> tuple[Head, bytes]:
+        """The site's answer; raises `Silence` when there is none within `seconds`, or once `over` is set."""
         ...
 
     def revive(self, site: str) -> None:
@@ -128,7 +129,14 @@ class Sites:
         left = ends - time.monotonic()
         if left <= 0:
             raise self._give_up(site, "its deadline passed")
-        call = _started(lambda: self.link.call(site.name, head, body, left))
+        over = threading.Event()
+        try:
+            return self._watched(site, _started(lambda: self.link.call(site.name, head, body, left, over)), ends)
+        finally:
+            over.set()  # nobody waits for an answer of a process that is gone
+
+    def _watched(self, site: Site, call: Future[tuple[Head, bytes]], ends: float) -> tuple[Head, bytes] | None:
+        """Wait for a call and look for signs of life meanwhile."""
         gone: float | None = None
         while True:
             left = ends - time.monotonic()

@@ -43,7 +43,7 @@ class Line:
         self.hosts[site] = SiteHost(lambda head: open_run(head, site, self.settings[site]))
         self.boots = {**self.__dict__.get("boots", {}), site: f"{site}-{time.monotonic()}"}
 
-    def call(self, site, head, body, seconds):
+    def call(self, site, head, body, seconds, over=None):
         self.trouble(self, site, head, bytes(body))
         said, data = self.hosts[site].answer(json.loads(json.dumps(head)), bytes(body))
         said = json.loads(json.dumps(said))
@@ -220,7 +220,7 @@ def test_memory_counts_when_settled_and_survives_a_kill(tmp_path):
 
 def test_a_call_ends_at_its_deadline_whatever_the_line_does():
     class Hung:
-        def call(self, site, head, body, seconds):
+        def call(self, site, head, body, seconds, over=None):
             if head["op"] == "probe":
                 return {"boot": "b"}, b""
             time.sleep(60)
@@ -238,7 +238,7 @@ def test_a_call_ends_at_its_deadline_whatever_the_line_does():
 
 def test_a_model_that_loads_again_does_not_outlast_the_deadline():
     class Closed:
-        def call(self, site, head, body, seconds):
+        def call(self, site, head, body, seconds, over=None):
             return ({"boot": "b"} if head["op"] == "probe" else {"closed": True}), b""
 
         def revive(self, site):
