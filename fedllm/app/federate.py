@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from fedllm.core.errors import FedLLMError, RunError
 from fedllm.engines.flare_sites import Patience
 
 log = logging.getLogger(__name__)
+OWN = "each site's own"
+"""Stands where a simulation's recipe names the source of its rows."""
 RESTARTS, PAUSE = 3, 5.0
 """Times that a coordinator's process that died is started again by itself, and the seconds before."""
 
@@ -36,7 +39,7 @@ def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Pat
     `federation` is the folder made by `fedllm keys new`; `needed` sites (all of them by default) must have joined
     within `wait` seconds. Raises RecipeError before anything starts and RunError when the run cannot go on.
     """
-    checked = load_recipe(recipe, overrides)
+    checked = load_recipe(recipe, {"data.source": OWN, **overrides})
     folder = RunFolder.create(fresh_path(Path(root), checked.name),
                               {**checked.model_dump(mode="json"), "versions": versions()})
     return resume_serving(folder.path, federation, needed=needed, wait=wait, patience=patience)
@@ -49,7 +52,7 @@ def resume_serving(run: str | Path, federation: str | Path, *, needed: int | Non
     if (room.path / "result.json").exists():
         return Result.load(room.path)
     sites = keys.spec["sites"]
-    with server(keys), admin(keys, wait) as session:
+    with server(keys) as process, admin(keys, wait, lambda: process.poll() is None) as session:
         return carry_out(session, room.path, len(sites) if needed is None else needed, wait, patience)
 
 
@@ -67,15 +70,15 @@ def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patienc
 
 
 @contextlib.contextmanager
-def server(keys: Federation) -> Iterator[None]:
+def server(keys: Federation) -> Iterator[subprocess.Popen[bytes]]:
     """NVFlare's server while the block runs."""
-    with kit_process(keys.kit("server"), "server", "fed_server.json", "org=coordinator"):
-        yield
+    with kit_process(keys.kit("server"), "server", "fed_server.json", "org=coordinator") as process:
+        yield process
 
 
 @contextlib.contextmanager
-def admin(keys: Federation, wait: float = 60.0) -> Iterator[Any]:
-    """A session of the federation's administrator with the running server."""
+def admin(keys: Federation, wait: float = 60.0, alive: Callable[[], bool] = lambda: True) -> Iterator[Any]:
+    """A session of the federation's administrator with the running server; given up when that is not `alive`."""
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     ends, last = time.monotonic() + wait, "no try"
@@ -86,6 +89,8 @@ def admin(keys: Federation, wait: float = 60.0) -> Iterator[Any]:
             session = new_secure_session(ADMIN, str(keys.kit("admin")), timeout=5.0)
         except Exception as error:  # NVFlare raises errors of many kinds while its server starts
             last = f"{type(error).__name__}: {error}"
+            if not alive():
+                raise RunError(f"the server ended as it began; see {keys.kit('server') / 'process.log'}") from None
             if time.monotonic() > ends:
                 raise RunError(f"the server at {at[0]}:{at[1]} does not answer ({last})") from None
             time.sleep(0.5)

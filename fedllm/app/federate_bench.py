@@ -31,7 +31,7 @@ def bench(link: Link, names: Sequence[str], sizes: Sequence[int], folder: Path) 
     one = [_timed(lambda: _echo(sites, names[0], b"", 0)) for _ in range(NOOPS)]
     out["noop_one_site"] = {"median": statistics.median(one), "least": min(one)}
     for size in sizes:
-        data = bytes(size)
+        data = bytearray(size)
         down = [_timed(lambda data=data: _echo(sites, names[0], data, 0)) for _ in range(3)]
         both = [_timed(lambda data=data, size=size: _echo(sites, names[0], data, size)) for _ in range(3)]
         out[str(size)] = {"one_way": min(down), "there_and_back": min(both)}
@@ -39,7 +39,7 @@ def bench(link: Link, names: Sequence[str], sizes: Sequence[int], folder: Path) 
     RunFolder(folder).write_json("bench.json", out)
 
 
-def _echo(sites: Sites, name: str, body: bytes, size: int) -> None:
+def _echo(sites: Sites, name: str, body: bytes | bytearray, size: int) -> None:
     sites.ask(name, {"op": "echo", "protocol": PROTOCOL, "size": size}, body, 120.0)
 
 

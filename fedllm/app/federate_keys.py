@@ -53,6 +53,7 @@ class Federation:
 
 def new_federation(folder: Path, sites: Sequence[str], host: str = "localhost", port: int = 8002) -> Federation:
     """Make a CA and a kit for the server, the administrator and each site."""
+    folder = folder.resolve()
     if (folder / "federation.yaml").exists():
         raise RecipeError(f"{folder} already holds a federation; add sites with `fedllm keys add`")
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def new_federation(folder: Path, sites: Sequence[str], host: str = "localhost", 
 
 def add_sites(folder: Path, sites: Sequence[str]) -> Federation:
     """Kits for further sites, signed by the same CA; the running server admits them without a restart."""
-    return _write(folder, Federation(folder).spec, list(sites))
+    return _write(folder.resolve(), Federation(folder).spec, list(sites))
 
 
 def _write(folder: Path, spec: dict[str, Any], sites: list[str]) -> Federation:
@@ -103,7 +104,7 @@ def _provision(root: Path, spec: dict[str, Any]) -> Path:
         *({"name": s, "type": "client", "org": s.replace("-", "_")} for s in spec["sites"])]
     project = {"api_version": 3, "name": "fedllm", "description": "fedllm", "participants": people, "builders": [
         {"path": f"{impl}.workspace.WorkspaceBuilder", "args": {"template_file": ["master_template.yml"]}},
-        {"path": f"{impl}.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+        {"path": f"{impl}.static_file.StaticFileBuilder", "args": {"config_folder": "config", "scheme": "tcp"}},
         {"path": f"{impl}.cert.CertBuilder"}, {"path": f"{impl}.signature.SignatureBuilder"}]}
     root.mkdir(parents=True, exist_ok=True)
     root.chmod(0o700)

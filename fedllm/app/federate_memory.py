@@ -17,6 +17,7 @@ import torch
 
 from fedllm.app.store import Blobs, blobs_in, freeze, read_json, thaw, write_atomic
 from fedllm.core.errors import RunError
+from fedllm.engines.flare_site import Body
 
 AT_ONCE = 4
 """Attempts that may be staged at a time; the oldest is one that failed."""
@@ -30,7 +31,7 @@ class Staged:
     memory: dict[str, Any]
     doc: Any
     changed: bool = False
-    done: dict[str, bytes] = field(default_factory=dict)
+    done: dict[str, Body] = field(default_factory=dict)
 
 
 class DiskMemory:
@@ -66,12 +67,12 @@ class DiskMemory:
                 self._forget(next(iter(self.attempts)))
         return self.attempts[attempt].memory
 
-    def answered(self, attempt: str, visit: str) -> bytes | None:
+    def answered(self, attempt: str, visit: str) -> Body | None:
         """What this visit answered, if it did."""
         staged = self.attempts.get(attempt) or self._staged(attempt)
         return staged.done.get(visit) if staged else None
 
-    def keep(self, attempt: str, visit: str, reply: bytes) -> None:
+    def keep(self, attempt: str, visit: str, reply: Body) -> None:
         """This visit is done; a changed memory is on disk, with the answer, before the answer leaves."""
         staged = self.attempts[attempt]
         doc = freeze(staged.memory, self.blobs) if staged.memory or staged.changed else staged.doc
@@ -97,11 +98,11 @@ class DiskMemory:
         if not attempt.isalnum() or not path.exists():
             return None
         raw = read_json(path)
-        done = {v: self.blobs.get(b).numpy().tobytes() if b else b"" for v, b in raw["done"].items()}
+        done: dict[str, Body] = {v: self.blobs.get(b).numpy().tobytes() if b else b"" for v, b in raw["done"].items()}
         return Staged(raw["round"], dict(thaw(raw["memory"], self.blobs)), raw["memory"], True, done)
 
-    def _blob(self, reply: bytes) -> str:
-        return self.blobs.put(torch.frombuffer(bytearray(reply), dtype=torch.uint8)) if reply else ""
+    def _blob(self, reply: Body) -> str:
+        return self.blobs.put(torch.frombuffer(bytearray(reply), dtype=torch.uint8)) if len(reply) else ""
 
     def _write(self, name: str, value: Any) -> None:
         try:

@@ -38,6 +38,8 @@ from fedllm.engines.flare_site import SiteHost
 from fedllm.engines.flare_sites import Head, Patience, Silence
 
 log = logging.getLogger(__name__)
+LONG = 4 << 20
+"""Bytes from which a body travels as a tensor."""
 
 
 class EndOfCall(Signal):
@@ -52,6 +54,31 @@ class EndOfCall(Signal):
         return self.over.is_set() or self.run.triggered
 
 
+def packed(body: bytes | bytearray | memoryview) -> Any:
+    """A long body as one flat tensor: NVFlare streams tensors several times as fast as bytes."""
+    if len(body) < LONG:
+        return bytes(body)
+    return torch.frombuffer(body if isinstance(body, bytearray) else bytearray(body), dtype=torch.uint8)
+
+
+def unpacked(body: Any) -> Any:
+    """The body's bytes (or a view of them), whichever way it came."""
+    if isinstance(body, torch.Tensor) and body.dtype == torch.uint8 and body.dim() == 1:
+        return body.numpy().data
+    if isinstance(body, bytes | bytearray | memoryview):
+        return body
+    raise TypeError(f"a body of type {type(body).__name__}")
+
+
+def ended_by(proxy: Any, signal: Signal) -> Any:
+    """The same proxy, for one call that `signal` ends; NVFlare finds the function at the proxy or at a child of it."""
+    twin = copy.copy(proxy)
+    twin.backend = copy.copy(proxy.backend)
+    twin.backend.abort_signal = signal
+    twin.children = {name: ended_by(child, signal) for name, child in proxy.children.items()}
+    return twin
+
+
 class CollabLink:
     """Carries messages over NVFlare's Collab calls; NVFlare encrypts, streams and authenticates them."""
 
@@ -64,13 +91,12 @@ class CollabLink:
 
     def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float,
              over: threading.Event | None = None) -> tuple[Head, bytes]:
-        proxy = copy.copy(self.proxies[site])
+        proxy = self.proxies[site]
         if over is not None:  # NVFlare would hold the end of the run until an abandoned call has timed out
-            proxy.backend = copy.copy(proxy.backend)
-            proxy.backend.abort_signal = EndOfCall(proxy.backend.abort_signal, over)
+            proxy = ended_by(proxy, EndOfCall(proxy.backend.abort_signal, over))
         try:
-            got = proxy(timeout=max(0.1, seconds)).handle(json.dumps(dict(head)), bytes(body))
-            return json.loads(got["head"]), got["body"]
+            got = proxy(timeout=max(0.1, seconds)).handle(json.dumps(dict(head)), packed(body))
+            return json.loads(got["head"]), unpacked(got["body"])
         except CollabCallError as error:
             raise Silence(str(error.cause or error)[:300]) from None
         except (TypeError, KeyError, ValueError) as error:
@@ -116,7 +142,7 @@ class SiteNode:
         self.host: SiteHost | None = None
 
     @collab.publish
-    def handle(self, head: str, body: bytes) -> dict[str, Any]:
+    def handle(self, head: str, body: Any) -> dict[str, Any]:
         """Any message of the coordinator: envelope (JSON) and payload in, the same out."""
         if self.host is None:
             site = collab.site_name
@@ -124,8 +150,8 @@ class SiteNode:
             settings = SiteSettings.read(Path(context.get_engine().get_workspace().get_site_config_dir()) / SETTINGS)
             torch.set_num_threads(settings.threads)
             self.host = SiteHost(lambda opening: open_run(opening, site, settings))
-        said, data = self.host.answer(json.loads(head), body)
-        return {"head": json.dumps(said), "body": data}
+        said, data = self.host.answer(json.loads(head), unpacked(body))
+        return {"head": json.dumps(said), "body": packed(data)}
 
 
 class Conductor(CollabController):

@@ -116,14 +116,14 @@ class Bodies:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: tuple[Any, bytes] | None = None
+        self._last: tuple[Any, bytearray] | None = None
 
-    def of(self, msg: Payload) -> bytes:
+    def of(self, msg: Payload) -> bytes | bytearray:
         """The codec's bytes; none for an empty message."""
         if not msg:
             return b""
         key = tuple((k, id(v) if isinstance(v, Tensor) else repr(v)) for k, v in msg.items())
         with self._lock:
             if self._last is None or self._last[0] != key:
-                self._last = (key, bytes(codec.encode(msg)))
+                self._last = (key, codec.encode(msg))
             return self._last[1]

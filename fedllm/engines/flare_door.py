@@ -30,12 +30,12 @@ class Door:
         theta = model.initial()
         return cls(ROOM + 4 * tensor_bytes(theta), frozenset() if coded else frozenset(theta))
 
-    def enter(self, msg: Payload, body: bytes | bytearray) -> dict[str, Any]:
+    def enter(self, msg: Payload, body: bytes | bytearray | memoryview) -> dict[str, Any]:
         """The payload in `body`, answering `msg`; raises PayloadError with the reason when it is refused."""
         most = max(self.most, 4 * tensor_bytes(msg))
         if len(body) > most:
             raise PayloadError(f"{len(body)} bytes, allowed are {most}")
-        if not body:
+        if not len(body):
             return {}
         reply = codec.decode(body)
         if bad := non_finite(reply):

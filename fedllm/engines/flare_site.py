@@ -24,7 +24,8 @@ BOOT = uuid.uuid4().hex
 ECHO = 4 << 30
 """Bytes of the longest echo (a measurement of the line)."""
 
-Said = tuple[dict[str, Any], bytes]
+Body = bytes | bytearray | memoryview
+Said = tuple[dict[str, Any], Body]
 
 
 class Memory(Protocol):
@@ -32,8 +33,8 @@ class Memory(Protocol):
 
     def settle(self, attempt: str, round: int) -> None: ...
     def stage(self, attempt: str, round: int) -> MutableMapping[str, Any]: ...
-    def answered(self, attempt: str, visit: str) -> bytes | None: ...
-    def keep(self, attempt: str, visit: str, reply: bytes) -> None: ...
+    def answered(self, attempt: str, visit: str) -> Body | None: ...
+    def keep(self, attempt: str, visit: str, reply: Body) -> None: ...
 
 
 class SiteRun:
@@ -44,14 +45,14 @@ class SiteRun:
         """`may("down" or "up", payload)` is the site's own word: a reason to refuse, or None."""
         self.stack, self.world, self.info, self.memory, self.may = tuple(stack), world, info, memory, may
 
-    def ask(self, head: Head, body: bytes) -> Said:
+    def ask(self, head: Head, body: Body) -> Said:
         """Run one client function; asked for the same again (attempt and visit) it gives the same answer."""
         for attempt, round in head.get("settled", ()):
             self.memory.settle(str(attempt), int(round))
         attempt, visit = str(head["attempt"]), f"{head['phase']}#{int(head['visit'])}"
         if (before := self.memory.answered(attempt, visit)) is not None:
             return {"boot": BOOT}, before
-        msg = codec.decode(bytearray(body)) if body else {}
+        msg = codec.decode(body) if len(body) else {}
         if bad := non_finite(msg):
             return {"refused": f"'{bad}' of the message holds NaN or infinity"}, b""
         if why := self.may("down", msg):
@@ -64,7 +65,7 @@ class SiteRun:
         reply = serve(stack, str(head["phase"]), msg, call)
         if why := self.may("up", reply):
             return {"refused": why}, b""
-        data = bytes(codec.encode(reply)) if reply else b""
+        data = codec.encode(reply) if reply else b""
         self.memory.keep(attempt, visit, data)
         return {"boot": BOOT}, data
 
@@ -81,7 +82,7 @@ class SiteHost:
         self._opened: str | None = None
         self._said: dict[str, Any] = {}
 
-    def answer(self, head: Head, body: bytes) -> Said:
+    def answer(self, head: Head, body: Body) -> Said:
         """The reply's envelope and body; what goes wrong is said in the envelope, under `refused` or `failed`."""
         try:
             if head.get("protocol") != PROTOCOL:
@@ -89,7 +90,7 @@ class SiteHost:
             if head.get("op") == "probe":
                 return {"boot": BOOT, "open": self.run is not None, "loads": self.loads}, b""
             if head.get("op") == "echo":
-                return {"boot": BOOT, "got": len(body)}, bytes(min(int(head["size"]), ECHO))
+                return {"boot": BOOT, "got": len(body)}, bytearray(min(int(head["size"]), ECHO))
             with self._lock:
                 return self._serve(head, body)
         except (FedLLMError, KeyError, TypeError, ValueError) as error:
@@ -101,7 +102,7 @@ class SiteHost:
             return {"failed": f"{head.get('phase')} of round {head.get('round')}: {type(error).__name__}: {error}",
                     "boot": BOOT}, b""
 
-    def _serve(self, head: Head, body: bytes) -> Said:
+    def _serve(self, head: Head, body: Body) -> Said:
         if head["op"] == "open":
             return self._open(head), b""
         if self.run is None:

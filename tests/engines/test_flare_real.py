@@ -125,6 +125,14 @@ def test_a_killed_coordinator_goes_on_by_itself(rig, long_run):
     assert events(far.folder, "resumed")
 
 
+def test_a_suspended_site_takes_no_part_until_it_is_restored(rig):
+    federate.suspend(rig.keys, "site-c")
+    with pytest.raises(RunError, match="2 of 3 sites joined"):
+        federate.await_sites(rig.session, 3, 3.0)
+    federate.restore(rig.keys, "site-c")
+    assert federate.await_sites(rig.session, 3, 90.0) == ["site-a", "site-b", "site-c"]
+
+
 def test_the_line_is_quick(rig):
     path = rig.folder_of(recipe(rig, "fedavg", name="bench"))
     job = federate.submit(rig.session, path, 3, QUICK, bench=[1 << 20, 200_000_000])
