@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +30,9 @@ class LocalSpec(Knobs):
     clip_norm: float | None = knob(None, "clip each client's gradient to this L2 norm; None: never", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = knob("constant", "learning rate within the round",
                                                              options=("constant", "linear", "cosine"))
+    over_rounds: Literal["constant", "linear", "cosine"] = knob(
+        "constant", "learning rate from round to round; linear and cosine fall towards 0 as the run ends",
+        options=("constant", "linear", "cosine"))
     max_length: int = knob(512, "tokens kept of a row", ge=2)
 
     def __post_init__(self) -> None:
@@ -50,9 +54,15 @@ class LocalSpec(Knobs):
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of this step of the round."""
-        done = step / max(1, steps)
-        if self.schedule == "linear":
-            return self.lr * (1 - done)
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
-        return self.lr
+        return self.lr * _share(self.schedule, step / max(1, steps))
+
+    def at(self, round: int, rounds: int | None) -> LocalSpec:
+        """The same work in this round (from 0) of so many; None: the run has no set end, and the rate stays."""
+        if self.over_rounds == "constant" or not rounds:
+            return self
+        return replace(self, lr=self.lr * _share(self.over_rounds, min(round, rounds - 1) / rounds))
+
+
+def _share(schedule: str, done: float) -> float:
+    """Of the peak rate, when this part (0 to 1) of the way is done."""
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
