@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint claims bench clean
+.PHONY: demo test lint claims bench fuzz clean
 
 # A stamp for each set of extras, younger than pyproject.toml when it is installed.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -41,6 +41,14 @@ claims: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/fedllm bench
+
+# Ten minutes of made-up messages; FUZZ_SECONDS for more. What it finds it leaves as crash-* in build/fuzz.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.dev
+	$(INSTALL) -e '.[fuzz]'
+	mkdir -p build/fuzz/corpus
+	$(BIN)/python tests/fuzz/fuzz_payload.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=2048 \
+		-malloc_limit_mb=256 -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
 clean:
 	rm -rf $(VENV) runs build dist

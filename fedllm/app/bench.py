@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fedllm.app.bench_federation import federation
 from fedllm.app.bench_rows import Row, merge
 from fedllm.app.bench_scale import scale
 from fedllm.app.bench_server import aggregation, codec_rows, svd
@@ -22,7 +23,8 @@ from fedllm.core.errors import RecipeError
 from fedllm.models.kernels import keep_freed_memory
 
 BENCHES: dict[str, Callable[[], list[Row]]] = {
-    "simulation": simulation, "aggregation": aggregation, "codec": codec_rows, "svd": svd, "scale": scale}
+    "simulation": simulation, "aggregation": aggregation, "codec": codec_rows, "svd": svd, "scale": scale,
+    "federation": federation}
 OUT = Path("docs/results/bench.json")
 
 

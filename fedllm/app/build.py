@@ -22,7 +22,7 @@ from fedllm.core.method import Method, check_knob
 from fedllm.core.record import Record
 from fedllm.data.federation import Federation
 from fedllm.data.load import load_federation
-from fedllm.engines import ENGINES
+from fedllm.engines import ENGINES, Vectorized
 from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
@@ -33,6 +33,8 @@ from fedllm.spaces.registry import SPACES, make_space
 from fedllm.spaces.space import Space
 
 T = TypeVar("T")
+FAR = ("flare", "flower")
+"""Engines whose clients are other organisations."""
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "numpy")
 
 
@@ -51,35 +53,44 @@ class Parts:
 
     def engine_over(self, stack: Sequence[Any], record: Record, **options: Any) -> Any:
         """The run's engine with this method and these layers."""
-        kind = self.engine or ENGINES[self.recipe.engine.kind]
+        kind = self.engine or ENGINES.get(self.recipe.engine.kind, Vectorized)  # what each worker of ray runs
         return kind(stack, self.world, record, loopback=self.recipe.engine.loopback, **options)
 
 
 def build(recipe: Recipe) -> Parts:
     """Make every part; what does not fit is refused here, before any work is done."""
+    if recipe.engine.kind in FAR:
+        raise RecipeError(f"engine.kind = {recipe.engine.kind!r} runs between organisations: start it with "
+                          "`fedllm serve`. In a simulation allowed are in_process, vectorized, ray")
     torch.set_num_threads(recipe.engine.threads)
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
-    space, start = make_recipe_space(recipe)
+    make_recipe_space(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
               for i, n in enumerate(recipe.layers)]
     compose(method, layers)
     federation, left_out = _without_empty(load_federation(recipe.data, recipe.seed, embed=_embedder(recipe)))
     layers = bound(layers, recipe, {c: len(s.train) for c, s in federation.clients.items()}, local)
-    m = recipe.model
+    world = make_world(recipe, federation)
+    method.check(world.model)
+    method.init(world.model)  # some methods find only here that the model's space does not suit them
+    return Parts(recipe, world, method, layers, left_out)
+
+
+def make_world(recipe: Recipe, federation: Federation) -> World:
+    """The recipe's model over these rows; loads the model."""
+    space, start = make_recipe_space(recipe)
+    local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
+    m, e = recipe.model, recipe.evaluate
     model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
                        pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
     if start is not None:
         from fedllm.spaces.peft_io import load_adapter
 
         model.start = load_adapter(start, model)
-    method.check(model)
-    method.init(model)  # some methods find only here that the model's space does not suit them
-    e = recipe.evaluate
-    world = World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
-                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                  recipe.data.completion_only)
-    return Parts(recipe, world, method, layers, left_out)
+    return World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
+                 Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
+                 recipe.data.completion_only, recipe.rounds)
 
 
 def _part(path: str, make: Callable[[], T]) -> T:
@@ -112,14 +123,21 @@ def compose(method: Method, layers: list[Layer]) -> None:
         raise CompositionError(f"method '{type(method).__name__}' answers questions and has no rounds, so the layers "
                                f"{[type(x).__name__ for x in layers]} would never act; leave 'layers' out")
     reducers = {n: f.__dict__.get("reduce") for n in dir(type(method))
-                if callable(f := getattr(type(method), n)) and getattr(f, "__dict__", {}).get("runs_on_client")}
+                if callable(f := getattr(type(method), n)) and getattr(f, "__dict__", {}).get("runs_on_client")
+                and "on_server" not in f.__dict__}
     check_stack(method, layers, reducers)
+    method.check_layers(layers)
 
 
 def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:
     """The layers, told what the run will be: the noise for a given epsilon follows from it."""
-    facts = Facts(rows, cohort_size(recipe.clients.per_round, len(rows)), recipe.rounds, local)
+    facts = make_facts(recipe, rows, local)
     return [_part(f"layers.{i}", functools.partial(layer.bind, facts)) for i, layer in enumerate(layers)]
+
+
+def make_facts(recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> Facts:
+    """What layers may know of this run."""
+    return Facts(rows, cohort_size(recipe.clients.per_round, len(rows)), recipe.rounds, local)
 
 
 def cohort_size(per_round: int | float, clients: int) -> int:

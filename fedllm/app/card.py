@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedllm.app.facts import HEADLINE, comparison, duration, label, mean_metric, number, read_facts, size
 from fedllm.app.folder import RunFolder
 from fedllm.app.result import Result
+from fedllm.app.statement import summary
 from fedllm.methods.registry import method_class
 
 
@@ -28,8 +29,9 @@ def model_card(folder: RunFolder, result: Result) -> str:
              f"* traffic: {size(result.bytes['up'])} up, {size(result.bytes['down'])} down, framing included",
              f"* time: {duration(result.seconds)}, peak memory {size(result.peak_memory_bytes)}",
              f"* final state: `{result.state_digest}`",
-             f"* versions: {', '.join(f'{k} {v}' for k, v in r['versions'].items())}", "", "## Limits", "",
-             *_limits(facts, result, r)]
+             f"* versions: {', '.join(f'{k} {v}' for k, v in r['versions'].items())}", "", "## Privacy", "",
+             *summary(result), "", "`privacy_statement.md` says who saw what, and what is not covered.", "",
+             "## Limits", "", *_limits(facts, result, r)]
     return "\n".join(lines) + "\n"
 
 

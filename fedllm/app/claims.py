@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import operator
 import pkgutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -21,8 +23,10 @@ from rich.table import Table
 
 import fedllm.app
 import fedllm.methods
+from fedllm.app.layers import layer_classes
 from fedllm.app.rigs_topics import cache_dir
-from fedllm.core.method import Claim
+from fedllm.core.errors import RecipeError
+from fedllm.core.method import Card, Claim
 from fedllm.methods.registry import method_class, modules, source_of
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {
@@ -46,6 +50,26 @@ def known_rigs() -> dict[str, Rig]:
     return found
 
 
+class Entry(NamedTuple):
+    """One claim, whose it is, and where that stands."""
+
+    card: Card
+    claim: Claim
+    source: Path
+    chapter: str
+
+
+def claimed() -> dict[str, Entry]:
+    """Every claim by name: methods by id, layers with a card by theirs, and further ones as `<id>:<word>`."""
+    found = {name: (method_class(name).card, source_of(name), modules()[name].split(".")[-2]) for name in modules()}
+    for name, kind in layer_classes().items():
+        if kind.card:
+            found[name] = (kind.card, inspect.getsourcefile(kind) or "", f"layers: {kind.__module__.split('.')[1]}")
+    return {name + (f":{word}" if word else ""): Entry(card, claim, Path(source), chapter)
+            for name, (card, source, chapter) in found.items()
+            for word, claim in {"": card.claim, **card.also}.items()}
+
+
 def measure(rig: str, method: str, seed: int, options: Mapping[str, Any], fresh: bool = False) -> dict[str, float]:
     """One run of a rig; a run that was made before is read from the cache, unless `fresh`.
 
@@ -67,7 +91,7 @@ def measure(rig: str, method: str, seed: int, options: Mapping[str, Any], fresh:
 def _code(method: str) -> str:
     """A digest of the files that a run's numbers depend on most: the method's, what methods share, and the rigs."""
     shared = Path(fedllm.methods.__file__ or "").parent.glob("_*.py")
-    files = [Path(source_of(method)), *shared, *Path(__file__).parent.glob("rigs*.py")]
+    files = [claimed()[method].source, *shared, *Path(__file__).parent.glob("rigs*.py")]
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()
 
 
@@ -76,6 +100,7 @@ def judge(method: str, claim: Claim, seed: int, fresh: bool = False) -> tuple[fl
 
     `options["knobs"]` are the method's own and do not go to the baseline; all other options go to both.
     """
+    method = method.partition(":")[0]
     mine = measure(claim.rig, method, seed, claim.options, fresh)[claim.metric]
     shared = {k: v for k, v in claim.options.items() if k != "knobs"}
     other = measure(claim.rig, claim.baseline, seed, shared, fresh)[claim.metric] if claim.baseline else 0.0
@@ -89,8 +114,13 @@ def run_claims(methods: Iterable[str] | None = None, out: Path = DOCS, console: 
 
     Rows of methods that are not measured now are kept as they were.
     """
-    names = list(methods or modules())
-    claims = {name: method_class(name).card.claim for name in names}
+    known = claimed()
+    names = list(methods or known)
+    if unknown := [name for name in names if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise RecipeError(f"claim {unknown[0]!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''} Allowed: "
+                          f"{', '.join(known)}")
+    claims = {name: known[name].claim for name in names}
     path = out / "results" / "claims.json"
     rows = {r["method"]: r for r in json.loads(path.read_text())} if path.is_file() else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -105,8 +135,8 @@ def run_claims(methods: Iterable[str] | None = None, out: Path = DOCS, console: 
                 wins += holds
                 progress.advance(task)
             rows[name] = _row(name, claim, figures, wins, time.perf_counter() - began)
-            _write(path, [rows[n] for n in sorted(rows) if n in modules()])
-    write_table([rows[n] for n in sorted(rows) if n in modules()], out / "methods.md")
+            _write(path, [rows[n] for n in sorted(rows) if n in known])
+    write_table([rows[n] for n in sorted(rows) if n in known], out / "methods.md")
     return [rows[n] for n in names]
 
 
@@ -129,12 +159,13 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
              "claims (`results/claims.json`); do not edit. A figure is the mean over seeds; `wins` is in how many "
              "seeds the claim held, and of how many.", "",
              "| method | title | topic | sends | claim | figure | wins | holds |", "|---|---|---|---|---|---|---|---|"]
-    for name in sorted(modules(), key=lambda n: (modules()[n].split(".")[-2], n)):
-        card, row = method_class(name).card, measured.get(name)
-        link = f"[`{name}`](../{Path(source_of(name)).relative_to(Path(__file__).parents[2])})"
+    known = claimed()
+    for name in sorted(known, key=lambda n: (known[n].chapter, n)):
+        (card, claim, source, _), row = known[name], measured.get(name)
+        link = f"[`{name}`](../{source.relative_to(Path(__file__).parents[2])})"
         result = [figure_text(row), f"{row['wins']}/{row['seeds']}", "yes" if row["pass"] else "**no**"] if row else (
             ["not measured", "", ""])
-        cells = [link, card.title, card.topic, card.sends, card.claim.says, *result]
+        cells = [link, card.title, card.topic, card.sends, claim.says, *result]
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
@@ -149,7 +180,7 @@ def figure_text(row: Mapping[str, Any]) -> str:
 def main() -> None:
     """Measure some methods' claims, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("method", nargs="*", help="method ids; none: all")
+    parser.add_argument("method", nargs="*", help="ids of methods and layers, or `<id>:<word>`; none: all")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the docs")
     parser.add_argument("--fresh", action="store_true", help="use no cached runs")
     given = parser.parse_args()

@@ -17,12 +17,14 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.panel import Panel
 
+from fedllm.app.cli_audit import audit
 from fedllm.app.cli_federate import app as federation
 from fedllm.core.errors import FedLLMError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Train, tune, prompt and test large language models across clients whose data must not move.")
 app.add_typer(federation)  # serve, join, keys
+app.add_typer(audit, name="audit")
 out, err = Console(), Console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]

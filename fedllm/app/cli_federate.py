@@ -1,7 +1,8 @@
-"""Commands of a real federation: `serve`, `join` and `keys`, to be mounted beside the other commands."""
+"""Commands of a real federation, mounted beside the others: `serve`, `join`, `keys`, `status`, `logs`, `stop`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from fedllm.core.errors import FedLLMError
 app = typer.Typer(no_args_is_help=True, help="Run between organisations on different machines.")
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: one CA, and a kit for each site.")
 app.add_typer(keys, name="keys")
-console = Console(stderr=True)
+console, out = Console(stderr=True), Console()
 
 Folder = Annotated[Path, typer.Option("--federation", help="Folder that `fedllm keys new` made.")]
 HERE = Path("federation")
@@ -28,15 +29,22 @@ def _refuse(error: FedLLMError) -> typer.Exit:
 def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run's folder to go on with.")],
           federation: Folder = HERE, root: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
           needed: Annotated[int | None, typer.Option(help="Sites that must join; all of them by default.")] = None,
-          wait: Annotated[float, typer.Option(help="Seconds to wait for the sites.")] = 600.0) -> None:
+          wait: Annotated[float, typer.Option(help="Seconds to wait for the sites.")] = 600.0,
+          metrics: Annotated[int | None, typer.Option(help="Port on this machine for /metrics and /healthz.")] = None,
+          ) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.app import federate
+    from fedllm.app.federate_process import stoppable
 
     try:
-        if recipe.is_dir():
-            result = federate.resume_serving(recipe, federation, needed=needed, wait=wait)
-        else:
-            result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait)
+        with stoppable():
+            if recipe.is_dir():
+                result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics)
+            else:
+                result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics)
+    except KeyboardInterrupt:
+        console.print("stopped; `fedllm serve runs/NAME` goes on where the run stood")
+        raise typer.Exit(130) from None
     except FedLLMError as error:
         raise _refuse(error) from None
     console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})")
@@ -50,14 +58,62 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
                                                               "installed.")] = None,
          models: Annotated[list[str] | None, typer.Option(help="Folder that models may be read from.")] = None,
          rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
+         policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
+                                                          "docs/federation.md.")] = None,
          text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = True,
          threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1) -> None:
     """Take part in a federation with this machine's data, until stopped."""
     from fedllm.app.federate_join import join as take_part
 
     try:
-        take_part(address, data, kit=kit, methods=allow, models=models or [], text_leaves=text_leaves, threads=threads,
-                  profile={} if rank is None else {"rank": rank})
+        take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
+                  threads=threads, profile={} if rank is None else {"rank": rank})
+    except FedLLMError as error:
+        raise _refuse(error) from None
+
+
+RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
+
+
+@app.command()
+def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """How a federation's run stands: rounds, bytes, and each site."""
+    from fedllm.app.federate_operate import Tally
+
+    try:
+        now = Tally(run).look().as_json()
+    except FedLLMError as error:
+        raise _refuse(error) from None
+    if as_json:
+        out.print_json(json.dumps(now))
+        return
+    out.print(f"{now['run']}: {now['state']}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
+              f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False)
+    for site, said in now["sites"].items():
+        out.print(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip(),
+                  highlight=False, markup=False)
+
+
+@app.command()
+def logs(path: Annotated[Path, typer.Argument(help="A run's folder (its events) or a kit (its process's log).")],
+         last: Annotated[int, typer.Option(min=1, help="How many lines.")] = 20) -> None:
+    """The last lines of a run's record, one JSON object each, or of a kit's log."""
+    from fedllm.app.federate_operate import log_lines
+
+    try:
+        for line in log_lines(path, last):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
+    except FedLLMError as error:
+        raise _refuse(error) from None
+
+
+@app.command()
+def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 60.0) -> None:
+    """End the `fedllm serve` of this run, in order; `fedllm serve RUN` goes on with it."""
+    from fedllm.app.federate_operate import stop as end
+
+    try:
+        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False)
     except FedLLMError as error:
         raise _refuse(error) from None
 
@@ -98,6 +154,19 @@ def suspend(site: str, federation: Folder = HERE) -> None:
 def restore(site: str, federation: Folder = HERE) -> None:
     """A suspended site may join again."""
     _change("restore", site, federation)
+
+
+@keys.command("revoke")
+def revoke(site: str, federation: Folder = HERE) -> None:
+    """This site never joins again: it is refused from now on, its kit is deleted, its name is not given again."""
+    from fedllm.app import federate
+    from fedllm.app.federate_keys import revoke_site
+
+    try:
+        if not federate.suspend_if_running(revoke_site(federation, site), site):
+            console.print("the coordinator is not running; it will refuse the site from its next start on")
+    except FedLLMError as error:
+        raise _refuse(error) from None
 
 
 def _change(what: str, site: str, federation: Path) -> None:

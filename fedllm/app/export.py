@@ -13,6 +13,9 @@ from fedllm.core.errors import RunError
 from fedllm.models.load import load_tokenizer
 from fedllm.models.merge import merge_adapter
 
+PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_statement.md"}
+"""What goes along with a model, and under which name model hubs look for it."""
+
 
 def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False) -> Path:
     """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
@@ -35,6 +38,9 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
                 raise RunError(f"{served}: the method also changed the base weights ({BASE}), which an adapter alone "
                                "cannot hold; export with --merge")
             shutil.copytree(served, goal, dirs_exist_ok=True)
+        for name, as_name in PAPERS.items():
+            if (paper := result.folder / name).is_file():
+                shutil.copyfile(paper, goal / as_name)
     except OSError as error:
         raise RunError(f"{goal} cannot be written: {error}") from None
     return goal

@@ -29,6 +29,8 @@ class Facts:
     trouble: list[Mapping[str, Any]] = field(default_factory=list)
     client_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Client -> bytes "up" and "down"."""
+    messages: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(phase, direction) -> how many crossed the wire."""
     clients: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
 
@@ -41,6 +43,8 @@ def read_facts(folder: RunFolder) -> Facts:
         kind = event["kind"]
         if kind == "wire":
             sizes[event["client"]][event["direction"]] += event["bytes"]
+            key = (event["phase"], event["direction"])
+            facts.messages[key] = facts.messages.get(key, 0) + 1
         elif kind == "round":
             facts.rounds.append(event)
         elif kind == "evaluation":

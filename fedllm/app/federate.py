@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fedllm.app import federate_operate as operate
 from fedllm.app.federate_keys import ADMIN, NODES, Federation
 from fedllm.app.federate_process import kit_process
-from fedllm.app.federate_run import FAILED
+from fedllm.app.federate_run import FAILED, check_recipe
 from fedllm.app.federate_site import versions
 from fedllm.app.folder import RunFolder, fresh_path
 from fedllm.app.recipe import Recipe, load_recipe
@@ -33,40 +34,78 @@ RESTARTS, PAUSE = 3, 5.0
 
 def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",
           needed: int | None = None, wait: float = 600.0, patience: Patience | None = None,
-          **overrides: Any) -> Result:
+          metrics: int | None = None, **overrides: Any) -> Result:
     """Run a recipe in a real federation and come back with its result.
 
     `federation` is the folder made by `fedllm keys new`; `needed` sites (all of them by default) must have joined
-    within `wait` seconds. Raises RecipeError before anything starts and RunError when the run cannot go on.
+    within `wait` seconds; `metrics` is a port of this machine for Prometheus. Raises RecipeError before anything starts
+    and RunError when the run cannot go on.
     """
     checked = load_recipe(recipe, {"data.source": OWN, **overrides})
+    check_recipe(checked)
     folder = RunFolder.create(fresh_path(Path(root), checked.name),
                               {**checked.model_dump(mode="json"), "versions": versions()})
-    return resume_serving(folder.path, federation, needed=needed, wait=wait, patience=patience)
+    return resume_serving(folder.path, federation, needed=needed, wait=wait, patience=patience, metrics=metrics)
 
 
 def resume_serving(run: str | Path, federation: str | Path, *, needed: int | None = None, wait: float = 600.0,
-                   patience: Patience | None = None) -> Result:
+                   patience: Patience | None = None, metrics: int | None = None) -> Result:
     """Go on with a federation's run, whatever was killed; it ends in the state of an undisturbed run."""
     room, keys = RunFolder.open(Path(run).resolve()), Federation(Path(federation).resolve())
     if (room.path / "result.json").exists():
         return Result.load(room.path)
-    sites = keys.spec["sites"]
-    with server(keys) as process, admin(keys, wait, lambda: process.poll() is None) as session:
-        return carry_out(session, room.path, len(sites) if needed is None else needed, wait, patience)
+    needed = len(keys.spec["sites"]) if needed is None else needed
+    figures = contextlib.nullcontext() if metrics is None else operate.metrics(room.path, metrics)
+    with operate.announced(room.path), figures:
+        return _served(room.path, keys, needed, wait, patience)
 
 
-def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patience: Patience | None = None) -> Result:
-    """A run (begun or not) as a job of a running server; the coordinator's process is started again when it dies."""
+def _served(run: Path, keys: Federation, needed: int, wait: float, patience: Patience | None) -> Result:
+    """The run's result, with a server that is started again when it dies."""
     for start in range(RESTARTS + 1):
-        await_sites(session, needed, wait)
-        (run / FAILED).unlink(missing_ok=True)
-        job = submit(session, run, needed, patience or Patience())
-        if _follow(session, run, job):
-            return Result.load(run)
+        with server(keys) as process:
+            try:
+                with admin(keys, wait, lambda: process.poll() is None) as session:
+                    for site in keys.spec.get("revoked", ()):
+                        _tell(session.disable_client, site)
+                    return carry_out(session, run, needed, wait, patience, lambda: process.poll() is None)
+            except ServerGone:
+                log.warning("NVFlare's server ended with %s; start %d of %d", process.poll(), start + 2, RESTARTS + 1)
+        time.sleep(PAUSE)
+    raise RunError(f"NVFlare's server ended {RESTARTS + 1} times; see {keys.kit('server') / 'process.log'}")
+
+
+class ServerGone(RunError):
+    """NVFlare's server's process has ended in the middle of a run: worth another start."""
+
+
+def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patience: Patience | None = None,
+              alive: Callable[[], bool] = lambda: True) -> Result:
+    """A run (begun or not) as a job of a running server; the coordinator's process is started again when it dies.
+
+    Raises ServerGone once the server itself is not `alive`.
+    """
+    for start in range(RESTARTS + 1):
+        with _while_alive(alive):
+            await_sites(session, needed, wait)
+            (run / FAILED).unlink(missing_ok=True)
+            job = submit(session, run, needed, patience or Patience())
+            if _follow(session, run, job, alive):
+                return Result.load(run)
         log.warning("the coordinator's process ended too early; start %d of %d", start + 2, RESTARTS + 1)
         time.sleep(PAUSE)
     raise RunError(f"the coordinator's process ended too early {RESTARTS + 1} times; see the server kit's process.log")
+
+
+@contextlib.contextmanager
+def _while_alive(alive: Callable[[], bool]) -> Iterator[None]:
+    """NVFlare raises errors of many kinds when its server is gone; they all mean that."""
+    try:
+        yield
+    except Exception as error:
+        if alive():
+            raise
+        raise ServerGone(f"{type(error).__name__}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -135,12 +174,14 @@ def submit(session: Any, run: Path, needed: int, patience: Patience, bench: Sequ
         return str(session.submit_job(str(Path(temp) / "fedllm")))
 
 
-def _follow(session: Any, run: Path, job: str) -> bool:
+def _follow(session: Any, run: Path, job: str, alive: Callable[[], bool]) -> bool:
     """Wait for the job's end: True when the run is complete, False when its process died; RunError with its reason.
 
     A run may take days, so the wait is bounded by the job: NVFlare ends it when its process or its server dies.
     """
     while True:
+        if not alive():
+            raise ServerGone("it ended while the run went on")
         over = str(session.get_job_status(job)).startswith("FINISHED")
         if (run / FAILED).exists():
             raise RunError((run / FAILED).read_text())
@@ -153,6 +194,15 @@ def suspend(keys: Federation, site: str, wait: float = 60.0) -> None:
     """The server refuses this site from now on, until `restore`."""
     with admin(keys, wait) as session:
         _tell(session.disable_client, site)
+
+
+def suspend_if_running(keys: Federation, site: str) -> bool:
+    """Whether a server runs, which then refuses this site from now on."""
+    with contextlib.suppress(OSError):
+        socket.create_connection((str(keys.spec["host"]), int(keys.spec["port"])), 3.0).close()
+        suspend(keys, site)
+        return True
+    return False
 
 
 def restore(keys: Federation, site: str, wait: float = 60.0) -> None:

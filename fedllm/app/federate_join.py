@@ -18,19 +18,21 @@ log = logging.getLogger(__name__)
 
 
 def join(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[str] | None = None,
-         models: Sequence[str] = (), store: str | Path | None = None, stop: Callable[[], bool] = lambda: False,
-         **settings: Any) -> None:
+         models: Sequence[str] = (), store: str | Path | None = None, policy: str | Path | None = None,
+         stop: Callable[[], bool] = lambda: False, **settings: Any) -> None:
     """Take part in a federation until stopped: this site's process, its data and its settings.
 
-    `address` must be the one that the kit was made for. `settings` are `SiteSettings`, kept in the kit's local folder.
+    `address` must be the one that the kit was made for. `settings` are `SiteSettings`, kept in the kit's local folder;
+    what the YAML file `policy` says comes before them.
     """
     kit = Path(kit).resolve()
     target = _target(kit)
     if address != target:
         raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
-    mine = SiteSettings(data=str(Path(data).resolve()), store=str(Path(store or kit / "memory").resolve()),
-                        methods=None if methods is None else list(methods),
-                        models=[str(Path(m).resolve()) for m in models], **settings)
+    mine = SiteSettings.make(
+        {"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
+         "methods": None if methods is None else list(methods), "models": [str(Path(m).resolve()) for m in models],
+         **settings}, policy)
     (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
     name = json.loads((kit / "startup" / "fed_client.json").read_text())["client"]["fqsn"]
     with contextlib.suppress(KeyboardInterrupt), stoppable():

@@ -66,11 +66,25 @@ def add_sites(folder: Path, sites: Sequence[str]) -> Federation:
     return _write(folder.resolve(), Federation(folder).spec, list(sites))
 
 
+def revoke_site(folder: Path, site: str) -> Federation:
+    """Strike a site off: its kit is deleted, and every coordinator that starts from here on refuses it."""
+    made = Federation(folder.resolve())
+    spec = made.spec
+    if site not in spec["sites"]:
+        raise RecipeError(f"'{site}' is no site of {folder}; it has {', '.join(spec['sites']) or 'none'}")
+    spec["sites"].remove(site)
+    spec["revoked"] = [*spec.get("revoked", ()), site]
+    (made.folder / "federation.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    shutil.rmtree(made.folder / "kits" / site, ignore_errors=True)
+    return made
+
+
 def _write(folder: Path, spec: dict[str, Any], sites: list[str]) -> Federation:
     for name in sites:
-        if not name.replace("-", "").isalnum() or not name[:1].isalpha() or name in ("server", "admin", *spec["sites"]):
+        if not name.replace("-", "").isalnum() or not name[:1].isalpha() or name in (
+                "server", "admin", *spec["sites"], *spec.get("revoked", ())):
             raise RecipeError(f"'{name}' cannot be a new site's name: letters, digits and '-', starting with a letter, "
-                              "not server or admin, and not taken")
+                              "not server or admin, and not taken or revoked")
     spec = {**spec, "sites": [*spec["sites"], *sites]}
     made = _provision(folder / "ca", spec)
     kits = folder / "kits"

@@ -33,6 +33,7 @@ from fedllm.app.federate_reviver import CHANNEL, TOPIC
 from fedllm.app.federate_run import FAILED, NotAllHere, drive_run
 from fedllm.app.federate_settings import SETTINGS, SiteSettings
 from fedllm.app.federate_site import open_run
+from fedllm.app.federate_watch import end_with_main
 from fedllm.core.errors import FedLLMError
 from fedllm.engines.flare_site import SiteHost
 from fedllm.engines.flare_sites import Head, Patience, Silence
@@ -110,6 +111,7 @@ class CoordinatorNode:
                  bench: list[int] | None = None) -> None:
         """`bench` measures messages of these sizes in place of a run."""
         self.folder, self.needed, self.patience, self.bench = folder, needed, patience or {}, bench
+        end_with_main()
 
     @collab.main
     def run(self) -> None:
@@ -175,6 +177,7 @@ class Resident(CollabExecutor):
 
     def _handle_start_run(self, event_type: str, fl_ctx: FLContext) -> None:
         super()._handle_start_run(event_type, fl_ctx)
+        end_with_main()
         if self.client_app is None:
             return
         server = FQCN.join([FQCN.ROOT_SERVER, fl_ctx.get_job_id()])

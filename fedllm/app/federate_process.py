@@ -18,9 +18,9 @@ TRAIN = "nvflare.private.fed.app"
 
 @contextlib.contextmanager
 def kit_process(kit: Path, side: str, config: str, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """One NVFlare main process; its own job processes end with it."""
-    words = [sys.executable, "-u", "-m", f"{TRAIN}.{side}.{side}_train", "-m", str(kit), "-s", config, "--set",
-             "secure_train=true", *more, "config_folder=config"]
+    """One NVFlare main process; it ends with this one, and its own job processes end with it."""
+    words = [sys.executable, "-u", "-m", "fedllm.app.federate_watch", str(os.getpid()), f"{TRAIN}.{side}.{side}_train",
+             "-m", str(kit), "-s", config, "--set", "secure_train=true", *more, "config_folder=config"]
     for left in ("shutdown.fl", "restart.fl", "pid.fl"):
         (kit / left).unlink(missing_ok=True)
     (kit / "transfer").mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ from fedllm.engines.flare_sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method
+from fedllm.methods.registry import make_method, method_class
 from fedllm.models.load import load_model
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     method.check(model)
     world = FarWorld(model, federation, local, recipe.seed,
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
-                     e.exact_match, e.max_new_tokens, recipe.data.completion_only)
+                     e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds)
     world.said = infos
     return Parts(recipe, world, method, layers, dict(left_out))
 
@@ -153,12 +153,14 @@ def _test_rows(recipe: Recipe) -> Sequence[Mapping[str, Any]]:
 
 
 def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None = None,
-              patience: Patience | None = None, progress: Quiet | None = None) -> Result:
-    """Begin the run in `folder`, or go on where it stood, with these sites; comes back with its result."""
+              patience: Patience | None = None, progress: Quiet | None = None, kind: str = "flare") -> Result:
+    """Begin the run in `folder`, or go on where it stood, with these sites; comes back with its result.
+
+    `kind` is the engine that the result names: what carries the link.
+    """
     room = RunFolder.open(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-    if recipe.evaluate.baselines:
-        raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
+    check_recipe(recipe)
     needed = len(sites) if needed is None else needed
     if len(sites) < needed:
         raise NotAllHere(f"{len(sites)} of {needed} sites are here ({', '.join(sites)})")
@@ -167,12 +169,21 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0)
     left_out = opening.all(needed)
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
-    parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": "flare"})})
+    parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
     parts.engine = functools.partial(Flare, sites=table)
     result = Run(parts, room, progress or Quiet()).go()
     loads = opening.close()
     room.write_json("sites.json", {n: {"loads": loads.get(n), "suspect": s.suspect} for n, s in table.table.items()})
     return result
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """RecipeError for what needs all clients' rows in one place."""
+    if recipe.evaluate.baselines:
+        raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
+    if method_class(recipe.method.name).simulation_only:
+        raise RecipeError(f"method.name = '{recipe.method.name}' needs all clients' rows in one place, so it runs in a "
+                          "simulation only")
 
 
 def recipe_run(folder: Path) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.core.errors import RecipeError
@@ -33,6 +34,14 @@ class SiteSettings(BaseModel):
     """Whether a reply may hold text."""
     most_bytes: int | None = Field(default=None, ge=1)
     """Tensor bytes of the largest reply that may leave; None: any."""
+    spaces: list[str] | None = None
+    """Ids of the spaces that may be trained here (`[lora]`: LoRA only); None: any."""
+    layers: list[str] = Field(default_factory=list)
+    """Ids of layers that a run must have, all of them."""
+    most_epsilon: float | None = Field(default=None, gt=0)
+    """A run must have a layer of differential privacy that keeps within this budget; None: no such layer is needed."""
+    most_rounds: int | None = Field(default=None, ge=1)
+    """Rounds of the longest run that this site takes part in; None: any."""
     trust_remote_code: bool = False
     """Whether a run may execute Python code that comes with a Hub model."""
     same_packages: list[str] = Field(default_factory=lambda: ["fedllm", "torch", "transformers", "peft"])
@@ -47,6 +56,32 @@ class SiteSettings(BaseModel):
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, ValidationError) as error:
             raise RecipeError(f"{path}: {error}") from None
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any], policy: str | Path | None = None) -> SiteSettings:
+        """Settings from values and from a site's policy file (YAML), which wins; RecipeError names what is wrong."""
+        try:
+            said = yaml.safe_load(Path(policy).read_text(encoding="utf-8")) if policy is not None else {}
+            if not isinstance(said, Mapping):
+                raise ValueError("allowed is a mapping of keys, as in docs/federation.md")
+            return cls.model_validate({**values, **said})
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise RecipeError(f"{policy or 'the settings of this site'}: {error}") from None
+
+    def forbids(self, recipe: Any, layers: Sequence[Any]) -> str | None:
+        """Why this site takes no part in a run of this recipe with these layers, or None."""
+        if self.spaces is not None and recipe.space.name not in self.spaces:
+            return f"space.name = '{recipe.space.name}': this site trains {', '.join(self.spaces) or 'nothing'} only"
+        if missing := [n for n in self.layers if n not in [layer.name for layer in recipe.layers]]:
+            return f"layers: this site takes part under {', '.join(missing)} only"
+        if self.most_rounds is not None and recipe.rounds > self.most_rounds:
+            return f"rounds = {recipe.rounds}: this site takes part in {self.most_rounds} at most"
+        budgets = [getattr(layer, "epsilon", None) for layer in layers if layer.algebra.kind == "dp"]
+        if self.most_epsilon is not None and not any(b is not None and b <= self.most_epsilon for b in budgets):
+            has = f"its budgets are {budgets}" if budgets else "it has none"
+            return (f"this site asks for a layer of differential privacy with an epsilon of {self.most_epsilon:g} at "
+                    f"most (most_epsilon); {has}")
+        return None
 
     def may(self, way: str, payload: Mapping[str, Any]) -> str | None:
         """Why a payload may not pass here, or None."""

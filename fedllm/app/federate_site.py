@@ -44,6 +44,8 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     method = make_method(recipe.method.name, **recipe.method.knobs)
     layers = [make_layer(n.name, n.knobs, f"layers.{i}") for i, n in enumerate(recipe.layers)]
     compose(method, layers)
+    if why := settings.forbids(recipe, layers):
+        raise RecipeError(why)
     federation = _own_rows(recipe, site, settings)
     space, _ = make_recipe_space(recipe)
     m, e = recipe.model, recipe.evaluate
@@ -53,7 +55,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     profile = site_profile(recipe, site, head["sites"], settings.profile)
     world = World(model, federation, LocalSpec.make(recipe.local, "local"), recipe.seed, {site: profile},
                   Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                  recipe.data.completion_only)
+                  recipe.data.completion_only, recipe.rounds)
     info = world.infos()[0]
     run = str(head["run"])
     if not run.replace("-", "").isalnum():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,21 +21,38 @@ KEEP = 2
 """Checkpoints kept: the newest, and one before it."""
 
 
+CHAIN = ',"chain":"'
+"""Before the last key of each event line: sha256 of the hash of the line before it and of this line without the key."""
+
+
+def link(before: str, body: str) -> str:
+    """The hash of a line, given that of the line before it ("" at the start)."""
+    return hashlib.sha256((before + body).encode()).hexdigest()
+
+
 class EventLog:
-    """The append-only `events.jsonl`. On a full disk events wait in memory until they can be written."""
+    """The append-only `events.jsonl`, each line chained to the one before it, so that `fedllm audit verify` sees what
+    was changed later. On a full disk events wait in memory until they can be written."""
 
     def __init__(self, path: Path, length: int = 0) -> None:
         """Go on from byte `length`; what lies behind it belongs to work that is done again, and is cut."""
         self.path, self.trouble = path, ""
         self.waiting: list[str] = []
-        self.length = length
+        self.length, self.head, self.count = length, "", 0
         path.touch()
         os.truncate(path, length)
+        with path.open("rb") as file:
+            for line in file:  # the chain goes on from the last line that stands
+                self.count += 1
+                self.head = line.decode(errors="replace").rpartition(CHAIN)[2].strip().strip('"}')
         self._file = path.open("ab", buffering=0)
 
     def append(self, event: Event) -> None:
         """Write one event as one line."""
-        self.waiting.append(json.dumps(event, separators=(",", ":"), default=str) + "\n")
+        body = json.dumps(event, separators=(",", ":"), default=str)
+        self.head = link(self.head, body)
+        self.count += 1
+        self.waiting.append(f'{body[:-1]}{CHAIN}{self.head}"}}\n')
         if len(self.waiting) >= 64 or event["kind"] != "wire":
             self.flush()
 
@@ -166,8 +184,11 @@ class RunFolder:
         out = []
         with (self.path / "events.jsonl").open("rb") as file:
             for line in file:
-                if line.endswith(b"\n") and want(event := json.loads(line)):
-                    out.append(event)
+                if line.endswith(b"\n"):
+                    event = json.loads(line)
+                    event.pop("chain", None)
+                    if want(event):
+                        out.append(event)
         return out
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedllm.app.build import Parts, build
+from fedllm.app.build import Parts, build, make_facts
 from fedllm.app.course import Course, draw_cohort
 from fedllm.app.judge import Judge
 from fedllm.app.meter import Meter
@@ -42,12 +42,18 @@ class Plan:
     peak_memory_bytes: int
     rounds: int
     cohort: int
-    epsilon: float | None = None
-    """Privacy that will be spent; None without a layer that accounts for it."""
+    privacy: Sequence[Mapping[str, Any]] = ()
+    """Of each layer that accounts for privacy: `epsilon` at `delta` of the whole run, the `noise_multiplier` that it
+    takes, and `rounds_that_fit` into the budget, if there is one."""
+
+    @property
+    def epsilon(self) -> float | None:
+        """Privacy that will be spent, the largest over the layers; None without a layer that accounts for it."""
+        return max((float(p["epsilon"]) for p in self.privacy), default=None)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {**asdict(self), "epsilon": self.epsilon}
 
 
 Bytes = dict[tuple[str, str], float]
@@ -112,8 +118,11 @@ def plan_parts(parts: Parts) -> Plan:
     phases: dict[str, dict[str, int]] = {}
     for (way, phase), size in sorted(total.items()):
         phases.setdefault(phase, {"up": 0, "down": 0})[way] += round(size)
+    rows = {c.id: c.n for c in parts.world.infos()}
+    facts = make_facts(recipe, rows, parts.world.local)
+    privacy = [says for layer in parts.layers if (says := layer.foresee(facts))]
     return Plan(sum(p["up"] for p in phases.values()), sum(p["down"] for p in phases.values()), phases, spent, extra,
-                meter.peak(), recipe.rounds, asked)
+                meter.peak(), recipe.rounds, asked, privacy)
 
 
 def _tests(recipe: Recipe) -> int:

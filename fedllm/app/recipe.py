@@ -91,8 +91,13 @@ class ClientsSpec(Section):
 class EngineSpec(Section):
     """How client work is run."""
 
-    kind: Literal["in_process", "vectorized"] = "vectorized"
-    """One client at a time, or many in one forward and backward."""
+    kind: Literal["in_process", "vectorized", "ray", "flare", "flower"] = "vectorized"
+    """One client at a time, many in one forward and backward, many on each worker of a Ray cluster; for
+    `fedllm serve` the engine of a real federation: flare (NVFlare) or flower."""
+    workers: Count = 2
+    """Workers of the Ray cluster (kind ray): each holds the model and has `threads` cores."""
+    address: str | None = None
+    """A running Ray cluster's address, or auto (kind ray); without it one is started on this machine for the run."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
     """Most tokens in one step over all clients together."""
     threads: Count = 1

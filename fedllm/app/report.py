@@ -24,6 +24,7 @@ from fedllm.app.facts import (
 )
 from fedllm.app.folder import RunFolder
 from fedllm.app.result import Result
+from fedllm.app.statement import privacy_statement, seen, summary
 from fedllm.core.errors import RunError
 
 STYLE = (Path(__file__).parent / "report.css").read_text
@@ -31,13 +32,14 @@ SCRIPT = (Path(__file__).parent / "report.js").read_text
 
 
 def write_report(path: str | Path) -> Path:
-    """Write `report.html` and `model_card.md` of a finished run afresh, from its record."""
+    """Write `report.html`, `privacy_statement.md` and `model_card.md` of a finished run afresh, from its record."""
     from fedllm.app.card import model_card
 
     folder = RunFolder.open(Path(path))
     result = Result.load(folder.path)
     try:
         folder.write_text("report.html", report_html(folder, result))
+        folder.write_text("privacy_statement.md", privacy_statement(folder, result))
         folder.write_text("model_card.md", model_card(folder, result))
     except OSError as error:
         raise RunError(f"{folder.path} cannot be written: {error.strerror or error}") from None
@@ -52,7 +54,8 @@ def report_html(folder: RunFolder, result: Result) -> str:
     body = "\n".join(part for part in (
         _header(facts, result), _figures(facts, result), _table(result),
         _learning(facts, result),
-        _clients(facts, result), _samples(facts), _bytes(facts, result), _trouble(facts), _recipe(facts)) if part)
+        _clients(facts, result), _samples(facts), _bytes(facts, result),
+        _privacy(facts, result), _trouble(facts), _recipe(facts)) if part)
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(facts.recipe['name'])} - fedllm"
             "</title><meta name='viewport' content='width=device-width, initial-scale=1'><meta name='color-scheme' "
             f"content='light dark'><style>{STYLE()}</style><script>{plotly.offline.get_plotlyjs()}</script></head>"
@@ -160,6 +163,18 @@ def _bytes(facts: Facts, result: Result) -> str:
     says = (f"Counted exactly, framing included: {result.bytes['up']:,} bytes up and {result.bytes['down']:,} down. "
             "A phase is the client function that was asked for; scoring is testing on clients' own rows.")
     return _section("On the wire", says, f"<div class='card'>{chart}</div>" if chart else None)
+
+
+def _privacy(facts: Facts, result: Result) -> str:
+    said = escape(" ".join(summary(result)).replace("**", "").replace("`", ""))
+    rows = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row) + "</tr>" for row in seen(facts, result))
+    table = ("<details><summary>Who saw what</summary><div class='scroll text'><table><thead><tr><th>party</th>"
+             f"<th>phase</th><th>messages</th><th>bytes</th><th>what</th></tr></thead><tbody>{rows}</tbody></table>"
+             "</div></details>")
+    head = (f"<p class='note'>{result.audit['events']} events, head of their hash chain "
+            f"{escape(result.audit['head'])}: `fedllm audit verify` checks them.</p>") if result.audit else ""
+    return _section("Privacy and evidence", "The whole statement is in privacy_statement.md.",
+                    f"<div class='card'><p>{said}</p>{table}{head}</div>")
 
 
 def _trouble(facts: Facts) -> str:

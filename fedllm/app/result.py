@@ -29,6 +29,8 @@ class Result:
     state_digest: str
     """sha256 over the final state's tensors in name order."""
     privacy: Mapping[str, Any] | None = None
+    audit: Mapping[str, Any] | None = None
+    """Of the record: how many `events`, and `head`, the hash of the last (`fedllm audit verify`)."""
     skipped: list[int] = field(default_factory=list)
     """Rounds that too few clients answered."""
     joules: float | None = None

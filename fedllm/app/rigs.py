@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.app.rigs_topics import CLASSES, pretrained, topic_federation
 from fedllm.core.client import Profile
+from fedllm.core.layer import Layer
 from fedllm.core.payload import Tree, tensor_bytes
 from fedllm.core.program import drive
 from fedllm.core.rng import numpy_stream, torch_stream
@@ -241,11 +242,13 @@ class Trial:
     world: World
     knobs: dict[str, Any]
     kind: type[InProcess] = Vectorized
+    layers: Sequence[Layer] = ()
     state: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.method = make_method(self.name, **self.knobs)
-        self.engine: Any = self.kind((self.method,), self.world)
+        self.engine: Any = self.kind((self.method, *self.layers), self.world)
+        self.states = [layer.init() for layer in self.layers]
         self.state = self.method.init(self.world.model)
         self.t = 0
 
@@ -253,14 +256,20 @@ class Trial:
         """So many rounds with all clients."""
         for _ in range(count):
             self.engine.begin(self.t)
-            self.state = drive(self.method.round(self.state, self.world.infos()), self.engine)
+            self.state = drive(self.method.round(self.state, self.world.infos()), self.engine, self.layers,
+                               self.states)
             self.engine.commit()
             self.t += 1
         return self
 
     def scores(self, on: str) -> Mapping[str, Metrics]:
-        """What each client's model scores."""
-        return drive(self.method.evaluate(self.state, self.world.infos(), on), self.engine)
+        """What each client's model scores; layers take no part in a test."""
+        engine = self.engine
+        if self.layers:
+            engine = self.kind((self.method,), self.world)
+            engine.memory = dict(self.engine.memory)
+            engine.begin(self.t)
+        return drive(self.method.evaluate(self.state, self.world.infos(), on), engine)
 
 
 RIGS: dict[str, Callable[..., Metrics]] = {

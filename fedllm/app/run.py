@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedllm.app import judge as judging
+from fedllm.app.audit import figures_digest, sealed
+from fedllm.app.beside import Beside, beside, run_baselines
 from fedllm.app.build import Parts, build, resolved
 from fedllm.app.course import Course
 from fedllm.app.folder import EventLog, RunFolder, fresh_path
@@ -17,13 +20,14 @@ from fedllm.app.products import write_clients, write_served
 from fedllm.app.progress import Quiet, progress_bars
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.app.result import Result
+from fedllm.app.spread import spread
+from fedllm.app.statement import privacy_statement, unaccounted
 from fedllm.app.store import Frozen, freeze
 from fedllm.app.tape import Tape
 from fedllm.core.client import SERVER
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.core.payload import digest
 from fedllm.core.record import Event, Record
-from fedllm.methods.registry import make_method
 from fedllm.privacy.accountant import BudgetSpent, join
 
 log = logging.getLogger(__name__)
@@ -39,7 +43,7 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = R
     """
     parts = build(load_recipe(recipe, overrides))
     folder = RunFolder.create(fresh_path(Path(root), parts.recipe.name), resolved(parts))
-    with progress_bars() as progress:
+    with spread(parts), progress_bars() as progress:
         return Run(parts, folder, progress).go()
 
 
@@ -49,7 +53,7 @@ def resume(path: str | Path) -> Result:
     if (folder.path / "result.json").exists():
         return Result.load(folder.path)
     parts = build(load_recipe(folder.path / "recipe.yaml"))
-    with progress_bars() as progress:
+    with spread(parts), progress_bars() as progress:
         return Run(parts, folder, progress).go()
 
 
@@ -70,6 +74,7 @@ class Run:
         self.skipped: list[int] = list(self.kept.get("skipped", []))
         self.before: dict[str, Any] = self.kept.get("before", {})
         self.answers_before: list[str] = self.kept.get("answers_before", [])
+        self.beside: Beside | None = None
         self.meter = Meter(*self.kept.get("spent", ()))
         if found:
             self._restore()
@@ -78,6 +83,7 @@ class Run:
         """From wherever the run stands to its end."""
         total = self.parts.recipe.rounds
         self.progress.rounds(total, self.at)
+        self.beside = beside(self.parts, self.folder)
         try:
             if not self.kept:
                 self._begin()
@@ -94,6 +100,8 @@ class Run:
             self.record.emit("stopped", why=str(error))
             raise
         finally:
+            if self.beside:
+                self.beside.stop()
             if self.tape:
                 self.tape.close()
             self.events.close()
@@ -119,6 +127,8 @@ class Run:
         clients = [{"id": c.id, "n": c.n, "rank": c.profile.rank,
                     "info": dict(self.parts.world.federation.clients[c.id].info)} for c in self.course.clients]
         self._write(lambda: self.folder.write_json("clients.json", clients))
+        for why in (self._privacy() or {}).get("void", ()):
+            log.warning("this run can make no privacy claim: %s", why)
         self.progress.note("testing before the first round")
         if not self.judge.answering:
             self.before = self.judge.test(self.course.state, {}, 0)
@@ -163,7 +173,7 @@ class Run:
             value = {
                 "state": dict(course.state), "layers": course.states, "memory": self.frozen,
                 "failed_in_a_row": course.failed_in_a_row, "skipped": self.skipped, "before": self.before,
-                "answers_before": self.answers_before, "events": self.events.sync(),
+                "answers_before": self.answers_before, "events": self.events.sync(), "chain": self.events.head,
                 "bytes": [(*key, size) for key, size in self.record.bytes.items()],
                 "spent": (self.meter.seconds(), self.meter.peak(), self.meter.joules())}
             self.folder.save(round, value, pin=round == 0 and self.tape is not None)
@@ -201,18 +211,22 @@ class Run:
             folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
             seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
             state_digest=digest(course.state), skipped=self.skipped, **spent)
-        self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds)
+        self._write(lambda: self.folder.write_json("samples.json", shown))
+        figures = figures_digest(result.as_json())
+        self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds, figures=figures,
+                         sealed=sealed(self.folder.path))
+        result = replace(result, audit={"events": self.events.count, "head": self.events.head})
         if not self.events.flush():
             raise RunError(f"{self.events.path} cannot be written: {self.events.trouble}. Make room, then "
                            f"`fedllm resume {self.folder.path}`")
-        self._write(lambda: self.folder.write_json("samples.json", shown))
         self._write(lambda: self._publish(result))
         return result
 
     def _privacy(self) -> dict[str, Any] | None:
         """What the layers say of the privacy that the run has spent; None where none of them says anything."""
         pairs = zip(self.course.layers, self.course.states, strict=True)
-        return join([said for layer, state in pairs if (said := layer.statement(state))])
+        said = [said for layer, state in pairs if (said := layer.statement(state))]
+        return join(said, unaccounted(said, self.parts.recipe.evaluate.clients))
 
     def _publish(self, result: Result) -> None:
         """Report and model card first: a folder with a `result.json` is complete."""
@@ -220,17 +234,13 @@ class Run:
         from fedllm.app.report import report_html
 
         self.folder.write_text("report.html", report_html(self.folder, result))
+        self.folder.write_text("privacy_statement.md", privacy_statement(self.folder, result))
         self.folder.write_text("model_card.md", model_card(self.folder, result))
         self.folder.write_json("result.json", result.as_json())
 
     def _baselines(self) -> dict[str, Any]:
-        """Each baseline's evaluation, kept as it is done."""
-        path = self.folder.path / "baselines.json"
-        done: dict[str, Any] = self.folder.read("baselines.json") if path.exists() else {}
-        for name in self.parts.recipe.evaluate.baselines:
-            if name not in done:
-                self.progress.note(f"running {name} for comparison")
-                rounds = self.parts.recipe.rounds
-                done[name] = judging.run_baseline(self.parts, make_method(name), rounds, self.progress)
-                self._write(lambda: self.folder.write_json("baselines.json", done))
-        return done
+        """Each baseline's evaluation; those that no process beside this one has done are done here."""
+        if self.beside:
+            self.progress.note("waiting for the baselines that run beside this")
+            self.beside.wait()
+        return self._write(lambda: run_baselines(self.parts, self.folder, self.progress))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,17 @@ def show_plan(console: Console, plan: Plan) -> None:
     table.add_row("in all", size(plan.up), size(plan.down), style="bold")
     console.print(table)
     extra = f", baselines {duration(plan.seconds_baselines)} more" if plan.seconds_baselines else ""
-    privacy = "no layer that accounts for it" if plan.epsilon is None else f"epsilon {plan.epsilon:.2f}"
+    privacy = "\n        ".join(map(privacy_line, plan.privacy)) or "no layer that accounts for it"
     console.print(f"time    {duration(plan.seconds)}{extra}\nmemory  {size(plan.peak_memory_bytes)} at the peak\n"
                   f"privacy {privacy}", highlight=False)
+
+
+def privacy_line(says: Mapping[str, Any]) -> str:
+    """For example `dp_fedavg: epsilon 7.99 at delta 1e-05 with noise multiplier 0.94; 10 rounds fit the budget`."""
+    z = says["noise_multiplier"]
+    fits = says.get("rounds_that_fit")
+    return (f"{says['layer']}: epsilon {says['epsilon']:.2f} at delta {says['delta']:.3g} with noise multiplier {z:.3g}"
+            + ("" if fits is None else f"; {fits} rounds fit the budget"))
 
 
 def show_methods(console: Console) -> None:

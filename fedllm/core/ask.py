@@ -24,6 +24,12 @@ def on_client(reduce: Reducer | None = None) -> Callable[[Callable], Callable]:
     return mark
 
 
+def on_server(fn: Callable) -> Callable:
+    """Mark a function that the server asks of itself, and that sees public rows alone: no layer touches it."""
+    fn.__dict__.update(reduce=None, runs_on_client=True, on_server=True)
+    return fn
+
+
 @dataclass(frozen=True)
 class Ask:
     """One question to some clients: run this function of mine with these messages.
@@ -46,6 +52,11 @@ class Ask:
     def phase(self) -> str:
         """`Owner.function`: the name under which the client half is found and bytes are booked."""
         return f"{type(self.owner).__name__}.{self.fn.__name__}"
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the server asks itself; nothing of this crosses a wire."""
+        return "on_server" in self.fn.__dict__
 
     @property
     def reducer(self) -> Reducer | None:

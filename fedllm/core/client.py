@@ -51,6 +51,8 @@ class Client(Protocol):
     data: Any
     local: Any
     """How the recipe has it train: `local.optimizer`, `local.count(n)` steps a round on n rows, ..."""
+    public: Sequence[Any]
+    """The federation's public rows, tokenized: nobody's, and everybody may train on them."""
     memory: MutableMapping[str, Any]
     """Never leaves the client; committed when the round ends."""
 
@@ -59,8 +61,8 @@ class Client(Protocol):
         ...
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Any] = (),
-            steps: int | None = None) -> Any:
-        """Train `theta` on the client's rows as the recipe's `local` says; returns a `Fitted`."""
+            steps: int | None = None, on: Sequence[Any] | None = None) -> Any:
+        """Train `theta` on the client's rows (or `on` others) as the recipe's `local` says; returns a `Fitted`."""
         ...
 
     def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:

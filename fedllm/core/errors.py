@@ -8,6 +8,7 @@
       ClientError       a client's work failed: names client, phase and cause
       QuorumError       too few clients answered
       PayloadError      bytes from the wire that are not a payload, or a payload the reducer cannot take
+        Withheld        a client keeps its answer to itself in this round, and says why; the round goes on without it
       EndpointError     a text endpoint that cannot be reached or answers wrongly: names URL, model and cause
       RunError          a run folder that cannot be read, resumed or written
 """
@@ -43,6 +44,10 @@ class QuorumError(FedLLMError):
 
 class PayloadError(FedLLMError, ValueError):
     """Bytes that are no payload, or a payload with a wrong name, shape or type."""
+
+
+class Withheld(PayloadError):
+    """A client function will not answer in this round; the client is missing, for the reason that the message gives."""
 
 
 class EndpointError(FedLLMError):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from fedllm.core.ask import Ask, Program
+from fedllm.core.method import Card
 from fedllm.core.payload import Payload
 
 
@@ -36,6 +37,8 @@ class Algebra:
     """Whether the sum of what it sends decodes to the sum."""
     contracts: bool = True
     """Whether what it sends decodes to nothing longer than what it got, so that a clip above it still holds."""
+    compresses: bool = False
+    """Whether it drops or rounds entries, as codecs do, beside what its kind says."""
     instead: str = ""
     """What works in its place where it cannot stand."""
 
@@ -49,6 +52,8 @@ class Layer:
     """
 
     algebra: ClassVar[Algebra] = Algebra()
+    card: ClassVar[Card | None] = None
+    """What it says about itself, with a claim that `make claims` measures as it does those of methods."""
 
     def bind(self, facts: Facts) -> Layer:
         """The layer for this run: what depends on its size is worked out, and refused, before it starts."""
@@ -68,6 +73,10 @@ class Layer:
     def client(self, fn: Callable, msg: Payload, client: Any, call: Callable[[Payload], Payload]) -> Payload:
         """`call(msg)` runs what lies above; change the message before it and the reply after it."""
         return call(msg)
+
+    def foresee(self, facts: Facts) -> Mapping[str, Any] | None:
+        """What the bound layer expects of a whole run: `epsilon`, `delta`, `noise_multiplier`, `rounds_that_fit`."""
+        return None
 
     def statement(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What it can say about the run's privacy; `void` lists what takes its claim away. None: nothing."""

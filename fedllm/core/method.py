@@ -109,6 +109,8 @@ class Card:
     claim: Claim
     evidence: str = ""
     """What of the paper was read where, and choices of our own."""
+    also: Mapping[str, Claim] = field(default_factory=dict)
+    """Further claims, each by a word of its own; `<id>:<word>` is its name in `fedllm claims`."""
 
 
 class Method(Knobs):
@@ -123,6 +125,13 @@ class Method(Knobs):
 
     def check(self, model: Any) -> None:
         """Raise CompositionError or ModelError when this method cannot work with the model's space or task."""
+
+    def check_layers(self, layers: Sequence[Any]) -> None:
+        """Raise CompositionError when the method is not what it says without other layers."""
+
+    def at_client(self, model: Any) -> Any:
+        """The model that clients hold, where it is not the server's (which `SERVER` always holds)."""
+        return model
 
     def init(self, model: Any) -> State:
         """The server's state before the first round; `model.initial()` gives the starting trainables."""

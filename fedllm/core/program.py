@@ -6,6 +6,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol
 
 from fedllm.core.ask import Ask, ClientId, Program, Replies
+from fedllm.core.client import SERVER
 from fedllm.core.errors import PayloadError, QuorumError
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload, non_finite
@@ -56,7 +57,9 @@ def _send(asks: Sequence[Ask], engine: Engine, layers: Sequence[Layer],
     if not layers:
         return engine.send(asks)
     top, state = layers[0], states[0]
-    return drive_all([top.server(ask, state) for ask in asks], engine, layers[1:], states[1:])
+    passes = Layer()
+    return drive_all([(passes if ask.at_home else top).server(ask, state) for ask in asks], engine, layers[1:],
+                     states[1:])
 
 
 def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any) -> Payload:
@@ -70,6 +73,11 @@ def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any) -> Payloa
     if at is None or not getattr(marked, "runs_on_client", False):
         raise PayloadError(f"phase '{phase}' is not a client function of {[type(p).__name__ for p in stack]}")
     fn = getattr(stack[at], name)
+    if "on_server" in fn.__dict__:
+        if client.id != SERVER:
+            raise PayloadError(f"phase '{phase}' is the server's own and was asked of '{client.id}'")
+        with client.through(lambda request: request, f"'{phase}' runs at the server and may use public rows alone"):
+            return fn(msg, client)
 
     def climb(i: int, msg: Payload) -> Payload:
         if i == at:

@@ -30,6 +30,7 @@ class Federation:
     test: Sequence[Row]
     task: Task
     labels: tuple[str, ...] = ()  # classification: label names by index
+    public: Sequence[Row] = ()  # nobody's rows: whoever takes part may train on them
 
     def pooled(self) -> list[Row]:
         """All training rows in client order: what `centralized` trains on, and only a simulator may do."""

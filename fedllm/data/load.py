@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.core.rng import numpy_stream
@@ -47,6 +47,8 @@ class OfficeSpec(BaseModel):
     """Test rows of each institution."""
     categories: Annotated[int, Field(ge=1)] = 12
     """Number of kinds of record."""
+    public_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows that belong to nobody, for methods that train at the server."""
 
 
 class DataSpec(BaseModel):
@@ -62,6 +64,8 @@ class DataSpec(BaseModel):
     """Configuration of a Hub dataset, where it has several."""
     test: float | str = 0.1
     """The global test: a file, or the fraction of rows held out at random before clients are made."""
+    public: float | str = 0.0
+    """Rows that belong to nobody, for methods that train at the server: a file, or a fraction set aside like `test`."""
     task: Task = "generation"
     """What rows are for: `generation` (prompt and response) or `classification` (text and label)."""
     fields: dict[str, str] = Field(default_factory=dict)
@@ -81,11 +85,11 @@ class DataSpec(BaseModel):
     office: OfficeSpec | None = None
     """Knobs of the office; only with `source: office`."""
 
-    @field_validator("test")
+    @field_validator("test", "public")
     @classmethod
-    def _test_is_a_file_or_a_fraction(cls, value: float | str) -> float | str:
+    def _test_is_a_file_or_a_fraction(cls, value: float | str, info: ValidationInfo) -> float | str:
         if isinstance(value, float) and not 0 <= value < 1:
-            raise ValueError(f"data.test = {value}: allowed is a file, or a fraction from 0 to below 1")
+            raise ValueError(f"data.{info.field_name} = {value}: allowed is a file, or a fraction from 0 to below 1")
         return value
 
     @field_validator("partition")
@@ -142,7 +146,8 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         return office_federation(**(spec.office or OfficeSpec()).model_dump(), seed=seed)
     tables = read_tables(spec.source, spec.split, spec.subset)
     held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
-    labels = _labels(spec, [*tables, *held]) if spec.task == "classification" else ()
+    open_ = read_tables(spec.public, spec.split, spec.subset) if isinstance(spec.public, str) else []
+    labels = _labels(spec, [*tables, *held, *open_]) if spec.task == "classification" else ()
     rows, test = _shape(spec, tables, labels), _shape(spec, held, labels).lean
     kept = np.arange(len(rows.lean))
     if spec.limit is not None and spec.limit < len(kept):
@@ -150,6 +155,10 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     if isinstance(spec.test, float):
         out, kept = _held_back(kept, spec.test, numpy_stream(seed, "data.test"))
         test = rows.take(out).lean
+    public = _shape(spec, open_, labels).lean
+    if isinstance(spec.public, float) and spec.public:
+        out, kept = _held_back(kept, spec.public, numpy_stream(seed, "data.public"))
+        public = rows.take(out).lean
     if isinstance(embed, np.ndarray):
         if len(embed) != len(rows.lean):
             raise DataError(f"embed has {len(embed)} vectors; data.source has {len(rows.lean)} rows")
@@ -157,7 +166,7 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     if spec.test_limit is not None and spec.test_limit < len(test):
         few = np.sort(numpy_stream(seed, "data.test_limit").choice(len(test), spec.test_limit, replace=False))
         test = [test[i] for i in few]
-    return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels)
+    return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels, public)
 
 
 def _checked(spec: Mapping[str, Any]) -> DataSpec:

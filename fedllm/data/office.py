@@ -64,6 +64,7 @@ def office_federation(
     test_rows: int = 200,
     client_test_rows: int = 40,
     categories: int = 12,
+    public_rows: int = 0,
     seed: int = 0,
 ) -> Federation:
     """Make the routing-slip federation: `clients` institutions with `rows` training rows each on average.
@@ -72,6 +73,7 @@ def office_federation(
     `style_skew` is the share of an institution's rows that are written in its own house style.
     """
     _check(clients, rows, label_skew, quantity_skew, style_skew, test_rows, client_test_rows, categories, seed)
+    _whole("public_rows", public_rows, 0)
     kinds = tuple(ROUTING_CODES)[:categories]
     sizes = shard_sizes(clients, clients * rows, quantity_skew, seed)
     counts = category_counts(sizes, categories, label_skew, seed)
@@ -87,7 +89,8 @@ def office_federation(
         held = {kind: count for kind, count in zip(kinds, counts[client], strict=True) if count}
         info = {"categories": held, "layout": styles[client].layout, "mark": styles[client].mark}
         shards[_name(client)] = Shard(train, kept, info)
-    return Federation(shards, test, "generation")
+    public = [draw.row(kinds[index % categories], index % clients) for index in range(public_rows)]
+    return Federation(shards, test, "generation", public=public)
 
 
 class _Drawer:

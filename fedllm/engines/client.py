@@ -14,6 +14,7 @@ from fedllm.core.errors import CompositionError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
+from fedllm.data.federation import Row
 from fedllm.engines.world import GLOBAL, World
 from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_embeds, run_losses
@@ -21,6 +22,7 @@ from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Request
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
+from fedllm.models.model import Model
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Generate: run_generates, Embed: run_embeds}
@@ -30,8 +32,9 @@ class ClientCall:
     """One client during one call of one of its functions."""
 
     def __init__(self, info: ClientInfo, world: World, memory: MutableMapping[str, Any], round: int, phase: str,
-                 visit: int, submit: Callable[[Request], Any]) -> None:
-        self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, world.model
+                 visit: int, submit: Callable[[Request], Any], model: Model | None = None) -> None:
+        """`model` is the one that this client holds; None: the world's."""
+        self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, model or world.model
         self.memory, self.round = memory, round
         self._world, self._submit = world, submit
         step = phase.rpartition(".")[2]  # the function, without whose it is: methods compare on the same batches
@@ -41,8 +44,8 @@ class ClientCall:
 
     @property
     def local(self) -> LocalSpec:
-        """How the recipe has this client train."""
-        return self._world.local
+        """How the recipe has this client train in this round."""
+        return self._world.local.at(self.round, self._world.rounds)
 
     @contextlib.contextmanager
     def through(self, change: Callable[[Request], Request], closed: str = "") -> Iterator[None]:
@@ -67,6 +70,11 @@ class ClientCall:
         self._open_rows()
         return self._world.rows(self.id, "train")
 
+    @property
+    def public(self) -> Sequence[Encoded]:
+        """The federation's public rows, tokenized."""
+        return self._world.encoded(self.id, "public")
+
     def rng(self, owner: str) -> np.random.Generator:
         """This owner's stream for the present round and phase."""
         if owner not in self._streams:
@@ -74,9 +82,11 @@ class ClientCall:
         return self._streams[owner]
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Term] = (),
-            steps: int | None = None) -> Fitted:
-        """Train on the client's rows as the recipe's `local` says; names matching a pattern in `freeze` stay."""
-        spec, rows = self._world.local, self._world.encoded(self.id, "train")
+            steps: int | None = None, on: Sequence[Row] | None = None) -> Fitted:
+        """Train on the client's rows (or `on` others) as the recipe's `local` says; names that match a pattern in
+        `freeze` stay."""
+        spec = self.local
+        rows = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
         plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
                        steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)

@@ -30,6 +30,9 @@ from fedllm.wire import codec
 Answer = tuple[Payload | str, int]
 """The reply or why there is none, and how often the message was sent."""
 
+UNHEARD = "flare.unheard"
+"""In the server's own memory, and so in checkpoints: by site, the rounds that counted and of which it has not heard."""
+
 
 class Flare(InProcess):
     """Asks far sites; the server's own share (`SERVER`) is done here. A client's memory never comes here."""
@@ -38,6 +41,7 @@ class Flare(InProcess):
                  quorum: float | int = 1, loopback: bool = False, door: Door | None = None) -> None:
         """`sites` carries the messages; `loopback` means nothing here, since every message becomes bytes."""
         self.sites = sites
+        self._reminded = False
         self.door = door or Door.of(world.model, coded=any(isinstance(s, Layer) for s in stack[1:]))
         super().__init__(stack, world, record, quorum=quorum)
         self._heard: deque[tuple[str, dict[str, Any]]] = deque()
@@ -45,13 +49,20 @@ class Flare(InProcess):
     def begin(self, round: int) -> None:
         super().begin(round)
         self.attempt, self._asked = uuid.uuid4().hex, set[ClientId]()
+        if self.memory and not self._reminded:  # a resumed run: the process before this one may not have told the sites
+            self._reminded = True
+            for site, told in self.memory.get(GLOBAL, {}).get(UNHEARD, {}).items():
+                self.sites.remind(site, told)
 
     def commit(self) -> dict[ClientId, dict[str, Any]]:
         """Sites make their memories permanent when they hear of it; what is given back is the server's own."""
         for site in sorted(self._asked):
             self.sites.settle(site, self.attempt, self.round)
         self._asked.clear()
-        return super().commit()
+        touched = super().commit()
+        mine = self.memory[GLOBAL] = touched[GLOBAL] = dict(self.memory.get(GLOBAL, {}))
+        mine[UNHEARD] = {name: list(site.settled) for name, site in self.sites.table.items() if site.settled}
+        return touched
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
         """All sites work at once, each through its own jobs in order; answers are folded in the order of the ask."""

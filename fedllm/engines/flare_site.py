@@ -14,7 +14,7 @@ from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
 from fedllm.engines.client import RUNNERS, ClientCall
 from fedllm.engines.flare_sites import PROTOCOL, Head
-from fedllm.engines.world import World
+from fedllm.engines.world import World, held_by
 from fedllm.wire import codec
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class SiteRun:
         stack = [part for part in self.stack if type(part).__name__ in wanted]
         memory = self.memory.stage(attempt, int(head["round"]))
         call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),
-                          lambda request: RUNNERS[type(request)]([request], self.world.limits)[0])
+                          lambda request: RUNNERS[type(request)]([request], self.world.limits)[0],
+                          held_by(self.info.id, self.stack, self.world.model))
         reply = serve(stack, str(head["phase"]), msg, call)
         if why := self.may("up", reply):
             return {"refused": why}, b""

@@ -124,6 +124,12 @@ class Sites:
         """What this site staged in `attempt` counts; it hears of it with the next message."""
         self.table[name].settled.append([attempt, round])
 
+    def remind(self, name: str, told: Sequence[Sequence[Any]]) -> None:
+        """This site may not have heard that these [attempt, round] counted; to hear it twice does nothing."""
+        if name in self.table:
+            known = self.table[name].settled
+            known[:0] = [list(t) for t in told if list(t) not in known]
+
     def _once(self, site: Site, head: Head, body: bytes | bytearray, ends: float) -> tuple[Head, bytes] | None:
         """One sending, watched; None when it must be sent again."""
         left = ends - time.monotonic()
@@ -146,10 +152,10 @@ class Sites:
             except NotYet:
                 if left <= 0:
                     raise self._give_up(site, "it was silent until the deadline") from None
-            except Silence as why:
+            except Silence:
                 failed = True
                 if ends - time.monotonic() <= 0:
-                    raise self._give_up(site, str(why)) from None
+                    raise self._give_up(site, "it was silent until the deadline") from None
             boot = self.probe(site.name)
             if boot is None:
                 gone = gone or time.monotonic()

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.core.ask import Ask, ClientId, Replies
-from fedllm.core.errors import ClientError, FedLLMError
+from fedllm.core.errors import ClientError, FedLLMError, Withheld
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
 from fedllm.engines.client import RUNNERS, ClientCall, server_info
-from fedllm.engines.world import GLOBAL, World
+from fedllm.engines.world import GLOBAL, World, held_by
 from fedllm.wire import codec
 
 
@@ -75,16 +75,15 @@ class InProcess:
     def work(self, job: Job, submit: Any) -> Payload | str:
         """Run one client function; `submit` carries its requests to the model."""
         ask = job.fold.ask
-        if late := self._late(job, "before its turn came"):
-            return late
-        info = self.infos[job.client]
-        up = info.profile.availability
-        if up < 1 and numpy_stream(self.world.seed, self.round, job.client, "availability").random() >= up:
-            return f"not available in round {self.round}"
+        if why := self._absent(job):
+            return why
         msg = self._cross("down", job, ask.msgs[job.client])
-        call = ClientCall(info, self.world, self.staged(job.client), self.round, ask.phase, job.visit, submit)
+        call = ClientCall(self.infos[job.client], self.world, self.staged(job.client), self.round, ask.phase,
+                          job.visit, submit, held_by(job.client, self.stack, self.world.model))
         try:
             reply = serve(self.stack, ask.phase, msg, call)
+        except Withheld as why:
+            return str(why)
         except FedLLMError:
             raise
         except Exception as error:
@@ -108,6 +107,15 @@ class InProcess:
                     raise ClientError(f"{ask.phase} asks '{client}', which is not a client of this run")
                 self._visits[ask.phase, client] += 1
                 yield Job(fold, client, self._visits[ask.phase, client], ends)
+
+    def _absent(self, job: Job) -> str | None:
+        """Why this client does not begin at all, or None."""
+        if late := self._late(job, "before its turn came"):
+            return late
+        up = self.infos[job.client].profile.availability
+        if up < 1 and numpy_stream(self.world.seed, self.round, job.client, "availability").random() >= up:
+            return f"not available in round {self.round}"
+        return None
 
     def _late(self, job: Job, when: str) -> str | None:
         if job.ends is None or time.monotonic() <= job.ends:

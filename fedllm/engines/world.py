@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedllm.core.client import SERVER, ClientInfo, Profile
 from fedllm.core.errors import DataError
+from fedllm.core.method import Method
 from fedllm.core.payload import digest, leaves
 from fedllm.data.encode import Encoded, encode_rows
 from fedllm.data.federation import Federation, Row
@@ -39,6 +40,8 @@ class World:
     """Whether scoring a generation task also generates and compares answers."""
     max_new_tokens: int = 32
     completion_only: bool = True
+    rounds: int | None = None
+    """How many rounds the run has, for learning rates that fall from round to round; None: no set end."""
 
     def __post_init__(self) -> None:
         self._encoded: dict[tuple[str, str], list[Encoded]] = {}
@@ -51,7 +54,10 @@ class World:
         return [ClientInfo(c, len(s.train), known.get(c, Profile())) for c, s in self.federation.clients.items()]
 
     def rows(self, client: str, part: str) -> Sequence[Row]:
-        """`part` is "train" or "test"; GLOBAL has the global test, and every client's training rows."""
+        """`part` is "train", "test" or "public" (which is the same for all); GLOBAL has the global test, and every
+        client's training rows."""
+        if part == "public":
+            return self.federation.public
         if client == GLOBAL:
             return self.federation.test if part == "test" else self.federation.pooled()
         shard = self.federation.clients[client]
@@ -64,12 +70,14 @@ class World:
             rows = self.rows(client, part)
             if part == "train" and not rows:
                 raise DataError(f"client '{client}' has no training rows; leave it out or give it at least one")
-            if self.model.tokenizer is None:
-                self._encoded[key] = list(rows)  # type: ignore[arg-type]
-            else:
-                self._encoded[key] = encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
-                                                 self.completion_only)
+            self._encoded[key] = self.tokenized(rows)
         return self._encoded[key]
+
+    def tokenized(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Rows as the model reads them; a model without a tokenizer has them so from the start."""
+        if self.model.tokenizer is None:
+            return list(rows)  # type: ignore[arg-type]
+        return encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length, self.completion_only)
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, kept for the next caller with equal arguments (the last few results only)."""
@@ -90,3 +98,9 @@ class World:
         while len(self._seen) > KEPT:
             self._seen.popitem(last=False)
         return self._seen[same][0]
+
+
+def held_by(client: str, stack: Sequence[Any], model: Model) -> Model:
+    """The model that this client holds: the server's own, unless the method on this stack keeps something back."""
+    method = next((part for part in stack if isinstance(part, Method)), None)
+    return model if client == GLOBAL or method is None else method.at_client(model)

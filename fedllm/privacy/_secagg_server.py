@@ -66,7 +66,7 @@ class Server:
     def _adverts(self) -> Iterator[Any]:
         out = yield self._control(self.layer.advertise, {c: {} for c in self.ask.msgs})
         self.lost |= out.missing
-        pins, good = self.state.setdefault("pins", {}), {}
+        pins, good = self.layer.__dict__["_pins"], {}
         for c, reply in out.items():
             row = reply.get("advert", ())
             if keys.is_advert(row, c, self.sid) and keys.is_known(pins, self.layer.keys, c, row[2]):

@@ -198,9 +198,12 @@ def usual_delta(units: int) -> float:
     return min(1e-5, max(2, units) ** -1.1)
 
 
-def join(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What a run says about its privacy, from what its layers say: the claim holds only if every part of it does."""
+def join(statements: Sequence[Mapping[str, Any]], also: Sequence[str] = ()) -> dict[str, Any] | None:
+    """What a run says about its privacy, from what its layers say: the claim holds only if every part of it does.
+
+    `also` are releases that no layer can see, and that take the claim away.
+    """
     if not statements:
         return None
-    void = [why for s in statements for why in s.get("void", ())]
+    void = [why for s in statements for why in s.get("void", ())] + list(also)
     return {"claim": "none" if void else "private", "void": void, "layers": [dict(s) for s in statements]}

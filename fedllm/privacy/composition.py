@@ -15,6 +15,9 @@ from fedllm.core.errors import CompositionError
 from fedllm.core.layer import Layer
 from fedllm.core.reduce import Mean
 
+HIDES = ("secagg", "he")
+"""Kinds of layers whose messages look random."""
+
 
 def check_stack(method: Any, layers: Sequence[Layer], reducers: Mapping[str, Any]) -> None:
     """Raise CompositionError for the first two parts of a run that do not fit together."""
@@ -31,22 +34,24 @@ def clash(above: Layer, below: Layer) -> str | None:
     up, down = f"layer '{type(above).__name__}'", f"layer '{type(below).__name__}'"
     if same_kind(above, below):
         return f"{up} and {down} do the same work twice; leave one of them out"
-    if a.reveals == "sum" and b.kind == "codec":
+    if a.kind in HIDES and b.kind == "codec":
         return (f"{up} above {down}: masked or encrypted numbers look random and cannot be compressed; list "
                 "codec_powersgd above it, or set the quantum of the ring")
-    if a.reveals == "sum" and b.kind == "dp":
+    if a.kind in HIDES and b.kind == "dp":
         return f"{up} above {down}: what is masked or encrypted can no longer be clipped; list {down} first"
     if {"set", "sum"} in ({a.needs, b.reveals}, {b.needs, a.reveals}):
         hides, wants = (up, down) if a.reveals == "sum" else (down, up)
         return (f"{hides} lets the server see sums only and {wants} needs every single reply; clip each reply at home "
                 "with dp_fedavg instead")
-    if b.reveals == "sum" and not a.additive:
+    if b.kind in HIDES and not a.additive:
         return f"{up} above {down}: its messages do not add up to the message of the sum; use {a.instead}"
     if a.kind == "dp" and a.needs == "sum" and (b.kind == "robust" or not b.contracts):
         return (f"{up} above {down}: what {down} delivers may be longer than the clip, and the noise too "
                 "small; codec_quant with mode: toward_zero or codec_topk_ef with error_feedback: false keep it")
     if a.kind == "codec" and b.kind == "dp" and b.needs == "sum":
         return f"{up} above {down}: a coded reply cannot be clipped as the update that it stands for; list {down} first"
+    if a.kind == "codec" and b.kind in HIDES and b.compresses:
+        return f"{up} above {down}: the second would drop what the first has coded; use {b.instead}"
     if a.kind == b.kind == "codec" and (type(above).__name__, type(below).__name__) != ("CodecTopKEF", "CodecQuant"):
         return (f"{up} above {down}: the second would compress what the first has coded; only codec_topk_ef above "
                 "codec_quant works")
@@ -55,8 +60,9 @@ def clash(above: Layer, below: Layer) -> str | None:
 
 def same_kind(above: Layer, below: Layer) -> bool:
     """Whether one of the two is enough."""
-    hide = {"secagg", "he"}
-    return type(above) is type(below) or (above.algebra.kind in hide and below.algebra.kind in hide)
+    a, b = above.algebra, below.algebra
+    return (type(above) is type(below) or (a.kind in HIDES and b.kind in HIDES)
+            or (a.kind == b.kind == "dp" and a.needs == b.needs == "sum"))
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def table(parts: Mapping[str, Layer] | None = None) -> str:
 def examples() -> dict[str, Layer]:
     """Every layer of this room and of the wire, in each form that composes in its own way."""
     from fedllm.privacy.dp_fedavg import DPFedAvg
+    from fedllm.privacy.dp_ftrl import DPFTRL
     from fedllm.privacy.dp_sgd import DPSGD
     from fedllm.privacy.he_ckks import HECKKS
     from fedllm.privacy.secagg import SecAgg
@@ -101,8 +108,9 @@ def examples() -> dict[str, Layer]:
     from fedllm.wire.codec_topk_ef import CodecTopKEF
 
     return {
-        "dp_fedavg": DPFedAvg(noise_multiplier=1.0), "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(),
-        "secagg_plus": SecAggPlus(), "he_ckks": HECKKS(), "codec_quant": CodecQuant(),
+        "dp_fedavg": DPFedAvg(noise_multiplier=1.0), "dp_ftrl": DPFTRL(noise_multiplier=1.0),
+        "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(), "secagg_plus": SecAggPlus(), "he_ckks": HECKKS(),
+        "codec_quant": CodecQuant(),
         "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"), "codec_topk_ef": CodecTopKEF(),
         "codec_topk_ef (no feedback)": CodecTopKEF(error_feedback=False), "codec_powersgd": CodecPowerSGD()}
 

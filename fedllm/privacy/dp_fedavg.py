@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,16 +14,21 @@ from fedllm.core.ask import Replies
 from fedllm.core.errors import QuorumError, RecipeError
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
-from fedllm.core.payload import alike, norm
-from fedllm.core.reduce import Lifted, Mean, wide
-from fedllm.core.rng import torch_stream
-from fedllm.privacy._sums import is_control, must_lift, need_sums, without
-from fedllm.privacy.accountant import Ledger, Release, check_delta, check_epsilon, noise_for, usual_delta
+from fedllm.core.payload import digest
+from fedllm.core.reduce import Lifted
+from fedllm.privacy._clip import OWN, UNCOVERED, contribution, fresh_secret, noise_stream, put_back, told
+from fedllm.privacy._sums import is_control, must_lift, need_sums
+from fedllm.privacy.accountant import (
+    Ledger,
+    Release,
+    check_delta,
+    check_epsilon,
+    noise_for,
+    rounds_for,
+    usual_delta,
+)
 
-OWN = "_dp/"
-BIT = "_dp/below"
-UNCOVERED = ("which clients were asked and how many rows they declare; evaluation on held-out rows; what a client "
-             "keeps for itself")
+BIT = OWN + "below"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class DPFedAvg(Knobs, Layer):
     out) has an L2 norm of at most the clip, and the divisor is fixed by the sampling and not by who answers. Works on
     any Sum: for a Mean of weights that all were told alike it is their change that is clipped. The server is trusted
     with the sum before the noise; with `secagg` below, with nothing else. Noise is drawn in floating point from
-    torch's generator, seeded by the operating system anew for each release.
+    torch's generator, from a secret of the run (`fresh_secret`), so a run's checkpoints are for the server alone.
     """
 
     algebra = Algebra("dp", needs="sum", instead="dp_sgd, which works at the client under any method")
@@ -69,7 +73,7 @@ class DPFedAvg(Knobs, Layer):
                               f"noise_multiplier / 2 = {least}: the count alone would cost more than the whole may")
 
     def init(self) -> dict[str, Any]:
-        return {"clip": self.clip_norm, "asked": 0}
+        return {"clip": self.clip_norm, "asked": 0, "secret": fresh_secret()}
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
@@ -86,25 +90,38 @@ class DPFedAvg(Knobs, Layer):
             bound = replace(bound, noise_multiplier=z)
         return bound
 
+    def foresee(self, facts: Facts) -> dict[str, Any]:
+        z, asked = self._noise(), min(facts.cohort or len(facts.rows), len(facts.rows))
+        delta = self._delta(self.population or asked)
+        says = {"layer": "dp_fedavg", "unit": "client", "noise_multiplier": z, "delta": delta, "rounds_that_fit": None}
+        if not z:
+            return says | {"epsilon": math.inf}
+        ledger = Ledger({})
+        release = Release(z, self.sampling, self._size(asked) / asked if self.sampling == "fixed" else self.rate, asked)
+        ledger.book(release, facts.rounds)
+        if self.epsilon is not None:
+            says["rounds_that_fit"] = rounds_for(self.epsilon, delta, release)
+        return says | {"epsilon": ledger.epsilon(delta)}
+
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
             return (yield ask)
         asked, lift = len(ask.msgs), must_lift(ask, self)
         self._book(ask.phase, asked, state)
         state["asked"] += 1
-        rng, common = self._rng(state), alike(ask.msgs) if isinstance(ask.reducer, Mean) else {}
-        told = {OWN + "clip": state["clip"], OWN + "lift": lift, OWN + "change": sorted(common)}
+        tell, common = told(ask, state["clip"], lift)
         out, total = Replies(), {}
-        if chosen := self._draw(list(ask.msgs), rng):
-            out = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in chosen}, reduce=Lifted())
+        if chosen := self._draw(list(ask.msgs), noise_stream(self.seed, state, ask.phase, state["asked"], "cohort")):
+            out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted())
             total = dict(out.value)
             state["shapes"] = [[k, list(v.shape)] for k, v in total.items()]
         else:
             total = self._nobody(state, ask.phase)
         # fixed denominator q N: who answers must not move it
         expected = self._size(asked) if self.sampling == "fixed" else self.rate * asked
+        rng = noise_stream(self.seed, state, ask.phase, state["asked"], digest(total))
         value = ask.reducer.done(self._noisy(total, state, expected, rng) | {"n": float(expected)})
-        return replace(out, value={k: v + common[k].to(v.dtype) if k in common else v for k, v in value.items()})
+        return replace(out, value=put_back(value, common))
 
     def _book(self, phase: str, asked: int, state: Any) -> None:
         """Pay before anything is asked."""
@@ -122,20 +139,9 @@ class DPFedAvg(Knobs, Layer):
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
         if OWN + "clip" not in msg:
             return call(msg)
-        plain = without(msg, OWN)
-        reply = dict(call(plain))
-        for k in msg[OWN + "change"]:
-            if k in reply:
-                reply[k] = wide(reply[k]) - wide(plain[k])
-        if msg[OWN + "lift"]:
-            reply = fn.__dict__["reduce"].lift({**reply, "n": 1} if "n" in reply else reply)
-        given = {k: torch.as_tensor(wide(v), dtype=None if isinstance(v, Tensor) else torch.float32)
-                 for k, v in reply.items() if k not in ("n", "loss")}
-        length, clip = norm(given), msg[OWN + "clip"]
-        # u <- u * min(1, C / ||u||); the hair's breadth below 1 pays for rounding in the tensors' own type
-        shrink = 1.0 if length <= clip else clip / length * (1 - 1e-6)
+        given, below = contribution(fn, msg, call)
         # Andrew et al.: b = 1 when NOT clipped, sent as b - 1/2 so that one client moves the count by 1/2
-        return {k: v * shrink for k, v in given.items()} | {BIT: torch.tensor(float(length <= clip) - 0.5)}
+        return given | {BIT: torch.tensor(float(below) - 0.5)}
 
     def statement(self, state: Any) -> dict[str, Any]:
         ledger, delta = Ledger(dict(state)), self._delta(self.population or 2)
@@ -152,11 +158,6 @@ class DPFedAvg(Knobs, Layer):
 
     def _delta(self, clients: int) -> float:
         return self.delta or usual_delta(clients)
-
-    def _rng(self, state: Any) -> torch.Generator:
-        if self.seed is not None:
-            return torch_stream(self.seed, "dp_fedavg", state["asked"])
-        return torch.Generator().manual_seed(secrets.randbits(63))
 
     def _size(self, asked: int) -> int:
         return max(1, round(self.rate * asked))

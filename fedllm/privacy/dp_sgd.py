@@ -18,7 +18,15 @@ from fedllm.core.rng import numpy_stream, torch_stream
 from fedllm.local.private import Private
 from fedllm.local.requests import Fit
 from fedllm.privacy._sums import is_control
-from fedllm.privacy.accountant import Ledger, Release, check_delta, check_epsilon, noise_for, usual_delta
+from fedllm.privacy.accountant import (
+    Ledger,
+    Release,
+    check_delta,
+    check_epsilon,
+    noise_for,
+    rounds_for,
+    usual_delta,
+)
 
 BOOK = "dp_sgd"
 CLOSED = ("layer 'DPSGD' lets a client function learn from its rows through client.fit only, and this one reads the "
@@ -69,6 +77,16 @@ class DPSGD(Knobs, Layer):
             bound = replace(bound, noise_multiplier=z)
         object.__setattr__(bound, "_facts", facts)
         return bound
+
+    def foresee(self, facts: Facts) -> dict[str, Any]:
+        """Of the client that spends most: the one with the fewest rows, if it is asked in every round."""
+        poorest = min(facts.rows, key=lambda c: facts.rows[c])
+        release, steps = self._cost(poorest, {}) or (Release(1.0), 0)
+        delta, ledger = self.delta or 1e-5, Ledger({})
+        ledger.book(release, steps * facts.rounds)
+        fits = None if self.epsilon is None else rounds_for(self.epsilon, delta, release) // max(1, steps)
+        return {"layer": "dp_sgd", "unit": "example", "noise_multiplier": self.noise_multiplier, "delta": delta,
+                "epsilon": ledger.epsilon(delta), "rounds_that_fit": fits}
 
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):

@@ -49,6 +49,7 @@ class SecAgg(Knobs, Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "_seats", {})  # secrets: no field, so in no repr, no recipe and no checkpoint
+        object.__setattr__(self, "_pins", {})  # of this process too: one that starts again meets its clients anew
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
@@ -125,12 +126,16 @@ class SecAgg(Knobs, Layer):
             s.got[peer] = self._open(s, client.id, peer, box)
         if len(s.got) + 1 < self.needed(len(s.roster) + 1):
             return {"refused": f"only {len(s.got)} of its {len(s.roster)} neighbors shared, too few to hide among"}
-        reply = call(without(msg, OWN))
-        lifted = fn.__dict__["reduce"].lift(reply) if msg[OWN + "lift"] else reply
+        lifted = self._lifted(fn, msg, client, call)
         ring, layout = encode(lifted, self.fraction(msg[OWN + "count"]), self.clip, f"client '{client.id}'")
         # y_u = x_u + PRG(b_u) + sum_{v > u} PRG(s_uv) - sum_{v < u} PRG(s_uv)  mod 2^32
         pairs = [(keys.agree(s.mask_key, s.roster[v][1], "pair", s.sid), 1 if client.id < v else -1) for v in s.got]
         return {"ring": mask_(ring, [(keys.derive(s.seed, "self", s.sid), 1), *pairs]), "layout": layout}
+
+    def _lifted(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
+        """What is masked: the reply, as it enters the sum."""
+        reply = call(without(msg, OWN))
+        return fn.__dict__["reduce"].lift(reply) if msg[OWN + "lift"] else reply
 
     @on_client()
     def consent(self, msg: Any, client: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from fedllm.core.payload import Payload
 
 MAGIC = b"FLM1"
 HEAD = 8
+KEPT = 1 << 20
+"""Bytes of the longest manifest that is kept for the next message of the same form."""
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.uint8, torch.bool)}
@@ -107,7 +109,7 @@ def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:
     length = int.from_bytes(view[4:HEAD], "little")
     manifest = bytes(view[HEAD : HEAD + length])
     try:
-        rows, values = _parse(manifest)
+        rows, values = (_parse if len(manifest) <= KEPT else _parse.__wrapped__)(manifest)
         start = _start(manifest)
         out: dict[str, Any] = {}
         for name, dtype, shape, at, count in rows:
@@ -116,7 +118,7 @@ def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:
             out[name] = (torch.frombuffer(view, dtype=dtype, count=count, offset=start + at).view(shape) if count
                          else torch.empty(shape, dtype=dtype))
         return out | {k: _rich(v) for k, v in values}
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise PayloadError(f"malformed payload: {error}") from None
 
 
@@ -125,9 +127,9 @@ def _parse(manifest: bytes) -> tuple[list[tuple[str, torch.dtype, tuple[int, ...
     doc = json.loads(manifest)
     rows = []
     for name, dtype, shape, at in doc["t"]:
-        if at < 0 or any(s < 0 for s in shape):
-            raise PayloadError(f"'{name}' has a negative size or place")
-        rows.append((str(name), DTYPES[dtype], tuple(shape), int(at), math.prod(shape)))
+        if any(type(n) is not int or n < 0 for n in (at, *shape)):
+            raise PayloadError(f"'{name}' has a size or place that is no whole number from 0")
+        rows.append((str(name), DTYPES[dtype], tuple(shape), at, math.prod(shape)))
     return rows, [(str(k), v) for k, v in doc["v"]]
 
 

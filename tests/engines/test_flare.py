@@ -117,6 +117,26 @@ def test_a_site_started_again_in_mid_round_gives_the_same_answers(data, tiny_lla
     assert far.state_digest == undisturbed.state_digest
 
 
+def test_a_coordinator_killed_before_the_sites_heard_that_a_round_counted(data, tiny_llama_folder):
+    spec = recipe(data, tiny_llama_folder, "scaffold", rounds=3)
+    undisturbed = drive_run(far_folder(data, spec, "calm"), Line(data, tiny_llama_folder), SITES, patience=QUICK)
+    shots = []
+
+    def kill(line, site, head, body):
+        if head["op"] == "ask" and head["round"] == 2 and len(shots) < 3:
+            shots.append(head["settled"])
+            raise KeyboardInterrupt
+
+    path, line = far_folder(data, spec, "shot"), Line(data, tiny_llama_folder, kill)
+    with pytest.raises(KeyboardInterrupt):
+        drive_run(path, line, SITES, patience=QUICK)
+    assert shots and shots[0]  # the news that round 1 counted was on its way
+    shots.extend([None] * 3)
+    for site in SITES:
+        line.start(site)
+    assert drive_run(path, line, SITES, patience=QUICK).state_digest == undisturbed.state_digest
+
+
 def test_a_dead_site_is_missing_suspect_and_taken_back(data, tiny_llama_folder):
     dead = {"now": False}
 

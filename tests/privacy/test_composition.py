@@ -18,6 +18,7 @@ from fedllm.defenses.median import Median
 from fedllm.methods._factors import Products
 from fedllm.privacy.composition import check_stack, clash, examples, foldings, rows, table
 from fedllm.privacy.dp_fedavg import DPFedAvg
+from fedllm.privacy.dp_ftrl import DPFTRL
 from fedllm.privacy.dp_sgd import DPSGD
 from fedllm.privacy.he_ckks import HECKKS
 from fedllm.privacy.secagg import SecAgg
@@ -28,7 +29,8 @@ from fedllm.wire.codec_topk_ef import CodecTopKEF
 
 QUIET = {"noise_multiplier": 0, "clip_norm": 1e3, "clip_lr": 0}
 LIVE = {
-    "dp_fedavg": DPFedAvg(**QUIET), "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(),
+    "dp_fedavg": DPFedAvg(**QUIET), "dp_ftrl": DPFTRL(noise_multiplier=0, clip_norm=1e3, restart_every=1),
+    "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(),
     "secagg_plus": SecAggPlus(), "he_ckks": HECKKS(), "codec_quant": CodecQuant(),
     "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"),
     "codec_topk_ef": CodecTopKEF(density=1.0), "codec_topk_ef (no feedback)": CodecTopKEF(1.0, error_feedback=False),

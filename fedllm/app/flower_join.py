@@ -1,0 +1,80 @@
+"""An organisation's side of a Flower federation: a SuperNode and a resident process behind it, kept alive together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm.app.federate_process import end_tree, stoppable
+from fedllm.app.federate_settings import SETTINGS, SiteSettings
+from fedllm.app.flower_keys import KIT
+from fedllm.app.flower_wire import QUIET, check_flower, read
+from fedllm.core.errors import RecipeError
+
+log = logging.getLogger(__name__)
+PAUSE = 2.0
+
+
+def is_flower_kit(kit: str | Path) -> bool:
+    """Whether a kit was made with `fedllm keys new --engine flower`."""
+    return (Path(kit) / KIT).exists()
+
+
+def join_flower(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[str] | None = None,
+                models: Sequence[str] = (), store: str | Path | None = None,
+                stop: Callable[[], bool] = lambda: False, **settings: Any) -> None:
+    """Take part in a federation until stopped, as `federate_join.join` does on NVFlare."""
+    check_flower()
+    kit = Path(kit).resolve()
+    target = json.loads(read(kit / KIT))["address"]
+    if address != target:
+        raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
+    mine = SiteSettings(data=str(Path(data).resolve()), store=str(Path(store or kit / "memory").resolve()),
+                        methods=None if methods is None else list(methods),
+                        models=[str(Path(m).resolve()) for m in models], **settings)
+    (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
+    with contextlib.suppress(KeyboardInterrupt), stoppable():
+        while not stop():
+            with site_processes(kit, target) as pair:
+                while all(p.poll() is None for p in pair) and not stop():
+                    time.sleep(0.1)
+            if not stop():
+                log.warning("the site's processes ended (%s); they are started again",
+                            ", ".join(str(p.returncode) for p in pair))
+                time.sleep(PAUSE)
+
+
+@contextlib.contextmanager
+def site_processes(kit: Path, superlink: str) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
+    """A SuperNode and its resident process; when one is gone, so is the other: a new one may not find old tasks."""
+    secret = kit / "secret"
+    secret.touch(0o600)
+    secret.write_bytes(secrets.token_bytes(32))  # no other user of this machine may take the SuperNode's tasks
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = ["-m", "fedllm.app.flower_supernode", "--superlink", superlink, "--root-certificates", str(kit / "ca.crt"),
+            "--auth-supernode-private-key", str(kit / "node.key"), "--isolation", "process", "--host", "127.0.0.1",
+            "--port", str(port), "--superexec-auth-secret-file", str(secret)]
+    desk = ["-m", "fedllm.app.flower_desk", str(kit), f"127.0.0.1:{port}"]
+    pair: list[subprocess.Popen[bytes]] = []
+    try:
+        for words, name in ((node, "supernode.log"), (desk, "process.log")):
+            with (kit / name).open("ab") as out:
+                pair.append(subprocess.Popen([sys.executable, *words], stdout=out, stderr=out,
+                                             env={**os.environ, **QUIET, "MALLOC_ARENA_MAX": "4"}))
+        yield pair[0], pair[1]
+    finally:
+        for process in pair:
+            end_tree(process.pid)
+            process.wait(30)

@@ -1,0 +1,50 @@
+"""Faults done to real processes by pid: rounds end, nobody hangs, and what answers late or again changes nothing."""
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("nvflare") is None:
+    pytest.skip("nvflare is not installed (pip install 'fedllm[federation]')", allow_module_level=True)
+
+from fedllm.app.federate_faults import DRILLS, HOST, namespace, partition
+from fedllm.app.federate_loopback import loopback, until
+from fedllm.core.errors import RunError
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+LOSES = {"client_silent": {"site-c"}, "half_gone": {"site-b", "site-c"}}
+
+
+@pytest.fixture(scope="module")
+def rig(request, tmp_path_factory, tiny_llama_folder):
+    if "slow" not in request.config.getoption("-m"):
+        pytest.skip("starts 8 processes and takes minutes: run with -m slow")
+    with loopback(tmp_path_factory.mktemp("federation"), tiny_llama_folder) as rig:
+        yield rig
+    until(lambda: not rig.all_processes(), 20, "the end of every process of the federation")
+
+
+@pytest.mark.parametrize("name", DRILLS)
+def test_a_fault(rig, name):
+    found = DRILLS[name](rig)
+    assert set(found["missing"]) == LOSES.get(name, set()), found
+    assert found["same"] is (None if name in LOSES else True), found
+    assert found["skipped"] == 0 and set(found["back"]) >= LOSES.get(name, set()), found
+
+
+def test_a_partition_between_network_namespaces(request, tmp_path, tiny_llama_folder):
+    if "slow" not in request.config.getoption("-m"):
+        pytest.skip("run with -m slow")
+    try:
+        space = namespace()
+        inside = space.__enter__()
+    except (RunError, OSError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    try:
+        with loopback(tmp_path, tiny_llama_folder, join=False, host=HOST) as rig:
+            for site in rig.sites:
+                rig.join(site, inside=inside if site == "site-c" else ())
+            found = partition(rig)
+    finally:
+        space.__exit__(None, None, None)
+    assert found["missing"] == found["back"] == ["site-c"] and found["skipped"] == 0, found
