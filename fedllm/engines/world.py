@@ -70,14 +70,18 @@ class World:
             rows = self.rows(client, part)
             if part == "train" and not rows:
                 raise DataError(f"client '{client}' has no training rows; leave it out or give it at least one")
-            self._encoded[key] = self.tokenized(rows)
+            self._encoded[key] = self.tokenized(rows, answers=part == "test")
         return self._encoded[key]
 
-    def tokenized(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Rows as the model reads them; a model without a tokenizer has them so from the start."""
+    def tokenized(self, rows: Sequence[Row], answers: bool = False) -> list[Encoded]:
+        """Rows as the model reads them; a model without a tokenizer has them so from the start.
+
+        With `answers` the response alone counts, whatever of a row is learned in training.
+        """
         if self.model.tokenizer is None:
             return list(rows)  # type: ignore[arg-type]
-        return encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length, self.completion_only)
+        return encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
+                           answers or self.completion_only)
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, kept for the next caller with equal arguments (the last few results only)."""
