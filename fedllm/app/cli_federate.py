@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from fedllm.core.errors import FedLLMError
+from fedllm.core.errors import FedLLMError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Run between organisations on different machines.")
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: one CA, and a kit for each site.")
@@ -27,6 +27,8 @@ def _refuse(error: FedLLMError) -> typer.Exit:
 
 @app.command()
 def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run's folder to go on with.")],
+          overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
+                                                                help="Keys of the recipe to change.")] = None,
           federation: Folder = HERE, root: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
           needed: Annotated[int | None, typer.Option(help="Sites that must join; all of them by default.")] = None,
           wait: Annotated[float, typer.Option(help="Seconds to wait for the sites.")] = 600.0,
@@ -34,6 +36,7 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
           ) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.app import federate
+    from fedllm.app.complaints import parse_override
     from fedllm.app.federate_process import stoppable
 
     try:
@@ -41,7 +44,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
             if recipe.is_dir():
                 result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics)
             else:
-                result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics)
+                result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics,
+                                        **dict(parse_override(text) for text in overrides or ()))
     except KeyboardInterrupt:
         console.print("stopped; `fedllm serve runs/NAME` goes on where the run stood")
         raise typer.Exit(130) from None
@@ -64,7 +68,9 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
          threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1) -> None:
     """Take part in a federation with this machine's data, until stopped."""
     from fedllm.app.federate_join import join as take_part
+    from fedllm.app.flower_join import is_flower_kit, join_flower
 
+    take_part = join_flower if is_flower_kit(kit) else take_part
     try:
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
                   threads=threads, profile={} if rank is None else {"rank": rank})
@@ -121,24 +127,30 @@ def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait
 @keys.command("new")
 def new(sites: Annotated[list[str], typer.Argument(help="Names of the sites.")], federation: Folder = HERE,
         host: Annotated[str, typer.Option(help="Name under which sites reach the coordinator.")] = "localhost",
-        port: Annotated[int, typer.Option(help="Its port.")] = 8002) -> None:
+        port: Annotated[int, typer.Option(help="Its port.")] = 8002,
+        engine: Annotated[str, typer.Option(help="flare (NVFlare) or flower.")] = "flare") -> None:
     """Make a CA, the coordinator's kit and a kit for each site; send each site its own."""
     from fedllm.app.federate_keys import new_federation
+    from fedllm.app.flower_keys import new_flower_federation
 
     try:
-        made = new_federation(federation, sites, host, port)
+        if engine not in ("flare", "flower"):
+            raise RecipeError(f"--engine {engine!r}: allowed are flare and flower")
+        made: Any = (new_flower_federation if engine == "flower" else new_federation)(federation, sites, host, port)
     except FedLLMError as error:
         raise _refuse(error) from None
-    console.print(f"kits are in {made.folder / 'kits'}; give each site its own, and keep {made.folder / 'ca'} secret")
+    secret = made.folder / ("server" if engine == "flower" else "ca")
+    console.print(f"kits are in {made.folder / 'kits'}; give each site its own, and keep {secret} secret")
 
 
 @keys.command("add")
 def add(sites: Annotated[list[str], typer.Argument(help="Names of further sites.")], federation: Folder = HERE) -> None:
     """Kits for further sites, signed by the same CA; the coordinator need not be restarted."""
     from fedllm.app.federate_keys import add_sites
+    from fedllm.app.flower_keys import add_flower_sites, is_flower
 
     try:
-        made = add_sites(federation, sites)
+        made: Any = (add_flower_sites if is_flower(federation) else add_sites)(federation, sites)
     except FedLLMError as error:
         raise _refuse(error) from None
     console.print(f"kits are in {made.folder / 'kits'}")

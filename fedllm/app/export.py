@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
+from fedllm.app.build import build
 from fedllm.app.products import BASE
+from fedllm.app.recipe import load_recipe
 from fedllm.app.result import Result
 from fedllm.core.errors import RunError
 from fedllm.models.load import load_tokenizer
@@ -52,3 +55,17 @@ def _merge(adapter: Path, goal: Path) -> None:
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     delta = load_file(adapter / BASE) if (adapter / BASE).exists() else {}
     merge_adapter(adapter, goal, delta, load_tokenizer(base))
+
+
+def export_for_clients(recipe: Any, out: str | Path) -> Path:
+    """Write the model that clients of this recipe's method hold (`model.at_clients`): for fedbiot, the emulator.
+
+    RunError when `out` exists. Blocks that the owner keeps are not in it.
+    """
+    parts, goal = build(load_recipe(recipe, {})), Path(out)
+    if goal.exists() and any(goal.iterdir()):
+        raise RunError(f"{goal} exists and is not empty; give another folder")
+    held: Any = parts.method.at_client(parts.world.model)
+    held.net.save_pretrained(str(goal))
+    held.tokenizer.save_pretrained(str(goal))
+    return goal

@@ -18,6 +18,7 @@ from fedllm.app import federate_operate as operate
 from fedllm.app.federate_keys import ADMIN, NODES, Federation
 from fedllm.app.federate_process import kit_process
 from fedllm.app.federate_run import FAILED, check_recipe
+from fedllm.app.federate_settings import OWN
 from fedllm.app.federate_site import versions
 from fedllm.app.folder import RunFolder, fresh_path
 from fedllm.app.recipe import Recipe, load_recipe
@@ -26,8 +27,6 @@ from fedllm.core.errors import FedLLMError, RunError
 from fedllm.engines.flare_sites import Patience
 
 log = logging.getLogger(__name__)
-OWN = "each site's own"
-"""Stands where a simulation's recipe names the source of its rows."""
 RESTARTS, PAUSE = 3, 5.0
 """Times that a coordinator's process that died is started again by itself, and the seconds before."""
 
@@ -57,6 +56,10 @@ def resume_serving(run: str | Path, federation: str | Path, *, needed: int | Non
     needed = len(keys.spec["sites"]) if needed is None else needed
     figures = contextlib.nullcontext() if metrics is None else operate.metrics(room.path, metrics)
     with operate.announced(room.path), figures:
+        if load_recipe(room.path / "recipe.yaml").engine.kind == "flower":
+            from fedllm.app.flower_serve import serve_folder
+
+            return serve_folder(room.path, keys.folder, needed, wait, patience)
         return _served(room.path, keys, needed, wait, patience)
 
 
@@ -90,7 +93,7 @@ def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patienc
             await_sites(session, needed, wait)
             (run / FAILED).unlink(missing_ok=True)
             job = submit(session, run, needed, patience or Patience())
-            if _follow(session, run, job, alive):
+            if _follow(session, run, job, alive, (patience or Patience()).stalled):
                 return Result.load(run)
         log.warning("the coordinator's process ended too early; start %d of %d", start + 2, RESTARTS + 1)
         time.sleep(PAUSE)
@@ -174,11 +177,12 @@ def submit(session: Any, run: Path, needed: int, patience: Patience, bench: Sequ
         return str(session.submit_job(str(Path(temp) / "fedllm")))
 
 
-def _follow(session: Any, run: Path, job: str, alive: Callable[[], bool]) -> bool:
+def _follow(session: Any, run: Path, job: str, alive: Callable[[], bool], stalled: float) -> bool:
     """Wait for the job's end: True when the run is complete, False when its process died; RunError with its reason.
 
-    A run may take days, so the wait is bounded by the job: NVFlare ends it when its process or its server dies.
+    A run may take days, so what is bounded is its silence: after `stalled` seconds without an event it is aborted.
     """
+    size, since = -1, time.monotonic()
     while True:
         if not alive():
             raise ServerGone("it ended while the run went on")
@@ -187,6 +191,13 @@ def _follow(session: Any, run: Path, job: str, alive: Callable[[], bool]) -> boo
             raise RunError((run / FAILED).read_text())
         if over:
             return (run / "result.json").exists()
+        events = run / "events.jsonl"
+        if (now := events.stat().st_size if events.exists() else 0) != size:
+            size, since = now, time.monotonic()
+        if time.monotonic() - since > stalled:
+            log.warning("nothing has happened for %g s: the coordinator's process hangs and is ended", stalled)
+            session.abort_job(job)
+            return False
         time.sleep(0.5)
 
 

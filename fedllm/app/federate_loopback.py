@@ -77,12 +77,15 @@ class Loopback:
         with socket.socket() as free:
             free.bind((host, 0))
             self.port = free.getsockname()[1]
-        self.keys = new_federation(folder / "keys", sites, host=host, port=self.port)
+        self.keys: Any = self._keys(folder / "keys", host)
         self.address = f"{host}:{self.port}"
         self.joins: dict[str, subprocess.Popen[bytes]] = {}
         self.serving: subprocess.Popen[bytes] | None = None
         self.session: Any = None
         self.notes: dict[str, Any] = {}
+
+    def _keys(self, folder: Path, host: str) -> Any:
+        return new_federation(folder, self.sites, host=host, port=self.port)
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 

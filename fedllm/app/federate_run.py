@@ -106,9 +106,11 @@ class Opening:
 
 
 def for_sites(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what is the coordinator's alone: where its own test rows lie, and its baselines."""
+    """The recipe without what is the coordinator's alone: where its own rows lie, its baselines, and the model that it
+    keeps to itself when sites get another."""
     raw = recipe.model_dump(mode="json")
-    raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "partition", "office")}
+    raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
+    raw["model"] |= {"name": recipe.model.at_clients or recipe.model.name, "at_clients": None}
     raw["engine"]["kind"] = "in_process"
     raw["evaluate"]["baselines"] = []
     return raw
@@ -128,8 +130,8 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)
     infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
              for s in sorted(said)}
-    federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _test_rows(recipe), recipe.data.task,
-                            tuple(labels[0]))
+    federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _own_rows(recipe, recipe.data.test),
+                            recipe.data.task, tuple(labels[0]), _own_rows(recipe, recipe.data.public))
     space, _ = make_recipe_space(recipe)
     m, e = recipe.model, recipe.evaluate
     model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
@@ -142,12 +144,12 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     return Parts(recipe, world, method, layers, dict(left_out))
 
 
-def _test_rows(recipe: Recipe) -> Sequence[Mapping[str, Any]]:
-    """The coordinator's own test file, if it has one; a fraction of rows that lie elsewhere cannot be held out."""
-    spec = recipe.data
-    if not isinstance(spec.test, str):
+def _own_rows(recipe: Recipe, file: float | str) -> Sequence[Mapping[str, Any]]:
+    """The rows of a file of the coordinator's own; of rows that lie elsewhere no fraction can be held out."""
+    if not isinstance(file, str):
         return ()
-    own = spec.model_copy(update={"source": spec.test, "test": 0.0, "client_test": 0.0, "office": None,
+    spec = recipe.data
+    own = spec.model_copy(update={"source": file, "test": 0.0, "public": 0.0, "client_test": 0.0, "office": None,
                                   "partition": {"kind": "per_file"}, "limit": None})
     return load_federation(own, recipe.seed).pooled()
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedllm.core.errors import RecipeError
 
 SETTINGS = "fedllm.json"
+OWN = "each site's own"
+"""Stands in a federation's recipe where a simulation's names the source of its rows."""
 
 
 class SiteSettings(BaseModel):

@@ -75,7 +75,7 @@ def _same_versions(theirs: Mapping[str, str], settings: SiteSettings) -> None:
 
 def _recipe(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
     """The coordinator's recipe with this site's data, if it asks for nothing that is forbidden here."""
-    data = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "partition", "office")}
+    data = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
     recipe = load_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
                                           "partition": {"kind": "per_file"}}})
     name = recipe.method.name

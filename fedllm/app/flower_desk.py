@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from fedllm.app.flower_keys import KIT
 from fedllm.app.flower_wire import Head, fab, from_record, hasten_pulls, keep_alive, read, runtime, to_record
 from fedllm.core.errors import FedLLMError, PayloadError
-from fedllm.engines.flare_site import BOOT, Said, SiteHost
+from fedllm.engines.flare_site import BOOT, Said, SiteHost, SiteRun
 
 log = logging.getLogger(__name__)
 HOLD = 2.0
@@ -32,11 +33,15 @@ KEPT = 4
 """Pieces of work whose answers wait to be fetched; the oldest is one that nobody waits for."""
 
 
+OpenRun = Callable[[Head], tuple[SiteRun, dict[str, Any]]]
+
+
 class Desk:
     """A site's host, for a line that must not be held: work goes on while `pending` is said."""
 
-    def __init__(self, host: SiteHost, hold: float = HOLD) -> None:
-        self.host, self.hold = host, hold
+    def __init__(self, open_run: OpenRun, hold: float = HOLD) -> None:
+        self.open_run, self.hold = open_run, hold
+        self.host, self.run = SiteHost(open_run), ""
         self.work: dict[str, Future[Said]] = {}
 
     def answer(self, head: Head, body: Any) -> Said:
@@ -58,12 +63,17 @@ class Desk:
     def _begin(self, ticket: str, head: Head, body: Any) -> None:
         done: Future[Said] = Future()
         self.work[ticket] = done
+        if head.get("op") == "open" and self.run not in ("", str(head.get("run"))):
+            self.host = SiteHost(self.open_run)  # a run of its own, which finds nothing of the one before
+        if head.get("op") == "open":
+            self.run = str(head.get("run"))
+        host = self.host
         while len(self.work) > KEPT:
             del self.work[next(iter(self.work))]
 
         def run() -> None:
             try:
-                done.set_result(self.host.answer(head, body))
+                done.set_result(host.answer(head, body))
             except BaseException as error:
                 done.set_exception(error)
 
@@ -136,7 +146,7 @@ def main() -> None:
     settings = SiteSettings.read(kit / "local" / SETTINGS)
     torch.set_num_threads(settings.threads)
     with contextlib.suppress(KeyboardInterrupt):
-        attend(Desk(SiteHost(lambda head: open_run(head, site, SiteSettings.read(kit / "local" / SETTINGS)))), address,
+        attend(Desk(lambda head: open_run(head, site, SiteSettings.read(kit / "local" / SETTINGS))), address,
                read(kit / "secret"))
 
 

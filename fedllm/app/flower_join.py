@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedllm.app.federate_process import end_tree, stoppable
 from fedllm.app.federate_settings import SETTINGS, SiteSettings
@@ -31,7 +31,7 @@ def is_flower_kit(kit: str | Path) -> bool:
 
 
 def join_flower(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[str] | None = None,
-                models: Sequence[str] = (), store: str | Path | None = None,
+                models: Sequence[str] = (), store: str | Path | None = None, policy: str | Path | None = None,
                 stop: Callable[[], bool] = lambda: False, **settings: Any) -> None:
     """Take part in a federation until stopped, as `federate_join.join` does on NVFlare."""
     check_flower()
@@ -39,9 +39,10 @@ def join_flower(address: str, data: str | Path, *, kit: str | Path, methods: Seq
     target = json.loads(read(kit / KIT))["address"]
     if address != target:
         raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
-    mine = SiteSettings(data=str(Path(data).resolve()), store=str(Path(store or kit / "memory").resolve()),
-                        methods=None if methods is None else list(methods),
-                        models=[str(Path(m).resolve()) for m in models], **settings)
+    mine = SiteSettings.make(
+        {"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
+         "methods": None if methods is None else list(methods), "models": [str(Path(m).resolve()) for m in models],
+         **settings}, policy)
     (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
     with contextlib.suppress(KeyboardInterrupt), stoppable():
         while not stop():
@@ -54,6 +55,12 @@ def join_flower(address: str, data: str | Path, *, kit: str | Path, methods: Seq
                 time.sleep(PAUSE)
 
 
+def watched(words: Sequence[str], log: IO[bytes], cwd: Path | None = None) -> subprocess.Popen[bytes]:
+    """A module's command line as a process that ends with this one, however this one ends."""
+    return subprocess.Popen([sys.executable, "-m", "fedllm.app.federate_watch", str(os.getpid()), *words], stdout=log,
+                            stderr=log, cwd=cwd, env={**os.environ, **QUIET, "MALLOC_ARENA_MAX": "4"})
+
+
 @contextlib.contextmanager
 def site_processes(kit: Path, superlink: str) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
     """A SuperNode and its resident process; when one is gone, so is the other: a new one may not find old tasks."""
@@ -63,16 +70,15 @@ def site_processes(kit: Path, superlink: str) -> Iterator[tuple[subprocess.Popen
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    node = ["-m", "fedllm.app.flower_supernode", "--superlink", superlink, "--root-certificates", str(kit / "ca.crt"),
+    node = ["fedllm.app.flower_supernode", "--superlink", superlink, "--root-certificates", str(kit / "ca.crt"),
             "--auth-supernode-private-key", str(kit / "node.key"), "--isolation", "process", "--host", "127.0.0.1",
             "--port", str(port), "--superexec-auth-secret-file", str(secret)]
-    desk = ["-m", "fedllm.app.flower_desk", str(kit), f"127.0.0.1:{port}"]
+    desk = ["fedllm.app.flower_desk", str(kit), f"127.0.0.1:{port}"]
     pair: list[subprocess.Popen[bytes]] = []
     try:
         for words, name in ((node, "supernode.log"), (desk, "process.log")):
             with (kit / name).open("ab") as out:
-                pair.append(subprocess.Popen([sys.executable, *words], stdout=out, stderr=out,
-                                             env={**os.environ, **QUIET, "MALLOC_ARENA_MAX": "4"}))
+                pair.append(watched(words, out))
         yield pair[0], pair[1]
     finally:
         for process in pair:

@@ -51,6 +51,11 @@ class FlowerFederation:
         return path
 
 
+def is_flower(folder: Path) -> bool:
+    """Whether a folder holds the keys of a Flower federation."""
+    return (folder / "server" / "ca.crt").exists()
+
+
 def new_flower_federation(folder: Path, sites: Sequence[str], host: str = "localhost", port: int = 9092
                           ) -> FlowerFederation:
     """Make a CA, the SuperLink's certificate, and a kit for each site."""

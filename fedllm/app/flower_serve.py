@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,42 +16,27 @@ from typing import Any
 
 from fedllm.app.federate_process import end_tree
 from fedllm.app.federate_run import drive_run
-from fedllm.app.federate_site import versions
+from fedllm.app.flower_join import watched
 from fedllm.app.flower_keys import FlowerFederation
 from fedllm.app.flower_link import FlowerLink
-from fedllm.app.flower_wire import QUIET, check_flower, fab, hasten_pulls, keep_alive, read, runtime
-from fedllm.app.folder import RunFolder, fresh_path
-from fedllm.app.recipe import Recipe, load_recipe
+from fedllm.app.flower_wire import check_flower, fab, hasten_pulls, keep_alive, read, runtime
 from fedllm.app.result import Result
 from fedllm.core.errors import RunError
 from fedllm.engines.flare_sites import Patience
 
 log = logging.getLogger(__name__)
-OWN = "each site's own"
 START = 60.0
 """Seconds in which the SuperLink must answer."""
 WAITS = Patience(probe=6.0, grace=90.0)
 """A SuperNode hands on one message at a time, so a sign of life may wait behind a long one."""
 
 
-def serve_flower(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",
-                 needed: int | None = None, wait: float = 600.0, patience: Patience | None = None,
-                 **overrides: Any) -> Result:
-    """Run a recipe on a Flower federation, as `federate.serve` does on NVFlare."""
-    checked = load_recipe(recipe, {"data.source": OWN, **overrides})
-    folder = RunFolder.create(fresh_path(Path(root), checked.name),
-                              {**checked.model_dump(mode="json"), "versions": versions()})
-    return resume_flower(folder.path, federation, needed=needed, wait=wait, patience=patience)
-
-
-def resume_flower(run: str | Path, federation: str | Path, *, needed: int | None = None, wait: float = 600.0,
-                  patience: Patience | None = None) -> Result:
-    """Begin the run in a folder, or go on with it."""
-    room, keys = RunFolder.open(Path(run).resolve()), FlowerFederation(Path(federation).resolve())
-    if (room.path / "result.json").exists():
-        return Result.load(room.path)
+def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: float = 600.0,
+                 patience: Patience | None = None) -> Result:
+    """Begin the run in a folder, or go on with it: a SuperLink for as long as it takes. `federate.serve` calls it."""
+    keys = FlowerFederation(federation)
     with superlink(keys) as nodes:
-        return carry_out_flower(keys, nodes, room.path, needed, wait, patience)
+        return carry_out_flower(keys, nodes, run, needed, wait, patience)
 
 
 def carry_out_flower(keys: FlowerFederation, nodes: Mapping[str, int], run: Path, needed: int | None = None,
@@ -74,13 +57,12 @@ def superlink(keys: FlowerFederation) -> Iterator[dict[str, int]]:
     """Flower's SuperLink while the block runs (TLS, node authentication); gives the node id of each site."""
     check_flower()
     spec, own = keys.spec, keys.folder / "server"
-    words = ["-m", "fedllm.app.flower_superlink", "--ssl-ca-certfile", str(own / "ca.crt"), "--ssl-certfile",
+    words = ["fedllm.app.flower_superlink", "--ssl-ca-certfile", str(own / "ca.crt"), "--ssl-certfile",
              str(own / "server.crt"), "--ssl-keyfile", str(own / "server.key"), "--enable-supernode-auth",
              "--isolation", "process", "--host", "0.0.0.0", "--port", str(spec["port"]),
              "--superexec-auth-secret-file", str(own / "secret"), "--disable-runtime-dependency-installation"]
     with (keys.folder / "superlink.log").open("ab") as out:
-        process = subprocess.Popen([sys.executable, *words], stdout=out, stderr=out, cwd=own,
-                                   env={**os.environ, **QUIET, "MALLOC_ARENA_MAX": "4"})
+        process = watched(words, out, own)
     try:
         yield register(keys, process)
     finally:
@@ -131,6 +113,7 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
     from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
     from flwr.supercore.constant import TaskType
     from flwr.supercore.fab import Fab
+    from flwr.supercore.task_identity import TaskIdentity
     from flwr.superlink.grid.http_grid import HttpGrid
 
     hasten_pulls()
@@ -152,6 +135,7 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
         told = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
         if told.run.run_id != run:
             raise RunError(f"the SuperLink gave the task of run {told.run.run_id}, which is not ours ({run})")
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = told.task_id, run, told.context.node_id
         grid.set_run(run_from_proto(told.run))
         yield grid
         status, why = SubStatus.COMPLETED, ""

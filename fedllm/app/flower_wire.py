@@ -60,7 +60,8 @@ def to_record(head: Head, body: bytes | bytearray | memoryview) -> Any:
     if len(body):
         array = Array(dtype="uint8", shape=(len(body),), stype="fedllm.bytes", data=b"")
         array.data = memoryview(body)  # type: ignore[assignment] (the constructor insists on bytes, which is a copy)
-        record[BODY] = ArrayRecord({BUFFER: array})
+        record[BODY] = ArrayRecord()
+        record[BODY][BUFFER] = array
     return record
 
 

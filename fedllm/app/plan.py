@@ -151,7 +151,8 @@ def _slice(parts: Parts, asked: int) -> Parts:
     profiles = {c.id: replace(c.profile, availability=1.0) for c in infos}
     recipe = parts.recipe.model_copy(
         update={"clients": parts.recipe.clients.model_copy(update={"per_round": 1.0, "quorum": 1, "deadline": None})})
-    return replace(parts, world=_world(world, small, profiles), recipe=recipe)
+    layers = [layer.unlimited() for layer in parts.layers]
+    return replace(parts, world=_world(world, small, profiles), recipe=recipe, layers=layers)
 
 
 def _world(world: World, federation: Federation, profiles: Mapping[str, Any], steps: int | None = None) -> World:

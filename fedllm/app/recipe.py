@@ -41,6 +41,8 @@ class ModelSpec(Section):
 
     name: str = "embedded"
     """embedded, minilm, a folder saved with save_pretrained, or a Hub id."""
+    at_clients: str | None = None
+    """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the frozen base; trainables are fp32 at least."""
     pooling: Literal["mean", "cls", "last"] = "mean"

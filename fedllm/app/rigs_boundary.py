@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedllm.app.layers import make_layer
 from fedllm.app.rigs import Metrics, Trial
-from fedllm.app.rigs_topics import CLASSES, cache_dir, pretrained, topic_federation
+from fedllm.app.rigs_topics import cache_dir
 from fedllm.core.layer import Facts, Layer
 from fedllm.core.payload import Payload, Tree, add, part
 from fedllm.core.rng import numpy_stream
@@ -65,13 +65,13 @@ def blank(seed: int, layers: int = 8, width: int = 48) -> LlamaForCausalLM:
 
 
 @functools.lru_cache(maxsize=2)
-def owned(seed: int, steps: int = 500) -> dict[str, torch.Tensor]:
+def owned(seed: int, steps: int = 500, layers: int = 8) -> dict[str, torch.Tensor]:
     """The owner's weights: pre-trained on walks of the public chain, then read from the cache."""
-    path = cache_dir() / f"boundary-{seed}-{steps}-v1.safetensors"
+    path = cache_dir() / f"boundary-{seed}-{steps}-{layers}-v1.safetensors"
     if path.is_file():
         return load_file(path)
     rng = numpy_stream(seed, "boundary pre-training")
-    model = Model(blank(seed), None, "generation", make_space("full"), seed=seed)
+    model = Model(blank(seed, layers), None, "generation", make_space("full"), seed=seed)
     rows, theta = walks(rng, chain(seed), 4000), model.initial()
     spec = LocalSpec(lr=2e-3, batch_size=32, clip_norm=1.0, schedule="cosine")
     plan = [rng.choice(len(rows), 32, replace=False) for _ in range(steps)]
@@ -278,28 +278,31 @@ def leak(model: Model, given: Mapping[str, Tree], secrets: Mapping[str, list[dic
     return hits / sum(map(len, secrets.values()))
 
 
-def private_skew(method: str, seed: int, *, epsilon: float, rates: Sequence[float] = (0.01, 0.03, 0.1, 0.3),
-                 rounds: int = 10) -> Metrics:
-    """Topic classification by Dirichlet(0.1), eight clients, under `dp_sgd` at this epsilon; SGD.
+def private_chain(method: str, seed: int, *, epsilon: float, rates: Sequence[float] = (0.5, 1.0, 2.0),
+                  rounds: int = 5, rows: int = 512) -> Metrics:
+    """A pre-trained Llama of two blocks learns a moved chain from four clients under `dp_sgd` at this epsilon; SGD.
 
-    `best_loss` and `best_accuracy` on the global test, at the best of the learning rates (chosen on that very test for
-    every method alike, at no charge to epsilon); `lr` is that rate.
+    `best_loss` on the global test, at the best of the learning rates (chosen on that very test for every method alike,
+    at no charge to epsilon); `lr` is that rate, `base` the loss before.
     """
     torch.set_num_threads(1)
-    fed = topic_federation(seed)
-    lora = make_space("lora", rank=4, alpha=8.0, targets=("query", "value"))
-    model = Model(pretrained(seed), None, "classification", lora, labels=CLASSES, seed=seed)
+    net = blank(seed, 2)
+    net.load_state_dict(owned(seed, 300, 2))
+    model = Model(net, None, "generation", make_space("lora", rank=4, alpha=8.0), seed=seed)
+    rng, after = numpy_stream(seed, "private chain"), chain(seed, 0.4)
+    shards = {f"client-{k}": Shard(walks(rng, after, rows)) for k in range(4)}  # type: ignore[arg-type]
+    fed = Federation(shards, walks(rng, after, 200), "generation")  # type: ignore[arg-type]
     found = []
     for lr in rates:
-        spec = LocalSpec(optimizer="sgd", lr=lr, steps=10, batch_size=16)
-        noise = make_layer("dp_sgd", {"epsilon": epsilon, "delta": 1e-4, "clip_norm": 1.0, "seed": seed}, "layers.0")
-        run = tuned(method, World(model, fed, spec, seed), {}, rounds, [noise])
-        scores = list(run.scores("global").values())
-        loss, hits = (float(np.mean([s[m] for s in scores])) for m in ("loss", "accuracy"))
-        found.append((loss if np.isfinite(loss) else 1e9, hits, lr))
-    loss, hits, lr = min(found)
-    return {"best_loss": loss, "best_accuracy": hits, "lr": lr}
+        spec = LocalSpec(optimizer="sgd", lr=lr, steps=10, batch_size=32)
+        noise = make_layer("dp_sgd", {"epsilon": epsilon, "clip_norm": 1.0, "seed": seed}, "layers.0")
+        world = World(model, fed, spec, seed, exact_match=False)
+        run = tuned(method, world, {}, rounds, [noise])
+        loss = plug_in(world, run.method.served(run.state)[0])
+        found.append((loss if np.isfinite(loss) else 1e9, lr))
+    return {"best_loss": min(found)[0], "lr": min(found)[1], "base": plug_in(world, model.initial()),
+            **{f"at_{lr:g}": loss for loss, lr in found}}
 
 
-RIGS = {"canaries": canaries, "offsite": offsite, "private_offsite": private_offsite, "private_skew": private_skew,
+RIGS = {"canaries": canaries, "offsite": offsite, "private_offsite": private_offsite, "private_chain": private_chain,
         "sparse_sums": sparse_sums}

@@ -13,6 +13,7 @@ from fedllm.app.audit import figures_digest, sealed
 from fedllm.app.beside import Beside, beside, run_baselines
 from fedllm.app.build import Parts, build, resolved
 from fedllm.app.course import Course
+from fedllm.app.federate_settings import OWN
 from fedllm.app.folder import EventLog, RunFolder, fresh_path
 from fedllm.app.judge import Judge
 from fedllm.app.meter import Meter
@@ -52,7 +53,11 @@ def resume(path: str | Path) -> Result:
     folder = RunFolder.open(Path(path))
     if (folder.path / "result.json").exists():
         return Result.load(folder.path)
-    parts = build(load_recipe(folder.path / "recipe.yaml"))
+    recipe = load_recipe(folder.path / "recipe.yaml")
+    if recipe.data.source == OWN:
+        raise RunError(f"{path} is a run of a real federation: "
+                       f"`fedllm serve {path} --federation FOLDER` goes on with it")
+    parts = build(recipe)
     with spread(parts), progress_bars() as progress:
         return Run(parts, folder, progress).go()
 

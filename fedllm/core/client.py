@@ -69,6 +69,10 @@ class Client(Protocol):
         """Mean loss of `theta` on these training rows (indices; None: all)."""
         ...
 
+    def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
+        """The mean of |d loss / d w| over these training rows, for every trainable w."""
+        ...
+
     def generate(self, prompts: Sequence[str], theta: Tree | None = None, **options: Any) -> list[str]:
         """Greedy (or sampled) continuations of the prompts."""
         ...

@@ -39,6 +39,8 @@ class Algebra:
     """Whether what it sends decodes to nothing longer than what it got, so that a clip above it still holds."""
     compresses: bool = False
     """Whether it drops or rounds entries, as codecs do, beside what its kind says."""
+    reads: bool = False
+    """Whether it lets out something that it reads from rows by itself, without noise."""
     instead: str = ""
     """What works in its place where it cannot stand."""
 
@@ -77,6 +79,10 @@ class Layer:
     def foresee(self, facts: Facts) -> Mapping[str, Any] | None:
         """What the bound layer expects of a whole run: `epsilon`, `delta`, `noise_multiplier`, `rounds_that_fit`."""
         return None
+
+    def unlimited(self) -> Layer:
+        """The bound layer without its budget: a plan's trial rounds are not the run's."""
+        return self
 
     def statement(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What it can say about the run's privacy; `void` lists what takes its claim away. None: nothing."""

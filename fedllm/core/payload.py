@@ -7,6 +7,7 @@ payload ("theta/model.layers.0..." beside "n"); `part` takes one of them out aga
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -108,9 +109,14 @@ def tensor_bytes(payload: Payload) -> int:
 def non_finite(payload: Payload) -> str | None:
     """The first key whose value holds a NaN or an infinity, or None."""
     for key, v in payload.items():
-        if isinstance(v, Tensor):
-            if v.is_floating_point() and not bool(torch.isfinite(v).all()):
-                return key
-        elif isinstance(v, float) and (v != v or v in (float("inf"), float("-inf"))):
+        if not _all_finite(v):
             return key
     return None
+
+
+def _all_finite(v: Any) -> bool:
+    if isinstance(v, Tensor):
+        return not v.is_floating_point() or bool(torch.isfinite(v).all())
+    if isinstance(v, list | tuple):
+        return all(map(_all_finite, v))
+    return not isinstance(v, float) or math.isfinite(v)

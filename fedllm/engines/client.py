@@ -19,13 +19,15 @@ from fedllm.engines.world import GLOBAL, World
 from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_embeds, run_losses
 from fedllm.local.generate import prompt_ids, run_generates
-from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Request
+from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Request, Sensitivity
+from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.models.model import Model
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
-    Fit: run_fits, Losses: run_losses, Generate: run_generates, Embed: run_embeds}
+    Fit: run_fits, Losses: run_losses, Generate: run_generates, Embed: run_embeds,
+    Sensitivity: run_sensitivities}
 
 
 class ClientCall:
@@ -104,6 +106,11 @@ class ClientCall:
         mine = self._world.encoded(self.id, "train")
         chosen = mine if rows is None else [mine[i] for i in rows]
         return self._submit(Losses(self.id, self.model, theta, base, chosen)).mean
+
+    def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
+        """The mean of |d loss / d w| over these training rows, for every trainable w."""
+        mine = self._world.encoded(self.id, "train")
+        return self._submit(Sensitivity(self.id, self.model, theta, base, [mine[i] for i in rows]))
 
     def generate(self, prompts: Sequence[str], theta: Tree | None = None, *, base: Tree | None = None,
                  max_new_tokens: int | None = None, temperature: float = 0.0) -> list[str]:

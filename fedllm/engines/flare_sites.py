@@ -56,6 +56,8 @@ class Patience:
     """How long a site may be gone in the middle of a call before the call is given up."""
     revive: float = 20.0
     """From one request to start a lost process again to the next."""
+    stalled: float = 6 * 3600.0
+    """Without any event of the run, after which its coordinator's process counts as hung."""
 
 
 @dataclass

@@ -49,7 +49,7 @@ def private_objective(model: Model, rows: Sequence[Sequence[Encoded]], private: 
     size = max(1, HELD // max(1, lane_bytes)) if model.stackable else 1
     for i in range(0, len(flat), size):
         owners = [k for k, _ in flat[i : i + size]]
-        own = _example_grads(model, [row for _, row in flat[i : i + size]], owners, trees, base, params, frozen)
+        own = example_grads(model, [row for _, row in flat[i : i + size]], owners, trees, base, params, frozen)
         norms = torch.stack([g.flatten(1).pow(2).sum(1) for g in own.values()]).sum(0).sqrt()  # [examples]
         # g_i <- g_i min(1, C / ||g_i||)
         shrink = (private[0].clip_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -61,7 +61,7 @@ def private_objective(model: Model, rows: Sequence[Sequence[Encoded]], private: 
     return torch.stack([(params[n] * g).flatten(1).sum(1) for n, g in grads.items()]).sum(0)
 
 
-def _example_grads(model: Model, rows: Sequence[Encoded], owners: Sequence[int], trees: Sequence[Mapping[str, Tensor]],
+def example_grads(model: Model, rows: Sequence[Encoded], owners: Sequence[int], trees: Sequence[Mapping[str, Tensor]],
                    base: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
                    frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each row's own gradient [examples, ...]."""

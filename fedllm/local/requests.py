@@ -73,6 +73,13 @@ class Losses(Request):
 
 
 @dataclass(frozen=True)
+class Sensitivity(Request):
+    """The mean over the rows of |d loss(row) / d w|, for every trainable w."""
+
+    rows: Sequence[Encoded]
+
+
+@dataclass(frozen=True)
 class Generate(Request):
     """Continue each prompt (token ids)."""
 

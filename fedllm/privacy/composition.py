@@ -34,6 +34,8 @@ def clash(above: Layer, below: Layer) -> str | None:
     up, down = f"layer '{type(above).__name__}'", f"layer '{type(below).__name__}'"
     if same_kind(above, below):
         return f"{up} and {down} do the same work twice; leave one of them out"
+    if a.kind == "dp" and b.reads:
+        return f"{up} above {down}: the map of {down} is read from rows without noise; use {b.instead}"
     if a.kind in HIDES and b.kind == "codec":
         return (f"{up} above {down}: masked or encrypted numbers look random and cannot be compressed; list "
                 "codec_powersgd above it, or set the quantum of the ring")
@@ -100,9 +102,11 @@ def examples() -> dict[str, Layer]:
     from fedllm.privacy.dp_fedavg import DPFedAvg
     from fedllm.privacy.dp_ftrl import DPFTRL
     from fedllm.privacy.dp_sgd import DPSGD
+    from fedllm.privacy.fedml_he import FedMLHE
     from fedllm.privacy.he_ckks import HECKKS
     from fedllm.privacy.secagg import SecAgg
     from fedllm.privacy.secagg_plus import SecAggPlus
+    from fedllm.privacy.thgs_secagg import THGSSecAgg
     from fedllm.wire.codec_powersgd import CodecPowerSGD
     from fedllm.wire.codec_quant import CodecQuant
     from fedllm.wire.codec_topk_ef import CodecTopKEF
@@ -110,6 +114,8 @@ def examples() -> dict[str, Layer]:
     return {
         "dp_fedavg": DPFedAvg(noise_multiplier=1.0), "dp_ftrl": DPFTRL(noise_multiplier=1.0),
         "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(), "secagg_plus": SecAggPlus(), "he_ckks": HECKKS(),
+        "thgs_secagg": THGSSecAgg(),
+        "fedml_he": FedMLHE(),
         "codec_quant": CodecQuant(),
         "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"), "codec_topk_ef": CodecTopKEF(),
         "codec_topk_ef (no feedback)": CodecTopKEF(error_feedback=False), "codec_powersgd": CodecPowerSGD()}

@@ -103,6 +103,9 @@ class DPFedAvg(Knobs, Layer):
             says["rounds_that_fit"] = rounds_for(self.epsilon, delta, release)
         return says | {"epsilon": ledger.epsilon(delta)}
 
+    def unlimited(self) -> DPFedAvg:
+        return replace(self, epsilon=None)
+
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
             return (yield ask)

@@ -133,6 +133,9 @@ class DPFTRL(Knobs, Layer):
             says["rounds_that_fit"] = rounds_for(self.epsilon, delta, release) * self.restart_every
         return says | {"epsilon": ledger.epsilon(delta)}
 
+    def unlimited(self) -> DPFTRL:
+        return replace(self, epsilon=None)
+
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
             return (yield ask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ class HECKKS(Knobs, Layer):
     scale_bits: int = knob(40, "bits after the point", ge=20, le=44)
     round_bits: int = knob(20, "bits after the point that are kept of an opened sum", ge=4, le=30)
 
+    backend: Literal["tenseal", "openfhe"] = knob("tenseal", "the library", options=("tenseal", "openfhe"))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "_seats", {})  # contexts with secret keys: no field, so in no recipe or checkpoint
@@ -58,6 +61,8 @@ class HECKKS(Knobs, Layer):
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
+        if self.backend == "openfhe":
+            raise CompositionError(no_openfhe(type(self).__name__))
         tenseal()
 
     def server(self, ask: Any, state: Any) -> Any:
@@ -85,7 +90,7 @@ class HECKKS(Knobs, Layer):
         adverts = yield Ask(self.advertise, {c: {} for c in [*new, *holders[:1]]})
         maker = holders[0] if holders else next(iter(adverts))
         others = [c for c in adverts if c != maker]
-        made = yield Ask(self.make, {maker: {"to": others, "keys": [adverts[c]["key"] for c in others]}})
+        made = yield Ask(self.make_key, {maker: {"to": others, "keys": [adverts[c]["key"] for c in others]}})
         boxes = dict(zip(others, made[maker]["boxes"], strict=True))
         got = yield Ask(self.take, {c: {"box": box, "key": adverts[maker]["key"]} for c, box in boxes.items()})
         live["public"] = made[maker]["public"]
@@ -99,7 +104,7 @@ class HECKKS(Knobs, Layer):
         return {"key": seat["key"].public_key().public_bytes_raw()}
 
     @on_client()
-    def make(self, msg: Payload, client: Any) -> Payload:
+    def make_key(self, msg: Payload, client: Any) -> Payload:
         """Make the key (once), and seal it to each of the others."""
         seat = self._seat(client.id)
         if "context" not in seat:
@@ -136,14 +141,18 @@ class HECKKS(Knobs, Layer):
         numbers = {k: float(v) for k, v in lifted.items() if not isinstance(v, Tensor)}
         flat = torch.cat([*(t.reshape(-1).double() for t in tensors.values()),
                           torch.tensor(list(numbers.values()), dtype=torch.float64)]).numpy()
-        room = self.most / msg[OWN + "count"]
-        if not np.abs(flat).max(initial=0) < room:
-            raise PayloadError(f"client '{client.id}': a reply holds {np.abs(flat).max():.6g} and CKKS with scale 2^"
-                               f"{self.scale_bits} has room for {room:g} of each client; lower scale_bits")
-        context, slots = self._seat(client.id)["context"], self.poly_modulus_degree // 2
-        parts = [tenseal().ckks_vector(context, flat[i : i + slots]) for i in range(0, len(flat), slots)]
         names = [[k, NAMES[t.dtype], *t.shape] for k, t in tensors.items()]
-        return {**joined([p.serialize() for p in parts]), "tensors": names, "names": list(numbers)}
+        return {**self._encrypted(client.id, flat, msg[OWN + "count"]), "tensors": names, "names": list(numbers)}
+
+    def _encrypted(self, who: str, flat: np.ndarray, count: int) -> dict[str, Any]:
+        """Ciphertexts of these numbers, which `count` clients' sums leave room for."""
+        room = self.most / count
+        if not np.abs(flat).max(initial=0) < room:
+            raise PayloadError(f"client '{who}': a reply holds {np.abs(flat).max():.6g} and CKKS with scale 2^"
+                               f"{self.scale_bits} has room for {room:g} of each client; lower scale_bits")
+        context, slots = self._seat(who)["context"], self.poly_modulus_degree // 2
+        parts = [tenseal().ckks_vector(context, flat[i : i + slots]) for i in range(0, len(flat), slots)]
+        return joined([p.serialize() for p in parts])
 
     @on_client()
     def open(self, msg: Payload, client: Any) -> Payload:
@@ -206,6 +215,18 @@ def serialized(context: Any, secret: bool) -> bytes:
     """A CKKS context with its secret key, or without."""
     return context.serialize(save_public_key=False, save_secret_key=secret, save_galois_keys=False,
                              save_relin_keys=False)
+
+
+def no_openfhe(layer: str) -> str:
+    """Why there are no threshold keys here."""
+    try:
+        import openfhe  # noqa: F401
+    except ImportError as error:
+        why = f"it does not import under Python {platform.python_version()} ({error})"
+    else:
+        why = "it imports, and fedllm has no protocol for it yet"
+    return (f"layer '{layer}' and the backend 'openfhe' do not fit together: {why}; backend: tenseal works, with one "
+            "key that all clients share")
 
 
 def tenseal() -> Any:

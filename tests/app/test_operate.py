@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from fedllm.app.cli import app
 from fedllm.app.federate_keys import Federation, _write, revoke_site
 from fedllm.app.federate_operate import SERVING, Tally, announced, metrics, serving
-from fedllm.app.federate_settings import SiteSettings
+from fedllm.app.federate_settings import OWN, SiteSettings
 from fedllm.app.folder import RunFolder
 from fedllm.app.layers import make_layer
 from fedllm.app.recipe import load_recipe
+from fedllm.app.run import resume
 from fedllm.core.errors import RecipeError, RunError
 
 WIRE = {"kind": "wire", "round": 0, "phase": "p", "client": "site-a", "direction": "up", "payload": "x", "bytes": 70}
@@ -141,6 +142,13 @@ def test_a_revoked_sites_name_is_not_given_again(tmp_path):
         revoke_site(tmp_path, "site-a")
     with pytest.raises(RecipeError, match="not taken or revoked"):
         _write(tmp_path, Federation(tmp_path).spec, ["site-a"])
+
+
+def test_resume_says_who_goes_on_with_a_federations_run(tmp_path):
+    recipe = load_recipe({"name": "r"}, {"data.source": OWN})
+    folder = RunFolder.create(tmp_path / "r", recipe.model_dump(mode="json"))
+    with pytest.raises(RunError, match=r"`fedllm serve .*r --federation FOLDER` goes on with it"):
+        resume(folder.path)
 
 
 def test_what_needs_pooled_rows_is_refused_before_anything_starts():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedllm.app.build import build
+from fedllm.app.federate import ServerGone, _follow
 from fedllm.app.federate_memory import DiskMemory
 from fedllm.app.federate_run import drive_run, for_sites
 from fedllm.app.federate_settings import SiteSettings
@@ -167,6 +168,21 @@ def test_too_few_sites_say_why(data, tiny_llama_folder):
         drive_run(far_folder(data, recipe(data, tiny_llama_folder)), line, SITES, patience=QUICK)
 
 
+def test_what_sites_declare_reaches_the_method_and_a_policy_is_heard(data, tiny_llama_folder):
+    spec = recipe(data, tiny_llama_folder, "hetlora", rounds=1, space={"name": "lora", "rank": 8, "scaling": "shared"})
+    here = run({**spec, "clients": {"ranks": [2, 4, 8]}}, root=data / "runs")
+    line = Line(data, tiny_llama_folder)
+    for site, rank in zip(SITES, (2, 4, 8), strict=True):
+        line.settings[site] = line.settings[site].model_copy(update={"profile": {"rank": rank}})
+    assert drive_run(far_folder(data, spec), line, SITES, patience=QUICK).state_digest == here.state_digest
+    strict = Line(data, tiny_llama_folder)
+    strict.settings["site-b"] = strict.settings["site-b"].model_copy(update={"most_epsilon": 3.0})
+    path = far_folder(data, recipe(data, tiny_llama_folder, rounds=1), "two")
+    drive_run(path, strict, SITES, 2, patience=QUICK)
+    left = [e for e in map(json.loads, (path / "events.jsonl").read_text().splitlines()) if e["kind"] == "left_out"]
+    assert [e["client"] for e in left] == ["site-b"] and "epsilon of 3 at most" in left[0]["why"]
+
+
 def opening(data, model, **more):
     spec = load_recipe(recipe(data, model, **more))
     return {"op": "open", "protocol": PROTOCOL, "run": "r1", "at": 0, "incarnation": "i", "recipe": for_sites(spec),
@@ -200,10 +216,11 @@ def test_a_site_keeps_its_text_and_bounds_its_replies():
 
 @pytest.mark.parametrize("reply, why", [
     ({"delta/w": torch.tensor([1.0, float("nan")]), "n": 1}, "holds NaN"),
+    ({"losses": [1.0, [2.0, float("inf")]]}, "'losses' holds NaN or infinity"),
     ({"delta/w": torch.zeros(3), "n": 1}, r"shape \(3,\), sent was \(2,\)"),
     ({"delta/w": torch.zeros(2), "delta/v": torch.zeros(2), "n": 1}, "'delta/v' is not the name of a trainable"),
     ({"delta/w": torch.zeros(1 << 20)}, "bytes, allowed are"),
-], ids=["nan", "shape", "name", "size"])
+], ids=["nan", "nan in a list", "shape", "name", "size"])
 def test_the_door_refuses(reply, why):
     door = Door(1000, frozenset({"w"}))
     with pytest.raises(PayloadError, match=why):
@@ -272,8 +289,44 @@ def test_a_model_that_loads_again_does_not_outlast_the_deadline():
     assert time.monotonic() - started < 5
 
 
+def test_a_coordinator_that_hangs_is_ended(tmp_path):
+    ended = []
+    session = SimpleNamespace(get_job_status=lambda job: "RUNNING", abort_job=ended.append)
+    started = time.monotonic()
+    assert _follow(session, tmp_path, "job", lambda: True, 0.8) is False
+    assert ended == ["job"] and 0.8 <= time.monotonic() - started < 10
+    with pytest.raises(ServerGone):
+        _follow(session, tmp_path, "job", lambda: False, 60)
+
+
 def test_the_coordinators_parts_hold_no_row(data, tiny_llama_folder):
     spec = recipe(data, tiny_llama_folder)
     assert "source" not in for_sites(load_recipe(spec))["data"]
     assert build(load_recipe(spec)).world.rows("site-a", "train")
     assert Path(tiny_llama_folder).exists()
+
+
+def test_sites_that_hold_an_emulator_give_the_simulations_result(data, tiny_llama_folder):
+    """The owner's model is a folder that no site has opened; sites load the emulator that was exported for them."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    from fedllm.app.export import export_for_clients
+
+    owner, config = str(data / "owner"), AutoConfig.from_pretrained(tiny_llama_folder)
+    config.num_hidden_layers = 5
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(owner)
+    AutoTokenizer.from_pretrained(tiny_llama_folder).save_pretrained(owner)
+    spec = recipe(data, owner, "fedbiot")
+    (data / "public.jsonl").write_text((data / "data" / "site-a.jsonl").read_text())
+    spec |= {"method": {"name": "fedbiot", "prealign_steps": 3, "align_steps": 2, "adapter_layers": 2},
+             "data": {**spec["data"], "public": str(data / "public.jsonl")}}
+    thin = export_for_clients(spec, data / "thin")
+    here = run(spec, root=data / "runs")
+    far_spec = {**spec, "model": {"name": owner, "at_clients": str(thin)}}
+    line = Line(data, str(thin))
+    far = drive_run(far_folder(data, far_spec), line, SITES, patience=QUICK)
+    assert far.state_digest == here.state_digest and far.bytes == here.bytes
+    with pytest.raises(RunError, match="outside of the folders that this site opened"):
+        drive_run(far_folder(data, spec, "bare"), Line(data, str(thin)), SITES, patience=QUICK)

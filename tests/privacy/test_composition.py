@@ -20,9 +20,11 @@ from fedllm.privacy.composition import check_stack, clash, examples, foldings, r
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_ftrl import DPFTRL
 from fedllm.privacy.dp_sgd import DPSGD
+from fedllm.privacy.fedml_he import FedMLHE
 from fedllm.privacy.he_ckks import HECKKS
 from fedllm.privacy.secagg import SecAgg
 from fedllm.privacy.secagg_plus import SecAggPlus
+from fedllm.privacy.thgs_secagg import THGSSecAgg
 from fedllm.wire.codec_powersgd import CodecPowerSGD
 from fedllm.wire.codec_quant import CodecQuant
 from fedllm.wire.codec_topk_ef import CodecTopKEF
@@ -31,11 +33,15 @@ QUIET = {"noise_multiplier": 0, "clip_norm": 1e3, "clip_lr": 0}
 LIVE = {
     "dp_fedavg": DPFedAvg(**QUIET), "dp_ftrl": DPFTRL(noise_multiplier=0, clip_norm=1e3, restart_every=1),
     "dp_sgd": DPSGD(noise_multiplier=1.0), "secagg": SecAgg(),
-    "secagg_plus": SecAggPlus(), "he_ckks": HECKKS(), "codec_quant": CodecQuant(),
+    "secagg_plus": SecAggPlus(), "thgs_secagg": THGSSecAgg(density=1.0), "he_ckks": HECKKS(),
+    "fedml_he": FedMLHE(mask="random", encrypt_ratio=0.3),
+    "codec_quant": CodecQuant(),
     "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"),
     "codec_topk_ef": CodecTopKEF(density=1.0), "codec_topk_ef (no feedback)": CodecTopKEF(1.0, error_feedback=False),
     "codec_powersgd": CodecPowerSGD(rank=4)}
-ERROR = {"codec_quant": 0.03, "codec_quant (toward_zero)": 0.06, "secagg": 2e-5, "secagg_plus": 2e-5, "he_ckks": 1e-5}
+ERROR = {"codec_quant": 0.03, "codec_quant (toward_zero)": 0.06, "secagg": 2e-5, "secagg_plus": 2e-5,
+         "thgs_secagg": 2e-5, "he_ckks": 1e-5,
+         "fedml_he": 1e-5}
 """What each loses on entries of about 1; the others are exact at these settings."""
 
 
@@ -43,7 +49,7 @@ class Ship:
     """Clients send a matrix of rank 2, folded as the class says."""
 
     def round(self, state, clients):
-        return (yield Ask(self.local, {c: {} for c in clients}))
+        return (yield Ask(self.local, {c: {"theta/w": torch.zeros(48, 40)} for c in clients}))
 
     @on_client(reduce=Mean())
     def local(self, msg, client):

@@ -39,7 +39,7 @@ def test_the_mean_is_the_plain_mean_and_bytes_are_as_said(loop, people):
     sent = next(r for p, _, r in engine.seen if p == "Ship.local")
     assert 28 < codec.size(sent) / 6144 < 31
     again, engine = run(layer, clients, loop, {"local": ["c01"]})  # keys are there; a drop-out costs nothing
-    assert len(again.answered) == 3 and not any(p.endswith("make") for p, _, _ in engine.seen)
+    assert len(again.answered) == 3 and not any(p.endswith("make_key") for p, _, _ in engine.seen)
 
 
 def test_the_server_cannot_open_what_it_adds(loop, people):
@@ -50,7 +50,7 @@ def test_the_server_cannot_open_what_it_adds(loop, people):
     reply = next(r for p, c, r in engine.seen if p == "Ship.local")
     with pytest.raises(ValueError, match="secret"):
         ts.ckks_vector_from(public, split(reply)[0]).decrypt()
-    boxes = next(r["boxes"] for p, _, r in engine.seen if p.endswith("make"))
+    boxes = next(r["boxes"] for p, _, r in engine.seen if p.endswith("make_key"))
     with pytest.raises(Exception):  # noqa: B017 - sealed: no context at all
         ts.context_from(boxes[0])
     assert "context" not in repr(layer) and len(layer.init()) == 0

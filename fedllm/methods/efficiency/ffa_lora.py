@@ -24,7 +24,7 @@ class FFALoRA(Star):
     card = Card(
         also={f"epsilon_{e}": Claim(
             f"under DP-SGD at epsilon {e} its loss is at most LoRA's (FedIT's), each at its best learning rate",
-            rig="private_skew", metric="best_loss", baseline="fedit", relative="difference", holds="<=", threshold=0.0,
+            rig="private_chain", metric="best_loss", baseline="fedit", relative="difference", holds="<=", threshold=0.0,
             seeds=5, wins=4, options={"epsilon": float(e)}) for e in (1, 3, 8)},
         title="FFA-LoRA: federated freeze-A LoRA",
         paper="Sun et al., Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, arXiv 2403.12313",

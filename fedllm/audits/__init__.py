@@ -1,0 +1,1 @@
+"""Audits read what a party saw, and say what it gives away."""

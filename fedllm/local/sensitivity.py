@@ -1,0 +1,28 @@
+"""How much each trainable tells about the rows: the mean size of its gradient, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedllm.core.payload import Tree
+from fedllm.local.private import example_grads
+from fedllm.local.requests import Limits, Sensitivity
+from fedllm.spaces.space import stack_lanes
+
+
+def run_sensitivities(requests: Sequence[Sensitivity], limits: Limits) -> list[Tree]:
+    """For each request the mean over its rows of |d loss(row) / d w|, for every trainable w, in fp32."""
+    return [_one(r) for r in requests]
+
+
+def _one(request: Sensitivity, most: int = 16) -> Tree:
+    params, total = stack_lanes([request.theta]), {n: torch.zeros_like(t).float() for n, t in request.theta.items()}
+    size = most if request.model.stackable else 1
+    for i in range(0, len(request.rows), size):
+        rows = request.rows[i : i + size]
+        grads = example_grads(request.model, rows, [0] * len(rows), [request.theta], request.base, params, {})
+        for name, g in grads.items():
+            total[name] += g.abs().sum(0).float() / len(request.rows)
+    return total

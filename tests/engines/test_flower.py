@@ -1,0 +1,241 @@
+"""The Flower engine: its pieces, a short real run over TLS with node keys, and (slow) more methods and killed nodes."""
+
+import asyncio
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+if importlib.util.find_spec("flwr") is None:
+    pytest.skip("flwr is not installed (pip install 'fedllm[flower]')", allow_module_level=True)
+
+from fedllm.app import flower_wire as wire
+from fedllm.app.federate_loopback import events, until
+from fedllm.app.flower_desk import Desk
+from fedllm.app.flower_join import join_flower
+from fedllm.app.flower_keys import FlowerFederation, add_flower_sites, new_flower_federation
+from fedllm.app.flower_loopback import flower_loopback
+from fedllm.app.flower_superlink import FromHere
+from fedllm.app.run import run
+from fedllm.core.errors import PayloadError, RecipeError, RunError
+from fedllm.engines.flare_sites import PROTOCOL
+
+SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
+CASES = {
+    "fedkseed": {"knobs": {"K": 64, "steps": 4, "lr": 1e-4}}, "scaffold": SGD, "fedex_lora": {}, "local_only": {},
+    "hetlora": {"space": {"name": "lora", "rank": 8, "scaling": "shared"}, "clients": {"ranks": [2, 4, 8]}},
+    "fed_sp_sc": {"rounds": 1, "knobs": {"max_new_tokens": 16, "embed": "tfidf"}}}
+
+
+# -- the pieces --------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_keeps_its_body_bit_for_bit():
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    body = bytearray(os.urandom((5 << 20) + 17))
+    record = wire.to_record({"op": "ask", "round": 3}, body)
+    objects = get_all_nested_objects(record)
+    assert len(objects) > 4  # a long body travels in chunks
+    again = inflate_object_from_contents(record.object_id, {k: v.deflate() for k, v in objects.items()})
+    head, got = wire.from_record(again)
+    assert head == {"op": "ask", "round": 3} and bytes(got) == bytes(body)
+    assert wire.from_record(wire.to_record({"a": 1}, b"")) == ({"a": 1}, b"")
+
+
+def test_a_message_that_is_none_of_ours_is_refused():
+    from flwr.app import ConfigRecord, RecordDict
+
+    for record in (RecordDict(), RecordDict({"head": ConfigRecord({"json": "["})}),
+                   RecordDict({"head": ConfigRecord({"json": "[1]"})})):
+        with pytest.raises(PayloadError, match="a message"):
+            wire.from_record(record)
+
+
+def test_what_is_touched_of_flwr_is_still_there():
+    """The contract with flwr's insides: sleeps, back-off, the SuperLink's middleware, the app bundle."""
+    from flwr.superlink import main
+
+    wire.check_flower()
+    assert wire.hasten_pulls()
+    node = importlib.import_module("flwr.supernode.start_client_internal")
+    before = node.time
+    try:
+        assert wire.hasten(node, 0.01)
+        started = time.monotonic()
+        node.time.sleep(3)
+        assert time.monotonic() - started < 1 and node.time.monotonic() > 0
+    finally:
+        node.time = before
+    assert callable(main._get_middleware)
+    assert wire.fab()[1] == wire.fab()[1]
+
+
+def test_controls_answer_this_machine_alone():
+    reached = []
+
+    async def app(scope, receive, send):
+        reached.append(scope["path"])
+
+    def ask(path, host):
+        said = []
+
+        async def send(message):
+            said.append(message)
+
+        asyncio.run(FromHere(app)({"type": "http", "path": path, "client": (host, 1)}, None, send))
+        return said[0]["status"] if said else 200
+
+    assert ask("/v1/control/start-run", "203.0.113.9") == 403 and ask("/v1/runtime/acquire-task", "fe80::1") == 403
+    assert ask("/docs", "203.0.113.9") == 403 and reached == []
+    assert ask("/v1/fleet/pull-messages", "203.0.113.9") == 200 and ask("/v1/control/x", "127.0.0.1") == 200
+    assert ask("/v1/control/x", "::1") == 200 and ask("/v1/control/x", "::ffff:127.0.0.1") == 200
+
+
+class Slow:
+    """Stands in for a run that takes a while."""
+
+    def __init__(self):
+        self.go, self.asked = threading.Event(), 0
+
+    def ask(self, head, body):
+        self.asked += 1
+        self.go.wait(20)
+        return {"boot": "b"}, b"done"
+
+
+def test_long_work_is_fetched_and_signs_of_life_come_meanwhile():
+    slow = Slow()
+    desk = Desk(lambda head: (slow, {"n": 3}), hold=0.1)
+    head = {"protocol": PROTOCOL, "incarnation": "i", "run": "r"}
+    assert desk.answer({**head, "op": "open", "ticket": "t0"}, b"")[0]["n"] == 3
+    assert desk.answer({**head, "op": "ask", "ticket": "t1"}, b"")[0]["pending"]
+    assert desk.answer({**head, "op": "probe", "ticket": "t2"}, b"")[0]["open"]
+    assert desk.answer({**head, "op": "fetch", "ticket": "t1"}, b"")[0]["pending"]
+    slow.go.set()
+    assert desk.answer({**head, "op": "fetch", "ticket": "t1"}, b"") == ({"boot": "b"}, b"done")
+    assert desk.answer({**head, "op": "fetch", "ticket": "t1"}, b"")[0]["unknown"] and slow.asked == 1
+
+
+def test_keys_are_private_and_what_is_wrong_is_said(tmp_path):
+    made = new_flower_federation(tmp_path / "keys", ["site-a"], "localhost", 9999)
+    assert (made.kit("site-a") / "node.key").stat().st_mode & 0o77 == 0
+    assert (made.folder / "server" / "server.key").stat().st_mode & 0o77 == 0
+    add_flower_sites(made.folder, ["site-b"])
+    assert list(made.spec["sites"]) == ["site-a", "site-b"]
+    for name in ("site-a", "../up", "1a", ""):
+        with pytest.raises(RecipeError, match="cannot be a new site's name"):
+            add_flower_sites(made.folder, [name])
+    with pytest.raises(RecipeError, match="already holds a federation"):
+        new_flower_federation(tmp_path / "keys", ["site-c"])
+    with pytest.raises(RecipeError, match=r"the kit .* was made for 'localhost:9999'"):
+        join_flower("elsewhere:1", tmp_path, kit=made.kit("site-a"))
+    (tmp_path / "flare").mkdir()
+    (tmp_path / "flare" / "federation.yaml").write_text("host: localhost\nport: 1\nsites: [a]\n")
+    with pytest.raises(RecipeError, match="holds keys for NVFlare"):
+        _ = FlowerFederation(tmp_path / "flare").spec
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(280)
+def test_a_real_run_has_the_simulations_digest(tmp_path, tiny_llama_folder):
+    """SuperLink and 2 SuperNodes, TLS, node keys: the same state, bytes and scores; one model load; nothing left."""
+    with flower_loopback(tmp_path, tiny_llama_folder, sites=("site-a", "site-b")) as rig, rig.serving_session():
+        spec = rig.recipe("scaffold", **SGD)
+        far = rig.run(spec)
+        processes = rig.all_processes()
+    here = run(spec, root=tmp_path / "here")
+    assert far.engine == "flower" and far.state_digest == here.state_digest and far.bytes == here.bytes
+    assert far.evaluation["clients"] == here.evaluation["clients"]
+    assert [s["loads"] for s in json.loads((far.folder / "sites.json").read_text()).values()] == [1, 1]
+    assert len(processes) >= 5 and not rig.all_processes()
+
+
+@pytest.fixture(scope="module")
+def rig(request, tmp_path_factory, tiny_llama_folder):
+    if "slow" not in request.config.getoption("-m"):
+        pytest.skip("starts 10 processes and takes minutes: run with -m slow")
+    with flower_loopback(tmp_path_factory.mktemp("flower"), tiny_llama_folder) as rig, rig.serving_session():
+        yield rig
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", CASES)
+def test_the_digest_is_the_simulations(rig, method):
+    spec = rig.recipe(method, **CASES[method])
+    here, far = run(spec, root=rig.folder / "here"), rig.run(spec)
+    assert far.state_digest == here.state_digest and far.bytes == here.bytes
+    assert all(s["loads"] == 1 for s in json.loads((far.folder / "sites.json").read_text()).values())
+
+
+def missing(folder):
+    return {e["client"] for e in events(folder, "missing")}
+
+
+def beside(work):
+    """`work(run folder)` on a thread while a run goes on; trouble is raised at the end."""
+    trouble = []
+
+    def go(*args):
+        try:
+            work(*args)
+        except BaseException as error:
+            trouble.append(error)
+
+    return trouble, lambda *args: threading.Thread(target=go, args=args, daemon=True).start()
+
+
+def newest(rig):
+    return max((rig.folder / "far").iterdir(), key=lambda p: p.stat().st_mtime)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", ["flower_supernode", "flower_desk"])
+def test_a_node_killed_in_mid_round_is_missed_by_the_deadline_and_taken_back(rig, part):
+    """Flower says that a node is gone after 41 to 61 s; the round ends at its own deadline of 15 s."""
+    spec = rig.recipe("fedavg", name=part, rounds=8, clients={"deadline": 15.0, "quorum": 2},
+                      evaluate={"exact_match": False, "samples": 0, "clients": False},
+                      local={"lr": 1e-2, "steps": 40, "batch_size": 4})
+    began = time.time()
+
+    def kill():
+        folder = until(lambda: next((p for p in (rig.folder / "far").glob(f"{part}*") if events(p, "round")), None))
+        time.sleep(0.3)
+        os.kill(rig.part("site-c", part), signal.SIGKILL)
+        until(lambda: missing(folder) or events(folder, "back") or events(folder, "reopened"), 100)
+
+    trouble, start = beside(kill)
+    start()
+    far = rig.run(spec)
+    assert not trouble and far.skipped == [] and time.time() - began < 300
+    assert missing(far.folder) <= {"site-c"}
+    assert missing(far.folder) or events(far.folder, "reopened")
+    assert all(e["seconds"] < 25 for e in events(far.folder, "round"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stranger_and_a_forbidden_method_are_refused(rig, tmp_path):
+    strangers = new_flower_federation(tmp_path / "keys", ["site-x"], "localhost", rig.port)
+    (strangers.kit("site-x") / "ca.crt").write_bytes((rig.keys.kit("site-a") / "ca.crt").read_bytes())
+    words = [sys.executable, "-m", "fedllm.app.flower_supernode", "--superlink", f"localhost:{rig.port}",
+             "--root-certificates", str(strangers.kit("site-x") / "ca.crt"), "--auth-supernode-private-key",
+             str(strangers.kit("site-x") / "node.key"), "--isolation", "process", "--host", "127.0.0.1", "--port", "0"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, **wire.QUIET},
+                          check=False)
+    assert done.returncode != 0
+    why = r"site-c: .*method 'fedavg' is not on this site's allow-list \(fedkseed\)"
+    with rig.settings("site-c", methods=["fedkseed"]), pytest.raises(RunError, match=why):
+        rig.run(rig.recipe("fedavg"))
