@@ -213,7 +213,8 @@ def tables(doc: Mapping[str, Any]) -> str:
                                "rounds skipped", "state of the undisturbed run", "load"), [
         (n, *([r["failed"], "", "", "", ""] if "failed" in r else [
             f"{r['recover_s']} s", ", ".join(r.get("missing", [])) or "nobody's", str(r.get("answers_lost", "")),
-            str(r.get("skipped", "")), {True: "yes", False: "**no**", None: "does not apply"}[r.get("same")]]), str(r["load"]))
+            str(r.get("skipped", "")), {True: "yes", False: "**no**", None: "does not apply"}[r.get("same")]]),
+            str(r["load"]))
         for n, r in doc.get("faults", {}).items()])
     lines += _table("Speed", ("what", "measured", "asked for", "holds", "load"), [
         (n, f"{r['value']:.4g} {r['unit']}", "" if r["gate"] is None else f"<= {r['gate']:g}",

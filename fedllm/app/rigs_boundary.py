@@ -278,7 +278,7 @@ def leak(model: Model, given: Mapping[str, Tree], secrets: Mapping[str, list[dic
     return hits / sum(map(len, secrets.values()))
 
 
-def private_chain(method: str, seed: int, *, epsilon: float, rates: Sequence[float] = (0.5, 1.0, 2.0),
+def private_chain(method: str, seed: int, *, epsilon: float, rates: Sequence[float] = (0.15, 0.3, 0.5, 1.0),
                   rounds: int = 5, rows: int = 512) -> Metrics:
     """A pre-trained Llama of two blocks learns a moved chain from four clients under `dp_sgd` at this epsilon; SGD.
 

@@ -65,8 +65,8 @@ class Inversion(Knobs):
             adam.zero_grad()
             grads = torch.autograd.grad(loss_of(net, weights, e, label), [weights[n] for n in seen], create_graph=True)
             away = self._away(dict(zip(seen, grads, strict=True)), seen)
-            if float(away) < best[0]:
-                best = float(away), e.detach().clone()
+            if away.item() < best[0]:
+                best = away.item(), e.detach().clone()
             away.backward(inputs=[e])
             adam.step()
         return best

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.app.claims import known_rigs
+from fedllm.app.claims import claimed, known_rigs, run_claims
+from fedllm.core.errors import RecipeError
 from fedllm.methods.registry import method_class, modules, source_of
 
 TEAM = {m for m in modules()}
@@ -38,3 +39,14 @@ def test_claim(name):
 @pytest.mark.parametrize("name", sorted(TEAM))
 def test_length(name):
     assert len(Path(source_of(name)).read_text().splitlines()) <= 150
+
+
+def test_layers_and_further_claims_are_measured_too(tmp_path):
+    known = claimed()
+    assert modules().keys() < known.keys() and "thgs_secagg" in known
+    assert known["ffa_lora:epsilon_3"].claim.options["epsilon"] == 3.0
+    for name, entry in known.items():
+        assert entry.claim.rig in known_rigs(), name
+        assert entry.source.is_file() and entry.source.stem == name.partition(":")[0]
+    with pytest.raises(RecipeError, match="claim 'ffa_lora:epsilon_4' is unknown; did you mean 'ffa_lora:epsilon_"):
+        run_claims(["ffa_lora:epsilon_4"], tmp_path)

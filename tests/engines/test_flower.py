@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,11 +22,12 @@ from fedllm.app.federate_loopback import events, until
 from fedllm.app.flower_desk import Desk
 from fedllm.app.flower_join import join_flower
 from fedllm.app.flower_keys import FlowerFederation, add_flower_sites, new_flower_federation
+from fedllm.app.flower_link import FlowerLink
 from fedllm.app.flower_loopback import flower_loopback
 from fedllm.app.flower_superlink import FromHere
 from fedllm.app.run import run
 from fedllm.core.errors import PayloadError, RecipeError, RunError
-from fedllm.engines.flare_sites import PROTOCOL
+from fedllm.engines.flare_sites import PROTOCOL, Silence
 
 SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
 CASES = {
@@ -123,6 +125,73 @@ def test_long_work_is_fetched_and_signs_of_life_come_meanwhile():
     slow.go.set()
     assert desk.answer({**head, "op": "fetch", "ticket": "t1"}, b"") == ({"boot": "b"}, b"done")
     assert desk.answer({**head, "op": "fetch", "ticket": "t1"}, b"")[0]["unknown"] and slow.asked == 1
+
+
+class Post:
+    """A Grid of function calls: each node is a desk, which may be away; messages are real flwr records."""
+
+    def __init__(self, desks):
+        from flwr.supercore.task_identity import TaskIdentity
+
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        self.desks, self.away, self.answers, self.ops = desks, set(), {}, []
+
+    def push_messages(self, messages):
+        numbers = []
+        for message in messages:
+            numbers.append(f"m{len(self.ops)}")
+            node, (head, body) = message.metadata.dst_node_id, wire.from_record(message.content)
+            self.ops.append(head["op"])
+            if node not in self.away:
+                threading.Thread(target=self._work, args=(numbers[-1], node, head, body), daemon=True).start()
+        return numbers
+
+    def _work(self, number, node, head, body):
+        said = wire.to_record(*self.desks[node].answer(head, body))
+        self.answers[number] = SimpleNamespace(content=said, has_error=lambda: False, metadata=SimpleNamespace(
+            reply_to_message_id=number))
+
+    def pull_messages(self, numbers):
+        return [self.answers.pop(n) for n in list(numbers) if n in self.answers]
+
+
+@pytest.fixture
+def line():
+    slow = Slow()
+    post = Post({7: Desk(lambda head: (slow, {"n": 3}), hold=0.1)})
+    link = FlowerLink(post, {"site-a": 7})
+    link.call("site-a", {"op": "open", "protocol": PROTOCOL, "incarnation": "i", "run": "r"}, b"", 10)
+    yield link, post, slow
+    slow.go.set()
+    link.close()
+
+
+def test_the_link_fetches_long_work_and_knows_that_the_site_lives(line):
+    link, post, slow = line
+    threading.Timer(0.5, slow.go.set).start()
+    _, body = link.call("site-a", {"op": "ask", "protocol": PROTOCOL}, bytearray(b"x" * 100), 20)
+    assert bytes(body) == b"done" and post.ops.count("ask") == 1 and post.ops.count("fetch") >= 2
+    before = len(post.ops)
+    assert link.call("site-a", {"op": "probe", "protocol": PROTOCOL}, b"", 1)[0]["boot"] and len(post.ops) == before
+
+
+def test_the_link_gives_up_at_the_deadline_and_when_nobody_waits(line):
+    link, post, _ = line
+    post.away.add(7)
+    for seconds, over in ((0.3, None), (60, threading.Event())):
+        started = time.monotonic()
+        if over is not None:
+            threading.Timer(0.3, over.set).start()
+        with pytest.raises(Silence, match="no answer came in time"):
+            link.call("site-a", {"op": "ask", "protocol": PROTOCOL}, b"", seconds, over)
+        assert time.monotonic() - started < 5
+
+
+def test_a_process_started_again_in_the_middle_of_work_is_said(line):
+    link, post, slow = line
+    threading.Timer(0.3, lambda: post.desks.update({7: Desk(lambda head: (slow, {}), hold=0.1)})).start()
+    with pytest.raises(Silence, match="was started again in the middle of its work"):
+        link.call("site-a", {"op": "ask", "protocol": PROTOCOL}, b"", 20)
 
 
 def test_keys_are_private_and_what_is_wrong_is_said(tmp_path):

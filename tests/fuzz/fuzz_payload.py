@@ -1,7 +1,7 @@
 """A target for atheris: `make fuzz`. Any exception but PayloadError, and any large allocation, ends it with a finding.
 
-Each input is taken as a message, as a manifest with a right frame, and as choices from which a manifest is put together:
-the parser of JSON is C code, through which the fuzzer cannot see its way.
+Each input is taken as a message, as a manifest with a right frame, and as choices from which a manifest is made: the
+parser of JSON is C code, through which the fuzzer cannot see its way.
 """
 
 import json

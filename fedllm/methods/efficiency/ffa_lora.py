@@ -25,7 +25,11 @@ class FFALoRA(Star):
         also={f"epsilon_{e}": Claim(
             f"under DP-SGD at epsilon {e} its loss is at most LoRA's (FedIT's), each at its best learning rate",
             rig="private_chain", metric="best_loss", baseline="fedit", relative="difference", holds="<=", threshold=0.0,
-            seeds=5, wins=4, options={"epsilon": float(e)}) for e in (1, 3, 8)},
+            seeds=5, wins=4, options={"epsilon": float(e)}) for e in (1, 3, 8)} | {
+            "one_rate": Claim("under DP-SGD at epsilon 1 and a learning rate of 1, where the noises of LoRA's factors "
+                              "multiply, its loss is below FedIT's",
+                              rig="private_chain", metric="at_1", baseline="fedit", relative="difference", holds="<",
+                              threshold=0.0, seeds=5, wins=4, options={"epsilon": 1.0})},
         title="FFA-LoRA: federated freeze-A LoRA",
         paper="Sun et al., Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, arXiv 2403.12313",
         topic="efficiency",

