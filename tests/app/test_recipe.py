@@ -48,7 +48,7 @@ BAD = [
     ({"data": {"office": {"clints": 3}}}, r"data\.office\.clints: unknown key; did you mean 'clients'"),
     ({"data": {"partition": {"kind": "dirichelt"}}}, r"data\.partition\.kind = 'dirichelt'.*did you mean 'dirichlet'"),
     ({"evaluate": {"baselines": ["x"]}}, r"evaluate\.baselines\.0 = 'x': .*'local_only' or 'centralized'"),
-    ({"engine": "ray"}, r"engine\.kind = 'ray': .*'in_process' or 'vectorized'"),
+    ({"engine": "roy"}, r"engine\.kind = 'roy': .*'in_process', 'vectorized', 'ray'"),
     ({"layers": [{"nam": "x"}]}, r"layers\.0\.name: this key is needed"),
     ({"model": {"dtype": "fp8"}}, r"model\.dtype = 'fp8'"),
     ({"name": "../x"}, r"name = '\.\./x': allowed are letters"),

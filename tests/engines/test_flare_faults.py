@@ -16,9 +16,7 @@ LOSES = {"client_silent": {"site-c"}, "half_gone": {"site-b", "site-c"}}
 
 
 @pytest.fixture(scope="module")
-def rig(request, tmp_path_factory, tiny_llama_folder):
-    if "slow" not in request.config.getoption("-m"):
-        pytest.skip("starts 8 processes and takes minutes: run with -m slow")
+def rig(tmp_path_factory, tiny_llama_folder):
     with loopback(tmp_path_factory.mktemp("federation"), tiny_llama_folder) as rig:
         yield rig
     until(lambda: not rig.all_processes(), 20, "the end of every process of the federation")
@@ -32,9 +30,7 @@ def test_a_fault(rig, name):
     assert found["skipped"] == 0 and set(found["back"]) >= LOSES.get(name, set()), found
 
 
-def test_a_partition_between_network_namespaces(request, tmp_path, tiny_llama_folder):
-    if "slow" not in request.config.getoption("-m"):
-        pytest.skip("run with -m slow")
+def test_a_partition_between_network_namespaces(tmp_path, tiny_llama_folder):
     try:
         space = namespace()
         inside = space.__enter__()

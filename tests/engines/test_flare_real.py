@@ -22,9 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def rig(request, tmp_path_factory, tiny_llama_folder):
-    if "slow" not in request.config.getoption("-m"):
-        pytest.skip("starts 8 processes and takes minutes: run with -m slow")
+def rig(tmp_path_factory, tiny_llama_folder):
     folder = tmp_path_factory.mktemp("federation").resolve()
     with loopback(folder, tiny_llama_folder) as rig, rig.serving_session():
         yield rig

@@ -232,8 +232,6 @@ def test_a_real_run_has_the_simulations_digest(tmp_path, tiny_llama_folder):
 
 @pytest.fixture(scope="module")
 def rig(request, tmp_path_factory, tiny_llama_folder):
-    if "slow" not in request.config.getoption("-m"):
-        pytest.skip("starts 10 processes and takes minutes: run with -m slow")
     with flower_loopback(tmp_path_factory.mktemp("flower"), tiny_llama_folder) as rig, rig.serving_session():
         yield rig
 

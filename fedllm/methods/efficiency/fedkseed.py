@@ -63,7 +63,8 @@ class FedKSeed(Star):
     def local(self, msg, client):
         if (client.local.schedule, client.local.over_rounds) != ("constant",) * 2 or client.local.weight_decay:
             raise CompositionError("fedkseed and a learning-rate schedule or weight decay do not fit together: the "
-                                   "replay of seeds would be wrong; use local.schedule = local.over_rounds = constant, weight_decay = 0")
+                                   "replay of seeds would be wrong; use local.schedule = local.over_rounds = constant, "
+                                   "weight_decay = 0")
         tree = client.once(rebuild, client.model, msg["A"], msg["seed"], self.lr)
         w, seeds = flat(tree), candidates(msg["seed"], self.K)
         g_sum, losses = torch.zeros(self.K), []
