@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedllm.app.build import Parts, build
+from fedllm.app.federate_watch import end_with
 from fedllm.app.folder import RunFolder
 from fedllm.app.judge import run_baseline
 from fedllm.app.progress import Quiet
@@ -72,21 +73,17 @@ def run_baselines(parts: Parts, folder: RunFolder, progress: Quiet) -> dict[str,
 
 
 class Told(Quiet):
-    """Says in the log that it lives, and ends where whom it works for has gone."""
-
-    def __init__(self, parent: int) -> None:
-        self.parent = parent
+    """Says in the log that it lives."""
 
     def baseline(self, name: str, done: int, total: int) -> None:
-        if os.getppid() != self.parent:
-            sys.exit("the run that this was for has gone")
         print(f"{name}: round {done} of {total}", flush=True)  # noqa: T201
 
 
 def main(folder: str, parent: str) -> None:
-    """The process itself."""
+    """The process itself, which ends with the run that it is for."""
+    end_with(int(parent))
     room = RunFolder.open(Path(folder))
-    run_baselines(build(load_recipe(room.path / "recipe.yaml")), room, Told(int(parent)))
+    run_baselines(build(load_recipe(room.path / "recipe.yaml")), room, Told())
 
 
 if __name__ == "__main__":

@@ -12,16 +12,22 @@ from typing import Any
 import psutil
 
 from fedllm.app.folder import RunFolder
+from fedllm.core.errors import RunError
 from fedllm.engines.flare_sites import PROTOCOL, Link, Sites
 
 NOOPS = 60
+START = 120.0
+"""Seconds that a site's process has to start."""
 
 
 def bench(link: Link, names: Sequence[str], sizes: Sequence[int], folder: Path) -> None:
     """Writes `bench.json`: seconds of an empty round to all sites, and of `sizes` bytes one way and back, to one."""
     sites = Sites(link, names)
     for name in names:
+        ends = time.monotonic() + START
         while sites.probe(name) is None:
+            if time.monotonic() > ends:
+                raise RunError(f"{name}: no sign of life in {START:g} s")
             time.sleep(0.2)
         sites.table[name].boot = sites.probe(name)
     out: dict[str, Any] = {"sites": len(names), "load": psutil.getloadavg()[0]}

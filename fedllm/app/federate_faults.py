@@ -180,24 +180,21 @@ def half_gone(rig: Loopback) -> dict[str, Any]:
     return drill(rig, harm, {**LOSSY, "rounds": 40})
 
 
+def _kill_and_await(run: Path, whom: Callable[[], int | None]) -> float:
+    """Kill a process after three rounds; when the round after its successor's resumption ended."""
+    until(lambda: rounds(run) >= 3, 200)
+    _kill(until(whom))
+    return _next_after_resumption(run)
+
+
 def server_killed(rig: Loopback) -> dict[str, Any]:
     """NVFlare's server is killed; `fedllm serve` starts it again by itself."""
-    def harm(run: Path) -> float:
-        until(lambda: rounds(run) >= 3, 200)
-        _kill(until(rig.server))
-        return _next_after_resumption(run)
-
-    return drill(rig, harm, WHOLE)
+    return drill(rig, lambda run: _kill_and_await(run, rig.server), WHOLE)
 
 
 def coordinator_killed(rig: Loopback) -> dict[str, Any]:
     """The process that drives the run is killed; `fedllm serve` starts it again by itself."""
-    def harm(run: Path) -> float:
-        until(lambda: rounds(run) >= 3, 200)
-        _kill(until(rig.coordinator))
-        return _next_after_resumption(run)
-
-    return drill(rig, harm, WHOLE)
+    return drill(rig, lambda run: _kill_and_await(run, rig.coordinator), WHOLE)
 
 
 def all_killed(rig: Loopback) -> dict[str, Any]:

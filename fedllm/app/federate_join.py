@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.app.federate_process import kit_process, stoppable
-from fedllm.app.federate_settings import SETTINGS, SiteSettings
+from fedllm.app.federate_settings import SiteSettings
 from fedllm.core.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,8 @@ def join(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[s
     """
     kit = Path(kit).resolve()
     target = _target(kit)
-    if address != target:
-        raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
-    mine = SiteSettings.make(
-        {"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
-         "methods": None if methods is None else list(methods), "models": [str(Path(m).resolve()) for m in models],
-         **settings}, policy)
-    (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
+    SiteSettings.settle(kit, address, target, data, methods=methods, models=models, store=store, policy=policy,
+                        **settings)
     name = json.loads((kit / "startup" / "fed_client.json").read_text())["client"]["fqsn"]
     with contextlib.suppress(KeyboardInterrupt), stoppable():
         while not stop():

@@ -195,7 +195,13 @@ class Loopback:
 @contextlib.contextmanager
 def loopback(folder: Path, model: str = "embedded", join: bool = True, **more: Any) -> Iterator[Loopback]:
     """A federation whose sites have been started, until the block ends."""
-    made = Loopback(folder, model, **more)
+    with joined(Loopback(folder, model, **more), join) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def joined(made: Any, join: bool) -> Iterator[Any]:
+    """The federation, with its sites started (or not); all of its processes end with the block."""
     try:
         for site in made.sites if join else ():
             made.join(site)

@@ -70,6 +70,17 @@ class SiteSettings(BaseModel):
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise RecipeError(f"{policy or 'the settings of this site'}: {error}") from None
 
+    @classmethod
+    def settle(cls, kit: Path, address: str, target: str, data: str | Path, *, methods: Sequence[str] | None,
+               models: Sequence[str], store: str | Path | None, policy: str | Path | None, **settings: Any) -> None:
+        """Write what `join` was told into the kit; RecipeError when `address` is not the kit's own, `target`."""
+        if address != target:
+            raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
+        mine = cls.make({"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
+                         "methods": None if methods is None else list(methods),
+                         "models": [str(Path(m).resolve()) for m in models], **settings}, policy)
+        (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
+
     def forbids(self, recipe: Any, layers: Sequence[Any]) -> str | None:
         """Why this site takes no part in a run of this recipe with these layers, or None."""
         if self.spaces is not None and recipe.space.name not in self.spaces:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedllm.app.federate_process import end_tree, stoppable
-from fedllm.app.federate_settings import SETTINGS, SiteSettings
+from fedllm.app.federate_settings import SiteSettings
 from fedllm.app.flower_keys import KIT
 from fedllm.app.flower_wire import QUIET, check_flower, read
-from fedllm.core.errors import RecipeError
 
 log = logging.getLogger(__name__)
 PAUSE = 2.0
@@ -37,13 +36,8 @@ def join_flower(address: str, data: str | Path, *, kit: str | Path, methods: Seq
     check_flower()
     kit = Path(kit).resolve()
     target = json.loads(read(kit / KIT))["address"]
-    if address != target:
-        raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
-    mine = SiteSettings.make(
-        {"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
-         "methods": None if methods is None else list(methods), "models": [str(Path(m).resolve()) for m in models],
-         **settings}, policy)
-    (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
+    SiteSettings.settle(kit, address, target, data, methods=methods, models=models, store=store, policy=policy,
+                        **settings)
     with contextlib.suppress(KeyboardInterrupt), stoppable():
         while not stop():
             with site_processes(kit, target) as pair:

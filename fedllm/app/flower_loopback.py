@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from fedllm.app import flower_serve
-from fedllm.app.federate_loopback import SITES, Loopback
+from fedllm.app.federate_loopback import SITES, Loopback, joined
 from fedllm.app.flower_keys import new_flower_federation
 from fedllm.app.result import Result
 from fedllm.engines.flare_sites import Patience
@@ -52,10 +52,5 @@ class FlowerLoopback(Loopback):
 @contextlib.contextmanager
 def flower_loopback(folder: Path, model: str = "embedded", join: bool = True, **more: Any) -> Iterator[FlowerLoopback]:
     """A federation whose sites have been started, until the block ends."""
-    made = FlowerLoopback(folder, model, sites=more.pop("sites", SITES), **more)
-    try:
-        for site in made.sites if join else ():
-            made.join(site)
+    with joined(FlowerLoopback(folder, model, sites=more.pop("sites", SITES), **more), join) as made:
         yield made
-    finally:
-        made.close()

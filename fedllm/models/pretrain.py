@@ -216,7 +216,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, default=20.0, help="CPU minutes to train for")
+    parser.add_argument("--minutes", type=float, default=40.0, help="CPU minutes to train for")
     parser.add_argument("--steps", type=int, help="train for exactly so many steps instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="folder of an earlier result to go on from")

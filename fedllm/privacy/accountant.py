@@ -178,6 +178,15 @@ def rounds_for(epsilon: float, delta: float, release: Release, kind: Kind | None
     return low
 
 
+def check_budget(layer: Any) -> None:
+    """Raise RecipeError unless a layer's `noise_multiplier` or `epsilon` is given, the latter above 0."""
+    if layer.epsilon is not None:
+        check_epsilon(layer.epsilon)
+    if layer.noise_multiplier is None and layer.epsilon is None:
+        name = type(layer).__name__
+        raise RecipeError(f"{name}.noise_multiplier and {name}.epsilon are both missing; give one of them")
+
+
 def check_epsilon(epsilon: float) -> None:
     """Raise RecipeError for an epsilon that promises nothing."""
     if not (epsilon > 0 and math.isfinite(epsilon)):

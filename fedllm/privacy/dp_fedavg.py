@@ -21,8 +21,8 @@ from fedllm.privacy._sums import is_control, must_lift, need_sums
 from fedllm.privacy.accountant import (
     Ledger,
     Release,
+    check_budget,
     check_delta,
-    check_epsilon,
     noise_for,
     rounds_for,
     usual_delta,
@@ -61,10 +61,7 @@ class DPFedAvg(Knobs, Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epsilon is not None:
-            check_epsilon(self.epsilon)
-        if self.noise_multiplier is None and self.epsilon is None:
-            raise RecipeError("DPFedAvg.noise_multiplier and DPFedAvg.epsilon are both missing; give one of them")
+        check_budget(self)
         if self.sampling == "none" and self.rate != 1:
             raise RecipeError(f"DPFedAvg.rate = {self.rate} is not allowed with sampling 'none'; it must be 1")
         least = (self.noise_multiplier or 0) / 2

@@ -22,8 +22,8 @@ from fedllm.privacy._sums import is_control, must_lift, need_sums
 from fedllm.privacy.accountant import (
     Ledger,
     Release,
+    check_budget,
     check_delta,
-    check_epsilon,
     noise_for,
     rounds_for,
     usual_delta,
@@ -69,10 +69,7 @@ class DPFTRL(Knobs, Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epsilon is not None:
-            check_epsilon(self.epsilon)
-        if self.noise_multiplier is None and self.epsilon is None:
-            raise RecipeError("DPFTRL.noise_multiplier and DPFTRL.epsilon are both missing; give one of them")
+        check_budget(self)
         if self.mechanism == "tree" and self.min_separation != 1:
             raise RecipeError(f"DPFTRL.min_separation = {self.min_separation} is not allowed with mechanism 'tree', "
                               "where a client takes part once between restarts; use restart_every, or 'banded'")

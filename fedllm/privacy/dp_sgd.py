@@ -21,8 +21,8 @@ from fedllm.privacy._sums import is_control
 from fedllm.privacy.accountant import (
     Ledger,
     Release,
+    check_budget,
     check_delta,
-    check_epsilon,
     noise_for,
     rounds_for,
     usual_delta,
@@ -54,10 +54,7 @@ class DPSGD(Knobs, Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epsilon is not None:
-            check_epsilon(self.epsilon)
-        if self.noise_multiplier is None and self.epsilon is None:
-            raise RecipeError("DPSGD.noise_multiplier and DPSGD.epsilon are both missing; give one of them")
+        check_budget(self)
         object.__setattr__(self, "_facts", Facts())
 
     def init(self) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def test_a_real_run_has_the_simulations_digest(tmp_path, tiny_llama_folder):
 
 
 @pytest.fixture(scope="module")
-def rig(request, tmp_path_factory, tiny_llama_folder):
+def rig(tmp_path_factory, tiny_llama_folder):
     with flower_loopback(tmp_path_factory.mktemp("flower"), tiny_llama_folder) as rig, rig.serving_session():
         yield rig
 
