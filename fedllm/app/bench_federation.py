@@ -21,6 +21,7 @@ import psutil
 
 from fedllm.app import bench_flower, federate
 from fedllm.app.bench_rows import Row, machine, row
+from fedllm.app.federate_bench import SLOWEST
 from fedllm.app.federate_faults import DRILLS, HOST, namespace, partition
 from fedllm.app.federate_loopback import QUICK, Loopback, events, loopback, until
 from fedllm.app.federate_process import stoppable
@@ -130,7 +131,8 @@ def size(out: Path = OUT, bytes_: int = BIG) -> None:
     """One update of `bytes_` to a site and back, and the most memory that each process has held."""
     with _rig(sites=("site-a",)) as rig, rig.serving_session(), _peaks(rig) as peaks:
         line = _line(rig, (bytes_,))
-    found = {"bytes": bytes_, **line[str(bytes_)], "peak_rss": dict(peaks)}
+    found = {"bytes": bytes_, **line[str(bytes_)], "peak_rss": dict(peaks),
+             "coordinator_before": line["memory_before_bytes"]}
     keep("size", f"{bytes_ / 1e9:g} GB", found, out)
 
 
@@ -138,7 +140,8 @@ def _line(rig: Loopback, sizes: Sequence[int]) -> dict[str, Any]:
     run = rig.run_folder(rig.recipe("fedavg", name="bench"))
     federate.await_sites(rig.session, len(rig.sites), 120.0)
     job = federate.submit(rig.session, run, len(rig.sites), QUICK, bench=list(sizes))
-    until(lambda: str(rig.session.get_job_status(job)).startswith("FINISHED"), 500, "the measurement")
+    until(lambda: str(rig.session.get_job_status(job)).startswith("FINISHED"), 500 + 12 * sum(sizes) / SLOWEST,
+          "the measurement")
     if not (run / "bench.json").exists():
         raise RunError(f"the line could not be measured; see {rig.keys.kit('server') / 'process.log'}")
     return json.loads((run / "bench.json").read_text())
@@ -225,11 +228,18 @@ def tables(doc: Mapping[str, Any]) -> str:
     lines += _table("Speed", ("what", "measured", "asked for", "holds", "load"), [
         (n, f"{r['value']:.4g} {r['unit']}", "" if r["gate"] is None else f"<= {r['gate']:g}",
          {True: "yes", False: "**no**", None: ""}[r["pass"]], str(r["load"])) for n, r in doc.get("speed", {}).items()])
-    lines += _table("Size", ("update", "one way", "there and back", "most memory of each process"), [
+    lines += _table("Size", ("update", "one way", "there and back", "most memory of each process",
+                             "grown by (<= 2 updates + 300 MB)", "holds", "load"), [
         (n, f"{r['one_way']:.1f} s", f"{r['there_and_back']:.1f} s",
-         ", ".join(f"{p} {b / 1e9:.2f} GB" for p, b in sorted(r["peak_rss"].items())))
+         ", ".join(f"{p} {b / 1e9:.2f} GB" for p, b in sorted(r["peak_rss"].items())), f"{_grown(r) / 1e9:.2f} GB",
+         "yes" if _grown(r) <= 2 * r["bytes"] + 300e6 else "**no**", str(r["load"]))
         for n, r in doc.get("size", {}).items()])
     return "\n".join(lines) + "\n"
+
+
+def _grown(size: Mapping[str, Any]) -> int:
+    """Bytes that the coordinator's process took beyond what it held before the first message."""
+    return int(size["peak_rss"]["coordinator"]) - int(size["coordinator_before"])
 
 
 def _said(found: Mapping[str, Any] | None) -> str:

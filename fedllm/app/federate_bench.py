@@ -16,6 +16,10 @@ from fedllm.core.errors import RunError
 from fedllm.engines.flare_sites import PROTOCOL, Link, Sites
 
 NOOPS = 60
+HUGE = 1 << 30
+"""Bytes from which a message is measured once, not three times."""
+SLOWEST = 10e6
+"""Bytes per second below which a line counts as dead."""
 START = 120.0
 """Seconds that a site's process has to start."""
 
@@ -30,23 +34,23 @@ def bench(link: Link, names: Sequence[str], sizes: Sequence[int], folder: Path) 
                 raise RunError(f"{name}: no sign of life in {START:g} s")
             time.sleep(0.2)
         sites.table[name].boot = sites.probe(name)
-    out: dict[str, Any] = {"sites": len(names), "load": psutil.getloadavg()[0]}
+    out: dict[str, Any] = {"sites": len(names), "load": psutil.getloadavg()[0],
+                           "memory_before_bytes": psutil.Process().memory_info().rss}
     with ThreadPoolExecutor(len(names)) as pool:
         rounds = [_timed(lambda: list(pool.map(lambda n: _echo(sites, n, b"", 0), names))) for _ in range(NOOPS)]
     out["noop_round"] = {"median": statistics.median(rounds), "least": min(rounds), "p90": sorted(rounds)[-NOOPS // 10]}
     one = [_timed(lambda: _echo(sites, names[0], b"", 0)) for _ in range(NOOPS)]
     out["noop_one_site"] = {"median": statistics.median(one), "least": min(one)}
     for size in sizes:
-        data = bytearray(size)
-        down = [_timed(lambda data=data: _echo(sites, names[0], data, 0)) for _ in range(3)]
-        both = [_timed(lambda data=data, size=size: _echo(sites, names[0], data, size)) for _ in range(3)]
+        data, times = bytearray(size), 3 if size < HUGE else 1
+        down = [_timed(lambda data=data: _echo(sites, names[0], data, 0)) for _ in range(times)]
+        both = [_timed(lambda data=data, size=size: _echo(sites, names[0], data, size)) for _ in range(times)]
         out[str(size)] = {"one_way": min(down), "there_and_back": min(both)}
-    out["peak_memory_bytes"] = psutil.Process().memory_info().rss
     RunFolder(folder).write_json("bench.json", out)
 
 
 def _echo(sites: Sites, name: str, body: bytes | bytearray, size: int) -> None:
-    sites.ask(name, {"op": "echo", "protocol": PROTOCOL, "size": size}, body, 120.0)
+    sites.ask(name, {"op": "echo", "protocol": PROTOCOL, "size": size}, body, 120.0 + (len(body) + size) / SLOWEST)
 
 
 def _timed(work: Any) -> float:

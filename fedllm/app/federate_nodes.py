@@ -35,8 +35,9 @@ from fedllm.app.federate_settings import SETTINGS, SiteSettings
 from fedllm.app.federate_site import open_run
 from fedllm.app.federate_watch import end_with_main
 from fedllm.core.errors import FedLLMError
+from fedllm.engines.flare_pieces import InPieces
 from fedllm.engines.flare_site import SiteHost
-from fedllm.engines.flare_sites import Head, Patience, Silence
+from fedllm.engines.flare_sites import Body, Head, Patience, Silence
 
 log = logging.getLogger(__name__)
 LONG = 4 << 20
@@ -55,11 +56,11 @@ class EndOfCall(Signal):
         return self.over.is_set() or self.run.triggered
 
 
-def packed(body: bytes | bytearray | memoryview) -> Any:
+def packed(body: Body) -> Any:
     """A long body as one flat tensor: NVFlare streams tensors several times as fast as bytes."""
     if len(body) < LONG:
         return bytes(body)
-    return torch.frombuffer(body if isinstance(body, bytearray) else bytearray(body), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(body) if memoryview(body).readonly else body, dtype=torch.uint8)
 
 
 def unpacked(body: Any) -> Any:
@@ -90,8 +91,8 @@ class CollabLink:
     def revive(self, site: str) -> None:
         self._revive(site)
 
-    def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float,
-             over: threading.Event | None = None) -> tuple[Head, bytes]:
+    def call(self, site: str, head: Head, body: Body, seconds: float,
+             over: threading.Event | None = None) -> tuple[Head, Body]:
         proxy = self.proxies[site]
         if over is not None:  # NVFlare would hold the end of the run until an abandoned call has timed out
             proxy = ended_by(proxy, EndOfCall(proxy.backend.abort_signal, over))
@@ -124,10 +125,10 @@ class CoordinatorNode:
                                  message=new_cell_message({}, {"job": job, "site": site}), optional=True)
 
         clients = list(collab.clients)
-        link = CollabLink(clients, revive)
+        link = InPieces(CollabLink(clients, revive))
         try:
             if self.bench:
-                bench(link, list(link.proxies), self.bench, folder)
+                bench(link, [p.name for p in clients], self.bench, folder)
                 return
             drive_run(folder, link, [p.name for p in clients], self.needed, Patience(**self.patience))
         except NotAllHere as error:

@@ -14,6 +14,8 @@ from types import FrameType
 import psutil
 
 TRAIN = "nvflare.private.fed.app"
+MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(2 << 20)}
+"""glibc gives back what a message took: else every thread's arena keeps the largest that it has seen."""
 
 
 @contextlib.contextmanager
@@ -25,7 +27,7 @@ def kit_process(kit: Path, side: str, config: str, *more: str) -> Iterator[subpr
         (kit / left).unlink(missing_ok=True)
     (kit / "transfer").mkdir(exist_ok=True)
     with (kit / "process.log").open("ab") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, cwd=kit, env={**os.environ, "MALLOC_ARENA_MAX": "4"})
+        process = subprocess.Popen(words, stdout=out, stderr=out, cwd=kit, env={**os.environ, **MALLOC})
     try:
         yield process
     finally:

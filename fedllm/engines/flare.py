@@ -22,7 +22,7 @@ from fedllm.core.payload import Payload
 from fedllm.core.record import Record
 from fedllm.engines.client import RUNNERS
 from fedllm.engines.flare_door import Door
-from fedllm.engines.flare_sites import PROTOCOL, Head, Silence, Sites
+from fedllm.engines.flare_sites import PROTOCOL, Body, Head, Silence, Sites
 from fedllm.engines.in_process import InProcess, Job
 from fedllm.engines.world import GLOBAL, World
 from fedllm.wire import codec
@@ -103,7 +103,8 @@ class Flare(InProcess):
         ask = job.fold.ask
         msg = ask.msgs[job.client]
         head = {"op": "ask", "protocol": PROTOCOL, "round": self.round, "visit": job.visit, "phase": ask.phase,
-                "attempt": self.attempt, "stack": [type(part).__name__ for part in self.stack]}
+                "attempt": self.attempt, "most": self.door.room(msg),
+                "stack": [type(part).__name__ for part in self.stack]}
         self._asked.add(job.client)
         try:
             head_up, body, sent = self.sites.ask(job.client, head, bodies.of(msg), ask.deadline)
@@ -111,11 +112,13 @@ class Flare(InProcess):
             return str(why), 1
         return self._read(msg, head_up, body), sent
 
-    def _read(self, msg: Payload, head: Head, body: bytes) -> Payload | str:
+    def _read(self, msg: Payload, head: Head, body: Body) -> Payload | str:
         """The reply, or why it does not count."""
         for verdict in ("refused", "failed"):
             if verdict in head:
                 return f"{verdict} by the site: {str(head[verdict])[:500]}"
+        if "oversized" in head:
+            return f"reply refused: {head['oversized']}"
         try:
             return self.door.enter(msg, body)
         except PayloadError as error:

@@ -30,10 +30,13 @@ class Door:
         theta = model.initial()
         return cls(ROOM + 4 * tensor_bytes(theta), frozenset() if coded else frozenset(theta))
 
+    def room(self, msg: Payload) -> int:
+        """Bytes that an answer to `msg` may have."""
+        return max(self.most, 4 * tensor_bytes(msg))
+
     def enter(self, msg: Payload, body: bytes | bytearray | memoryview) -> dict[str, Any]:
         """The payload in `body`, answering `msg`; raises PayloadError with the reason when it is refused."""
-        most = max(self.most, 4 * tensor_bytes(msg))
-        if len(body) > most:
+        if len(body) > (most := self.room(msg)):
             raise PayloadError(f"{len(body)} bytes, allowed are {most}")
         if not len(body):
             return {}

@@ -13,7 +13,8 @@ from fedllm.core.errors import FedLLMError, PayloadError
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
 from fedllm.engines.client import RUNNERS, ClientCall
-from fedllm.engines.flare_sites import PROTOCOL, Head
+from fedllm.engines.flare_pieces import PIECE_OPS, Pieces
+from fedllm.engines.flare_sites import PROTOCOL, Body, Head
 from fedllm.engines.world import World, held_by
 from fedllm.wire import codec
 
@@ -24,7 +25,6 @@ BOOT = uuid.uuid4().hex
 ECHO = 4 << 30
 """Bytes of the longest echo (a measurement of the line)."""
 
-Body = bytes | bytearray | memoryview
 Said = tuple[dict[str, Any], Body]
 
 
@@ -79,6 +79,7 @@ class SiteHost:
         self.open_run = open_run
         self.run: SiteRun | None = None
         self.loads = 0
+        self.pieces = Pieces()
         self._lock = threading.Lock()
         self._opened: str | None = None
         self._said: dict[str, Any] = {}
@@ -90,10 +91,15 @@ class SiteHost:
                 return {"refused": f"it speaks protocol {PROTOCOL}, the server {head.get('protocol')!r}"}, b""
             if head.get("op") == "probe":
                 return {"boot": BOOT, "open": self.run is not None, "loads": self.loads}, b""
+            if head.get("op") in PIECE_OPS:
+                return self.pieces.serve(head, body)
+            body = self.pieces.taken(head, body)
             if head.get("op") == "echo":
-                return {"boot": BOOT, "got": len(body)}, bytearray(min(int(head["size"]), ECHO))
-            with self._lock:
-                return self._serve(head, body)
+                said: Said = {"boot": BOOT, "got": len(body)}, body[:min(int(head["size"]), ECHO)]
+            else:
+                with self._lock:
+                    said = self._serve(head, body)
+            return self.pieces.given(head, *said)
         except (FedLLMError, KeyError, TypeError, ValueError) as error:
             kind = "refused" if isinstance(error, PayloadError) or head.get("op") != "ask" else "failed"
             log.warning("%s: %s", kind, error)

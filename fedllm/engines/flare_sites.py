@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 Head = Mapping[str, Any]
 """The envelope of a message: small, JSON; the body is a payload in the codec's bytes, or empty."""
 
-PROTOCOL = 1
+Body = bytes | bytearray | memoryview
+"""A payload in the codec's bytes, or empty."""
+
+PROTOCOL = 2
 
 
 class Silence(FedLLMError):
@@ -30,8 +33,8 @@ class Silence(FedLLMError):
 class Link(Protocol):
     """Carries one message to one site and its answer back."""
 
-    def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float,
-             over: threading.Event | None = None) -> tuple[Head, bytes]:
+    def call(self, site: str, head: Head, body: Body, seconds: float,
+             over: threading.Event | None = None) -> tuple[Head, Body]:
         """The site's answer; raises `Silence` when there is none within `seconds`, or once `over` is set."""
         ...
 
@@ -85,7 +88,7 @@ class Sites:
         """Called when a site has a new process that does not know the run yet."""
         self.on_event: Callable[..., None] = lambda kind, **facts: None
 
-    def ask(self, name: str, head: Head, body: bytes | bytearray, seconds: float | None) -> tuple[Head, bytes, int]:
+    def ask(self, name: str, head: Head, body: Body, seconds: float | None) -> tuple[Head, Body, int]:
         """The site's answer and how often the message was sent; raises `Silence` at the deadline at the latest.
 
         A site that dies and comes back in time is asked again: equal rounds and visits give equal answers.
@@ -132,7 +135,7 @@ class Sites:
             known = self.table[name].settled
             known[:0] = [list(t) for t in told if list(t) not in known]
 
-    def _once(self, site: Site, head: Head, body: bytes | bytearray, ends: float) -> tuple[Head, bytes] | None:
+    def _once(self, site: Site, head: Head, body: Body, ends: float) -> tuple[Head, Body] | None:
         """One sending, watched; None when it must be sent again."""
         left = ends - time.monotonic()
         if left <= 0:
@@ -143,7 +146,7 @@ class Sites:
         finally:
             over.set()  # nobody waits for an answer of a process that is gone
 
-    def _watched(self, site: Site, call: Future[tuple[Head, bytes]], ends: float) -> tuple[Head, bytes] | None:
+    def _watched(self, site: Site, call: Future[tuple[Head, Body]], ends: float) -> tuple[Head, Body] | None:
         """Wait for a call and look for signs of life meanwhile."""
         gone: float | None = None
         while True:
@@ -171,7 +174,7 @@ class Sites:
                 return None
             gone = None
 
-    def _sign_of_life(self, site: Site, ends: float) -> tuple[Head, bytes]:
+    def _sign_of_life(self, site: Site, ends: float) -> tuple[Head, Body]:
         """Stands in for a call that failed: ends with `Silence` at the site's next sign of life."""
         while time.monotonic() < ends and self.probe(site.name) is None:
             time.sleep(min(1.0, self.patience.probe))
@@ -182,7 +185,7 @@ class Sites:
         log.info("site '%s' has a new process; it gets the run again", site.name)
         self.on_event("reopened", client=site.name)
 
-        def open_run() -> tuple[Head, bytes]:
+        def open_run() -> tuple[Head, Body]:
             self.reopen(site.name)
             return {}, b""
 
@@ -210,9 +213,9 @@ class Sites:
         return Silence(why)
 
 
-def _started(work: Callable[[], tuple[Head, bytes]]) -> Future[tuple[Head, bytes]]:
+def _started(work: Callable[[], tuple[Head, Body]]) -> Future[tuple[Head, Body]]:
     """`work` on a thread of its own that does not keep the process alive."""
-    done: Future[tuple[Head, bytes]] = Future()
+    done: Future[tuple[Head, Body]] = Future()
 
     def run() -> None:
         try:
