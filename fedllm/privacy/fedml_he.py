@@ -58,14 +58,14 @@ class FedMLHE(HECKKS):
         here = [c for c in ask.msgs if c in live["holders"]]
         if "map" not in state:
             state["map"] = yield from self._agree({c: ask.msgs[c] for c in here}, live["public"])
-        told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "bits": state["map"]["bits"],
-                OWN + "of": state["map"]["of"]}
+        told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "unit": self.unit,
+                OWN + "bits": state["map"]["bits"], OWN + "of": state["map"]["of"]}
         out = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in here}, reduce=MixedSum(live["public"]))
         sealed = {k: out.value[k] for k in ("cipher", "sizes", "names")} | {"tensors": []}
         opener = out.answered[0]
         reply = (yield Ask(self.open, {opener: sealed}))[opener]
-        total: dict[str, Any] = dict(zip(reply["names"], reply["numbers"], strict=True))
-        masks, hidden, plain = unpack(state["map"]), reply["sum"], out.value["plain"]
+        total: dict[str, Any] = self._numbers(reply)
+        masks, hidden, plain = unpack(state["map"]), reply["sum"] * self.unit, out.value["plain"]
         for key, dtype, *shape in out.value["tensors"]:
             m = mask_of(masks, key, tuple(shape))
             t = torch.empty(tuple(shape), dtype=torch.float64)
@@ -88,7 +88,7 @@ class FedMLHE(HECKKS):
                             torch.tensor(list(numbers.values()), dtype=torch.float64)]).numpy()
         plain = torch.cat([torch.zeros(0), *(t[~where[k]] for k, t in tensors.items())])
         names = [[k, NAMES[t.dtype], *t.shape] for k, t in tensors.items()]
-        return {**self._encrypted(client.id, hidden, msg[OWN + "count"]), "plain": plain, "tensors": names,
+        return {**self._encrypted(client.id, hidden, msg), "plain": plain, "tensors": names,
                 "names": list(numbers)}
 
     def _agree(self, msgs: Mapping[str, Payload], public: bytes) -> Any:
@@ -116,7 +116,7 @@ class FedMLHE(HECKKS):
         count = min(self.rows, client.n)
         s = client.sensitivity(part(msg, "theta"), range(count), base=part(msg, "base") or None)
         flat = torch.cat([s[n].reshape(-1).double() for n in sorted(s)]).numpy()
-        return {**self._encrypted(client.id, flat, msg[OWN + "count"]), "tensors": [], "names": []}
+        return {**self._encrypted(client.id, flat, msg), "tensors": [], "names": []}
 
     @on_client()
     def choose(self, msg: Payload, client: Any) -> Payload:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError
-from fedllm.core.layer import Algebra, Layer
+from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Sum, wide
@@ -47,6 +47,8 @@ class HECKKS(Knobs, Layer):
     scale_bits: int = knob(40, "bits after the point", ge=20, le=44)
     round_bits: int = knob(20, "bits after the point that are kept of an opened sum", ge=4, le=30)
 
+    largest: int = knob(1, "weight of the heaviest client (its rows); found out by the run", ge=1)
+
     backend: Literal["tenseal", "openfhe"] = knob("tenseal", "the library", options=("tenseal", "openfhe"))
 
     def __post_init__(self) -> None:
@@ -58,6 +60,14 @@ class HECKKS(Knobs, Layer):
     def most(self) -> float:
         """Largest |entry| of the sum: what the modulus leaves above the scale."""
         return 2.0 ** (PRIMES[self.poly_modulus_degree][0] - self.scale_bits - 1)
+
+    @property
+    def unit(self) -> float:
+        """What numbers are divided by, so that a mean's weights do not use up the modulus: a power of 2."""
+        return 2.0 ** (self.largest - 1).bit_length()
+
+    def bind(self, facts: Facts) -> HECKKS:
+        return replace(self, largest=max(facts.rows.values(), default=1))
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
@@ -71,18 +81,22 @@ class HECKKS(Knobs, Layer):
         lift, live = must_lift(ask, self), self.__dict__["_live"]
         if new := [c for c in ask.msgs if c not in live["holders"]]:
             yield from self._ceremony(new, live)
-        told = {OWN + "lift": lift, OWN + "count": len(ask.msgs)}
+        told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "unit": self.unit}
         msgs = {c: {**ask.msgs[c], **told} for c in ask.msgs if c in live["holders"]}
         out = yield replace(ask, msgs=msgs, reduce=CipherSum(live["public"]))
         opener = out.answered[0]
         reply = (yield Ask(self.open, {opener: out.value}))[opener]
-        total: dict[str, Any] = dict(zip(reply["names"], reply["numbers"], strict=True))
+        total: dict[str, Any] = self._numbers(reply)
         at = 0
         for key, dtype, *shape in reply["tensors"]:
             n = int(np.prod(shape))
-            total[key] = reply["sum"][at : at + n].view(tuple(shape)).to(DTYPES[dtype])
+            total[key] = (reply["sum"][at : at + n] * self.unit).view(tuple(shape)).to(DTYPES[dtype])
             at += n
         return replace(out, value=ask.reducer.done(total))
+
+    def _numbers(self, opened: Payload) -> dict[str, Any]:
+        """The sum's entries that are no tensors, by name."""
+        return {k: v * self.unit for k, v in zip(opened["names"], opened["numbers"], strict=True)}
 
     def _ceremony(self, new: list[str], live: dict[str, Any]) -> Any:
         """Public keys up, the boxes with the secret context down; the server keeps the part without a secret."""
@@ -142,16 +156,17 @@ class HECKKS(Knobs, Layer):
         flat = torch.cat([*(t.reshape(-1).double() for t in tensors.values()),
                           torch.tensor(list(numbers.values()), dtype=torch.float64)]).numpy()
         names = [[k, NAMES[t.dtype], *t.shape] for k, t in tensors.items()]
-        return {**self._encrypted(client.id, flat, msg[OWN + "count"]), "tensors": names, "names": list(numbers)}
+        return {**self._encrypted(client.id, flat, msg), "tensors": names, "names": list(numbers)}
 
-    def _encrypted(self, who: str, flat: np.ndarray, count: int) -> dict[str, Any]:
-        """Ciphertexts of these numbers, which `count` clients' sums leave room for."""
-        room = self.most / count
+    def _encrypted(self, who: str, flat: np.ndarray, told: Payload) -> dict[str, Any]:
+        """Ciphertexts of these numbers in the unit that all were told, if the sum of so many clients has room."""
+        unit = told.get(OWN + "unit", 1.0)
+        room = self.most * unit / told[OWN + "count"]
         if not np.abs(flat).max(initial=0) < room:
             raise PayloadError(f"client '{who}': a reply holds {np.abs(flat).max():.6g} and CKKS with scale 2^"
                                f"{self.scale_bits} has room for {room:g} of each client; lower scale_bits")
         context, slots = self._seat(who)["context"], self.poly_modulus_degree // 2
-        parts = [tenseal().ckks_vector(context, flat[i : i + slots]) for i in range(0, len(flat), slots)]
+        parts = [tenseal().ckks_vector(context, flat[i : i + slots] / unit) for i in range(0, len(flat), slots)]
         return joined([p.serialize() for p in parts])
 
     @on_client()

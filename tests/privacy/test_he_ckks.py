@@ -5,6 +5,7 @@ import torch
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError, RecipeError
+from fedllm.core.layer import Facts
 from fedllm.core.payload import pack
 from fedllm.core.program import drive
 from fedllm.core.reduce import Mean
@@ -40,6 +41,18 @@ def test_the_mean_is_the_plain_mean_and_bytes_are_as_said(loop, people):
     assert 28 < codec.size(sent) / 6144 < 31
     again, engine = run(layer, clients, loop, {"local": ["c01"]})  # keys are there; a drop-out costs nothing
     assert len(again.answered) == 3 and not any(p.endswith("make_key") for p, _, _ in engine.seen)
+
+
+def test_many_rows_do_not_use_up_the_modulus(loop, people):
+    clients = people(3, size=50)
+    for c in clients.values():
+        c.n *= 5000
+    layer = HECKKS().bind(Facts(rows={c: v.n for c, v in clients.items()}, cohort=3, rounds=1))
+    out, _ = run(layer, clients, loop)
+    n = sum(c.n for c in clients.values())
+    torch.testing.assert_close(out.value["delta/x"], sum(c.x * c.n for c in clients.values()) / n, atol=1e-5, rtol=1e-4)
+    with pytest.raises(PayloadError, match="lower scale_bits"):
+        run(HECKKS(), clients, loop)
 
 
 def test_the_server_cannot_open_what_it_adds(loop, people):
