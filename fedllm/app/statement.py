@@ -9,7 +9,7 @@ from typing import Any
 
 from fedllm.app.facts import Facts, read_facts, size
 from fedllm.app.folder import RunFolder
-from fedllm.app.layers import layer_classes
+from fedllm.app.layers import layer_classes, make_layer
 from fedllm.app.result import Result
 
 TESTS = ("score", "exam")
@@ -85,8 +85,9 @@ def _value(v: Any) -> str:
 def seen(facts: Facts, result: Result) -> list[Sequence[str]]:
     """(party, phase, messages, bytes, what it is), from the record's own counts and what the layers reveal."""
     own = {kind.__name__: name for name, kind in layer_classes().items()}
-    stack = [layer_classes()[x["name"]] for x in facts.recipe["layers"]]
-    hides = next((own[k.__name__] for k in stack if k.algebra.reveals == "sum"), None)
+    stack = {x["name"]: make_layer(x["name"], {k: v for k, v in x.items() if k != "name"}, f"layers.{i}")
+             for i, x in enumerate(facts.recipe["layers"])}
+    hides = next((name for name, layer in stack.items() if layer.algebra.reveals == "sum"), None)
     rows = []
     for phase, sizes in result.bytes["by_phase"].items():
         owner, _, fn = phase.partition(".")

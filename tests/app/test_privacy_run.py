@@ -146,3 +146,10 @@ def test_what_cannot_hold_is_refused_before_the_run(spec, tmp_path, layer, says)
     with pytest.raises(CompositionError, match=says):
         fedllm.run(spec, root=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layer", ["codec_quant", "codec_topk_ef", "codec_powersgd", "secagg", "thgs_secagg"])
+def test_the_report_and_the_card_are_written_under_every_layer(recipe, tmp_path, layer):
+    result = fedllm.run(recipe | {"rounds": 1, "layers": [layer], "clients": {"per_round": 1.0}}, root=tmp_path)
+    page = (result.folder / "report.html").read_text()
+    assert ("each client&#x27;s reply" if layer.startswith("codec") else f"sums only, by {layer}") in page
