@@ -57,3 +57,57 @@ def tiny_bert_folder(tmp_path_factory):
     BertModel(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+RECORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word"]
+
+
+@pytest.fixture(scope="session")
+def after(tiny_llama_folder):
+    """Make (trainables, what each client sent last, layers' states): some rounds on the tiny Llama under layers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedllm.core.layer import Facts, Layer
+    from fedllm.core.program import drive
+    from fedllm.data.federation import Federation, Shard
+    from fedllm.engines import ENGINES
+    from fedllm.engines.world import World
+    from fedllm.local.spec import LocalSpec
+    from fedllm.methods.registry import make_method
+    from fedllm.models.model import Model
+    from fedllm.spaces import make_space
+
+    class Seen(Layer):
+        """Stands next to the wire and keeps what each client sends last."""
+
+        def __init__(self):
+            self.got = {}
+
+        def client(self, fn, msg, client, call):
+            self.got[client.id] = call(msg)
+            return self.got[client.id]
+
+    def row(k, i):
+        text = [RECORDS[(7 * i + 3 * k + j * (i + 1)) % len(RECORDS)] for j in range(3 + (5 * i + k) % 9)]
+        return {"prompt": " ".join(text), "response": " ".join(text[:2])}
+
+    def make(layers=(), rounds=2, engine="vectorized", method="fedavg", dtype=torch.float32, loopback=False,
+             knobs=None, k=5, public=()):
+        net = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=dtype)
+        model = Model(net, AutoTokenizer.from_pretrained(tiny_llama_folder), "generation", make_space("lora", rank=4))
+        shards = {f"c{i}": Shard([row(i, j) for j in range(6 + i)], [row(i, 50)]) for i in range(k)}
+        spec = LocalSpec(optimizer="sgd", lr=0.1, steps=2, batch_size=3)
+        world = World(model, Federation(shards, [row(9, 1)], "generation", public=public), spec)
+        facts = Facts({c: len(s.train) for c, s in shards.items()}, k, rounds, spec)
+        seen = Seen()
+        layers = [*(x.bind(facts) for x in layers), seen]
+        m = make_method(method, **(knobs or {}))
+        driver, state, states = ENGINES[engine]((m, *layers), world, loopback=loopback), m.init(model), [
+            x.init() for x in layers]
+        for t in range(rounds):
+            driver.begin(t)
+            state = drive(m.round(state, world.infos()), driver, layers, states)
+            driver.commit()
+        return m.served(state)[0], seen.got, states
+
+    return make

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fedllm.app.bench_arena import arena
 from fedllm.app.bench_federation import federation
 from fedllm.app.bench_privacy import privacy
 from fedllm.app.bench_quality import quality
@@ -21,13 +22,15 @@ from fedllm.app.bench_rows import Row, merge
 from fedllm.app.bench_scale import scale
 from fedllm.app.bench_server import aggregation, codec_rows, svd
 from fedllm.app.bench_simulation import simulation
+from fedllm.app.bench_zeroth import zeroth_order
 from fedllm.core.errors import RecipeError
 from fedllm.models.kernels import keep_freed_memory
 
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "simulation": simulation, "aggregation": aggregation, "codec": codec_rows, "svd": svd, "scale": scale,
-    "federation": federation, "privacy": privacy, "quality": quality}
-APART = ("quality",)
+    "federation": federation, "privacy": privacy, "quality": quality, "arena": arena,
+    "zeroth_order": zeroth_order}
+APART = ("quality", "arena")
 """Hours of work: only when named."""
 OUT = Path("docs/results/bench.json")
 

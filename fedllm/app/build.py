@@ -15,11 +15,13 @@ import torch
 
 from fedllm.app.layers import make_layer
 from fedllm.app.recipe import Recipe
-from fedllm.core.client import Profile
+from fedllm.core.client import Fleet, Profile
 from fedllm.core.errors import CompositionError, DataError, RecipeError
 from fedllm.core.layer import Facts, Layer
 from fedllm.core.method import Method, check_knob
 from fedllm.core.record import Record
+from fedllm.core.rng import numpy_stream
+from fedllm.core.select import Selector
 from fedllm.data.federation import Federation
 from fedllm.data.load import load_federation
 from fedllm.engines import ENGINES, Vectorized
@@ -27,8 +29,10 @@ from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
-from fedllm.models.load import load_model
+from fedllm.models.load import load_model, load_tokenizer
 from fedllm.privacy.composition import check_stack
+from fedllm.selectors.registry import make_selector
+from fedllm.selectors.uniform import Uniform
 from fedllm.spaces.registry import SPACES, make_space
 from fedllm.spaces.space import Space
 
@@ -46,8 +50,10 @@ class Parts:
     world: World
     method: Method
     layers: list[Layer]
+    """From the method down to the wire; a selector that hears of clients is the last."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Clients of the data that take no part, and why."""
+    selector: Selector = field(default_factory=Uniform)
     engine: Callable[..., Any] | None = None
     """Who answers, where it is not the recipe's engine: the sites of a real federation."""
 
@@ -66,15 +72,55 @@ def build(recipe: Recipe) -> Parts:
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
     make_recipe_space(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
-    layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
-              for i, n in enumerate(recipe.layers)]
+    layers, selector = make_layers(recipe)
     compose(method, layers)
     federation, left_out = _without_empty(load_federation(recipe.data, recipe.seed, embed=_embedder(recipe)))
+    federation = with_canaries(federation, recipe)
     layers = bound(layers, recipe, {c: len(s.train) for c, s in federation.clients.items()}, local)
+    ids = list(federation.clients)
+    method.check_clients(ids, cohort_size(recipe.clients.per_round, len(ids)))
     world = make_world(recipe, federation)
     method.check(world.model)
     method.init(world.model)  # some methods find only here that the model's space does not suit them
-    return Parts(recipe, world, method, layers, left_out)
+    check_deadlines(recipe, method, world)
+    return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
+
+
+def make_layers(recipe: Recipe) -> tuple[list[Layer], Selector]:
+    """The recipe's layers, and its selector, which is the last of them if it hears of clients."""
+    layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
+              for i, n in enumerate(recipe.layers)]
+    selector = _part("select", lambda: make_selector(recipe.select.name, recipe.select.knobs))
+    selector.check_stack(layers)
+    return [*layers, selector] if selector.hears else layers, selector
+
+
+def heard_by(layers: Sequence[Layer], selector: Selector) -> Selector:
+    """The selector as it stands on the stack, bound to the run; one that hears nothing stands nowhere."""
+    return next((x for x in layers if isinstance(x, Selector)), selector)
+
+
+def check_deadlines(recipe: Recipe, method: Method, world: World) -> None:
+    """RecipeError for a deadline in which no client of the fleet could make even one step."""
+    if world.fleet is None:
+        return
+    fleet = world.fleet
+    least = min(fleet.compute(c.profile, 1.0) + 2 * c.profile.latency for c in world.infos())
+    own = getattr(method, "deadline") if "deadline" in type(method).knobs() else None  # noqa: B009
+    for key, value in (("clients.deadline", recipe.clients.deadline), ("method.deadline", own)):
+        if value is not None and value < least:
+            raise RecipeError(f"{key} = {value:g}: no client can make a single step in that time; one takes the "
+                              f"fastest client {least:g} virtual seconds, so allowed is {least:g} and more")
+
+
+def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
+    """The federation with the canaries that the recipe plants."""
+    if not recipe.data.canaries:
+        return federation
+    from fedllm.audits.canaries import planted
+
+    return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
+                   load_tokenizer(recipe.model.name))
 
 
 def make_world(recipe: Recipe, federation: Federation) -> World:
@@ -90,7 +136,13 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
         model.start = load_adapter(start, model)
     return World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                 recipe.data.completion_only, recipe.rounds)
+                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe))
+
+
+def make_fleet(recipe: Recipe) -> Fleet | None:
+    """What makes time in a simulation; None where time is real."""
+    spec = recipe.clients
+    return None if spec.step_seconds is None else Fleet(spec.step_seconds, spec.day_seconds, spec.day_share)
 
 
 def _part(path: str, make: Callable[[], T]) -> T:
@@ -152,6 +204,8 @@ def overrides(method: Method, name: str) -> bool:
 
 
 def _without_empty(federation: Federation) -> tuple[Federation, dict[str, str]]:
+    if federation.streamed:  # a group has rows
+        return federation, {}
     left = {c: "it has no training rows" for c, s in federation.clients.items() if not s.train}
     if len(left) == len(federation.clients):
         raise DataError(f"no client has training rows ({len(left)} clients); check data.source and data.partition")
@@ -163,25 +217,43 @@ def make_profiles(recipe: Recipe, clients: list[str]) -> dict[str, Profile]:
     """What each client declares: the recipe's common values, then its own."""
     spec = recipe.clients
     names = [f.name for f in fields(Profile)]
-    out = {}
+    out: dict[str, Profile] = {}
+    alike: dict[Profile, Profile] = {}
     for unknown in spec.profiles.keys() - set(clients):
         near = difflib.get_close_matches(unknown, clients, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise RecipeError(f"clients.profiles.{unknown}: no such client{hint} The data has {', '.join(clients[:12])}")
     for i, client in enumerate(clients):
-        values: dict[str, Any] = {"availability": spec.availability}
+        values: dict[str, Any] = {"availability": spec.availability, "latency": spec.latency, "dropout": spec.dropout,
+                                  "speed": drawn(spec.speed, 1.0, recipe.seed, i, client, "speed")}
+        if spec.bandwidth is not None:
+            values["bandwidth"] = drawn(spec.bandwidth, 1e6, recipe.seed, i, client, "bandwidth")
         if spec.ranks:
             values["rank"] = spec.ranks[i % len(spec.ranks)]
         for key, value in spec.profiles.get(client, {}).items():
             _check_profile(f"clients.profiles.{client}", key, value, names)
             values[key] = value
-        out[client] = Profile(**values)
+        made = Profile(**values)
+        out[client] = alike.setdefault(made, made)  # of 100,000 clients most declare the same
     return out
+
+
+def drawn(law: Any, middle: float, seed: int, place: int, client: str, what: str) -> float:
+    """This client's value: the same for all, its own of a list, or drawn from the recipe's seed."""
+    if isinstance(law, list):
+        return float(law[place % len(law)])
+    if not isinstance(law, Mapping):
+        return float(law)
+    ((kind, given),) = law.items()
+    rng = numpy_stream(seed, client, what)
+    if kind == "lognormal":
+        return float(middle * np.exp(rng.normal(0.0, given[0] if isinstance(given, list) else given)))
+    return float(rng.uniform(*given)) if kind == "uniform" else float(rng.choice(given))
 
 
 LIMITS: dict[str, Mapping[str, Any]] = {
     "rank": {"ge": 1}, "memory_bytes": {"ge": 1}, "bandwidth": {"gt": 0}, "speed": {"gt": 0},
-    "availability": {"gt": 0, "le": 1}}
+    "availability": {"gt": 0, "le": 1}, "latency": {"ge": 0}, "dropout": {"ge": 0, "lt": 1}}
 
 
 def _check_profile(path: str, key: str, value: Any, names: list[str]) -> None:

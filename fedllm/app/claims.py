@@ -25,9 +25,11 @@ import fedllm.app
 import fedllm.methods
 from fedllm.app.layers import layer_classes
 from fedllm.app.rigs_topics import cache_dir
+from fedllm.audits.registry import audit_classes
 from fedllm.core.errors import RecipeError
 from fedllm.core.method import Card, Claim
 from fedllm.methods.registry import method_class, modules, source_of
+from fedllm.selectors.registry import selector_classes
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -60,11 +62,16 @@ class Entry(NamedTuple):
 
 
 def claimed() -> dict[str, Entry]:
-    """Every claim by name: methods by id, layers with a card by theirs, and further ones as `<id>:<word>`."""
+    """Every claim by name: methods, layers with a card and audits by id, and further ones as `<id>:<word>`."""
     found = {name: (method_class(name).card, source_of(name), modules()[name].split(".")[-2]) for name in modules()}
     for name, kind in layer_classes().items():
         if kind.card:
             found[name] = (kind.card, inspect.getsourcefile(kind) or "", f"layers: {kind.__module__.split('.')[1]}")
+    for name, chooser in selector_classes().items():
+        assert chooser.card is not None
+        found[name] = (chooser.card, inspect.getsourcefile(chooser) or "", "selectors")
+    for name, audit in audit_classes().items():
+        found[name] = (vars(audit)["card"], inspect.getsourcefile(audit) or "", "audits")
     return {name + (f":{word}" if word else ""): Entry(card, claim, Path(source), chapter)
             for name, (card, source, chapter) in found.items()
             for word, claim in {"": card.claim, **card.also}.items()}

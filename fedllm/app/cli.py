@@ -115,6 +115,22 @@ def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help
 
 
 @app.command()
+def group(source: Annotated[list[str], typer.Argument(help="Files: .jsonl, .txt, .csv, .tsv, .parquet.")],
+          to: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+          key: Annotated[str, typer.Option(help="column:NAME, host:NAME, random:GROUPS, "
+                                                "dirichlet:COLUMN:GROUPS:ALPHA or call:module:function.")],
+          shards: Annotated[int, typer.Option(help="Files to write.")] = 8,
+          workers: Annotated[int, typer.Option(help="Processes that read.")] = 1,
+          seed: Annotated[int, typer.Option(help="Of random and dirichlet.")] = 0,
+          memory_mb: Annotated[int, typer.Option(help="What each worker holds before it writes.")] = 16) -> None:
+    """Group a corpus of any size on disk, each group a client: [bold]data.source: grouped:FOLDER[/bold] in a recipe."""
+    from fedllm.data.grouper import group as go
+
+    made = go(source, to, key, shards=shards, workers=workers, seed=seed, memory_mb=memory_mb)
+    out.print(f"{made.groups:,} groups, {made.rows:,} rows, {made.bytes:,} bytes in {to}", highlight=False)
+
+
+@app.command()
 def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs")) -> None:
     """Eight institutions tune the embedded model together; offline, in a few minutes."""
     from fedllm.app.demo import demo as show

@@ -1,24 +1,75 @@
-"""Commands of an audit, to be mounted beside the others: `fedllm audit verify RUN`."""
+"""Commands of an audit, to be mounted beside the others: `fedllm audit RUN` and `fedllm audit verify RUN`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-audit = typer.Typer(no_args_is_help=True, help="Check a run: whether its record is what the run wrote.")
+
+class RunFirst(TyperGroup):
+    """`fedllm audit runs/demo` is short for `fedllm audit run runs/demo`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+audit = typer.Typer(cls=RunFirst, no_args_is_help=True,
+                    help="Audit a run (`fedllm audit RUN`): what it gives away; or check that its record is intact.")
 console = Console()
-
-
-@audit.callback()
-def _group() -> None:
-    """Keeps `verify` a word of its own while it is the only one."""
+Path_ = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.")]
 
 
 @audit.command()
-def verify(path: Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.")],
+def run(path: Path_,
+        only: Annotated[list[str] | None, typer.Option(
+            help="membership, canaries, memorization or leak; may be given several times. Default: all that apply.")
+        ] = None,
+        shadows: Annotated[int, typer.Option(help="Runs of the recipe on random halves of the rows, for LiRA.")] = 0,
+        rows: Annotated[int, typer.Option(help="Most rows of each kind that are scored.")] = 1000,
+        transcript: Annotated[bool, typer.Option(
+            "--transcript", help="Read the replies that the run kept; an error where it kept none.")] = False,
+        max_auc: Annotated[float, typer.Option(help="Limit: AUC of the best membership score.")] = 0.7,
+        max_exposure: Annotated[float, typer.Option(help="Limit: bits of exposure of planted canaries.")] = 5.0,
+        max_memorized: Annotated[float, typer.Option(help="Limit: share of training rows said, over held-out rows.")
+                                 ] = 0.1,
+        max_leak: Annotated[float, typer.Option(help="Limit: F1 of tokens read from messages, over a guess.")] = 0.2,
+        as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False) -> None:
+    """Measure what a run's model and messages give away. Exit code 1 when a figure is over its limit.
+
+    Writes audit.json into the run's folder, and a section into its report.
+    """
+    from fedllm.app.audit_run import audit_run
+    from fedllm.app.report import write_report
+    from fedllm.audits.privacy_audit import PrivacyAudit
+
+    gates = PrivacyAudit(max_auc, max_exposure, max_memorized, max_leak)
+    done = audit_run(path, gates=gates, only=only or (), shadows=shadows, rows=rows, transcript=transcript)
+    write_report(path)
+    if as_json:
+        typer.echo(json.dumps(done.as_json(), indent=1, default=float))
+    else:
+        for c in done.checks:
+            mark = "[green]pass[/]" if c.holds else "[bold red]FAIL[/]"
+            console.print(f"{mark} {c.name:18} {c.figure:8.3f} <= {c.limit:<8g} {c.says}", highlight=False,
+                          soft_wrap=True)
+        for name, why in done.left_out.items():
+            console.print(f"[dim]none[/] {name:18} {why}", highlight=False, soft_wrap=True)
+        broken = [c.name for c in done.checks if not c.holds]
+        said = f"FAIL: {', '.join(broken)}" if broken else "PASS"
+        console.print(f"audit of {path}: {said}", highlight=False, soft_wrap=True)
+    if not done.passes:
+        raise typer.Exit(1)
+
+
+@audit.command()
+def verify(path: Path_,
            head: Annotated[str | None, typer.Option(help="The hash that you kept of the run's last event.")] = None,
            ) -> None:
     """Find every line of a run's record that was edited, dropped, added or moved. Exit code 1 when there is one."""

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from fedllm.core.errors import RecipeError
 
-SHORT = {"model": "name", "data": "source", "method": "name", "space": "name", "engine": "kind"}
+SHORT = {"model": "name", "data": "source", "method": "name", "space": "name", "engine": "kind",
+         "select": "name"}
 """Sections that may be given as one word, and the key that the word is for."""
 
 
@@ -107,8 +108,8 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def fill(raw: MutableMapping[str, Any]) -> None:
-    """`method: {server_lr: 0.5}` without a name means the default method; the same for the space."""
-    for section, name in (("method", "fedavg"), ("space", "lora")):
+    """`method: {server_lr: 0.5}` without a name means the default method; the same for space and selector."""
+    for section, name in (("method", "fedavg"), ("space", "lora"), ("select", "uniform")):
         if isinstance(raw.get(section), dict):
             raw[section] = {"name": name, **raw[section]}
 

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedllm.app.build import Parts, bound, compose, make_recipe_space
+from fedllm.app.build import Parts, bound, compose, heard_by, make_layers, make_recipe_space
 from fedllm.app.federate_site import site_profile, versions
 from fedllm.app.folder import RunFolder
-from fedllm.app.layers import make_layer
 from fedllm.app.progress import Quiet
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.app.result import Result
@@ -124,7 +123,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     if len(labels) != 1 or len(tasks) != 1:
         raise RunError(f"the sites disagree on the task: labels {labels}, tasks {tasks}")
     method = make_method(recipe.method.name, **recipe.method.knobs)
-    layers = [make_layer(n.name, n.knobs, f"layers.{i}") for i, n in enumerate(recipe.layers)]
+    layers, selector = make_layers(recipe)
     compose(method, layers)
     local = LocalSpec.make(recipe.local, "local")
     layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)
@@ -141,7 +140,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
                      e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds)
     world.said = infos
-    return Parts(recipe, world, method, layers, dict(left_out))
+    return Parts(recipe, world, method, layers, dict(left_out), heard_by(layers, selector))
 
 
 def _own_rows(recipe: Recipe, file: float | str) -> Sequence[Mapping[str, Any]]:

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.app.build import PACKAGES, compose, make_profiles, make_recipe_space
+from fedllm.app.build import PACKAGES, compose, make_layers, make_profiles, make_recipe_space
 from fedllm.app.federate_memory import DiskMemory
 from fedllm.app.federate_settings import SiteSettings
-from fedllm.app.layers import make_layer
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.core.client import ClientInfo, Profile
 from fedllm.core.errors import CompositionError, DataError, RecipeError
@@ -42,7 +41,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     _same_versions(head["versions"], settings)
     recipe = _recipe(head["recipe"], settings)
     method = make_method(recipe.method.name, **recipe.method.knobs)
-    layers = [make_layer(n.name, n.knobs, f"layers.{i}") for i, n in enumerate(recipe.layers)]
+    layers, _ = make_layers(recipe)
     compose(method, layers)
     if why := settings.forbids(recipe, layers):
         raise RecipeError(why)

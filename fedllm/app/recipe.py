@@ -22,12 +22,30 @@ def _share(value: Any) -> int | float:
     return value
 
 
+def _law(value: Any) -> Any:
+    """A number for all, a list that is dealt in order, or a law by which each client draws its own."""
+    kinds = {"lognormal": 1, "uniform": 2, "choice": None}
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    if isinstance(value, list):
+        ok = bool(value) and all(isinstance(v, int | float) and v > 0 for v in value)
+    elif isinstance(value, dict) and len(value) == 1 and next(iter(value)) in kinds:
+        ((kind, given),) = value.items()
+        given = given if isinstance(given, list) else [given]
+        ok = (all(isinstance(v, int | float) and v > 0 for v in given) and kinds[kind] in (None, len(given))
+              and (kind != "uniform" or given[0] <= given[-1]))
+    if not ok:
+        raise ValueError("allowed is a number above 0, a list of such (dealt in order), {lognormal: sigma}, "
+                         "{uniform: [low, high]} or {choice: [...]}, all above 0")
+    return value
+
+
 def _short(key: str) -> Any:
     """`method: fedavg` is short for `method: {name: fedavg}`."""
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
 Share = Annotated[int | float, PlainValidator(_share)]
+Law = Annotated[Any, PlainValidator(_law)]
 
 
 class Section(BaseModel):
@@ -71,6 +89,10 @@ class Data(DataSpec):
 
     completion_only: bool = True
     """Learn the response's tokens alone; false: the prompt's too."""
+    canaries: Annotated[int, Field(ge=0)] = 0
+    """Random rows made for each client, of which coins plant half: what `fedllm audit` then looks for."""
+    canary_copies: Count = 1
+    """How often each planted canary stands among its client's rows."""
 
 
 class ClientsSpec(Section):
@@ -85,9 +107,26 @@ class ClientsSpec(Section):
     ranks: list[Count] | None = None
     """LoRA ranks, dealt to the clients in order and over again."""
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What single clients declare: rank, speed, memory_bytes, bandwidth, availability, modality, privacy."""
+    """What single clients declare: rank, speed, memory_bytes, bandwidth, latency, availability, dropout, modality,
+    privacy."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that a client answers when asked, where its profile does not say."""
+    speed: Law = 1.0
+    """Relative compute speed: a number for all, a list dealt in order, {lognormal: sigma}, {uniform: [low, high]} or
+    {choice: [...]}, drawn once a client."""
+    bandwidth: Law | None = None
+    """Bytes a second, up and down; as for speed, with a lognormal around 1e6. None: messages take no time."""
+    latency: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that each message is under way beside what its bytes take."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a client is lost while it works."""
+    step_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of one local step at speed 1. Given, time in a simulation is virtual (deadlines too): worked out from
+    what clients declare. None: time is real."""
+    day_seconds: Annotated[float, Field(gt=0)] = 86400.0
+    """Length of a client's day in virtual seconds; each begins at an hour of its own."""
+    day_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of its day in which a client is there to be asked."""
 
 
 class EngineSpec(Section):
@@ -148,6 +187,8 @@ class Recipe(Section):
     layers: list[Annotated[Named, _short("name")]] = Field(default_factory=list)
     """Privacy, compression, attacks and defenses, from the method down to the wire."""
     clients: ClientsSpec = Field(default_factory=ClientsSpec)
+    select: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="uniform"))
+    """Who of the clients is asked in a round, for any method."""
     rounds: Annotated[int, Field(ge=0)] = 10
     engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
     seed: Annotated[int, Field(ge=0)] = 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedllm.app.build import make_recipe_space
-from fedllm.app.course import draw_cohort
+from fedllm.app.course import draw_cohort, in_order
 from fedllm.app.folder import RunFolder
 from fedllm.app.layers import make_layer
 from fedllm.app.products import write_served
@@ -62,10 +62,12 @@ def replay(path: str | Path, reducer: str | None = None) -> Replayed:
         raise RunError(f"{folder.path} is not finished; `fedllm resume {folder.path}` goes on with it")
     clients = [ClientInfo(c["id"], c["n"], Profile(rank=c["rank"])) for c in folder.read("clients.json")]
     start, state, states = first[1]["state"], first[1]["state"], first[1]["layers"]
+    asked = {e["round"]: e["cohort"] for e in folder.events() if e["kind"] == "round"}  # as the selector chose
     engine = Playback(folder.path / "replies", REDUCERS[reducer] if reducer else None, recipe.clients.quorum)
     for round in range(recipe.rounds):
         engine.begin(round)
-        cohort = draw_cohort(clients, recipe.clients.per_round, recipe.seed, round)
+        cohort = in_order(clients, asked[round]) if round in asked else draw_cohort(
+            clients, recipe.clients.per_round, recipe.seed, round)
         try:
             state = drive(method.round(state, cohort), engine, layers, states[: len(layers)])
         except QuorumError as error:

@@ -55,7 +55,7 @@ def report_html(folder: RunFolder, result: Result) -> str:
         _header(facts, result), _figures(facts, result), _table(result),
         _learning(facts, result),
         _clients(facts, result), _samples(facts), _bytes(facts, result),
-        _privacy(facts, result), _trouble(facts), _recipe(facts)) if part)
+        _privacy(facts, result), _audit(folder), _trouble(facts), _recipe(facts)) if part)
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(facts.recipe['name'])} - fedllm"
             "</title><meta name='viewport' content='width=device-width, initial-scale=1'><meta name='color-scheme' "
             f"content='light dark'><style>{STYLE()}</style><script>{plotly.offline.get_plotlyjs()}</script></head>"
@@ -175,6 +175,23 @@ def _privacy(facts: Facts, result: Result) -> str:
             f"{escape(result.audit['head'])}: `fedllm audit verify` checks them.</p>") if result.audit else ""
     return _section("Privacy and evidence", "The whole statement is in privacy_statement.md.",
                     f"<div class='card'><p>{said}</p>{table}{head}</div>")
+
+
+def _audit(folder: RunFolder) -> str:
+    """What `fedllm audit` found, where it has been called."""
+    if not (folder.path / "audit.json").is_file():
+        return ""
+    found = folder.read("audit.json")
+    lines = [(c["name"].replace("_", " "), "pass" if c["holds"] else "FAIL", f"{c['figure']:.3f}", f"{c['limit']:g}",
+              c["says"]) for c in found["checks"]]
+    lines += [(name, "none", "", "", why) for name, why in found["left_out"].items()]
+    rows = "".join(f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(v)}</td>" for v in rest) + "</tr>"
+                   for name, *rest in lines)
+    table = ("<div class='card'><div class='scroll text'><table><thead><tr><th>what</th><th></th><th>figure</th>"
+             f"<th>at most</th><th>how it was measured</th></tr></thead><tbody>{rows}</tbody></table></div></div>")
+    says = "What the model and the messages give away, by `fedllm audit`: " + (
+        "every figure is within its limit." if found["pass"] else "a figure is over its limit.")
+    return _section("Audit", says, table)
 
 
 def _trouble(facts: Facts) -> str:

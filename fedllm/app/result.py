@@ -36,6 +36,13 @@ class Result:
     joules: float | None = None
     """Energy of the processor package, where it can be measured."""
 
+    virtual: Mapping[str, Any] | None = None
+    """`seconds` on the clock of the declared fleet, and `wasted_bytes` of answers that came too late; None where time
+    is real."""
+    reports: Mapping[str, Any] = field(default_factory=dict)
+    """What the method, layers and the selector say beside the figures, by their class: staleness, energy, who was
+    asked how often."""
+
     @property
     def adapter_path(self) -> Path | None:
         """The served adapter (PEFT) or, for a space that PEFT does not have, the merged model."""

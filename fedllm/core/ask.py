@@ -36,6 +36,11 @@ class Ask:
 
     `quorum` is how many answers are enough: a float is a share of those asked, an int a count, None leaves it to the
     recipe. `deadline` is in seconds from the moment of asking; a client that is silent by then is `missing`.
+    So many answers as `enough` says close the ask: who comes later is `missing` too, and what it did does not count.
+
+    With `flight`, so many clients are at work at a time: when one has answered, the next of `msgs` begins (and, if
+    `enough` says for how many answers to wait, those that have answered begin once more after the last). Whoever is
+    at work when the ask closes stays at work, is not asked again meanwhile, and answers a later ask of this phase.
     """
 
     fn: Callable[[Payload, Any], Payload]
@@ -43,6 +48,8 @@ class Ask:
     reduce: Reducer | None = None
     quorum: float | int | None = None
     deadline: float | None = None
+    enough: int | None = None
+    flight: int | None = None
 
     @property
     def owner(self) -> Any:
@@ -63,22 +70,25 @@ class Ask:
         return self.reduce or self.fn.__dict__.get("reduce")
 
     def needed(self, default: float | int = 1) -> int:
-        """How many answers are enough, as a count (at least one)."""
+        """How many answers are enough, as a count (at least one, unless the ask says 0: then none is)."""
         quorum = default if self.quorum is None else self.quorum
-        return max(1, quorum if isinstance(quorum, int) else math.ceil(len(self.msgs) * quorum - 1e-9))
+        return max(int(quorum != 0), quorum if isinstance(quorum, int) else math.ceil(len(self.msgs) * quorum - 1e-9))
 
 
 @dataclass(frozen=True)
 class Replies(Mapping[ClientId, Payload]):
     """Who answered what. With a reducer only `value` is filled, never `each`.
 
-    `missing` maps each silent or refused client to the reason.
+    `missing` maps each silent or refused client to the reason. `notes` is what a client's reply says beside what is
+    folded (keys `note/...`), and `seconds` how long its answer took, on the clock of the engine.
     """
 
     each: Mapping[ClientId, Payload] = field(default_factory=dict)
     value: Payload | None = None
     answered: tuple[ClientId, ...] = ()
     missing: Mapping[ClientId, str] = field(default_factory=dict)
+    notes: Mapping[ClientId, Payload] = field(default_factory=dict)
+    seconds: Mapping[ClientId, float] = field(default_factory=dict)
 
     def __getitem__(self, key: ClientId) -> Payload:
         return self.each[key]

@@ -27,8 +27,31 @@ class Profile:
     """Relative compute speed; 0.5 takes twice as long."""
     availability: float = 1.0
     """Probability that the client answers when asked (drawn per round from its own stream)."""
+    latency: float = 0.0
+    """Seconds that each message is under way beside what its bytes take."""
+    dropout: float = 0.0
+    """Probability that the client is lost while it works (drawn per round from its own stream)."""
     modality: str = "text"
     privacy: str | None = None
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What makes time in a simulation: with it, seconds are worked out from what clients declare, not measured."""
+
+    step_seconds: float = 1.0
+    """Of one local step (forward and backward over one batch) at speed 1; a forward alone takes a third of it."""
+    day_seconds: float = 86400.0
+    day_share: float = 1.0
+    """Share of a day in which a client is there at all; each client's day begins at an hour of its own."""
+
+    def compute(self, profile: Profile, steps: float) -> float:
+        """Seconds of so many steps."""
+        return steps * self.step_seconds / profile.speed
+
+    def travel(self, profile: Profile, size: int) -> float:
+        """Seconds of a message of so many bytes."""
+        return profile.latency + (size / profile.bandwidth if profile.bandwidth else 0.0)
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,8 @@ class Client(Protocol):
     """The federation's public rows, tokenized: nobody's, and everybody may train on them."""
     memory: MutableMapping[str, Any]
     """Never leaves the client; committed when the round ends."""
+    pace: float | None
+    """Seconds of one local step here, as the fleet declares it; None where time is not declared but real."""
 
     def rng(self, owner: str) -> np.random.Generator:
         """This owner's stream for the present round and phase; repeated calls go on in the same stream."""
@@ -67,6 +92,19 @@ class Client(Protocol):
 
     def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:
         """Mean loss of `theta` on these training rows (indices; None: all)."""
+        ...
+
+    def losses(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> np.ndarray:
+        """Loss of `theta` on each of these training rows (indices; None: all), per target."""
+        ...
+
+    tokens: Sequence[Any]
+    """The client's own training rows, tokenized."""
+
+    def probe(self, thetas: Sequence[Tree], rows: Sequence[int] | None = None, *, on: Sequence[Any] | None = None,
+              base: Tree | None = None) -> list[Any]:
+        """Row losses (`RowLosses`) of each of these trainables on the same training rows, or `on` others: one forward
+        for all of them and, in a vectorized simulation, for all clients too."""
         ...
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:

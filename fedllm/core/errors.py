@@ -11,6 +11,7 @@
         Withheld        a client keeps its answer to itself in this round, and says why; the round goes on without it
       EndpointError     a text endpoint that cannot be reached or answers wrongly: names URL, model and cause
       RunError          a run folder that cannot be read, resumed or written
+        BudgetSpent     the next round would exceed a budget (privacy, queries); the run ends before it, with a result
 """
 
 
@@ -56,3 +57,7 @@ class EndpointError(FedLLMError):
 
 class RunError(FedLLMError):
     """A run folder cannot be read, resumed or written."""
+
+
+class BudgetSpent(RunError):
+    """One more round would cost more than a budget allows: of privacy, or of calls of a model."""

@@ -28,7 +28,7 @@ class Facts:
 class Algebra:
     """What a layer asks of the others in its stack; `privacy.composition` refuses stacks that cannot hold."""
 
-    kind: Literal["plain", "dp", "secagg", "he", "codec", "robust", "attack"] = "plain"
+    kind: Literal["plain", "dp", "secagg", "he", "codec", "robust", "attack", "tree", "line"] = "plain"
     needs: Literal["any", "sum", "set"] = "any"
     """What it must get from below: any replies, one sum, or every single reply (Krum, median)."""
     reveals: Literal["each", "sum"] = "each"
@@ -83,6 +83,10 @@ class Layer:
     def unlimited(self) -> Layer:
         """The bound layer without its budget: a plan's trial rounds are not the run's."""
         return self
+
+    def report(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What it adds to the run's result, under `reports`. None: nothing."""
+        return None
 
     def statement(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What it can say about the run's privacy; `void` lists what takes its claim away. None: nothing."""

@@ -126,6 +126,9 @@ class Method(Knobs):
     def check(self, model: Any) -> None:
         """Raise CompositionError or ModelError when this method cannot work with the model's space or task."""
 
+    def check_clients(self, ids: Sequence[str], cohort: int) -> None:
+        """Raise RecipeError or CompositionError when the method cannot work with these clients, or so many a round."""
+
     def check_layers(self, layers: Sequence[Any]) -> None:
         """Raise CompositionError when the method is not what it says without other layers."""
 
@@ -144,6 +147,10 @@ class Method(Knobs):
     def served(self, state: State) -> tuple[Tree, Tree | None]:
         """The model that would be deployed: trainables, and what was merged into the frozen base (or None)."""
         return state["theta"], None
+
+    def report(self, state: State) -> Mapping[str, Any] | None:
+        """What the method adds to the run's result, under `reports`. None: nothing."""
+        return None
 
     def evaluate(self, state: State, clients: Sequence[ClientInfo], on: str) -> Program:
         """Each client scores the model that it would use; `on` names the rows ("local" or "global")."""

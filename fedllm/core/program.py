@@ -9,7 +9,7 @@ from fedllm.core.ask import Ask, ClientId, Program, Replies
 from fedllm.core.client import SERVER
 from fedllm.core.errors import PayloadError, QuorumError
 from fedllm.core.layer import Layer
-from fedllm.core.payload import Payload, non_finite
+from fedllm.core.payload import Payload, non_finite, part
 
 
 class Engine(Protocol):
@@ -99,15 +99,24 @@ class Fold:
         self.each: dict[ClientId, Payload] = {}
         self.answered: list[ClientId] = []
         self.missing: dict[ClientId, str] = {}
+        self.notes: dict[ClientId, Payload] = {}
+        self.seconds: dict[ClientId, float] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether so many answers count as close the ask."""
+        return self.ask.enough is not None and len(self.answered) >= self.ask.enough
 
     def miss(self, client: ClientId, why: str) -> None:
         """This client gives no answer, or none that counts."""
         self.missing[client] = why
 
-    def take(self, client: ClientId, reply: Payload) -> None:
-        """One answer."""
+    def take(self, client: ClientId, reply: Payload, seconds: float | None = None) -> None:
+        """One answer, and how long it took where the engine says so."""
         if bad := non_finite(reply):
             return self.miss(client, f"reply refused: '{bad}' holds NaN or infinity")
+        if notes := part(reply, "note"):
+            reply = {key: v for key, v in reply.items() if not key.startswith("note/")}
         try:
             if self.reducer:
                 self.acc = self.reducer.add(self.acc, reply)
@@ -116,6 +125,11 @@ class Fold:
         except (PayloadError, KeyError) as error:
             return self.miss(client, f"reply refused: {error}")
         self.answered.append(client)
+        self.missing.pop(client, None)  # an earlier answer of its may have been refused
+        if notes:
+            self.notes[client] = notes
+        if seconds is not None:
+            self.seconds[client] = seconds
 
     def done(self) -> Replies:
         """Who answered what; raises QuorumError when too few did."""
@@ -124,4 +138,5 @@ class Fold:
             raise QuorumError(f"{self.ask.phase}: {len(self.answered)} of {len(self.ask.msgs)} clients answered, "
                               f"{self.needed} needed ({why})")
         value = self.reducer.done(self.acc) if self.reducer and self.answered else None
-        return Replies(self.each, value, tuple(self.answered), self.missing)
+        return Replies(self.each, value, tuple(self.answered), self.missing, self.notes,
+                       self.seconds)

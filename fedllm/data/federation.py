@@ -31,6 +31,8 @@ class Federation:
     task: Task
     labels: tuple[str, ...] = ()  # classification: label names by index
     public: Sequence[Row] = ()  # nobody's rows: whoever takes part may train on them
+    streamed: bool = False
+    """Whether clients' rows are read when asked for, and should not be kept: there may be a million of them."""
 
     def pooled(self) -> list[Row]:
         """All training rows in client order: what `centralized` trains on, and only a simulator may do."""

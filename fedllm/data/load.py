@@ -16,8 +16,9 @@ from fedllm.core.errors import DataError, RecipeError
 from fedllm.core.rng import numpy_stream
 from fedllm.data.cluster import Embed
 from fedllm.data.federation import Federation, Row, Shard, Task
-from fedllm.data.partition import FILE, partitioner
-from fedllm.data.sources import Table, map_fields, nearest, read_tables
+from fedllm.data.grouped import PREFIX, grouped_clients
+from fedllm.data.partition import FILE, Grouped, partitioner
+from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.data.templates import classify, label_names, raw_label, template
 
 HOLD_BACK_FROM = 10
@@ -57,7 +58,8 @@ class DataSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
     source: str | list[str] = "office"
-    """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, or `office`."""
+    """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`, or
+    `grouped:FOLDER` (written by `fedllm group`)."""
     split: str = "train"
     """Split of a Hub or saved dataset."""
     subset: str | None = None
@@ -144,6 +146,8 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         from fedllm.data.office import office_federation
 
         return office_federation(**(spec.office or OfficeSpec()).model_dump(), seed=seed)
+    if isinstance(spec.source, str) and spec.source.startswith(PREFIX):
+        return _grouped(spec, seed)
     tables = read_tables(spec.source, spec.split, spec.subset)
     held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
     open_ = read_tables(spec.public, spec.split, spec.subset) if isinstance(spec.public, str) else []
@@ -167,6 +171,34 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         few = np.sort(numpy_stream(seed, "data.test_limit").choice(len(test), spec.test_limit, replace=False))
         test = [test[i] for i in few]
     return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels, public)
+
+
+def _grouped(spec: DataSpec, seed: int) -> Federation:
+    """Clients that are groups on disk; their rows are shaped when they are read."""
+    knobs = partitioner(spec.partition if spec.partition != DataSpec().partition else {"kind": "grouped"})
+    if not isinstance(knobs, Grouped):
+        raise RecipeError(f"data.partition.kind = {spec.partition.get('kind')!r}: the groups of {spec.source} are the "
+                          "clients already; allowed is 'grouped', with clients, min_rows and max_rows")
+    if spec.task == "classification" and spec.labels is None:
+        raise RecipeError("data.labels must be given with grouped rows: to find them all rows would have to be read")
+    if spec.limit is not None or (isinstance(spec.public, float) and spec.public):
+        raise RecipeError("data.limit and a fraction for data.public need all rows in memory; with a grouped source "
+                          "use data.partition.clients and max_rows, and a file for data.public")
+    labels = tuple(spec.labels or ())
+    render = template(spec.template)
+
+    def shape(row: Row, where: str) -> Row:
+        mapped = map_fields(row, spec.fields, where)
+        made = classify(mapped, labels, where) if spec.task == "classification" else render(mapped, where)
+        return {**{name: mapped[name] for name in (*spec.fields, "category") if name in mapped}, **made}
+
+    read = lambda path: _shape(spec, read_tables(path, spec.split, spec.subset), labels).lean  # noqa: E731
+    fraction = spec.test if isinstance(spec.test, float) else 0.0
+    back = lambda n: min(round(spec.client_test * n), n - 1) if n >= HOLD_BACK_FROM else 0  # noqa: E731
+    clients, test = grouped_clients(resolve(spec.source.removeprefix(PREFIX)), knobs, fraction, spec.test_limit, back,
+                                    shape, seed)
+    return Federation(clients, read(spec.test) if isinstance(spec.test, str) else test, spec.task, labels,
+                      read(spec.public) if isinstance(spec.public, str) else (), streamed=True)
 
 
 def _checked(spec: Mapping[str, Any]) -> DataSpec:

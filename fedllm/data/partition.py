@@ -261,9 +261,32 @@ class ByCluster(Numbered):
         return _numbered([np.flatnonzero(found == k).tolist() for k in range(self.clients)])
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """Makes one client of each group of a folder that `fedllm group` has written (`data.source: grouped:FOLDER`)."""
+
+    clients: int | None = None
+    """So many groups, drawn at random; none: all."""
+    min_rows: int = 1
+    """Smaller groups take no part."""
+    max_rows: int = 1024
+    """A client uses the first so many rows of its group; a group may be larger than memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "min_rows", "max_rows"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 1, whole=True)
+
+    def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
+        """Not for rows in memory."""
+        raise RecipeError("data.partition.kind = 'grouped' needs data.source = 'grouped:FOLDER', a folder that `fedllm "
+                          "group` has written; by_key makes one client of each value of a column in memory")
+
+
 KINDS: dict[str, type[Any]] = {
     "iid": Iid, "dirichlet": Dirichlet, "shards": Shards, "quantity": Quantity,
     "by_key": ByKey, "per_file": PerFile, "by_cluster": ByCluster,
+    "grouped": Grouped,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,13 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import PayloadError
+from fedllm.core.method import Card, Claim
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import check_same, wide
+from fedllm.defenses._robust import Robust, Rows, Verdict
+
+PLANTED = {"attack": {"name": "att_backdoor", "kind": "replacement", "trigger": (2, 3, 2, 3, 2, 3), "share": 0.8,
+                      "clients": 0.1, "start": 8}, "rounds": 16}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,26 @@ class Median:
             else:
                 out[key] = float(median(torch.tensor([float(r[key]) for r in acc], dtype=torch.float64)))
         return out
+
+
+@dataclass(frozen=True)
+class CoordinateMedian(Robust):
+    """The same as a layer over any method that folds by a Sum. Equals flwr's FedMedian."""
+
+    card = Card(
+        title="Coordinate-wise median",
+        paper="Yin, Chen, Ramchandran, Bartlett, Byzantine-Robust Distributed Learning, ICML 2018, arXiv 1803.01498",
+        topic="defenses",
+        sends="nothing new; the server sees every reply",
+        needs="a method that folds by a Sum",
+        claim=Claim("leaves a replaced model's trigger at most 15 %", rig="arena", metric="success", holds="<=",
+                    threshold=0.15, seeds=3, options=PLANTED),
+        also={"cost": Claim("loses at most 2 points of the main task under that attack", rig="arena", metric="lost",
+                            holds="<=", threshold=0.02, seeds=3, options=PLANTED)},
+    )
+
+    def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
+        return Verdict(median(rows.x))
 
 
 def median(stacked: Tensor) -> Tensor:

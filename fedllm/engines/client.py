@@ -17,16 +17,16 @@ from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
 from fedllm.engines.world import GLOBAL, World
 from fedllm.local.fit import run_fits
-from fedllm.local.forward import run_embeds, run_losses
+from fedllm.local.forward import run_embeds, run_losses, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
-from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Request, Sensitivity
+from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Probe, Request, RowLosses, Sensitivity
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.models.model import Model
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
-    Fit: run_fits, Losses: run_losses, Generate: run_generates, Embed: run_embeds,
+    Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
     Sensitivity: run_sensitivities}
 
 
@@ -48,6 +48,12 @@ class ClientCall:
     def local(self) -> LocalSpec:
         """How the recipe has this client train in this round."""
         return self._world.local.at(self.round, self._world.rounds)
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds of one local step here, as the fleet declares it; None where time is real."""
+        fleet = self._world.fleet
+        return fleet.compute(self.profile, 1.0) if fleet else None
 
     @contextlib.contextmanager
     def through(self, change: Callable[[Request], Request], closed: str = "") -> Iterator[None]:
@@ -103,9 +109,32 @@ class ClientCall:
 
     def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:
         """Mean loss per target on these training rows (None: all of them)."""
+        return self._row_losses(theta, rows, base).mean
+
+    def losses(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> np.ndarray:
+        """Loss of `theta` on each of these training rows (None: all of them), per target."""
+        got = self._row_losses(theta, rows, base)
+        return got.total / np.maximum(1.0, got.count)
+
+    def _row_losses(self, theta: Tree, rows: Sequence[int] | None, base: Tree | None) -> RowLosses:
         mine = self._world.encoded(self.id, "train")
         chosen = mine if rows is None else [mine[i] for i in rows]
-        return self._submit(Losses(self.id, self.model, theta, base, chosen)).mean
+        return self._submit(Losses(self.id, self.model, theta, base, chosen))
+
+    @property
+    def tokens(self) -> Sequence[Encoded]:
+        """The client's own training rows, tokenized."""
+        self._open_rows()
+        return self._world.encoded(self.id, "train")
+
+    def probe(self, thetas: Sequence[Tree], rows: Sequence[int] | None = None, *, on: Sequence[Any] | None = None,
+              base: Tree | None = None) -> list[RowLosses]:
+        """Row losses of each of these trainables on the same training rows (or `on` others), in one forward."""
+        if not thetas:
+            return []
+        mine = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
+        chosen = mine if rows is None else [mine[i] for i in rows]
+        return self._submit(Probe(self.id, self.model, thetas[0], base, chosen, tuple(thetas)))
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm.core.ask import Ask, ClientId, Replies
+from fedllm.core.client import Fleet
 from fedllm.core.errors import ClientError, FedLLMError, Withheld
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
 from fedllm.engines.client import RUNNERS, ClientCall, server_info
+from fedllm.engines.clock import BOOK, Clock, Took, steps_of
 from fedllm.engines.world import GLOBAL, World, held_by
 from fedllm.wire import codec
 
@@ -27,6 +29,7 @@ class Job:
     client: ClientId
     visit: int
     ends: float | None  # monotonic time after which its answer is late
+    took: Took = field(default_factory=Took)
 
 
 class InProcess:
@@ -39,33 +42,58 @@ class InProcess:
         self.quorum, self.loopback = quorum, loopback
         self.infos = {c.id: c for c in world.infos()} | {GLOBAL: server_info()}
         self.memory: dict[ClientId, dict[str, Any]] = {}
+        self.clock = Clock(self, world.fleet or Fleet())
+        self.timed = world.fleet is not None
         self.begin(0)
 
     def begin(self, round: int) -> None:
         """A new round (or the same one again): memory as it was committed."""
         self.round = round
         self._staged: dict[ClientId, dict[str, Any]] = {}
+        self._before: dict[ClientId, dict[str, Any]] = {}
         self._visits: Counter[tuple[str, ClientId]] = Counter()
+        self.clock.restore(self.memory.get(GLOBAL, {}).get(BOOK))
 
     def commit(self) -> dict[ClientId, dict[str, Any]]:
         """Make this round's memory permanent; returns the memories that were touched."""
+        if self.clock.used:
+            self.staged(GLOBAL)[BOOK] = self.clock.book()
         touched, self._staged = self._staged, {}
         self.memory.update(touched)
         return touched
 
+    def abandon(self) -> dict[ClientId, dict[str, Any]]:
+        """This round does not count: memory as it was, and only the time that it took has passed."""
+        now, wasted = self.clock.now, self.clock.wasted
+        self.begin(self.round)
+        self.clock.now, self.clock.wasted = now, wasted
+        return InProcess.commit(self)
+
+    def undo(self, client: ClientId) -> None:
+        """What its last job noted in its memory does not count."""
+        self._staged[client] = dict(self._before.get(client, {}))
+
     def send(self, asks: Sequence[Ask]) -> list[Replies]:
+        if self.timed or any(ask.enough is not None or ask.flight is not None for ask in asks):
+            return self.clock.send(asks)
         folds = [Fold(ask, self.quorum) for ask in asks]
         for job, reply in self.answers(self._jobs(folds)):
-            if isinstance(reply, str):
-                self.record.emit("missing", round=self.round, phase=job.fold.ask.phase, client=job.client, why=reply)
-                job.fold.miss(job.client, reply)
-                continue
-            before = len(job.fold.missing)
-            job.fold.take(job.client, self._cross("up", job, reply))
-            if len(job.fold.missing) > before:
-                self.record.emit("refused", round=self.round, phase=job.fold.ask.phase, client=job.client,
-                                 why=job.fold.missing[job.client])
+            self.land(job.fold, job.client, reply if isinstance(reply, str) else self._cross("up", job, reply))
         return [fold.done() for fold in folds]
+
+    def land(self, fold: Fold, client: ClientId, reply: Payload | str, seconds: float | None = None) -> None:
+        """Fold a reply that has come, or book why there is none."""
+        told = {} if seconds is None else {"seconds": seconds}
+        if isinstance(reply, str):
+            self.record.emit("missing", round=self.round, phase=fold.ask.phase, client=client, why=reply, **told)
+            return fold.miss(client, reply)
+        before = len(fold.answered)
+        fold.take(client, reply, seconds)
+        if len(fold.answered) == before:
+            self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client,
+                             why=fold.missing[client], **told)
+        elif told:
+            self.record.emit("answered", round=self.round, phase=fold.ask.phase, client=client, **told)
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
         """Each job's reply, or why there is none; in the order of the jobs."""
@@ -78,8 +106,14 @@ class InProcess:
         if why := self._absent(job):
             return why
         msg = self._cross("down", job, ask.msgs[job.client])
+        self._before[job.client] = dict(self.staged(job.client))
+
+        def counted(request: Any) -> Any:
+            job.took.steps += steps_of(request, self.world.local.batch_size)
+            return submit(request)
+
         call = ClientCall(self.infos[job.client], self.world, self.staged(job.client), self.round, ask.phase,
-                          job.visit, submit, held_by(job.client, self.stack, self.world.model))
+                          job.visit, counted, held_by(job.client, self.stack, self.world.model))
         try:
             reply = serve(self.stack, ask.phase, msg, call)
         except Withheld as why:
@@ -97,12 +131,13 @@ class InProcess:
             self._staged[client] = dict(self.memory.get(client, {}))
         return self._staged[client]
 
-    def _jobs(self, folds: Sequence[Fold]) -> Iterator[Job]:
+    def _jobs(self, folds: Sequence[Fold], clients: Sequence[ClientId] | None = None) -> Iterator[Job]:
+        """One job for each client that an ask names (or for these `clients` of them)."""
         now = time.monotonic()
         for fold in folds:
             ask = fold.ask
-            ends = None if ask.deadline is None else now + ask.deadline
-            for client in ask.msgs:
+            ends = None if ask.deadline is None or self.timed else now + ask.deadline
+            for client in ask.msgs if clients is None else clients:
                 if client not in self.infos:
                     raise ClientError(f"{ask.phase} asks '{client}', which is not a client of this run")
                 self._visits[ask.phase, client] += 1
@@ -112,6 +147,8 @@ class InProcess:
         """Why this client does not begin at all, or None."""
         if late := self._late(job, "before its turn came"):
             return late
+        if self.timed and self.clock.asleep(job.client):
+            return "its day has not begun"
         up = self.infos[job.client].profile.availability
         if up < 1 and numpy_stream(self.world.seed, self.round, job.client, "availability").random() >= up:
             return f"not available in round {self.round}"
@@ -127,9 +164,8 @@ class InProcess:
         if job.client == GLOBAL or not payload:
             return payload
         name = type(job.fold.ask.owner).__name__
-        if self.loopback:
-            data = codec.encode(payload)
-            self.record.crossed(way, job.fold.ask.phase, job.client, len(data), self.round, name)
-            return codec.decode(data)
-        self.record.crossed(way, job.fold.ask.phase, job.client, codec.size(payload), self.round, name)
-        return payload
+        data = codec.encode(payload) if self.loopback else None
+        size = codec.size(payload) if data is None else len(data)
+        job.took.count(way, size)
+        self.record.crossed(way, job.fold.ask.phase, job.client, size, self.round, name)
+        return payload if data is None else codec.decode(data)

@@ -42,6 +42,8 @@ class Done:
     """What came of a share: replies of its tasks and memories of its clients, or the error that ends the run."""
 
     contents: Parcel | None = None
+    steps: Sequence[float] = ()
+    """Local steps of each task, as virtual time counts them."""
     loads: int = 0
     """How many models its worker has loaded so far."""
     error: FedLLMError | None = None
@@ -78,13 +80,14 @@ class Worker:
                 self.world, self.key, self.loads = opening.world(), opening.key, self.loads + 1
             msgs, memories = unwrap(share.contents)
             engine = Vectorized(stack, self.world)
+            engine.timed = False  # whose turn it is, and when, is told by the engine that asks
             engine.begin(share.round)
             engine.infos.update(share.infos)
             engine.memory.update(memories)
             jobs = [Job(_alone(engine.stack, phase, client, msg), client, visit, None)
                     for (phase, client, visit), msg in zip(share.tasks, msgs, strict=True)]
             replies = [reply for _, reply in engine.answers(iter(jobs))]
-            return Done(wrap((replies, engine.commit())), self.loads)
+            return Done(wrap((replies, engine.commit())), [job.took.steps for job in jobs], self.loads)
         except FedLLMError as error:
             return Done(error=type(error)(str(error)))
 
@@ -153,5 +156,8 @@ class Ray(InProcess):
         if got.contents is None:
             raise RunError("a worker's answer is empty")
         replies, memories = unwrap(got.contents)
+        for job, steps in zip(jobs, got.steps, strict=True):
+            job.took.steps += steps
+            self._before[job.client] = dict(self.staged(job.client))
         self._staged.update(memories)
         return [self._late(job, "before it answered") or reply for job, reply in zip(jobs, replies, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedllm.core.client import SERVER, ClientInfo, Profile
+from fedllm.core.client import SERVER, ClientInfo, Fleet, Profile
 from fedllm.core.errors import DataError
 from fedllm.core.method import Method
 from fedllm.core.payload import digest, leaves
@@ -24,6 +24,8 @@ GLOBAL = SERVER
 
 KEPT = 4
 """How many results of `once` are kept."""
+KEPT_STREAMED = 512
+"""How many clients' tokenized rows are kept where clients are streamed."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class World:
     completion_only: bool = True
     rounds: int | None = None
     """How many rounds the run has, for learning rates that fall from round to round; None: no set end."""
+    fleet: Fleet | None = None
+    """With it, time in a simulation is virtual."""
 
     def __post_init__(self) -> None:
         self._encoded: dict[tuple[str, str], list[Encoded]] = {}
@@ -71,14 +75,17 @@ class World:
             if part == "train" and not rows:
                 raise DataError(f"client '{client}' has no training rows; leave it out or give it at least one")
             self._encoded[key] = self.tokenized(rows, answers=part == "test")
+            if self.federation.streamed and len(self._encoded) > KEPT_STREAMED:  # the oldest is not the global test
+                del self._encoded[next(k for k in self._encoded if k[0] != GLOBAL)]
         return self._encoded[key]
 
     def tokenized(self, rows: Sequence[Row], answers: bool = False) -> list[Encoded]:
-        """Rows as the model reads them; a model without a tokenizer has them so from the start.
+        """Rows as the model reads them; a model without a tokenizer has them so from the start, and tokenized rows
+        (of `client.public`) stay as they are.
 
         With `answers` the response alone counts, whatever of a row is learned in training.
         """
-        if self.model.tokenizer is None:
+        if self.model.tokenizer is None or (rows and isinstance(rows[0], Encoded)):
             return list(rows)  # type: ignore[arg-type]
         return encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
                            answers or self.completion_only)

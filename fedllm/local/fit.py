@@ -121,6 +121,8 @@ def _settings(optimizer: torch.optim.Optimizer) -> set[str]:
 def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float) -> Fitted:
     if r.private:  # whom its batches drew is a secret, so their size is told as expected
         return Fitted(theta, 0.0, len(r.plan), round(r.private.batch * len(r.plan)), 0, lr_sum)
+    if not r.plan:  # no step was asked for
+        return Fitted(theta, 0.0, 0, 0, 0, 0.0)
     seen = np.concatenate(list(r.plan))
     tokens = sum(len(r.rows[i].ids) for i in seen)
     return Fitted(theta, float(loss) / len(r.plan), len(r.plan), len(seen), tokens, lr_sum)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.data.encode import Encoded
-from fedllm.local.requests import Embed, Limits, Losses, Request, RowLosses, same
+from fedllm.local.requests import Embed, Limits, Losses, Probe, Request, RowLosses, same
 from fedllm.models.batch import Batch, collate
 from fedllm.models.model import HeadedEncoder, Model
 
@@ -82,6 +82,13 @@ def run_losses(requests: Sequence[Losses], limits: Limits) -> list[RowLosses]:
     """Row losses of every request."""
     got = sweep(requests, limits, lambda model, batch: torch.stack([x.double() for x in model.row_losses(batch)], 1))
     return [RowLosses(g[:, 0], g[:, 1], g[:, 2]) for g in got]
+
+
+def run_probes(requests: Sequence[Probe], limits: Limits) -> list[list[RowLosses]]:
+    """Row losses of every request under each of its trainables: all of them are lanes of the same forwards."""
+    each = [Losses(r.client, r.model, theta, r.base, r.rows) for r in requests for theta in r.thetas]
+    got = iter(run_losses(each, limits))
+    return [[next(got) for _ in r.thetas] for r in requests]
 
 
 def run_embeds(requests: Sequence[Embed], limits: Limits) -> list[np.ndarray]:

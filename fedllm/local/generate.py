@@ -16,6 +16,7 @@ from fedllm.local.requests import Embed, Generate, Limits
 from fedllm.models.batch import Batch, collate
 from fedllm.models.kernels import fast
 from fedllm.models.model import Model, as_cache
+from fedllm.models.sealed import opened
 
 
 def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[list[int]]]:
@@ -24,7 +25,7 @@ def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[lis
     asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p, p, 0) for p in r.prompts]) for r in requests]
     first = requests[0]
     for lot in lots_of_lanes(lanes_of(asked), limits):
-        at, model = 0, first.model
+        at, model = 0, opened(first.model)
         longest = len(lot[0].rows[0][2].ids) + first.max_new_tokens
         b = max(1, limits.batch_tokens // (max(longest, 1) * len(lot)))
         while any(len(lane.rows) > at for lane in lot):

@@ -73,6 +73,13 @@ class Losses(Request):
 
 
 @dataclass(frozen=True)
+class Probe(Losses):
+    """Losses of several trainables on the same rows: `thetas`, of which `theta` is the first."""
+
+    thetas: tuple[Tree, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sensitivity(Request):
     """The mean over the rows of |d loss(row) / d w|, for every trainable w."""
 

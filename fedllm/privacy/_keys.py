@@ -111,12 +111,15 @@ def make_identity(folder: str | Path, client: str) -> bytes:
 
 def is_known(pins: dict[str, bytes], folder: str | None, client: str, public: bytes) -> bool:
     """Whether this is the client's identity: as the folder says, or else as it was when it first came."""
-    if folder is None:
-        return pins.setdefault(client, public) == public
+    return (pins.setdefault(client, public) if folder is None else public_of(folder, client)) == public
+
+
+def public_of(folder: str, client: str) -> bytes | None:
+    """The client's identity as the folder has it; None where it has none."""
     try:
-        return bytes.fromhex((Path(folder) / f"{quote(client, safe='')}.pub").read_text().strip()) == public
+        return bytes.fromhex((Path(folder) / f"{quote(client, safe='')}.pub").read_text().strip())
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def is_advert(row: Sequence[object], client: str, sid: str) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedllm.core.errors import CompositionError, RecipeError, RunError
+from fedllm.core.errors import BudgetSpent, CompositionError, RecipeError
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -25,10 +25,6 @@ Sampling = Literal["none", "poisson", "fixed"]
 ORDERS = [1 + x / 10 for x in range(8, 100)] + [*range(11, 64), 96, 128, 256, 512]
 COARSE = 300
 """Up to so many releases a grid of 1e-3 for the privacy loss is as good as one of 1e-4, and ten times as fast."""
-
-
-class BudgetSpent(RunError):
-    """One more release would cost more privacy than the budget allows."""
 
 
 @dataclass(frozen=True)

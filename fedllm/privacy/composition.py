@@ -34,6 +34,14 @@ def clash(above: Layer, below: Layer) -> str | None:
     up, down = f"layer '{type(above).__name__}'", f"layer '{type(below).__name__}'"
     if same_kind(above, below):
         return f"{up} and {down} do the same work twice; leave one of them out"
+    if b.kind == "robust" and a.kind in ("codec", "attack"):
+        return f"{up} above {down}: it must see replies as the method's client functions give them; list {down} first"
+    if b.kind == "attack" and (a.kind in ("codec", *HIDES) or (a.kind == "dp" and a.needs == "sum")):
+        return f"{up} above {down}: an attacker forges what the method sends and then obeys the wire; list {down} first"
+    if a.kind == "line":
+        return f"{up} above {down}: it carries what all others send; list {down} first"
+    if a.kind == "tree" and (b.kind in ("codec", "attack") or (b.kind == "dp" and b.needs == "sum")):
+        return f"{up} above {down}: it must see replies before the servers of the tree add them up; list {down} first"
     if a.kind == "dp" and b.reads:
         return f"{up} above {down}: the map of {down} is read from rows without noise; use {b.instead}"
     if a.kind in HIDES and b.kind == "codec":
@@ -41,11 +49,13 @@ def clash(above: Layer, below: Layer) -> str | None:
                 "codec_powersgd above it, or set the quantum of the ring")
     if a.kind in HIDES and b.kind == "dp":
         return f"{up} above {down}: what is masked or encrypted can no longer be clipped; list {down} first"
-    if {"set", "sum"} in ({a.needs, b.reveals}, {b.needs, a.reveals}):
+    if {"set", "sum"} in ({a.needs, b.reveals}, {b.needs, a.reveals}) or (a.needs, b.needs) == ("set", "sum"):
         hides, wants = (up, down) if a.reveals == "sum" else (down, up)
         return (f"{hides} lets the server see sums only and {wants} needs every single reply; clip each reply at home "
                 "with dp_fedavg instead")
-    if b.kind in HIDES and not a.additive:
+    if b.kind == "tree" and a.kind in HIDES and a.compresses:
+        return f"{up} above {down}: which entries {up} sends is no sum; use secagg, whose masked sum a tree can add up"
+    if b.kind in (*HIDES, "tree") and not a.additive:
         return f"{up} above {down}: its messages do not add up to the message of the sum; use {a.instead}"
     if a.kind == "dp" and a.needs == "sum" and (b.kind == "robust" or not b.contracts):
         return (f"{up} above {down}: what {down} delivers may be longer than the clip, and the noise too "
@@ -64,7 +74,7 @@ def same_kind(above: Layer, below: Layer) -> bool:
     """Whether one of the two is enough."""
     a, b = above.algebra, below.algebra
     return (type(above) is type(below) or (a.kind in HIDES and b.kind in HIDES)
-            or (a.kind == b.kind == "dp" and a.needs == b.needs == "sum"))
+            or (a.kind == b.kind == "robust") or (a.kind == b.kind == "dp" and a.needs == b.needs == "sum"))
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,9 @@ def examples() -> dict[str, Layer]:
     from fedllm.wire.codec_powersgd import CodecPowerSGD
     from fedllm.wire.codec_quant import CodecQuant
     from fedllm.wire.codec_topk_ef import CodecTopKEF
+    from fedllm.wire.fedrdma import FedRDMA
+    from fedllm.wire.ring_all_reduce import RingAllReduce
+    from fedllm.wire.server_tree import ServerTree
 
     return {
         "dp_fedavg": DPFedAvg(noise_multiplier=1.0), "dp_ftrl": DPFTRL(noise_multiplier=1.0),
@@ -118,7 +131,9 @@ def examples() -> dict[str, Layer]:
         "fedml_he": FedMLHE(),
         "codec_quant": CodecQuant(),
         "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"), "codec_topk_ef": CodecTopKEF(),
-        "codec_topk_ef (no feedback)": CodecTopKEF(error_feedback=False), "codec_powersgd": CodecPowerSGD()}
+        "codec_topk_ef (no feedback)": CodecTopKEF(error_feedback=False), "codec_powersgd": CodecPowerSGD(),
+        "server_tree": ServerTree(),
+        "ring_all_reduce": RingAllReduce(), "fedrdma": FedRDMA()}
 
 
 def foldings() -> dict[str, Any]:

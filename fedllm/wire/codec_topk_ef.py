@@ -58,7 +58,8 @@ class CodecTopKEF(Knobs, Layer):
         else:
             out = yield sent
             out = replace(out, each={c: dense(r, common) for c, r in out.each.items()})
-        state["taken"][phase] = sorted({*taken, *out.answered} - {c for c in ask.msgs if c not in out.answered})
+        lost = {c for c in ask.msgs if c not in out.answered}
+        state["taken"][phase] = sorted({*state["taken"][phase], *out.answered} - lost)  # asks may run side by side
         return out
 
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:

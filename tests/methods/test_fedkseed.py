@@ -8,7 +8,9 @@ import torch
 from fedllm.app.rigs import RIGS
 from fedllm.core.errors import CompositionError
 from fedllm.engines.client import ClientCall
-from fedllm.methods.efficiency.fedkseed import Pools, candidates, direction, flat, rebuild, replay
+from fedllm.local.perturb import Directions, flat
+from fedllm.local.zeroth import rebuild, replay
+from fedllm.methods.efficiency.fedkseed import Pools
 from fedllm.wire import codec
 
 KNOBS = {"space": "full", "K": 16, "steps": 5, "lr": 1e-2, "eps": 1e-3, "dtype": torch.float32}
@@ -17,7 +19,7 @@ KNOBS = {"space": "full", "K": 16, "steps": 5, "lr": 1e-2, "eps": 1e-3, "dtype":
 def test_server_and_clients_hold_the_same_bits(begin):
     run = begin("fedkseed", **KNOBS).go(2)
     served = run.method.served(run.state)[0]
-    built = rebuild(run.world.model, run.state["A"], 0, 1e-2)
+    built = rebuild(run.world.model, run.state["A"], 0, 1e-2, "gaussian")
     assert all(torch.equal(served[n], built[n]) for n in served)
     assert int((run.state["A"] != 0).sum()) > 5
 
@@ -35,14 +37,14 @@ def test_the_replay_is_the_average_of_the_clients_weights(begin, monkeypatch):
 
 def watch(monkeypatch, seen):
     """Note each client's points and losses."""
-    original = ClientCall.loss
+    original = ClientCall.probe
 
-    def loss(self, theta, rows=None, *, base=None):
-        got = original(self, theta, rows, base=base)
-        seen.setdefault(self.id, []).append((flat(theta), got))
+    def probe(self, thetas, rows=None, **more):
+        got = original(self, thetas, rows, **more)
+        seen.setdefault(self.id, []).extend((flat(theta), one.mean) for theta, one in zip(thetas, got, strict=True))
         return got
 
-    monkeypatch.setattr(ClientCall, "loss", loss)
+    monkeypatch.setattr(ClientCall, "probe", probe)
 
 
 def end_of(points):
@@ -64,7 +66,7 @@ def test_messages_are_small_and_do_not_know_the_model(begin):
     import numpy as np
 
     down = method.down({"A": torch.zeros(4096)}, None)
-    up = {**method.sparse(torch.zeros(4096), np.arange(200)), "n": 10, "loss": 1.0}
+    up = {**method.sparse([1.0] * 200, np.arange(200)), "n": 10, "loss": 1.0}
     assert codec.size(down) + codec.size(up) < 18_432
 
 
@@ -73,11 +75,12 @@ def test_what_breaks_the_replay_is_refused(begin):
         begin("fedkseed", **KNOBS, local={"weight_decay": 0.1}).go()
 
 
-def test_accumulators_at_zero_are_the_base(begin):
+@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+def test_accumulators_at_zero_are_the_base(law):
     w0 = {"b": torch.ones(3), "a": torch.zeros(2)}
-    assert all(torch.equal(x, w0[n]) for n, x in replay(w0, torch.zeros(8), 0, 1.0).items())
-    once = replay(w0, torch.tensor([0.0, 2.0]), 0, 0.5)
-    z = direction(candidates(0, 2)[1], torch.zeros(5))
+    assert all(torch.equal(x, w0[n]) for n, x in replay(w0, torch.zeros(8), 0, 1.0, "gaussian").items())
+    once = replay(w0, torch.tensor([0.0, 2.0]), 0, 0.5, law)
+    z = Directions(0, 5, law).direction(1)
     assert torch.allclose(once["a"], -z[:2]) and torch.allclose(once["b"], 1 - z[2:])
 
 

@@ -28,6 +28,9 @@ from fedllm.privacy.thgs_secagg import THGSSecAgg
 from fedllm.wire.codec_powersgd import CodecPowerSGD
 from fedllm.wire.codec_quant import CodecQuant
 from fedllm.wire.codec_topk_ef import CodecTopKEF
+from fedllm.wire.fedrdma import FedRDMA
+from fedllm.wire.ring_all_reduce import RingAllReduce
+from fedllm.wire.server_tree import ServerTree
 
 QUIET = {"noise_multiplier": 0, "clip_norm": 1e3, "clip_lr": 0}
 LIVE = {
@@ -38,7 +41,9 @@ LIVE = {
     "codec_quant": CodecQuant(),
     "codec_quant (toward_zero)": CodecQuant(mode="toward_zero"),
     "codec_topk_ef": CodecTopKEF(density=1.0), "codec_topk_ef (no feedback)": CodecTopKEF(1.0, error_feedback=False),
-    "codec_powersgd": CodecPowerSGD(rank=4)}
+    "codec_powersgd": CodecPowerSGD(rank=4),
+    "server_tree": ServerTree(tree=((("c0", "c1", "c2", "c3", "c4"),), ())), "ring_all_reduce": RingAllReduce(),
+    "fedrdma": FedRDMA(chunk_bytes=4096)}
 ERROR = {"codec_quant": 0.03, "codec_quant (toward_zero)": 0.06, "secagg": 2e-5, "secagg_plus": 2e-5,
          "thgs_secagg": 2e-5, "he_ckks": 1e-5,
          "fedml_he": 1e-5}

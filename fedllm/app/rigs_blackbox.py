@@ -1,0 +1,95 @@
+"""Rigs for forward gradients and black-box search: equal forward passes, and a trained encoder on shifted topics."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedllm.app.rigs import Metrics, Trial
+from fedllm.app.rigs_topics import CLASSES, documents, encoder, topics
+from fedllm.app.rigs_zeroth import softmax_world, tested
+from fedllm.core.rng import numpy_stream
+from fedllm.data.federation import Federation, Shard
+from fedllm.engines.world import World
+from fedllm.local.spec import LocalSpec
+from fedllm.models.model import HeadedEncoder, Model
+from fedllm.spaces import make_space
+
+
+def pacing(method: str, seed: int, *, forwards: int = 6000, lr: float = 0.3, threshold: float = 1.0) -> Metrics:
+    """FwdLLM on 256 weights with and without pacing, each until so many perturbations are spent.
+
+    `gain` is by how much the loss ends lower with pacing; `growth` the mean number of perturbations of the last third
+    of the committed steps over that of the first.
+    """
+    torch.set_num_threads(1)
+    paced = spent_on(method, seed, forwards, {"lr": lr, "threshold": threshold, "perturbations": 8})
+    bare = spent_on(method, seed, forwards, {"lr": lr / 8, "most": 0, "perturbations": 1, "threshold": 1e9})
+    asked = paced.state["asked"]
+    third = max(1, len(asked) // 3)
+    loss, other = tested(paced)["loss"], tested(bare)["loss"]
+    return {"loss": loss, "unpaced": other, "gain": other - loss,
+            "growth": float(np.mean(asked[-third:]) / np.mean(asked[:third]))}
+
+
+def spent_on(method: str, seed: int, forwards: int, knobs: Mapping[str, Any]) -> Trial:
+    """Rounds until the perturbations are spent."""
+    run = Trial(method, softmax_world(seed), dict(knobs))
+    while sum(run.state["asked"]) < forwards:
+        run.rounds(1)
+    return run
+
+
+@functools.lru_cache(maxsize=2)
+def trained(seed: int, steps: int = 300) -> tuple[HeadedEncoder, np.ndarray]:
+    """An encoder and a head that know eight topics, and the topics' words."""
+    rng = numpy_stream(seed, "black box")
+    words = topics(rng, len(CLASSES))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = HeadedEncoder(encoder(), len(CLASSES), "mean")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for _ in range(steps):
+        y = rng.integers(0, len(CLASSES), 32)
+        ids = torch.from_numpy(np.stack([e.ids for e in documents(rng, words, y, 0.35)])).long()
+        z = net.classifier(net.pool(net.body(input_ids=ids).last_hidden_state, torch.ones_like(ids, dtype=torch.bool)))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(z, torch.from_numpy(y)).backward()
+        optimizer.step()
+    return net, words
+
+
+def black_box_world(seed: int, alpha: float | None, clients: int = 8, rows: int = 24) -> World:
+    """The topics with two thirds of their words new and a weaker signal; the head is the trained one."""
+    net, words = trained(seed)
+    head = {n: t.clone() for n, t in net.classifier.state_dict().items()}
+    rng = numpy_stream(seed, "shifted topics")
+    shifted = np.where(rng.random(words.shape) < 2 / 3, topics(rng, len(CLASSES)), words)
+    even = np.full((clients, len(CLASSES)), 1 / len(CLASSES))
+    mix = rng.dirichlet([alpha] * len(CLASSES), clients) if alpha else even
+    shards = {f"client-{k}": Shard(documents(rng, shifted, rng.choice(len(CLASSES), rows, p=mix[k]), 0.3))  # type: ignore[arg-type]
+              for k in range(clients)}
+    test = documents(rng, shifted, np.arange(800) % len(CLASSES), 0.3)
+    model = Model(net, None, "classification", make_space("soft_prompt", length=6), labels=CLASSES, seed=seed)
+    net.classifier.load_state_dict(head)  # a model starts its head afresh
+    return World(model, Federation(shards, test, "classification", CLASSES), LocalSpec(), seed)  # type: ignore[arg-type]
+
+
+def black_box(method: str, seed: int, *, alpha: float | None = 0.5, rounds: int = 10,
+              knobs: Mapping[str, Any] | None = None) -> Metrics:
+    """FedBPT on eight clients of 24 rows: `accuracy` on a balanced test; `gain` over the plain loss as fitness, and
+    `over_start` over the first prompt."""
+    torch.set_num_threads(1)
+    how = {"intrinsic_dim": 20, "local_iter": 4, **(knobs or {})}
+    world = black_box_world(seed, alpha)
+    start = tested(Trial(method, world, how))["accuracy"]
+    ends = {p: tested(Trial(method, world, {**how, "perturb": p}).rounds(rounds))["accuracy"] for p in (True, False)}
+    return {"accuracy": ends[True], "plain": ends[False], "gain": ends[True] - ends[False], "start": start,
+            "over_start": ends[True] - start}
+
+
+RIGS: dict[str, Callable[..., Metrics]] = {"pacing": pacing, "black_box": black_box}

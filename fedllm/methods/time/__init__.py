@@ -1,0 +1,1 @@
+"""Methods that do not wait: late answers, deadlines, partial work."""

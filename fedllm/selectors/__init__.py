@@ -1,0 +1,1 @@
+"""Who is asked in a round: each selector is one file, found by its name."""

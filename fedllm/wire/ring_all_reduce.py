@@ -1,0 +1,163 @@
+"""A ring all-reduce under any method whose replies are summed: clients add up among themselves, part by part."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.core.ask import Ask, Replies, on_client
+from fedllm.core.errors import CompositionError, PayloadError, QuorumError
+from fedllm.core.layer import Algebra, Layer
+from fedllm.core.method import Knobs, knob
+from fedllm.core.payload import Payload
+from fedllm.core.reduce import wide
+from fedllm.privacy import _letters as letters
+from fedllm.privacy._sums import is_control, must_lift, need_sums, without
+from fedllm.wire.codec import DTYPES, NAMES
+
+OWN = "ring/"
+HELD = "ring_all_reduce"
+
+
+@dataclass(frozen=True)
+class RingAllReduce(Knobs, Layer):
+    """Reduce-scatter around a ring (Patarasuk and Yuan 2009): the reply is cut into N parts, and in N - 1 steps each
+    client adds its own to a part that comes from its left and hands it on to its right; then each sends one finished
+    part to the server.
+
+    Every client sends as much as without the ring: N - 1 parts to its neighbor and one to the server. Letters between
+    neighbors are sealed: the server reads the sum alone, and a client's right neighbor one Nth of its reply. It takes N
+    trips; a client that falls silent on the way breaks the ring, and the round is given up. Here the server relays;
+    where clients reach each other the same letters can go directly.
+    """
+
+    algebra = Algebra("secagg", needs="sum", reveals="sum", additive=False,
+                      instead="secagg, whose masked replies add up on any way")
+
+    keys: str | None = knob(None, "folder of identity keys, as of secagg; None: the relay must hand keys on unchanged")
+
+    def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
+        need_sums(self, method, reducers)
+
+    def init(self) -> dict[str, Any]:
+        return {"sessions": 0}
+
+    def server(self, ask: Any, state: Any) -> Any:
+        if is_control(ask):
+            return (yield ask)
+        lift = must_lift(ask, self)
+        if ask.enough is not None or ask.flight is not None:
+            raise CompositionError(f"ring_all_reduce and '{ask.phase}' do not fit together: it takes the first answers "
+                                   "that come, and a ring must stand before it starts; leave the ring out")
+        state["sessions"] += 1
+        sid = str(state["sessions"])
+        met = yield Ask(self.greet, {c: {"sid": sid} for c in ask.msgs}, quorum=ask.quorum, deadline=ask.deadline)
+        told = {OWN + "sid": sid, OWN + "lift": lift}
+        held = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in met}, reduce=SameLayout())
+        ring = list(held.answered)
+        chunks = yield from self._around(ring, {c: list(met[c]["key"]) for c in ring}, sid, ask.deadline)
+        total = unflat([chunks[k] for k in range(len(ring))], held.value["layout"])
+        missing = {c: met.missing.get(c) or held.missing.get(c, "fell silent") for c in ask.msgs if c not in ring}
+        return Replies({}, ask.reducer.done(total), tuple(ring), missing, held.notes, held.seconds)
+
+    def _around(self, ring: Sequence[str], keys: Mapping[str, list[bytes]], sid: str, deadline: float | None) -> Any:
+        """Part -> its sum, from the client that finished it."""
+        n, post = len(ring), dict[str, Payload]()
+        for step in range(n):
+            msgs = {c: {"sid": sid, "step": step, "place": i, "n": n,
+                        "left": (left := ring[i - 1]), "left_key": keys[left], **post.get(left, {}),
+                        "right": (right := ring[(i + 1) % n]), "right_key": keys[right]}
+                    for i, c in enumerate(ring)}
+            got = yield Ask(self.turn, msgs, quorum=1, deadline=deadline)
+            if got.missing:
+                who = "; ".join(f"{c}: {why}" for c, why in list(got.missing.items())[:5])
+                raise QuorumError(f"RingAllReduce gives the round up: the ring broke in step {step + 1} of {n} ({who})")
+            post = dict(got)
+        return {(i + 1) % n: (got["x"], got["y"]) for i, got in enumerate(post[c] for c in ring)}
+
+    @on_client()
+    def greet(self, msg: Payload, client: Any) -> Payload:
+        return {"key": letters.greet(client, OWN + msg["sid"], self.keys)}
+
+    def client(self, fn: Any, msg: Payload, client: Any, call: Any) -> Payload:
+        """Compute the reply and keep it: only its layout is told."""
+        if OWN + "sid" not in msg:
+            return call(msg)
+        reply = call(without(msg, OWN))
+        notes = {k: v for k, v in reply.items() if k.startswith("note/")}
+        plain = without(reply, "note/")
+        x, y, layout = flat(fn.__dict__["reduce"].lift(plain) if msg[OWN + "lift"] else plain)
+        client.memory[HELD] = {"x": x, "y": y}
+        return {"layout": layout, **notes}
+
+    @on_client()
+    def turn(self, msg: Payload, client: Any) -> Payload:
+        """Step s: take part (i - s) from the left, add the own, hand it on; after N - 1 steps it is finished."""
+        n, place, step = msg["n"], msg["place"], msg["step"]
+        held = client.memory.get(HELD)
+        if held is None or not 0 <= step < n:
+            raise PayloadError(f"client '{client.id}' holds no reply for step {step} of a ring of {n}")
+        part = (place - step) % n
+        mine = {k: held[k].tensor_split(n)[part] for k in ("x", "y")}
+        if step:
+            theirs = letters.unseal(client, OWN + msg["sid"], msg["left"], msg["left_key"], msg["letter"],
+                                    msg["envelope"], self.keys, like=mine)
+            mine = {k: theirs[k] + mine[k] for k in mine}
+        if step < n - 1:
+            to = {msg["right"]: msg["right_key"]}
+            letter, (envelope,) = letters.seal(client, OWN + msg["sid"], to, mine, self.keys)
+            return {"letter": letter, "envelope": envelope}
+        letters.forget(client)
+        client.memory.pop(HELD)
+        return dict(mine)
+
+    def statement(self, state: Any) -> dict[str, Any]:
+        return {"layer": "ring_all_reduce", "hides": "single updates from the server",
+                "not_covered": "one Nth of each update from the client's right neighbor, all of it from its neighbors "
+                               "if they collude with the server; the sum itself; who answered", "void": []}
+
+
+class SameLayout:
+    """Keeps one layout, and refuses another."""
+
+    def zero(self) -> dict[str, Any]:
+        return {}
+
+    def add(self, acc: dict[str, Any], reply: Payload) -> dict[str, Any]:
+        if acc and reply["layout"] != acc["layout"]:
+            raise PayloadError("a reply's names or shapes differ from the others'")
+        return {"layout": reply["layout"]}
+
+    def done(self, acc: dict[str, Any]) -> Payload:
+        return acc
+
+
+def flat(lifted: Payload) -> tuple[Tensor, Tensor, str]:
+    """All tensors as one vector (fp64 if one of them is), all numbers as one of fp64, and the layout as JSON."""
+    tensors = {k: wide(v).detach().cpu() for k, v in lifted.items() if isinstance(v, Tensor)}
+    numbers = {k: float(v) for k, v in lifted.items() if not isinstance(v, Tensor)}
+    double = any(t.dtype == torch.float64 or not t.is_floating_point() for t in tensors.values())
+    kind = torch.float64 if double else torch.float32
+    x = torch.cat([t.reshape(-1).to(kind) for t in tensors.values()]) if tensors else torch.zeros(0)
+    rows = [[k, NAMES[t.dtype], list(t.shape)] for k, t in tensors.items()]
+    return x, torch.tensor(list(numbers.values()), dtype=torch.float64), json.dumps([rows, list(numbers)])
+
+
+def unflat(chunks: Sequence[tuple[Tensor, Tensor]], layout: str) -> dict[str, Any]:
+    """The summed reply from its parts in order."""
+    (rows, names), out, at = json.loads(layout), dict[str, Any](), 0
+    x, y = (torch.cat([chunk[i] for chunk in chunks]) for i in (0, 1))
+    sizes = [math.prod(shape) for _, _, shape in rows]
+    if (len(x), len(y)) != (sum(sizes), len(names)):
+        raise PayloadError(f"the parts of a ring hold {len(x)} entries and {len(y)} numbers, the layout {sum(sizes)} "
+                           f"and {len(names)}")
+    for (key, dtype, shape), size in zip(rows, sizes, strict=True):
+        out[key] = x[at : at + size].view(shape).to(DTYPES[dtype])
+        at += size
+    return out | dict(zip(names, y.tolist(), strict=True))
