@@ -80,7 +80,7 @@ def defenses(clients: int, share: float) -> dict[str, dict[str, Any] | None]:
 
 FULL = Grid({"sst2": Size(20, 2000, 8), "office": Size(20, 1600, 16)}, SHARES, (0, 1, 2), tuple(attacks("sst2")),
             tuple(defenses(20, 0.0)))
-SMALL = Grid({"sst2": Size(10, 800, 6), "office": Size(10, 320, 4)}, (0.0, 0.3), (0,),
+SMALL = Grid({"sst2": Size(10, 800, 6)}, (0.0, 0.3), (0,),
              ("sign_flip x10", "alie", "label_flip 1 to 0", "backdoor", "replacement", "edge cases", "rider dynamic"),
              FULL.defenses)
 SIZES = {"full": FULL, "small": SMALL}
@@ -117,8 +117,9 @@ def asked(text: str) -> Grid:
             raise RecipeError(f"FEDLLM_ARENA: {key}={bad[0]!r} is unknown. Allowed: {', '.join(by)}")
         return tuple(by[n] for n in names)
 
-    worlds = some("worlds", tuple(base.sizes), tuple(base.sizes))
-    return Grid({w: base.sizes[w] for w in worlds}, some("shares", SHARES, base.shares),
+    sizes = {**FULL.sizes, **base.sizes}
+    worlds = some("worlds", tuple(sizes), tuple(base.sizes))
+    return Grid({w: sizes[w] for w in worlds}, some("shares", SHARES, base.shares),
                 some("seeds", range(10), base.seeds), some("attacks", FULL.attacks, base.attacks),
                 some("defenses", FULL.defenses, base.defenses))
 

@@ -27,7 +27,7 @@ from fedllm.app.federate_loopback import QUICK, Loopback, events, loopback, unti
 from fedllm.app.federate_process import stoppable
 from fedllm.app.run import run as simulate
 from fedllm.core.errors import FedLLMError, RunError
-from fedllm.methods.registry import method_class, modules
+from fedllm.methods.registry import make_method, modules
 
 log = logging.getLogger(__name__)
 OUT = Path("docs/results/federation.json")
@@ -55,7 +55,7 @@ def digests(out: Path = OUT, only: Sequence[str] = ()) -> None:
 
 def _digest(rig: Loopback, method: str) -> dict[str, Any]:
     spec = rig.recipe(method, **SPECS.get(method, {}))
-    if method_class(method).simulation_only:
+    if make_method(**spec["method"]).simulation_only:
         try:
             rig.run(spec)
         except FedLLMError as why:

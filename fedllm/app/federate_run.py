@@ -27,7 +27,7 @@ from fedllm.engines.flare_sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method, method_class
+from fedllm.methods.registry import make_method
 from fedllm.models.load import load_model
 
 log = logging.getLogger(__name__)
@@ -179,12 +179,11 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """RecipeError for what needs all clients' rows in one place."""
+    """RecipeError for what a simulation alone can do."""
     if recipe.evaluate.baselines:
         raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
-    if method_class(recipe.method.name).simulation_only:
-        raise RecipeError(f"method.name = '{recipe.method.name}' needs all clients' rows in one place, so it runs in a "
-                          "simulation only")
+    if why := make_method(recipe.method.name, **recipe.method.knobs).simulation_only:
+        raise RecipeError(f"method.name = '{recipe.method.name}' {why}, so it runs in a simulation only")
 
 
 def recipe_run(folder: Path) -> str:

@@ -117,8 +117,8 @@ class Method(Knobs):
     """A federated method. Training methods have `init` and `round`; inference-time methods have `answer`."""
 
     card: ClassVar[Card]
-    simulation_only: ClassVar[bool] = False
-    """True when the method sees what no deployment may (pooled data)."""
+    simulation_only: ClassVar[str] = ""
+    """Why no real federation runs it: it sees what no deployment may (pooled data), or counts on virtual time."""
 
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""

@@ -62,6 +62,6 @@ def climb(sums: Mapping[Path, Any], plus: Callable[[Any, Any], Any],
     totals: dict[Path, Any] = {}
     for path in sorted({p[:k] for p in sums for k in range(len(p) + 1)}, key=lambda p: (-len(p), p)):
         below = [total for q, total in totals.items() if q[:-1] == path and len(q) == len(path) + 1]
-        total = functools.reduce(plus, [*([sums[path]] if path in sums else []), *below], {})
+        total: Any = functools.reduce(plus, [*([sums[path]] if path in sums else []), *below], {})
         totals[path] = send(total) if path else total
     return totals.pop((), None), totals

@@ -15,6 +15,8 @@ from fedllm.core.payload import Payload
 from fedllm.core.reduce import Sum, wide
 from fedllm.core.rng import numpy_stream
 
+FIRST_COME = "closes its asks by who answers first, which so far only virtual time tells"
+
 
 @dataclass(frozen=True)
 class Late(Sum):

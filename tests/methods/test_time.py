@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedllm.app.federate_run import check_recipe
+from fedllm.app.recipe import load_recipe
 from fedllm.app.rigs_time import Race, quadratic_world
 from fedllm.app.store import Blobs, freeze, thaw
 from fedllm.core.ask import Ask
@@ -247,3 +249,14 @@ def test_ipw_weighs_by_the_inverse_probability():
 def _once(run):
     out = yield Ask(run.method.local, {c: run.method.down(run.state, None) for c in ("c000", "c001")})
     return out.value["n"]
+
+
+@pytest.mark.parametrize(("method", "runs"), [("fedbuff", False), ("fedasync", False), ("stragglers", False),
+                                              ({"name": "stragglers", "over": 1.0}, True), ("fedavg", True)])
+def test_what_counts_on_virtual_time_is_refused_by_a_real_federation(method, runs):
+    recipe = load_recipe({"model": "embedded", "method": method, "data": {"source": "x.jsonl"}})
+    if runs:
+        check_recipe(recipe)
+    else:
+        with pytest.raises(RecipeError, match=r"who answers first, .* so it runs in a simulation only"):
+            check_recipe(recipe)

@@ -17,7 +17,7 @@ from fedllm.core.reduce import Mean
 class Centralized(Method):
     """Pooled training on the server with as much work as all clients of a round together: the upper anchor."""
 
-    simulation_only = True
+    simulation_only = "needs all clients' rows in one place"
     card = Card(
         title="Centralized: pooled training",
         paper="none; the upper anchor",

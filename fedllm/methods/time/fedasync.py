@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import pack, part, tree_map
-from fedllm.methods._late import Late, begin, booked, refuse_rounds, staleness, starters
+from fedllm.methods._late import FIRST_COME, Late, begin, booked, refuse_rounds, staleness, starters
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class FedAsync(Method):
     """Asynchronous federated optimization: `concurrency` clients at work, one server step after each answer, which is
     one round of the recipe; give the method all clients (`clients.per_round: 1.0`)."""
 
+    simulation_only = FIRST_COME
     card = Card(
         title="FedAsync: asynchronous federated optimization",
         paper="Xie, Koyejo and Gupta, Asynchronous Federated Optimization, 2019, arXiv 1903.03934",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import add, pack, part, sub
-from fedllm.methods._late import Late, begin, booked, refuse_rounds, staleness, starters
+from fedllm.methods._late import FIRST_COME, Late, begin, booked, refuse_rounds, staleness, starters
 
 FLEET: Mapping[str, Any] = {"concurrency": 10}
 
@@ -19,6 +19,7 @@ class FedBuff(Method):
     """Buffered asynchronous aggregation: `concurrency` clients at work, one server step after every `buffer_size`
     answers. A round of the recipe is one server step; give the method all clients (`clients.per_round: 1.0`)."""
 
+    simulation_only = FIRST_COME
     card = Card(
         title="FedBuff: buffered asynchronous aggregation",
         paper="Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, AISTATS 2022, "

@@ -11,6 +11,7 @@ from fedllm.core.errors import Withheld
 from fedllm.core.method import Card, Claim, Method, knob
 from fedllm.core.payload import add, pack, part, scale, sub, tensor_bytes
 from fedllm.core.reduce import Mean
+from fedllm.methods._late import FIRST_COME
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Stragglers(Method):
     min_results: int = knob(1, "answers without which the model stays", ge=1)
     normalize: Literal["none", "fednova"] = knob("none", "average changes, or changes a step times the mean steps",
                                                  options=("none", "fednova"))
+
+    @property
+    def simulation_only(self) -> str:  # type: ignore[override]
+        return FIRST_COME + " (with over: 1 it does not)" if self.over > 1 else ""
 
     def round(self, state, clients) -> Program:
         enough = max(1, math.floor(len(clients) / self.over + 1e-9))
