@@ -45,12 +45,13 @@ def drill(rig: Loopback, harm: Harm, spec: dict[str, Any], seconds: float = 400.
     if not (run / "result.json").exists():
         raise RunError(f"{run} has no result; serve said: {(rig.folder / 'serve.log').read_text()[-600:]}")
     far, gone = Result.load(run), events(run, "missing")
-    if "clients" not in spec and "calm" not in rig.notes:
-        rig.notes["calm"] = simulate(recipe, root=rig.folder / "here").state_digest
+    calm = f"state after {recipe['rounds']} calm rounds"
+    if "clients" not in spec and calm not in rig.notes:
+        rig.notes[calm] = simulate(recipe, root=rig.folder / "here").state_digest
     return {"recover_s": round(recovered, 1), "run_s": round(time.monotonic() - began, 1), "rounds": far.rounds,
             "skipped": len(far.skipped), "missing": sorted({e["client"] for e in gone}), "answers_lost": len(gone),
             "why": sorted({str(e["why"]) for e in gone}), "back": sorted({e["client"] for e in events(run, "back")}),
-            "same": None if "clients" in spec else far.state_digest == rig.notes["calm"]}
+            "same": None if "clients" in spec else far.state_digest == rig.notes[calm]}
 
 
 def rounds(run: Path) -> int:
