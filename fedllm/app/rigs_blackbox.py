@@ -19,21 +19,35 @@ from fedllm.local.spec import LocalSpec
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
 
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
-def pacing(method: str, seed: int, *, forwards: int = 6000, lr: float = 0.3, threshold: float = 1.0) -> Metrics:
-    """FwdLLM on 256 weights with and without pacing, each until so many perturbations are spent.
+
+def pacing(method: str, seed: int, *, forwards: int = 3000, threshold: float = 1.5) -> Metrics:
+    """FwdLLM on 256 weights with and without pacing, each until so many perturbations are spent, at its best rate.
 
     `gain` is by how much the loss ends lower with pacing; `growth` the mean number of perturbations of the last third
-    of the committed steps over that of the first.
+    of the committed steps over that of the first; `forced` the share of steps committed above the threshold.
     """
     torch.set_num_threads(1)
-    paced = spent_on(method, seed, forwards, {"lr": lr, "threshold": threshold, "perturbations": 8})
-    bare = spent_on(method, seed, forwards, {"lr": lr / 8, "most": 0, "perturbations": 1, "threshold": 1e9})
+    paced, loss, rate = tuned(method, seed, forwards, {"threshold": threshold, "perturbations": 8})
+    _, other, bare_rate = tuned(method, seed, forwards, {"most": 0, "perturbations": 1, "threshold": 1e9})
     asked = paced.state["asked"]
     third = max(1, len(asked) // 3)
-    loss, other = tested(paced)["loss"], tested(bare)["loss"]
-    return {"loss": loss, "unpaced": other, "gain": other - loss,
-            "growth": float(np.mean(asked[-third:]) / np.mean(asked[:third]))}
+    return {"loss": loss, "unpaced": other, "gain": other - loss, "rate": rate, "unpaced_rate": bare_rate,
+            "growth": float(np.mean(asked[-third:]) / np.mean(asked[:third])), "steps": float(len(asked)),
+            "forced": paced.state["forced"] / len(asked)}
+
+
+def tuned(method: str, seed: int, forwards: int, knobs: Mapping[str, Any]) -> tuple[Trial, float, float]:
+    """The run of the lowest loss, that loss and its rate; rates are tried upward until the loss has risen twice."""
+    ends: list[tuple[float, float, Trial]] = []
+    for lr in RATES:
+        run = spent_on(method, seed, forwards, {**knobs, "lr": lr})
+        ends.append((float(np.nan_to_num(tested(run)["loss"], nan=np.inf)), lr, run))
+        if len(ends) > 2 and ends[-3][0] < ends[-2][0] < ends[-1][0]:
+            break
+    loss, lr, run = min(ends, key=lambda end: end[0])
+    return run, loss, lr
 
 
 def spent_on(method: str, seed: int, forwards: int, knobs: Mapping[str, Any]) -> Trial:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.errors import PayloadError
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.rng import seed_of
@@ -59,24 +60,24 @@ class FwdLLM(Method):
     def round(self, state: State, clients) -> Program:
         chosen = self.candidates > 1 and state["round"] % 2 == 1  # exploration in between
         last, like = (state["gradient"] if chosen else None), state["theta"]
-        pool: list[Tensor] = []  # a mean gradient of each client and visit, in the order asked
-        weights: list[float] = []
+        pool = Halves(len(flat(like)))
         for visit in range(self.most + 1):
             seeds = {c.id: seed_of("fwdllm", state["round"], visit, c.id) for c in clients}
             out = yield Ask(self.perturb, {c.id: pack(theta=like, seed=seeds[c.id], at=state["round"],
                                                       last=last) for c in clients})
-            for c in out.answered:
-                pool.append(self.gradient(seeds[c], out[c]["jvp"], last, like))
-                weights.append(float(out[c]["n"]))
-            if enough := disagreement(pool, weights, self.variance) <= self.threshold:
+            for place, c in enumerate(seeds):
+                if c in out:
+                    for i, g in enumerate(self.gradients(seeds[c], out[c]["jvp"], last, like)):
+                        pool.add(g, float(out[c]["n"]), place + visit * self.perturbations + i)
+            if enough := pool.disagreement(self.variance) <= self.threshold:
                 break
-        mean = average(pool, weights)
+        mean = pool.mean()
         if not enough:
             log.warning("round %d: the variance is above %g after asking %d times; the step is committed all the same",
                         state["round"], self.threshold, self.most + 1)
         theta = unflat(flat(like) - self.lr * mean.to(flat(like).dtype), like)
         return {"theta": theta, "gradient": mean, "round": state["round"] + 1, "forced": state["forced"] + (not enough),
-                "asked": [*state["asked"], len(pool) * self.perturbations]}
+                "asked": [*state["asked"], pool.count]}
 
     @on_client()
     def perturb(self, msg: Payload, client: Any) -> Payload:
@@ -98,10 +99,13 @@ class FwdLLM(Method):
         size = min(client.n, client.local.batch_size)
         return [(at * size + i) % client.n for i in range(size)]
 
-    def gradient(self, seed: int, jvp: Tensor, last: Tensor | None, like: Tree) -> Tensor:
-        """g = mean_i jvp_i v_i, from the scalars."""
-        vs = directions(self.law, seed, self.perturbations, self.candidates, last, like)
-        return torch.stack([g * v for g, v in zip(jvp.tolist(), vs, strict=True)]).mean(0)
+    def gradients(self, seed: int, jvp: Tensor, last: Tensor | None, like: Tree) -> Iterator[Tensor]:
+        """jvp_i v_i, from the scalars."""
+        if tuple(jvp.shape) != (self.perturbations,):
+            raise PayloadError(f"'jvp' is of shape {tuple(jvp.shape)}; allowed is ({self.perturbations},)")
+        for g, v in zip(jvp.tolist(), directions(self.law, seed, self.perturbations, self.candidates, last, like),
+                        strict=True):
+            yield g * v
 
     def report(self, state: State) -> Mapping[str, Any]:
         return {"perturbations": list(state["asked"]), "forced": state["forced"]}
@@ -128,15 +132,26 @@ def directions(law: str, seed: int, count: int, candidates: int, last: Tensor | 
     return list(torch.cat(parts, 1))
 
 
-def average(pool: list[Tensor], weights: list[float]) -> Tensor:
-    """The weighted mean of what is in the pool."""
-    return torch.stack([w * g for g, w in zip(pool, weights, strict=True)]).sum(0) / sum(weights)
+class Halves:
+    """Weighted gradients [P] in two halves: every client is in both, so that they differ by the directions alone."""
 
+    def __init__(self, size: int) -> None:
+        self.sums, self.weights, self.count = torch.zeros(2, size), [0.0, 0.0], 0
 
-def disagreement(pool: list[Tensor], weights: list[float], kind: str) -> float:
-    """Mean over entries of (a - b)^2 / 2, with a and b the means of two halves of the pool; infinite for one alone."""
-    if len(pool) < 2:
-        return float("inf")
-    a, b = (average(pool[i::2], weights[i::2]) for i in (0, 1))
-    apart = float((a - b).pow(2).mean()) / 2
-    return apart if kind == "absolute" else apart / max(1e-30, float(average(pool, weights).pow(2).mean()))
+    def add(self, g: Tensor, weight: float, turn: int) -> None:
+        """Puts one into the half whose turn it is."""
+        self.sums[turn % 2] += weight * g
+        self.weights[turn % 2] += weight
+        self.count += 1
+
+    def mean(self) -> Tensor:
+        """Of all."""
+        return self.sums.sum(0) / sum(self.weights)
+
+    def disagreement(self, kind: str) -> float:
+        """Mean over entries of (a - b)^2 / 2, with a and b the halves' means; infinite while one is empty."""
+        if not all(self.weights):
+            return float("inf")
+        a, b = (s / w for s, w in zip(self.sums, self.weights, strict=True))
+        apart = float((a - b).pow(2).mean()) / 2
+        return apart if kind == "absolute" else apart / max(1e-30, float(self.mean().pow(2).mean()))
