@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedllm.app.rigs import Metrics, Trial
 from fedllm.app.rigs_topics import CLASSES, documents, encoder, topics
 from fedllm.app.rigs_zeroth import softmax_world, tested
 from fedllm.core.rng import numpy_stream
+from fedllm.data.encode import Encoded
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
@@ -77,17 +79,27 @@ def trained(seed: int, steps: int = 300) -> tuple[HeadedEncoder, np.ndarray]:
     return net, words
 
 
+def scattered(rng: np.random.Generator, words: np.ndarray, labels: np.ndarray) -> list[Encoded]:
+    """Documents of which a fifth of all positions hold words of the first topic instead."""
+    made = documents(rng, words, labels, 0.3)
+    hit = [(rng.random(len(row.ids)) < 0.2, rng.choice(words[0], len(row.ids))) for row in made]
+    return [replace(row, ids=np.where(at, word, row.ids).astype(np.int32))
+            for row, (at, word) in zip(made, hit, strict=True)]
+
+
 def black_box_world(seed: int, alpha: float | None, clients: int = 8, rows: int = 24) -> World:
-    """The topics with two thirds of their words new and a weaker signal; the head is the trained one."""
+    """The topics with a weaker signal, and words of the first one scattered over all; the head is the trained one.
+
+    The model takes many documents for ones of the first topic, which a prompt can mend.
+    """
     net, words = trained(seed)
     head = {n: t.clone() for n, t in net.classifier.state_dict().items()}
     rng = numpy_stream(seed, "shifted topics")
-    shifted = np.where(rng.random(words.shape) < 2 / 3, topics(rng, len(CLASSES)), words)
     even = np.full((clients, len(CLASSES)), 1 / len(CLASSES))
     mix = rng.dirichlet([alpha] * len(CLASSES), clients) if alpha else even
-    shards = {f"client-{k}": Shard(documents(rng, shifted, rng.choice(len(CLASSES), rows, p=mix[k]), 0.3))  # type: ignore[arg-type]
+    shards = {f"client-{k}": Shard(scattered(rng, words, rng.choice(len(CLASSES), rows, p=mix[k])))  # type: ignore[arg-type]
               for k in range(clients)}
-    test = documents(rng, shifted, np.arange(800) % len(CLASSES), 0.3)
+    test = scattered(rng, words, np.arange(800) % len(CLASSES))
     model = Model(net, None, "classification", make_space("soft_prompt", length=6), labels=CLASSES, seed=seed)
     net.classifier.load_state_dict(head)  # a model starts its head afresh
     return World(model, Federation(shards, test, "classification", CLASSES), LocalSpec(), seed)  # type: ignore[arg-type]

@@ -92,31 +92,32 @@ def paced(world, **knobs):
     run = Trial("fwdllm", world, {"perturbations": 8, **knobs}, layers=(tape,))
     like, place = run.state["theta"], {c.id: i for i, c in enumerate(world.infos())}
     run.rounds(1)
-    size, seen, pool = len(place), [], Halves(len(flat(like)))
+    size, seen, pool, by_client = len(place), [], Halves(len(flat(like))), Halves(len(flat(like)))
     for visit in range(len(tape.heard) // size):
         for c, msg, said in sorted(tape.heard[visit * size :][:size], key=lambda x: place[x[0]]):
             assert msg["seed"] == seed_of("fwdllm", 0, visit, c) and msg["at"] == 0
             vs = directions("gaussian", msg["seed"], 8, 1, None, like)
             for i, (v, g) in enumerate(zip(vs, said["jvp"].tolist(), strict=True)):
                 pool.add(g * v, said["n"], place[c] + visit * 8 + i)
+                by_client.add(g * v, said["n"], place[c])
         seen.append(pool.disagreement("relative"))
     assert torch.equal(pool.mean(), run.state["gradient"])
-    return run, seen
+    return run, seen, by_client.disagreement("relative")
 
 
 def test_more_is_asked_until_the_halves_agree(caplog):
-    """Label-skewed clients: halves of different clients would never agree, halves of the same ones do."""
+    """Label-skewed clients: where halves of the same ones agree, halves of different ones do not by far."""
     world = softmax_world(1, alpha=0.3)
-    run, seen = paced(world, threshold=1.2, most=60)
+    run, seen, by_client = paced(world, threshold=1.2, most=60)
     assert 2 < len(seen) < 60 and run.state["forced"] == 0
-    assert min(seen[:-1]) > 1.2 >= seen[-1]
+    assert min(seen[:-1]) > 1.2 >= seen[-1] and by_client > 1.25 * 1.2
     assert run.state["asked"] == [len(seen) * 4 * 8] and run.method.report(run.state)["forced"] == 0
     assert len(paced(world, threshold=1e9)[1]) == 1
     assert not caplog.records
 
 
 def test_a_step_above_the_threshold_is_committed_at_last_and_said(caplog):
-    run, seen = paced(softmax_world(1), threshold=1e-6, most=2)
+    run, seen, _ = paced(softmax_world(1), threshold=1e-6, most=2)
     assert len(seen) == 3 and min(seen) > 1e-6 and run.state["forced"] == 1
     assert "above 1e-06 after asking 3 times" in caplog.text
     moved = flat(run.state["theta"])  # from 0, by -lr g
