@@ -149,3 +149,28 @@ def unflat(w: Tensor, like: Tree) -> Tree:
     """The vector [P] as a tree again; the leaves are views."""
     parts = dict(zip(sorted(like), w.split([like[n].numel() for n in sorted(like)]), strict=True))
     return {n: parts[n].view_as(x) for n, x in like.items()}
+
+
+class Halves:
+    """Weighted gradients [P] in two halves: every client is in both, so that they differ by the directions alone."""
+
+    def __init__(self, size: int) -> None:
+        self.sums, self.weights, self.count = torch.zeros(2, size), [0.0, 0.0], 0
+
+    def add(self, g: Tensor, weight: float, turn: int) -> None:
+        """Puts one into the half whose turn it is."""
+        self.sums[turn % 2] += weight * g
+        self.weights[turn % 2] += weight
+        self.count += 1
+
+    def mean(self) -> Tensor:
+        """Of all."""
+        return self.sums.sum(0) / sum(self.weights)
+
+    def disagreement(self, kind: str) -> float:
+        """Mean over entries of (a - b)^2 / 2, with a and b the halves' means; infinite while one is empty."""
+        if not all(self.weights):
+            return float("inf")
+        a, b = (s / w for s, w in zip(self.sums, self.weights, strict=True))
+        apart = float((a - b).pow(2).mean()) / 2
+        return apart if kind == "absolute" else apart / max(1e-30, float(self.mean().pow(2).mean()))

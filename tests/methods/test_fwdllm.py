@@ -13,8 +13,8 @@ from fedllm.core.errors import PayloadError, RecipeError
 from fedllm.core.layer import Layer
 from fedllm.core.rng import seed_of
 from fedllm.engines.client import ClientCall
-from fedllm.local.perturb import Directions, flat
-from fedllm.methods.efficiency.fwdllm import Halves, directions
+from fedllm.local.perturb import Directions, Halves, flat
+from fedllm.methods.efficiency.fwdllm import directions
 from fedllm.methods.registry import make_method
 
 ONE = {"most": 0, "threshold": 1e9}

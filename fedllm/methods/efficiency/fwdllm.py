@@ -15,7 +15,7 @@ from fedllm.core.errors import PayloadError
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.rng import seed_of
-from fedllm.local.perturb import LAWS, Directions, flat, unflat
+from fedllm.local.perturb import LAWS, Directions, Halves, flat, unflat
 
 log = logging.getLogger(__name__)
 LANES = 16
@@ -133,28 +133,3 @@ def directions(law: str, seed: int, count: int, candidates: int, last: Tensor | 
         length = along[near].pow(2).mean().sqrt().clamp(min=1.0)
         parts.append(block[near] / length)
     return list(torch.cat(parts, 1))
-
-
-class Halves:
-    """Weighted gradients [P] in two halves: every client is in both, so that they differ by the directions alone."""
-
-    def __init__(self, size: int) -> None:
-        self.sums, self.weights, self.count = torch.zeros(2, size), [0.0, 0.0], 0
-
-    def add(self, g: Tensor, weight: float, turn: int) -> None:
-        """Puts one into the half whose turn it is."""
-        self.sums[turn % 2] += weight * g
-        self.weights[turn % 2] += weight
-        self.count += 1
-
-    def mean(self) -> Tensor:
-        """Of all."""
-        return self.sums.sum(0) / sum(self.weights)
-
-    def disagreement(self, kind: str) -> float:
-        """Mean over entries of (a - b)^2 / 2, with a and b the halves' means; infinite while one is empty."""
-        if not all(self.weights):
-            return float("inf")
-        a, b = (s / w for s, w in zip(self.sums, self.weights, strict=True))
-        apart = float((a - b).pow(2).mean()) / 2
-        return apart if kind == "absolute" else apart / max(1e-30, float(self.mean().pow(2).mean()))
