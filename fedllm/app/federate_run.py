@@ -89,7 +89,7 @@ class Opening:
         """Tell every site which rounds counted last; returns how often each has loaded its model."""
         loads = {}
         for name, site in self.sites.table.items():
-            head = {"op": "close", "protocol": PROTOCOL, "settled": list(site.settled)}
+            head = {"op": "close", "protocol": PROTOCOL, "settled": list(site.settled), "dropped": list(site.dropped)}
             try:
                 loads[name] = int(self.sites.link.call(name, head, b"", 10.0)[0].get("loads", 0))
             except Silence as why:
@@ -172,7 +172,10 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
     parts.engine = functools.partial(Flare, sites=table)
-    result = Run(parts, room, progress or Quiet()).go()
+    try:
+        result = Run(parts, room, progress or Quiet()).go()
+    finally:
+        table.hang_up()
     loads = opening.close()
     room.write_json("sites.json", {n: {"loads": loads.get(n), "suspect": s.suspect} for n, s in table.table.items()})
     return result

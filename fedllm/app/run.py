@@ -200,6 +200,7 @@ class Run:
 
     def _finish(self, total: int) -> Result:
         parts, course = self.parts, self.course
+        course.engine.finish(total)
         self.progress.note("testing the result")
         final = self._test(total)
         self.record.emit("evaluation", round=total, **final)
