@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedllm.app.build import Parts, bound, compose, heard_by, make_layers, make_recipe_space
+from fedllm.app.build import Parts, bound, cohort_size, compose, heard_by, make_layers, make_recipe_space
 from fedllm.app.federate_site import site_profile, versions
 from fedllm.app.folder import RunFolder
 from fedllm.app.progress import Quiet
@@ -129,6 +129,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)
     infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
              for s in sorted(said)}
+    method.check_clients(list(infos), cohort_size(recipe.clients.per_round, len(infos)))
     federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _own_rows(recipe, recipe.data.test),
                             recipe.data.task, tuple(labels[0]), _own_rows(recipe, recipe.data.public))
     space, _ = make_recipe_space(recipe)

@@ -132,6 +132,9 @@ class RealTime(Clock):
     def _missing(self, phase: str, client: ClientId, why: str) -> None:
         self.engine.record.emit("missing", round=self.engine.round, phase=phase, client=client, why=why)
 
+    def _deadline(self, ask: Ask) -> float | None:
+        return ask.deadline
+
     def _tick(self) -> float:
         """Seconds of work on this run so far; what was noticed of the sites meanwhile is written down."""
         self.engine.hear()
