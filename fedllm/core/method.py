@@ -133,7 +133,7 @@ class Method(Knobs):
         """Raise RecipeError or CompositionError when the method cannot work with these clients, or so many a round."""
 
     def cautions(self, clients: int) -> Sequence[str]:
-        """What may not be meant, with so many clients a round; it is shown as the run begins, and nothing is refused."""
+        """What may not be meant, with so many clients a round; shown as the run begins, and nothing is refused."""
         return ()
 
     def check_layers(self, layers: Sequence[Any]) -> None:

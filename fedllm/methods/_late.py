@@ -15,8 +15,8 @@ from fedllm.core.payload import Payload
 from fedllm.core.reduce import Sum, wide
 from fedllm.core.rng import numpy_stream
 
-REAL = ("In virtual time the seed says who answers first; in a real federation the sites do, so that two runs of it are "
-        "alike only with one client at work at a time.")
+REAL = ("In virtual time the seed says who answers first; in a real federation the sites do, so that two runs of "
+        "it are alike only with one client at work at a time.")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def crowded(concurrency: int, clients: int, buffer_size: int = 1) -> list[str]:
     out = []
     if buffer_size > concurrency:
         out.append(f"method.buffer_size = {buffer_size} is more than method.concurrency = {concurrency}: no step ends "
-                   "before clients have begun again, from the model that they began from before; the paper has it below")
+                   "before clients have begun again from the same model; the paper has it below")
     if buffer_size > clients:
-        out.append(f"method.buffer_size = {buffer_size} is more than the {clients} clients of a round: some give several "
-                   f"answers to one step; with {clients} or less none need")
+        out.append(f"method.buffer_size = {buffer_size} is more than the {clients} clients of a round: some give "
+                   f"several answers to one step; with {clients} or less none need")
     if concurrency > clients:
         out.append(f"method.concurrency = {concurrency} is more than the {clients} clients of a round: no more than "
                    f"{clients} are at work at a time")

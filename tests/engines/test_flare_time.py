@@ -1,4 +1,4 @@
-"""Real time on far sites: where the order of answers is forced the state is virtual time's, and nobody waits in vain."""
+"""Real time on far sites: virtual time's state where the order of answers is forced, and no wait without an end."""
 
 import threading
 import time
