@@ -21,7 +21,7 @@ from fedllm.core.record import Record
 from fedllm.engines.client import RUNNERS
 from fedllm.engines.clock import Clock
 from fedllm.engines.flare_door import Door
-from fedllm.engines.flare_sites import PROTOCOL, Body, Head, Silence, Sites
+from fedllm.engines.flare_sites import PROTOCOL, Body, Head, Silence, Sites, Unsent
 from fedllm.engines.flare_time import RealTime
 from fedllm.engines.flare_trip import Answer, Bodies, Trip
 from fedllm.engines.in_process import InProcess, Job
@@ -129,7 +129,7 @@ class Flare(InProcess):
         try:
             head, body, sent = self.sites.ask(site, trip.head, bodies.of(msg), seconds, trip.over)
         except Silence as why:
-            if not trip.over.is_set():
+            if not (trip.over.is_set() or isinstance(why, Unsent)):
                 self.sites.drop(site, str(trip.head["attempt"]), trip.visit)  # it may still be at work
             return str(why), 1
         return self._read(msg, head, body), sent

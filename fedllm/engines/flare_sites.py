@@ -33,6 +33,10 @@ class Silence(FedLLMError):
     """A site gives no answer; the message is the reason that the record keeps."""
 
 
+class Unsent(Silence):
+    """The question never left: there was no sign of life."""
+
+
 class Link(Protocol):
     """Carries one message to one site and its answer back."""
 
@@ -132,7 +136,7 @@ class Sites:
                 ) -> tuple[Head, Body, int]:
         site, ends = self.table[name], time.monotonic() + (seconds or self.patience.answer)
         if site.suspect and not self._taken_back(site, ends):
-            raise Silence(f"{site.suspect}; no sign of life in {self.patience.probe:g} s")
+            raise Unsent(f"{site.suspect}; no sign of life in {self.patience.probe:g} s")
         sent = 0
         while True:
             sent += 1
@@ -197,8 +201,9 @@ class Sites:
         if left <= 0:
             raise self._give_up(site, "its deadline passed")
         ended = Ended(over)
+        call = _started(lambda: self.link.call(site.name, head, body, left, ended))
         try:
-            return self._watched(site, _started(lambda: self.link.call(site.name, head, body, left, ended)), ends, over)
+            return self._watched(site, call, ends, ended)
         finally:
             ended.set()  # nobody waits for an answer of a process that is gone
 
@@ -226,16 +231,16 @@ class Sites:
                 if time.monotonic() - gone >= self.patience.grace:
                     raise self._give_up(site, f"it was gone for {self.patience.grace:g} s in the middle of its work")
                 if failed:
-                    call = _started(lambda: self._sign_of_life(site, ends))
+                    call = _started(lambda: self._sign_of_life(site, ends, over))
                 continue
             if failed or boot != site.boot:
                 self._back(site, boot)
                 return None
             gone = None
 
-    def _sign_of_life(self, site: Site, ends: float) -> tuple[Head, Body]:
+    def _sign_of_life(self, site: Site, ends: float, over: threading.Event) -> tuple[Head, Body]:
         """Stands in for a call that failed: ends with `Silence` at the site's next sign of life."""
-        while time.monotonic() < ends and self.probe(site.name) is None:
+        while time.monotonic() < ends and not over.is_set() and self.probe(site.name) is None:
             time.sleep(min(1.0, self.patience.probe))
         raise Silence("the call broke off")
 

@@ -33,6 +33,7 @@ SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
 CASES = {
     "fedkseed": {"knobs": {"K": 64, "steps": 4, "lr": 1e-4}}, "scaffold": SGD, "fedex_lora": {}, "local_only": {},
     "hetlora": {"space": {"name": "lora", "rank": 8, "scaling": "shared"}, "clients": {"ranks": [2, 4, 8]}},
+    "fedbuff": {"knobs": {"buffer_size": 2, "concurrency": 1}},  # one at work at a time: the order is the simulation's
     "fed_sp_sc": {"rounds": 1, "knobs": {"max_new_tokens": 16, "embed": "tfidf"}}}
 
 
