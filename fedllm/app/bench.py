@@ -42,7 +42,7 @@ def run_bench(names: Sequence[str], out: Path = OUT) -> list[Row]:
             raise RecipeError(f"bench {name!r} is unknown. Allowed: {', '.join(BENCHES)}")
     threads, rows = torch.get_num_threads(), []
     torch.set_num_threads(1)
-    keep_freed_memory()  # as every run does; the peers profit from it too
+    keep_freed_memory()  # as every run does; a peer in this process profits from it too
     try:
         for name in names or [n for n in BENCHES if n not in APART]:
             mine = BENCHES[name]()

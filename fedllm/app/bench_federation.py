@@ -229,7 +229,7 @@ def tables(doc: Mapping[str, Any]) -> str:
             str(r["load"]))
         for n, r in doc.get("faults", {}).items()])
     lines += _table("Speed", ("what", "measured", "asked for", "holds", "load"), [
-        (n, f"{r['value']:.4g} {r['unit']}", "" if r["gate"] is None else f"<= {r['gate']:g}",
+        (n, f"{r['value']:.4g} {r['unit']}", _asked(r),
          {True: "yes", False: "**no**", None: ""}[r["pass"]], str(r["load"])) for n, r in doc.get("speed", {}).items()])
     lines += _table("Size", ("update", "one way", "there and back", "most memory of each process",
                              "grown by (<= 2 updates + 300 MB)", "holds", "load"), [
@@ -238,6 +238,12 @@ def tables(doc: Mapping[str, Any]) -> str:
          "yes" if _grown(r) <= 2 * r["bytes"] + 300e6 else "**no**", str(r["load"]))
         for n, r in doc.get("size", {}).items()])
     return "\n".join(lines) + "\n"
+
+
+def _asked(r: Mapping[str, Any]) -> str:
+    if r["gate"] is None:
+        return ""
+    return f"{'<=' if r['pass'] == (r['value'] <= r['gate']) else '>='} {r['gate']:g}"
 
 
 def _grown(size: Mapping[str, Any]) -> int:

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedllm.core.errors import RecipeError
+from fedllm.core.method import Knobs, knob
 
 Node = Sequence[Any]
 """A server: the ids of its own clients (text) and the servers below it (nodes), in any order. It may be empty."""
 Path = tuple[int, ...]
 """Where a server stands: the places to go from the root, which is (). Children count from 0 among servers."""
+
+
+@dataclass(frozen=True)
+class Branching(Knobs):
+    """What methods and layers that add up along a tree let a recipe say of it."""
+
+    fan_out: tuple = knob((4,), "servers below the root, below each of them, ...; clients hang under the last ones")
+    deal: Literal["blocks", "turns"] = knob("blocks", "neighbors in the data's order together, or dealt out by turns",
+                                            options=("blocks", "turns"))
+    tree: tuple = knob((), "a tree of one's own: nested lists of client ids (empty: `fan_out`)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plant((), self.fan_out)
+        list(servers(self.tree))
+
+    def places(self, ids: Sequence[str]) -> dict[Path, list[str]]:
+        """The servers under which these clients hang."""
+        return groups(self.tree or plant(ids, self.fan_out, self.deal), ids)
 
 
 def plant(ids: Sequence[str], fan_out: Sequence[int], deal: Literal["blocks", "turns"] = "blocks") -> Node:

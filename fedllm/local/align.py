@@ -14,7 +14,7 @@ from fedllm.core.payload import Tree
 from fedllm.data.encode import Encoded
 from fedllm.local.spec import LocalSpec
 from fedllm.models.batch import Batch, collate
-from fedllm.models.kernels import fast
+from fedllm.models.kernels import fast, products
 from fedllm.models.model import Model
 
 
@@ -53,7 +53,8 @@ def align(teacher: View, student: View, trained: Tree, rows: Sequence[Encoded], 
         near = ((h_t - h_s) / h_t.pow(2).mean(-1, keepdim=True).sqrt()).pow(2).mean()
         loss = near + gamma * F.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), reduction="batchmean", log_target=True)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with products(loss.device, student.model.fast_kernels):
+            loss.backward()
         optimizer.step()
         told += float(loss.detach())
     return {n: p.detach() for n, p in params.items()}, told / max(1, len(plan))

@@ -13,6 +13,7 @@ from fedllm.local.private import private_objective
 from fedllm.local.requests import Fit, Fitted, Limits
 from fedllm.local.terms import Term
 from fedllm.models.batch import collate
+from fedllm.models.kernels import products
 from fedllm.spaces.space import stack_lanes, take_lane
 
 
@@ -66,7 +67,8 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
         for group in optimizer.param_groups:
             group["lr"] = lr
         objective, loss = _objective(lot[:live], step, params, frozen)
-        _step(objective, params, optimizer, terms, live, spec.clip_norm)
+        with products(objective.device, model.fast_kernels):
+            _step(objective, params, optimizer, terms, live, spec.clip_norm)
         losses[:live] += loss.detach().double().cpu()
     for k in range(live):
         results[k] = _fitted(lot[k], take_lane(params | frozen, k, trees[k]), losses[k], lr_sum)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedllm.data.encode import Encoded
 from fedllm.models.batch import collate
+from fedllm.models.kernels import products
 from fedllm.models.model import Model
 
 HELD = 1 << 28
@@ -69,9 +70,9 @@ def example_grads(model: Model, rows: Sequence[Encoded], owners: Sequence[int], 
     own = {n: p.detach().index_select(0, at).requires_grad_() for n, p in params.items()}
     fixed = {n: t.index_select(0, at) for n, t in frozen.items()}
     batch = collate([[row] for row in rows], model.pad, model.device)
-    with model.using([trees[k] for k in owners], base, own | fixed):
+    with model.using([trees[k] for k in owners], base, own | fixed), products(model.device, model.fast_kernels):
         loss = model.losses(batch)
-    return dict(zip(own, torch.autograd.grad(loss.sum(), list(own.values())), strict=True))
+        return dict(zip(own, torch.autograd.grad(loss.sum(), list(own.values())), strict=True))
 
 
 def _noise(p: Private, grads: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:

@@ -40,13 +40,18 @@ def _onednn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fast(device: torch.device, length: int, switch: bool = True) -> Iterator[None]:
-    """Run a forward and backward over sequences of `length` with the quickest kernels that pass their check."""
+    """Run a forward over sequences of `length` with the quickest kernels that pass their check."""
     with contextlib.ExitStack() as stack:
-        if switch and device.type == "cpu":
-            if onednn_is_fp32():
-                stack.enter_context(_onednn())
-            if length <= SHORT:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(products(device, switch))
+        if switch and device.type == "cpu" and length <= SHORT:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+@contextlib.contextmanager
+def products(device: torch.device, switch: bool = True) -> Iterator[None]:
+    """The part of `fast` that a backward pass needs around it as well: which kernels multiply matrices."""
+    with _onednn() if switch and device.type == "cpu" and onednn_is_fp32() else contextlib.nullcontext():
         yield
 
 

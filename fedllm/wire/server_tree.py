@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from fedllm.core.ask import Replies
 from fedllm.core.errors import CompositionError, QuorumError
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Lifted, Sum
-from fedllm.core.tree import check_tree, climb, groups, plant, servers
+from fedllm.core.tree import Branching, check_tree, climb
 from fedllm.privacy._sums import is_control, need_sums, refusal, without
 from fedllm.wire import codec
 
@@ -20,7 +19,7 @@ OWN = "server_tree/"
 
 
 @dataclass(frozen=True)
-class ServerTree(Knobs, Layer):
+class ServerTree(Branching, Layer):
     """Any Sum, added up along a tree; equal to the flat sum up to rounding, since a Sum is associative.
 
     Listed above secure aggregation each edge opens the sum of its own clients (three at least, each edge a session of
@@ -32,15 +31,6 @@ class ServerTree(Knobs, Layer):
 
     algebra = Algebra("tree", needs="sum", reveals="sum", instead="a method whose reducer is a Sum, such as fedavg")
 
-    fan_out: tuple = knob((4,), "servers below the root, below each of them, ...; clients hang under the last ones")
-    deal: Literal["blocks", "turns"] = knob("blocks", "neighbors in the data's order together, or dealt out by turns",
-                                            options=("blocks", "turns"))
-    tree: tuple = knob((), "a tree of one's own: nested lists of client ids (empty: `fan_out`)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        plant((), self.fan_out)
-        list(servers(self.tree))
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
@@ -63,7 +53,7 @@ class ServerTree(Knobs, Layer):
                                    "that come, and an edge does not know which these are; leave the tree out")
         own = ask.reducer == ask.fn.__dict__.get("reduce")
         reduce = Lifted() if own else ask.reducer  # a layer's own: lifted, masked or encrypted, and still a summand
-        places = groups(self.tree or plant(list(ask.msgs), self.fan_out, self.deal), list(ask.msgs))
+        places = self.places(list(ask.msgs))
         outs = yield [replace(ask, msgs={c: {**ask.msgs[c], OWN + "lift": own} for c in mine}, reduce=reduce, quorum=0)
                       for mine in places.values()]
         answered = {c for out in outs for c in out.answered}

@@ -20,6 +20,7 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Linear, Proximal
 from fedllm.methods.registry import make_method
+from fedllm.models.kernels import onednn_is_fp32
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
 
@@ -152,6 +153,16 @@ def test_fp32_with_sgd_and_fast_kernels(tiny_llama_folder, name):
         for e in (InProcess, Vectorized)
     )
     assert gap(a, b) < 1e-5
+
+
+def test_the_backward_pass_multiplies_with_the_forwards_kernels(tiny_llama_folder, monkeypatch):
+    seen, plain = [], torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: (
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision), plain(self))[1])
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    outcome(Vectorized, tiny_llama_folder, "generation", make_space("lora"), ADAMW, dtype=torch.float32)
+    assert set(seen) == {"bf16" if onednn_is_fp32() else before}
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_unequal_ranks_are_padded_exactly(tiny_llama_folder):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, QuorumError
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.core.reduce import Mean
-from fedllm.core.tree import check_tree, climb, groups, plant, servers
+from fedllm.core.tree import Branching, check_tree, climb
 from fedllm.wire import codec
 
 
 @dataclass(frozen=True)
-class Hierarchical(Method):
+class Hierarchical(Branching, Method):
     """FedAvg along a tree of servers: kappa_2 rounds within every edge, then (w_e - w, W_e) up to the root."""
 
     card = Card(
@@ -44,15 +43,6 @@ class Hierarchical(Method):
                  "no optimizer of their own.",
     )
     kappa_2: int = knob(1, "edge rounds to one round of the cloud", ge=1)
-    fan_out: tuple = knob((4,), "servers below the root, below each of them, ...; clients hang under the last ones")
-    deal: Literal["blocks", "turns"] = knob("blocks", "neighbors in the data's order together, or dealt out by turns",
-                                            options=("blocks", "turns"))
-    tree: tuple = knob((), "a tree of one's own: nested lists of client ids (empty: `fan_out`)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        plant((), self.fan_out)
-        list(servers(self.tree))
 
     def init(self, model) -> State:
         return {"theta": model.initial(), "wide_area": {"up": 0, "down": 0}}
@@ -69,8 +59,7 @@ class Hierarchical(Method):
                                        f"{type(layer).__name__}, ServerTree")
 
     def round(self, state: State, clients):
-        ids = [c.id for c in clients]
-        edges = groups(self.tree or plant(ids, self.fan_out, self.deal), ids)
+        edges = self.places([c.id for c in clients])
         w, weight = dict.fromkeys(edges, state["theta"]), dict.fromkeys(edges, 0.0)
         for _ in range(self.kappa_2):
             outs = yield [Ask(self.local, {c: pack(theta=w[e]) for c in mine}, quorum=0) for e, mine in edges.items()]
