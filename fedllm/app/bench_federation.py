@@ -39,6 +39,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "hetlora": {"space": {"name": "lora", "rank": 8, "scaling": "shared"}, "clients": {"ranks": [2, 4, 8]}},
     "flexlora": {"space": {"name": "lora", "rank": 8}, "clients": {"ranks": [2, 4, 8]}},
     "flora_stacking": {"space": {"name": "lora", "rank": 8}, "clients": {"ranks": [2, 4, 8]}},
+    "fedasync": {"knobs": {"concurrency": 1}},  # one at work at a time: the order of answers is the simulation's
+    "fedbuff": {"rounds": 3, "knobs": {"buffer_size": 2, "concurrency": 1}},
+    "stragglers": {"knobs": {"over": 1.0}},
     "scaffold": {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}},
     "fed_sp_sc": {"rounds": 1, "knobs": {"max_new_tokens": 16, "embed": "tfidf"}}}
 """What a method needs beside the common recipe."""

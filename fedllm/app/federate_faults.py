@@ -28,6 +28,9 @@ WHOLE: dict[str, Any] = {"rounds": 6, "local": LOCAL}
 LOSSY: dict[str, Any] = {"rounds": 16, "local": LOCAL, "clients": {"deadline": 30.0, "quorum": 1},
                          "evaluate": {"exact_match": False, "samples": 0, "clients": False}}
 """Rounds end without the sites that are away."""
+ASYNC: dict[str, Any] = {"method": "fedbuff", "knobs": {"buffer_size": 2, "concurrency": 3}, "rounds": 14,
+                         "local": LOCAL, "evaluate": {"exact_match": False, "samples": 0, "clients": False}}
+"""FedBuff: steps end while sites are at work, and who answers first decides, so that no two runs need be alike."""
 HOST, FAR, SPACE = "10.77.0.1", "10.77.0.2", "fedllm-far"
 """Addresses on either side of the pair of virtual cards, and the name of the far network namespace."""
 
@@ -36,8 +39,8 @@ Harm = Callable[[Path], float]
 
 
 def drill(rig: Loopback, harm: Harm, spec: dict[str, Any], seconds: float = 400.0) -> dict[str, Any]:
-    """Serve a run of SCAFFOLD, harm it, and tell what came of it."""
-    recipe, began = rig.recipe("scaffold", **spec), time.monotonic()
+    """Serve a run (of SCAFFOLD, if the spec names no method), harm it, and tell what came of it."""
+    recipe, began = rig.recipe(**{"method": "scaffold", **spec}), time.monotonic()
     run = rig.run_folder(recipe)
     rig.serve(run, "--wait", "200")
     recovered = harm(run)
@@ -45,13 +48,13 @@ def drill(rig: Loopback, harm: Harm, spec: dict[str, Any], seconds: float = 400.
     if not (run / "result.json").exists():
         raise RunError(f"{run} has no result; serve said: {(rig.folder / 'serve.log').read_text()[-600:]}")
     far, gone = Result.load(run), events(run, "missing")
-    calm = f"state after {recipe['rounds']} calm rounds"
-    if "clients" not in spec and calm not in rig.notes:
+    calm, apart = f"state after {recipe['rounds']} calm rounds", "clients" in spec or "method" in spec
+    if not apart and calm not in rig.notes:
         rig.notes[calm] = simulate(recipe, root=rig.folder / "here").state_digest
     return {"recover_s": round(recovered, 1), "run_s": round(time.monotonic() - began, 1), "rounds": far.rounds,
             "skipped": len(far.skipped), "missing": sorted({e["client"] for e in gone}), "answers_lost": len(gone),
             "why": sorted({str(e["why"]) for e in gone}), "back": sorted({e["client"] for e in events(run, "back")}),
-            "same": None if "clients" in spec else far.state_digest == rig.notes[calm]}
+            "same": None if apart else far.state_digest == rig.notes[calm]}
 
 
 def rounds(run: Path) -> int:
@@ -198,6 +201,30 @@ def coordinator_killed(rig: Loopback) -> dict[str, Any]:
     return drill(rig, lambda run: _kill_and_await(run, rig.coordinator), WHOLE)
 
 
+def async_slow(rig: Loopback) -> dict[str, Any]:
+    """Under FedBuff a site stands still for three server steps in the middle of its work; its answer counts later."""
+    def harm(run: Path) -> float:
+        until(lambda: rounds(run) >= 2, 200)
+        pid = until(lambda: rig.worker("site-c"))
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: not _answers_in_last(run, "site-c", 3), 50, "three steps without site-c")
+        os.kill(pid, signal.SIGCONT)
+        return from_now_until(lambda: _answers_in_last(run, "site-c", 1), 60, "an answer of site-c")
+
+    return drill(rig, harm, {**ASYNC, "rounds": 60})
+
+
+def _answers_in_last(run: Path, site: str, count: int) -> bool:
+    """Whether the site answered in the last `count` rounds."""
+    last = [e["round"] for e in events(run, "round")][-count:]
+    return any(e["client"] == site and e["round"] in last for e in events(run, "answered"))
+
+
+def async_killed(rig: Loopback) -> dict[str, Any]:
+    """The process that drives a run of FedBuff is killed while sites are at work: those answers are dropped."""
+    return drill(rig, lambda run: _kill_and_await(run, rig.coordinator), {**ASYNC, "rounds": 20})
+
+
 def all_killed(rig: Loopback) -> dict[str, Any]:
     """Every process of the federation is killed at once, as by a power cut; then the commands are typed again."""
     def harm(run: Path) -> float:
@@ -254,5 +281,6 @@ def _ip(*words: str) -> None:
 DRILLS: dict[str, Callable[[Loopback], dict[str, Any]]] = {
     "client_killed": client_killed, "client_silent": client_silent, "client_slow": client_slow,
     "client_flapping": client_flapping, "half_gone": half_gone, "server_killed": server_killed,
-    "coordinator_killed": coordinator_killed, "all_killed": all_killed}
+    "coordinator_killed": coordinator_killed, "all_killed": all_killed, "async_slow": async_slow,
+    "async_killed": async_killed}
 """All but `partition`, which needs a rig of its own."""

@@ -32,6 +32,8 @@ class Staged:
     doc: Any
     changed: bool = False
     done: dict[str, Body] = field(default_factory=dict)
+    before: list[Any] | None = None
+    """The last visit, and what the memory was before it."""
 
 
 class DiskMemory:
@@ -76,13 +78,26 @@ class DiskMemory:
         """This visit is done; a changed memory is on disk, with the answer, before the answer leaves."""
         staged = self.attempts[attempt]
         doc = freeze(staged.memory, self.blobs) if staged.memory or staged.changed else staged.doc
-        staged.done[visit] = reply
+        staged.done[visit], staged.before = reply, [visit, staged.doc]
         if doc != staged.doc:
             staged.doc, staged.changed = doc, True
-            self._write(f"staged-{attempt}.json", {
-                "round": staged.round, "memory": doc, "done": {v: self._blob(r) for v, r in staged.done.items()}})
+            self._save(attempt, staged)
         elif not staged.changed:
             staged.done = {visit: reply}  # done again it would be the same: the last answer serves a lost reply
+
+    def drop(self, attempt: str, visit: str) -> None:
+        """The last visit of this attempt does not count, and its memory is as it was before it. Told twice, or of a
+        visit that is not the last one here, it does nothing."""
+        staged = self.attempts.get(attempt) or self._staged(attempt)
+        if staged is None:
+            return
+        if staged.before is not None and staged.before[0] == visit:
+            staged.doc, staged.before = staged.before[1], None
+            staged.done.pop(visit, None)
+            if staged.changed:
+                self._save(attempt, staged)
+        if attempt in self.attempts:  # the work may have stopped half-way
+            staged.memory = dict(thaw(staged.doc, self.blobs))
 
     def settle(self, attempt: str, round: int) -> None:
         """The attempt counted: its memory is the one before round + 1. Told twice, it does nothing."""
@@ -99,7 +114,12 @@ class DiskMemory:
             return None
         raw = read_json(path)
         done: dict[str, Body] = {v: self.blobs.get(b).numpy().tobytes() if b else b"" for v, b in raw["done"].items()}
-        return Staged(raw["round"], dict(thaw(raw["memory"], self.blobs)), raw["memory"], True, done)
+        return Staged(raw["round"], dict(thaw(raw["memory"], self.blobs)), raw["memory"], True, done, raw.get("before"))
+
+    def _save(self, attempt: str, staged: Staged) -> None:
+        done = {v: self._blob(r) for v, r in staged.done.items()}
+        self._write(f"staged-{attempt}.json", {"round": staged.round, "memory": staged.doc, "done": done,
+                                               "before": staged.before})
 
     def _blob(self, reply: Body) -> str:
         return self.blobs.put(torch.frombuffer(bytearray(reply), dtype=torch.uint8)) if len(reply) else ""
@@ -121,9 +141,9 @@ class DiskMemory:
         for version in before[:-1]:
             self._path(version).unlink()
         docs = [read_json(p) for p in self.folder.glob("*.json")]
-        names = {n for d in docs for n in blobs_in(d["memory"] if "done" in d else d)}
+        names = {n for d in docs for n in blobs_in([d["memory"], d.get("before")] if "done" in d else d)}
         names |= {b for d in docs if "done" in d for b in d["done"].values() if b}
-        names |= {n for s in self.attempts.values() for n in blobs_in(s.doc)}
+        names |= {n for s in self.attempts.values() for n in blobs_in([s.doc, s.before])}
         self.blobs.keep(names)
 
     def _path(self, version: int) -> Path:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedllm.app.build import Parts, bound, compose, heard_by, make_layers, make_recipe_space
+from fedllm.app.build import Parts, bound, cohort_size, compose, heard_by, make_layers, make_recipe_space
 from fedllm.app.federate_site import site_profile, versions
 from fedllm.app.folder import RunFolder
 from fedllm.app.progress import Quiet
@@ -89,7 +89,7 @@ class Opening:
         """Tell every site which rounds counted last; returns how often each has loaded its model."""
         loads = {}
         for name, site in self.sites.table.items():
-            head = {"op": "close", "protocol": PROTOCOL, "settled": list(site.settled)}
+            head = {"op": "close", "protocol": PROTOCOL, "settled": list(site.settled), "dropped": list(site.dropped)}
             try:
                 loads[name] = int(self.sites.link.call(name, head, b"", 10.0)[0].get("loads", 0))
             except Silence as why:
@@ -129,6 +129,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)
     infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
              for s in sorted(said)}
+    method.check_clients(list(infos), cohort_size(recipe.clients.per_round, len(infos)))
     federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _own_rows(recipe, recipe.data.test),
                             recipe.data.task, tuple(labels[0]), _own_rows(recipe, recipe.data.public))
     space, _ = make_recipe_space(recipe)
@@ -172,7 +173,10 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
     parts.engine = functools.partial(Flare, sites=table)
-    result = Run(parts, room, progress or Quiet()).go()
+    try:
+        result = Run(parts, room, progress or Quiet()).go()
+    finally:
+        table.hang_up()
     loads = opening.close()
     room.write_json("sites.json", {n: {"loads": loads.get(n), "suspect": s.suspect} for n, s in table.table.items()})
     return result

@@ -11,7 +11,7 @@ from typing import Any
 from fedllm.app import judge as judging
 from fedllm.app.audit import figures_digest, sealed
 from fedllm.app.beside import Beside, beside, run_baselines
-from fedllm.app.build import Parts, build, resolved
+from fedllm.app.build import FAR, Parts, build, cohort_size, resolved
 from fedllm.app.course import Course
 from fedllm.app.federate_settings import OWN
 from fedllm.app.folder import EventLog, RunFolder, fresh_path
@@ -129,6 +129,9 @@ class Run:
         for client, why in self.parts.left_out.items():
             self.record.emit("left_out", client=client, why=why)
             log.warning("client '%s' is left out: %s", client, why)
+        for why in self._cautions():
+            self.record.emit("caution", why=why)
+            log.warning(why)
         clients = [{"id": c.id, "n": c.n, "rank": c.profile.rank,
                     "info": dict(self.parts.world.federation.clients[c.id].info)} for c in self.course.clients]
         self._write(lambda: self.folder.write_json("clients.json", clients))
@@ -140,6 +143,15 @@ class Run:
             self.answers_before = self.judge.answers(self.course.state)
         self.record.emit("evaluation", round=0, **self.before)
         self._checkpoint(0)
+
+    def _cautions(self) -> list[str]:
+        """What may not be meant."""
+        parts = self.parts
+        said = list(parts.method.cautions(cohort_size(parts.recipe.clients.per_round, len(self.course.clients))))
+        if parts.recipe.engine.kind in FAR and parts.method.by_arrival:
+            said.append(f"method '{parts.recipe.method.name}' goes by who answers first, so that another run of this "
+                        "recipe may end in another state")
+        return said
 
     def _round(self, round: int, total: int) -> None:
         recipe = self.parts.recipe
@@ -200,6 +212,7 @@ class Run:
 
     def _finish(self, total: int) -> Result:
         parts, course = self.parts, self.course
+        course.engine.finish(total)
         self.progress.note("testing the result")
         final = self._test(total)
         self.record.emit("evaluation", round=total, **final)

@@ -118,7 +118,10 @@ class Method(Knobs):
 
     card: ClassVar[Card]
     simulation_only: ClassVar[str] = ""
-    """Why no real federation runs it: it sees what no deployment may (pooled data), or counts on virtual time."""
+    """Why no real federation runs it: it sees what no deployment may (pooled data)."""
+
+    by_arrival: ClassVar[bool] = False
+    """Whether the result depends on who answers first: virtual time repeats that by the seed, real time does not."""
 
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
@@ -128,6 +131,10 @@ class Method(Knobs):
 
     def check_clients(self, ids: Sequence[str], cohort: int) -> None:
         """Raise RecipeError or CompositionError when the method cannot work with these clients, or so many a round."""
+
+    def cautions(self, clients: int) -> Sequence[str]:
+        """What may not be meant, with so many clients a round; shown as the run begins, and nothing is refused."""
+        return ()
 
     def check_layers(self, layers: Sequence[Any]) -> None:
         """Raise CompositionError when the method is not what it says without other layers."""

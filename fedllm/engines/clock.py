@@ -87,16 +87,22 @@ class Clock:
     """Bytes of answers that came too late to count."""
     used: bool = False
 
-    def restore(self, book: Mapping[str, Any] | None, rewind: bool = True) -> None:
-        """As it was committed; with `rewind` false the time that has passed since stays passed."""
+    def restore(self, book: Mapping[str, Any] | None) -> None:
+        """As it was committed."""
         book = book or {}
-        if rewind:
-            self.now, self.wasted = float(book.get("now", 0.0)), int(book.get("wasted", 0))
+        self.now, self.wasted = float(book.get("now", 0.0)), int(book.get("wasted", 0))
         self.flying = [Flight(**f) for f in book.get("flying", ())]
 
     def book(self) -> dict[str, Any]:
         """What to commit."""
         return {"now": self.now, "wasted": self.wasted, "flying": [f.as_state() for f in self.flying]}
+
+    def end(self) -> None:
+        """The run is over: who is still at work is named, and no round is left for those answers."""
+        for flight in self.flying:
+            self.engine.record.emit("unfinished", round=self.engine.round, phase=flight.phase, client=flight.client,
+                                    why="the run ended while it was at work")
+        self.flying = []
 
     def send(self, asks: Sequence[Ask]) -> list[Replies]:
         """Answer the asks; they begin now, and the clock goes on to the end of the last of them."""
@@ -163,12 +169,10 @@ class Clock:
             flying += self._begin(fold, [queue.popleft() for _ in range(free)])
             if not flying:
                 break
-            lands = min(f.lands for f in flying)
-            if deadline is not None and lands > start + deadline:
-                self.now = start + deadline
+            landed = self._next(flying, None if deadline is None else start + deadline)
+            if not landed:
                 break
-            self.now = max(self.now, lands)
-            for flight in sorted((f for f in flying if f.lands <= self.now), key=lambda f: (f.lands, f.tie)):
+            for flight in landed:
                 if fold.full:
                     break
                 flying.remove(flight)
@@ -177,6 +181,15 @@ class Clock:
                     queue.append(flight.client)
         self.flying = home + flying
         return self.now
+
+    def _next(self, flying: Sequence[Flight], ends: float | None) -> list[Flight]:
+        """Who lands next, and who in the same moment, in their order; nobody when none does before time `ends`."""
+        lands = min(f.lands for f in flying)
+        if ends is not None and lands > ends:
+            self.now = ends
+            return []
+        self.now = max(self.now, lands)
+        return sorted((f for f in flying if f.lands <= self.now), key=lambda f: (f.lands, f.tie))
 
     def _begin(self, fold: Fold, clients: Sequence[ClientId]) -> list[Flight]:
         """Their work is done now, all of it in one wave; when it lands is another matter."""

@@ -7,13 +7,11 @@ Round and visit numbers stand in the envelope, so that a site draws what the sam
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
-
-from torch import Tensor
 
 from fedllm.core.ask import ClientId
 from fedllm.core.errors import PayloadError
@@ -21,17 +19,19 @@ from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload
 from fedllm.core.record import Record
 from fedllm.engines.client import RUNNERS
+from fedllm.engines.clock import Clock
 from fedllm.engines.flare_door import Door
-from fedllm.engines.flare_sites import PROTOCOL, Body, Head, Silence, Sites
+from fedllm.engines.flare_sites import PROTOCOL, Body, Head, Silence, Sites, Unsent
+from fedllm.engines.flare_time import RealTime
+from fedllm.engines.flare_trip import Answer, Bodies, Trip
 from fedllm.engines.in_process import InProcess, Job
 from fedllm.engines.world import GLOBAL, World
-from fedllm.wire import codec
-
-Answer = tuple[Payload | str, int]
-"""The reply or why there is none, and how often the message was sent."""
 
 UNHEARD = "flare.unheard"
 """In the server's own memory, and so in checkpoints: by site, the rounds that counted and of which it has not heard."""
+
+DROPPED = "flare.dropped"
+"""The same of visits that do not count."""
 
 
 class Flare(InProcess):
@@ -43,16 +43,20 @@ class Flare(InProcess):
         self.sites = sites
         self._reminded = False
         self.door = door or Door.of(world.model, coded=any(isinstance(s, Layer) for s in stack[1:]))
-        super().__init__(stack, world, record, quorum=quorum)
         self._heard: deque[tuple[str, dict[str, Any]]] = deque()
+        super().__init__(stack, world, record, quorum=quorum)
+
+    def _clock(self) -> Clock:
+        return RealTime(self)
 
     def begin(self, round: int) -> None:
-        super().begin(round)
         self.attempt, self._asked = uuid.uuid4().hex, set[ClientId]()
         if self.memory and not self._reminded:  # a resumed run: the process before this one may not have told the sites
             self._reminded = True
-            for site, told in self.memory.get(GLOBAL, {}).get(UNHEARD, {}).items():
-                self.sites.remind(site, told)
+            mine = self.memory.get(GLOBAL, {})
+            for site in self.sites.table:
+                self.sites.remind(site, mine.get(UNHEARD, {}).get(site, ()), mine.get(DROPPED, {}).get(site, ()))
+        super().begin(round)
 
     def commit(self) -> dict[ClientId, dict[str, Any]]:
         """Sites make their memories permanent when they hear of it; what is given back is the server's own."""
@@ -62,55 +66,73 @@ class Flare(InProcess):
         touched = super().commit()
         mine = self.memory[GLOBAL] = touched[GLOBAL] = dict(self.memory.get(GLOBAL, {}))
         mine[UNHEARD] = {name: list(site.settled) for name, site in self.sites.table.items() if site.settled}
+        mine[DROPPED] = {name: list(site.dropped) for name, site in self.sites.table.items() if site.dropped}
         return touched
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
         """All sites work at once, each through its own jobs in order; answers are folded in the order of the ask."""
-        self.sites.on_event = lambda kind, **facts: self._heard.append((kind, facts))  # from the lanes' threads
-        todo, lanes = list(jobs), defaultdict[ClientId, list[tuple[Job, Future[Answer]]]](list)
-        futures: list[Future[Answer] | None] = []
-        for job in todo:
-            future: Future[Answer] | None = None if job.client == GLOBAL else Future()
-            futures.append(future)
-            if future is not None:
-                lanes[job.client].append((job, future))
-        bodies = Bodies()
-        for lane in lanes.values():
-            threading.Thread(target=self._walk, args=(lane, bodies), name="flare-lane", daemon=True).start()
+        todo = list(jobs)
+        trips: list[Trip | None] = list(self.set_off(todo, Bodies()))
         for i, job in enumerate(todo):
-            future, futures[i] = futures[i], None  # a folded reply must not be held any longer
-            if future is None:
-                yield job, self.work(job, lambda request: RUNNERS[type(request)]([request], self.world.limits)[0])
+            trip, trips[i] = trips[i], None  # a folded reply must not be held any longer
+            if trip is None or job.client == GLOBAL:
+                yield job, self.own(job)
                 continue
-            reply, sent = future.result()
-            while self._heard:
-                kind, facts = self._heard.popleft()
-                self.record.emit(kind, round=self.round, **facts)
+            reply, sent = trip.answer.result()
+            self.hear()
             for _ in range(sent):
                 self._cross("down", job, job.fold.ask.msgs[job.client])
             yield job, reply
 
-    def _walk(self, lane: list[tuple[Job, Future[Answer]]], bodies: Bodies) -> None:
+    def own(self, job: Job) -> Payload | str:
+        """The server's own share of an ask."""
+        return self.work(job, lambda request: RUNNERS[type(request)]([request], self.world.limits)[0])
+
+    def set_off(self, jobs: Sequence[Job], bodies: Bodies) -> list[Trip]:
+        """A trip for each job; all sites begin at once, each with its own jobs in order. The server's own stay here."""
+        self.sites.on_event = lambda kind, **facts: self._heard.append((kind, facts))  # from the lanes' threads
+        trips, lanes = list[Trip](), defaultdict[ClientId, list[Trip]](list)
+        for job in jobs:
+            trips.append(Trip(job, self._head(job), time.monotonic()))
+            if job.client != GLOBAL:
+                self._asked.add(job.client)
+                lanes[job.client].append(trips[-1])
+        for lane in lanes.values():
+            threading.Thread(target=self._walk, args=(lane, bodies), name="flare-lane", daemon=True).start()
+        return trips
+
+    def hear(self) -> None:
+        """Write down what was noticed of the sites meanwhile."""
+        while self._heard:
+            kind, facts = self._heard.popleft()
+            self.record.emit(kind, round=self.round, **facts)
+
+    def _head(self, job: Job) -> Head:
+        ask = job.fold.ask
+        return {"op": "ask", "protocol": PROTOCOL, "round": self.round, "visit": job.visit, "phase": ask.phase,
+                "attempt": self.attempt, "most": self.door.room(ask.msgs[job.client]),
+                "stack": [type(part).__name__ for part in self.stack]}
+
+    def _walk(self, lane: list[Trip], bodies: Bodies) -> None:
         """One site's jobs of one trip, in order (each may read what the one before it left in memory)."""
         while lane:
-            job, future = lane.pop(0)
+            trip = lane.pop(0)
             try:
-                future.set_result(self._ask(job, bodies))
+                trip.arrive(self._ask(trip, bodies))
             except BaseException as error:
-                future.set_exception(error)
+                trip.fail(error)
 
-    def _ask(self, job: Job, bodies: Bodies) -> Answer:
-        ask = job.fold.ask
-        msg = ask.msgs[job.client]
-        head = {"op": "ask", "protocol": PROTOCOL, "round": self.round, "visit": job.visit, "phase": ask.phase,
-                "attempt": self.attempt, "most": self.door.room(msg),
-                "stack": [type(part).__name__ for part in self.stack]}
-        self._asked.add(job.client)
+    def _ask(self, trip: Trip, bodies: Bodies) -> Answer:
+        ask, site = trip.job.fold.ask, trip.client
+        msg = ask.msgs[site]
+        seconds = ask.deadline if ask.flight is None else None  # who is in flight outlives the ask
         try:
-            head_up, body, sent = self.sites.ask(job.client, head, bodies.of(msg), ask.deadline)
+            head, body, sent = self.sites.ask(site, trip.head, bodies.of(msg), seconds, trip.over)
         except Silence as why:
+            if not (trip.over.is_set() or isinstance(why, Unsent)):
+                self.sites.drop(site, str(trip.head["attempt"]), trip.visit)  # it may still be at work
             return str(why), 1
-        return self._read(msg, head_up, body), sent
+        return self._read(msg, head, body), sent
 
     def _read(self, msg: Payload, head: Head, body: Body) -> Payload | str:
         """The reply, or why it does not count."""
@@ -123,21 +145,3 @@ class Flare(InProcess):
             return self.door.enter(msg, body)
         except PayloadError as error:
             return f"reply refused: {error}"
-
-
-class Bodies:
-    """Messages as bytes; the same tensors for many clients are encoded once."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last: tuple[Any, bytearray] | None = None
-
-    def of(self, msg: Payload) -> bytes | bytearray:
-        """The codec's bytes; none for an empty message."""
-        if not msg:
-            return b""
-        key = tuple((k, id(v) if isinstance(v, Tensor) else repr(v)) for k, v in msg.items())
-        with self._lock:
-            if self._last is None or self._last[0] != key:
-                self._last = (key, codec.encode(msg))
-            return self._last[1]

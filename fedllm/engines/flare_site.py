@@ -6,21 +6,29 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fedllm.core.client import ClientInfo
-from fedllm.core.errors import FedLLMError, PayloadError
+from fedllm.core.errors import FedLLMError, PayloadError, Withheld
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
 from fedllm.engines.client import RUNNERS, ClientCall
 from fedllm.engines.flare_pieces import PIECE_OPS, Pieces
 from fedllm.engines.flare_sites import PROTOCOL, Body, Head
 from fedllm.engines.world import World, held_by
+from fedllm.local.requests import Request
 from fedllm.wire import codec
 
 log = logging.getLogger(__name__)
 BOOT = uuid.uuid4().hex
 """Names this process: the server sees by it that a site was started again."""
+
+GIVEN_UP = "the server does not wait for it any longer"
+"""Why a site stops in the middle of its work."""
+
+REMEMBERED = 256
+"""Visits that were given up, of which a site's process knows."""
 
 ECHO = 4 << 30
 """Bytes of the longest echo (a measurement of the line)."""
@@ -35,6 +43,11 @@ class Memory(Protocol):
     def stage(self, attempt: str, round: int) -> MutableMapping[str, Any]: ...
     def answered(self, attempt: str, visit: str) -> Body | None: ...
     def keep(self, attempt: str, visit: str, reply: Body) -> None: ...
+    def drop(self, attempt: str, visit: str) -> None: ...
+
+
+class GivenUp(Withheld):
+    """This work is of no use any longer."""
 
 
 class SiteRun:
@@ -44,12 +57,28 @@ class SiteRun:
                  may: Callable[[str, Payload], str | None] = lambda way, payload: None) -> None:
         """`may("down" or "up", payload)` is the site's own word: a reason to refuse, or None."""
         self.stack, self.world, self.info, self.memory, self.may = tuple(stack), world, info, memory, may
+        self.over = False  # set when another coordinator's process takes the run up
+        self._dropped: tuple[tuple[str, str], ...] = ()
+
+    def drop(self, visits: Sequence[Sequence[Any]]) -> None:
+        """Nobody waits for these [attempt, visit] any longer: work on them stops, or does not begin."""
+        told = tuple((str(attempt), str(visit)) for attempt, visit in visits)
+        self._dropped = (*self._dropped, *told)[-REMEMBERED:]
+
+    def hear(self, head: Head) -> None:
+        """What counted and what did not, of work that is done."""
+        self.drop(head.get("dropped", ()))
+        for attempt, visit in head.get("dropped", ()):
+            self.memory.drop(str(attempt), str(visit))
+        for attempt, round in head.get("settled", ()):
+            self.memory.settle(str(attempt), int(round))
 
     def ask(self, head: Head, body: Body) -> Said:
         """Run one client function; asked for the same again (attempt and visit) it gives the same answer."""
-        for attempt, round in head.get("settled", ()):
-            self.memory.settle(str(attempt), int(round))
+        self.hear(head)
         attempt, visit = str(head["attempt"]), f"{head['phase']}#{int(head['visit'])}"
+        if (attempt, visit) in self._dropped:
+            return {"refused": GIVEN_UP}, b""
         if (before := self.memory.answered(attempt, visit)) is not None:
             return {"boot": BOOT}, before
         msg = codec.decode(body) if len(body) else {}
@@ -60,10 +89,24 @@ class SiteRun:
         wanted = set(head["stack"])
         stack = [part for part in self.stack if type(part).__name__ in wanted]
         memory = self.memory.stage(attempt, int(head["round"]))
+
+        def go_on() -> None:
+            if self.over or (attempt, visit) in self._dropped:
+                raise GivenUp(GIVEN_UP)
+
+        def submit(request: Request) -> Any:
+            go_on()
+            return RUNNERS[type(request)]([request], limits)[0]
+
+        limits = replace(self.world.limits, go_on=go_on)
         call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),
-                          lambda request: RUNNERS[type(request)]([request], self.world.limits)[0],
-                          held_by(self.info.id, self.stack, self.world.model))
-        reply = serve(stack, str(head["phase"]), msg, call)
+                          submit, held_by(self.info.id, self.stack, self.world.model))
+        try:
+            reply = serve(stack, str(head["phase"]), msg, call)
+            go_on()
+        except GivenUp:
+            self.memory.drop(attempt, visit)
+            return {"refused": GIVEN_UP}, b""
         if why := self.may("up", reply):
             return {"refused": why}, b""
         data = codec.encode(reply) if reply else b""
@@ -93,6 +136,12 @@ class SiteHost:
                 return {"boot": BOOT, "open": self.run is not None, "loads": self.loads}, b""
             if head.get("op") in PIECE_OPS:
                 return self.pieces.serve(head, body)
+            if self.run is not None and head.get("op") == "drop":
+                self.run.drop(head["visits"])
+            if head.get("op") == "drop":
+                return {"boot": BOOT}, b""
+            if self.run is not None and head.get("op") == "open" and head["incarnation"] != self._opened:
+                self.run.over = True  # who asked for its present work is gone
             body = self.pieces.taken(head, body)
             if head.get("op") == "echo":
                 said: Said = {"boot": BOOT, "got": len(body)}, body[:min(int(head["size"]), ECHO)]
@@ -117,8 +166,7 @@ class SiteHost:
         if head["op"] == "ask":
             return self.run.ask(head, body)
         if head["op"] == "close":
-            for attempt, round in head.get("settled", ()):
-                self.run.memory.settle(str(attempt), int(round))
+            self.run.hear(head)
             return {"boot": BOOT, "loads": self.loads}, b""
         raise PayloadError(f"'{head['op']}' is nothing that a site does")
 

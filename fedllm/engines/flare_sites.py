@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -23,11 +24,17 @@ Head = Mapping[str, Any]
 Body = bytes | bytearray | memoryview
 """A payload in the codec's bytes, or empty."""
 
-PROTOCOL = 2
+PROTOCOL = 3
+GIVEN_UP = "it was given up"
+"""Why there is no answer for which nobody waits any longer."""
 
 
 class Silence(FedLLMError):
     """A site gives no answer; the message is the reason that the record keeps."""
+
+
+class Unsent(Silence):
+    """The question never left: there was no sign of life."""
 
 
 class Link(Protocol):
@@ -76,6 +83,19 @@ class Site:
     revived: float = 0.0
     settled: list[list[Any]] = field(default_factory=list)
     """Rounds that counted, as [attempt, round], of which the site has not heard yet."""
+    dropped: list[list[Any]] = field(default_factory=list)
+    """Visits whose answers were given up, as [attempt, visit], of which it has not heard yet."""
+
+
+class Ended(threading.Event):
+    """The end of one sending; the end of the whole call, `over`, is one too."""
+
+    def __init__(self, over: threading.Event) -> None:
+        super().__init__()
+        self.over = over
+
+    def is_set(self) -> bool:
+        return super().is_set() or self.over.is_set()
 
 
 class Sites:
@@ -84,29 +104,54 @@ class Sites:
     def __init__(self, link: Link, names: Sequence[str], patience: Patience | None = None) -> None:
         self.link, self.patience = link, patience or Patience()
         self.table = {name: Site(name) for name in names}
+        self.id = uuid.uuid4().hex  # a coordinator that is started again has another
+        self._lock, self._calls = threading.Lock(), set[threading.Event]()
         self.reopen: Callable[[str], None] = lambda site: None
         """Called when a site has a new process that does not know the run yet."""
         self.on_event: Callable[..., None] = lambda kind, **facts: None
 
-    def ask(self, name: str, head: Head, body: Body, seconds: float | None) -> tuple[Head, Body, int]:
-        """The site's answer and how often the message was sent; raises `Silence` at the deadline at the latest.
+    def ask(self, name: str, head: Head, body: Body, seconds: float | None, over: threading.Event | None = None
+            ) -> tuple[Head, Body, int]:
+        """The site's answer and how often the message was sent; raises `Silence` at the deadline at the latest, and
+        soon after `over` is set.
 
         A site that dies and comes back in time is asked again: equal rounds and visits give equal answers.
         """
+        over = over or threading.Event()
+        with self._lock:
+            self._calls.add(over)
+        try:
+            return self._answer(name, head, body, seconds, over)
+        finally:
+            with self._lock:
+                self._calls.discard(over)
+
+    def hang_up(self) -> None:
+        """Nobody waits for anything any longer."""
+        with self._lock:
+            for over in self._calls:
+                over.set()
+
+    def _answer(self, name: str, head: Head, body: Body, seconds: float | None, over: threading.Event
+                ) -> tuple[Head, Body, int]:
         site, ends = self.table[name], time.monotonic() + (seconds or self.patience.answer)
         if site.suspect and not self._taken_back(site, ends):
-            raise Silence(f"{site.suspect}; no sign of life in {self.patience.probe:g} s")
+            raise Unsent(f"{site.suspect}; no sign of life in {self.patience.probe:g} s")
         sent = 0
         while True:
             sent += 1
-            told = list(site.settled)
-            got = self._once(site, {**head, "settled": told}, body, ends)
+            with self._lock:  # what this very attempt leaves is settled when its work is done
+                told = {"settled": [s for s in site.settled if s[0] != head.get("attempt")],
+                        "dropped": list(site.dropped)}
+            got = self._once(site, {**head, **told}, body, ends, over)
             if got is None:
                 continue
             if got[0].get("closed"):
                 self._open_again(site, ends)
                 continue
-            site.settled = [s for s in site.settled if s not in told]
+            with self._lock:
+                site.settled = [s for s in site.settled if s not in told["settled"]]
+                site.dropped = [d for d in site.dropped if d not in told["dropped"]]
             return *got, sent
 
     def probe(self, name: str) -> str | None:
@@ -127,26 +172,43 @@ class Sites:
 
     def settle(self, name: str, attempt: str, round: int) -> None:
         """What this site staged in `attempt` counts; it hears of it with the next message."""
-        self.table[name].settled.append([attempt, round])
+        with self._lock:
+            self.table[name].settled.append([attempt, round])
 
-    def remind(self, name: str, told: Sequence[Sequence[Any]]) -> None:
-        """This site may not have heard that these [attempt, round] counted; to hear it twice does nothing."""
-        if name in self.table:
-            known = self.table[name].settled
-            known[:0] = [list(t) for t in told if list(t) not in known]
+    def drop(self, name: str, attempt: str, visit: str) -> None:
+        """Nobody waits for this visit's answer any longer, and it does not count: the site hears of it at once, so that
+        it can stop, and once more with the next message, since this one may be lost."""
+        if name not in self.table:
+            return
+        with self._lock:
+            self.table[name].dropped.append([attempt, visit])
+        head = {"op": "drop", "protocol": PROTOCOL, "visits": [[attempt, visit]]}
+        _started(lambda: self.link.call(name, head, b"", self.patience.probe))
 
-    def _once(self, site: Site, head: Head, body: Body, ends: float) -> tuple[Head, Body] | None:
+    def remind(self, name: str, settled: Sequence[Sequence[Any]], dropped: Sequence[Sequence[Any]] = ()) -> None:
+        """This site may not have heard that these counted and those did not; to hear it twice does nothing."""
+        if name not in self.table:
+            return
+        with self._lock:
+            site = self.table[name]
+            for known, told in ((site.settled, settled), (site.dropped, dropped)):
+                known[:0] = [list(t) for t in told if list(t) not in known]
+
+    def _once(self, site: Site, head: Head, body: Body, ends: float, over: threading.Event
+              ) -> tuple[Head, Body] | None:
         """One sending, watched; None when it must be sent again."""
         left = ends - time.monotonic()
         if left <= 0:
             raise self._give_up(site, "its deadline passed")
-        over = threading.Event()
+        ended = Ended(over)
+        call = _started(lambda: self.link.call(site.name, head, body, left, ended))
         try:
-            return self._watched(site, _started(lambda: self.link.call(site.name, head, body, left, over)), ends)
+            return self._watched(site, call, ends, ended)
         finally:
-            over.set()  # nobody waits for an answer of a process that is gone
+            ended.set()  # nobody waits for an answer of a process that is gone
 
-    def _watched(self, site: Site, call: Future[tuple[Head, Body]], ends: float) -> tuple[Head, Body] | None:
+    def _watched(self, site: Site, call: Future[tuple[Head, Body]], ends: float, over: threading.Event
+                 ) -> tuple[Head, Body] | None:
         """Wait for a call and look for signs of life meanwhile."""
         gone: float | None = None
         while True:
@@ -161,22 +223,24 @@ class Sites:
                 failed = True
                 if ends - time.monotonic() <= 0:
                     raise self._give_up(site, "it was silent until the deadline") from None
+            if over.is_set():
+                raise Silence(GIVEN_UP)
             boot = self.probe(site.name)
             if boot is None:
                 gone = gone or time.monotonic()
                 if time.monotonic() - gone >= self.patience.grace:
                     raise self._give_up(site, f"it was gone for {self.patience.grace:g} s in the middle of its work")
                 if failed:
-                    call = _started(lambda: self._sign_of_life(site, ends))
+                    call = _started(lambda: self._sign_of_life(site, ends, over))
                 continue
             if failed or boot != site.boot:
                 self._back(site, boot)
                 return None
             gone = None
 
-    def _sign_of_life(self, site: Site, ends: float) -> tuple[Head, Body]:
+    def _sign_of_life(self, site: Site, ends: float, over: threading.Event) -> tuple[Head, Body]:
         """Stands in for a call that failed: ends with `Silence` at the site's next sign of life."""
-        while time.monotonic() < ends and self.probe(site.name) is None:
+        while time.monotonic() < ends and not over.is_set() and self.probe(site.name) is None:
             time.sleep(min(1.0, self.patience.probe))
         raise Silence("the call broke off")
 

@@ -42,9 +42,13 @@ class InProcess:
         self.quorum, self.loopback = quorum, loopback
         self.infos = {c.id: c for c in world.infos()} | {GLOBAL: server_info()}
         self.memory: dict[ClientId, dict[str, Any]] = {}
-        self.clock = Clock(self, world.fleet or Fleet())
+        self.clock = self._clock()
         self.timed = world.fleet is not None
         self.begin(0)
+
+    def _clock(self) -> Clock:
+        """What tells the time, and so who answers first."""
+        return Clock(self, self.world.fleet or Fleet())
 
     def begin(self, round: int) -> None:
         """A new round (or the same one again): memory as it was committed."""
@@ -68,6 +72,13 @@ class InProcess:
         self.begin(self.round)
         self.clock.now, self.clock.wasted = now, wasted
         return InProcess.commit(self)
+
+    def finish(self, round: int) -> None:
+        """After the last round: nobody works on for a run that is over."""
+        self.begin(round)
+        if self.clock.used or self.clock.flying:
+            self.clock.end()
+            self.commit()
 
     def undo(self, client: ClientId) -> None:
         """What its last job noted in its memory does not count."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ def run_fits(requests: Sequence[Fit], limits: Limits) -> list[Fitted]:
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].plan))  # who ends first sits last
     done: dict[int, Fitted] = {}
     for lot in _lots([requests[i] for i in order], limits):
-        for request, fitted in zip(lot, _train(lot), strict=True):
+        for request, fitted in zip(lot, _train(lot, limits.go_on), strict=True):
             done[id(request)] = fitted
     return [done[id(r)] for r in requests]
 
@@ -43,7 +43,7 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
     return lots
 
 
-def _train(lot: Sequence[Fit]) -> list[Fitted]:
+def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
     model, spec, freeze = lot[0].model, lot[0].spec, lot[0].freeze
     trees = [r.theta for r in lot]
     stacked = {n: t.to(model.device) for n, t in stack_lanes(trees).items()}
@@ -54,6 +54,7 @@ def _train(lot: Sequence[Fit]) -> list[Fitted]:
     live, results = len(lot), [None] * len(lot)
     losses, lr_sum = torch.zeros(len(lot), dtype=torch.float64), 0.0
     for step in range(len(lot[0].plan)):
+        go_on()
         while len(lot[live - 1].plan) == step:  # the shortest plans sit last
             live -= 1
             results[live] = _fitted(lot[live], take_lane(params | frozen, live, trees[live]), losses[live], lr_sum)

@@ -5,7 +5,7 @@ An engine gathers requests, groups them by `group`, and calls `run` on each grou
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,10 @@ from fedllm.local.terms import Term
 from fedllm.models.model import Model
 
 
+def always() -> None:
+    """Work goes on."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much one step may hold at once."""
@@ -26,6 +30,8 @@ class Limits:
     batch_tokens: int = 16384
     lane_bytes: int = 1 << 30
     """Stacked trainables, with gradients and optimizer state."""
+    go_on: Callable[[], None] = always
+    """Called before each training step; raises when the work is of no use any longer."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from fedllm.core.payload import Payload
 from fedllm.core.reduce import Sum, wide
 from fedllm.core.rng import numpy_stream
 
-FIRST_COME = "closes its asks by who answers first, which so far only virtual time tells"
+REAL = ("In virtual time the seed says who answers first; in a real federation the sites do, so that two runs of "
+        "it are alike only with one client at work at a time.")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,21 @@ def starters(clients: Sequence[ClientInfo], seed: int, version: int) -> list[Cli
     """The clients in the order in which they may begin, drawn anew for each version."""
     order = numpy_stream(seed, version, "who begins").permutation(len(clients))
     return [clients[i] for i in order]
+
+
+def crowded(concurrency: int, clients: int, buffer_size: int = 1) -> list[str]:
+    """What to say of so many answers to a step and clients at work, where a round may ask so many clients."""
+    out = []
+    if buffer_size > concurrency:
+        out.append(f"method.buffer_size = {buffer_size} is more than method.concurrency = {concurrency}: no step ends "
+                   "before clients have begun again from the same model; the paper has it below")
+    if buffer_size > clients:
+        out.append(f"method.buffer_size = {buffer_size} is more than the {clients} clients of a round: some give "
+                   f"several answers to one step; with {clients} or less none need")
+    if concurrency > clients:
+        out.append(f"method.concurrency = {concurrency} is more than the {clients} clients of a round: no more than "
+                   f"{clients} are at work at a time")
+    return out
 
 
 def booked(state: State, out: Replies) -> dict[str, Any]:

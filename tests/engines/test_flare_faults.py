@@ -7,7 +7,7 @@ import pytest
 if importlib.util.find_spec("nvflare") is None:
     pytest.skip("nvflare is not installed (pip install 'fedllm[federation]')", allow_module_level=True)
 
-from fedllm.app.federate_faults import DRILLS, HOST, namespace, partition
+from fedllm.app.federate_faults import ASYNC, DRILLS, HOST, namespace, partition
 from fedllm.app.federate_loopback import loopback, until
 from fedllm.core.errors import RunError
 
@@ -22,12 +22,24 @@ def rig(tmp_path_factory, tiny_llama_folder):
     until(lambda: not rig.all_processes(), 20, "the end of every process of the federation")
 
 
-@pytest.mark.parametrize("name", DRILLS)
+@pytest.mark.parametrize("name", [n for n in DRILLS if not n.startswith("async")])
 def test_a_fault(rig, name):
     found = DRILLS[name](rig)
     assert set(found["missing"]) == LOSES.get(name, set()), found
     assert found["same"] is (None if name in LOSES else True), found
     assert found["skipped"] == 0 and set(found["back"]) >= LOSES.get(name, set()), found
+
+
+def test_a_site_that_stands_still_under_fedbuff_blocks_nobody(rig):
+    found = DRILLS["async_slow"](rig)
+    assert found["missing"] == [] and found["skipped"] == 0 and found["rounds"] == 60, found
+
+
+def test_answers_under_way_to_a_killed_coordinator_are_dropped(rig):
+    found = DRILLS["async_killed"](rig)
+    assert found["skipped"] == 0 and found["rounds"] == 20, found
+    assert found["answers_lost"] < ASYNC["knobs"]["concurrency"], found
+    assert all("before the coordinator was started again" in why for why in found["why"]), found
 
 
 def test_a_partition_between_network_namespaces(tmp_path, tiny_llama_folder):

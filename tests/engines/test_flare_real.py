@@ -28,9 +28,10 @@ def rig(tmp_path_factory, tiny_llama_folder):
         yield rig
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedkseed", "hetlora", "fedex_lora", "local_only", "fed_sp_sc"])
+@pytest.mark.parametrize("method", ["fedavg", "fedkseed", "hetlora", "fedex_lora", "local_only", "fed_sp_sc",
+                                    "fedbuff"])
 def test_the_digest_is_the_simulations(rig, method):
-    spec = rig.recipe(method, **SPECS.get(method, {}))
+    spec = rig.recipe(method, **SPECS.get(method, {}))  # of fedbuff one site is at work at a time
     here, far = run(spec, root=rig.folder / "here"), rig.run(spec)
     assert far.state_digest == here.state_digest
     assert far.bytes == here.bytes

@@ -33,6 +33,7 @@ SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
 CASES = {
     "fedkseed": {"knobs": {"K": 64, "steps": 4, "lr": 1e-4}}, "scaffold": SGD, "fedex_lora": {}, "local_only": {},
     "hetlora": {"space": {"name": "lora", "rank": 8, "scaling": "shared"}, "clients": {"ranks": [2, 4, 8]}},
+    "fedbuff": {"knobs": {"buffer_size": 2, "concurrency": 1}},  # one at work at a time: the order is the simulation's
     "fed_sp_sc": {"rounds": 1, "knobs": {"max_new_tokens": 16, "embed": "tfidf"}}}
 
 
@@ -290,6 +291,26 @@ def test_a_node_killed_in_mid_round_is_missed_by_the_deadline_and_taken_back(rig
     assert missing(far.folder) <= {"site-c"}
     assert missing(far.folder) or events(far.folder, "reopened")
     assert all(e["seconds"] < 25 for e in events(far.folder, "round"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_site_killed_at_work_under_fedbuff_blocks_nobody(rig):
+    """Three are at work at a time, two answers make a step; nothing has a deadline."""
+    spec = rig.recipe("fedbuff", name="async", rounds=20, knobs={"buffer_size": 2, "concurrency": 3},
+                      evaluate={"exact_match": False, "samples": 0, "clients": False},
+                      local={"lr": 1e-2, "steps": 20, "batch_size": 4})
+
+    def kill():
+        until(lambda: next((p for p in (rig.folder / "far").glob("async*") if events(p, "round")), None))
+        os.kill(rig.part("site-c", "flower_desk"), signal.SIGKILL)
+
+    trouble, start = beside(kill)
+    start()
+    far = rig.run(spec)
+    assert not trouble and far.skipped == [] and far.rounds == 20 and missing(far.folder) <= {"site-c"}
+    assert sum(far.reports["FedBuff"]["answers"].values()) == 40
+    assert all(e["seconds"] < 60 for e in events(far.folder, "round"))
 
 
 @pytest.mark.slow

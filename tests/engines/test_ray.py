@@ -26,7 +26,7 @@ from fedllm.engines.ray import Ray, Worker
 from fedllm.engines.ray_pool import Lost, Pool
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
-CASES = {"fedavg": {}, "scaffold": {}, "fedex_lora": {}, "hetlora": {
+CASES = {"fedavg": {}, "scaffold": {}, "fedbuff": {}, "fedex_lora": {}, "hetlora": {
     "space": {"name": "lora", "rank": 4, "scaling": "shared"}, "clients": {"ranks": [1, 2, 4, 4, 3]}}}
 
 

@@ -251,12 +251,36 @@ def _once(run):
     return out.value["n"]
 
 
-@pytest.mark.parametrize(("method", "runs"), [("fedbuff", False), ("fedasync", False), ("stragglers", False),
-                                              ({"name": "stragglers", "over": 1.0}, True), ("fedavg", True)])
-def test_what_counts_on_virtual_time_is_refused_by_a_real_federation(method, runs):
+@pytest.mark.parametrize(("method", "by_arrival"), [
+    ("fedbuff", True), ("fedasync", True), ("stragglers", True), ({"name": "stragglers", "over": 1.0}, False),
+    ("fedavg", False)])
+def test_a_real_federation_takes_them_and_says_that_order_counts(method, by_arrival):
     recipe = load_recipe({"model": "embedded", "method": method, "data": {"source": "x.jsonl"}})
-    if runs:
-        check_recipe(recipe)
-    else:
-        with pytest.raises(RecipeError, match=r"who answers first, .* so it runs in a simulation only"):
-            check_recipe(recipe)
+    check_recipe(recipe)
+    assert make_method(recipe.method.name, **recipe.method.knobs).by_arrival is by_arrival
+
+
+@pytest.mark.parametrize(("name", "knobs", "words"), [
+    ("fedbuff", {"buffer_size": 5, "concurrency": 3}, ["buffer_size = 5 is more than method.concurrency = 3"]),
+    ("fedbuff", {"buffer_size": 8, "concurrency": 9}, ["buffer_size = 8 is more than the 6 clients",
+                                                       "concurrency = 9 is more than the 6 clients"]),
+    ("fedbuff", {"buffer_size": 3, "concurrency": 6}, []), ("fedasync", {"concurrency": 7}, ["concurrency = 7"]),
+    ("fedasync", {"concurrency": 6}, []), ("fedavg", {}, [])])
+def test_more_answers_or_clients_than_there_are_is_said(name, knobs, words):
+    said = make_method(name, **knobs).cautions(6)
+    assert len(said) == len(words) and all(w in s for w, s in zip(words, said, strict=True))
+
+
+def test_a_buffer_larger_than_the_fleet_fills_all_the_same():
+    run = rounds(race("fedbuff", np.ones(2), buffer_size=5, concurrency=2), 3)
+    assert run.t == run.state["version"] == 3 and sum(run.state["given"].values()) == 15
+
+
+def test_who_is_under_way_at_the_end_is_named():
+    run = rounds(race("fedbuff", buffer_size=2, concurrency=4), 3)
+    flying = {f.client for f in run.engine.clock.flying}
+    run.engine.finish(3)
+    assert {e["client"] for e in run.engine.record.events if e["kind"] == "unfinished"} == flying and len(flying) == 3
+    run.engine.finish(3)
+    assert run.engine.clock.flying == []
+    assert len([e for e in run.engine.record.events if e["kind"] == "unfinished"]) == 3  # it is said once

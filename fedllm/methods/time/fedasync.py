@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import pack, part, tree_map
-from fedllm.methods._late import FIRST_COME, Late, begin, booked, refuse_rounds, staleness, starters
+from fedllm.methods._late import REAL, Late, begin, booked, crowded, refuse_rounds, staleness, starters
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class FedAsync(Method):
     """Asynchronous federated optimization: `concurrency` clients at work, one server step after each answer, which is
     one round of the recipe; give the method all clients (`clients.per_round: 1.0`)."""
 
-    simulation_only = FIRST_COME
+    by_arrival = True
     card = Card(
         title="FedAsync: asynchronous federated optimization",
         paper="Xie, Koyejo and Gupta, Asynchronous Federated Optimization, 2019, arXiv 1903.03934",
@@ -25,13 +25,16 @@ class FedAsync(Method):
                     "time than synchronous FedAvg", rig="asynchrony", metric="seconds", baseline="fedavg",
                     relative="ratio", holds="<", threshold=1.0, seeds=5, options={"knobs": {"concurrency": 10}}),
         evidence="alpha_s = alpha (1 + s)^-a, the paper's polynomial form. FedBuff's paper sees this one 2.5 times "
-                 "slower than FedBuff.",
+                 f"slower than FedBuff. {REAL}",
     )
     alpha: float = knob(0.3, "share of the answer in the new model, at staleness 0", gt=0, le=1)
     concurrency: int = knob(10, "clients at work at a time", ge=1)
     a: float = knob(0.5, "discount of an answer that is s versions old: (1 + s)^-a; 0: none", ge=0, le=1)
     max_staleness: int | None = knob(None, "answers older than so many versions are dropped; None: never", ge=0)
     seed: int = knob(0, "of the order in which clients begin", ge=0)
+
+    def cautions(self, clients):
+        return crowded(self.concurrency, clients)
 
     def check_layers(self, layers):
         refuse_rounds(self, layers)

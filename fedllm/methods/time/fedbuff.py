@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import add, pack, part, sub
-from fedllm.methods._late import FIRST_COME, Late, begin, booked, refuse_rounds, staleness, starters
+from fedllm.methods._late import REAL, Late, begin, booked, crowded, refuse_rounds, staleness, starters
 
 FLEET: Mapping[str, Any] = {"concurrency": 10}
 
@@ -19,7 +19,7 @@ class FedBuff(Method):
     """Buffered asynchronous aggregation: `concurrency` clients at work, one server step after every `buffer_size`
     answers. A round of the recipe is one server step; give the method all clients (`clients.per_round: 1.0`)."""
 
-    simulation_only = FIRST_COME
+    by_arrival = True
     card = Card(
         title="FedBuff: buffered asynchronous aggregation",
         paper="Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, AISTATS 2022, "
@@ -34,7 +34,7 @@ class FedBuff(Method):
                                 rig="discount", metric="ratio", holds="<", threshold=1.0,
                                 options={"knobs": {"buffer_size": 3, **FLEET}})},
         evidence="FLSim's code read. The discount is a knob, not a law: the default is the paper's, and claim "
-                 "`fedbuff:discount` says what it does here.",
+                 f"`fedbuff:discount` says what it does here. {REAL}",
     )
     buffer_size: int = knob(10, "K, answers to one server step", ge=1)
     concurrency: int = knob(10, "C, clients at work at a time", ge=1)
@@ -44,6 +44,9 @@ class FedBuff(Method):
     weighting: Literal["uniform", "n"] = knob("uniform", "answers weigh alike, or by their examples",
                                               options=("uniform", "n"))
     seed: int = knob(0, "of the order in which clients begin", ge=0)
+
+    def cautions(self, clients):
+        return crowded(self.concurrency, clients, self.buffer_size)
 
     def check_layers(self, layers):
         refuse_rounds(self, layers)

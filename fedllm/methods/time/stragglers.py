@@ -11,7 +11,7 @@ from fedllm.core.errors import Withheld
 from fedllm.core.method import Card, Claim, Method, knob
 from fedllm.core.payload import add, pack, part, scale, sub, tensor_bytes
 from fedllm.core.reduce import Mean
-from fedllm.methods._late import FIRST_COME
+from fedllm.methods._late import REAL
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stragglers(Method):
                                "averaging's distance from the optimum", rig="unequal_steps", metric="ratio", holds="<=",
                                threshold=0.8, seeds=5)},
         evidence="FedProx's proximal term is the method `fedprox`. FedNova for plain SGD steps: tau_k steps of equal "
-                 "weight.",
+                 f"weight. {REAL}",
     )
     over: float = knob(1.3, "clients asked for each answer that is needed", ge=1)
     deadline: float | None = knob(None, "seconds from asking to answering; None: the recipe's", gt=0)
@@ -46,8 +46,8 @@ class Stragglers(Method):
                                                  options=("none", "fednova"))
 
     @property
-    def simulation_only(self) -> str:  # type: ignore[override]
-        return FIRST_COME + " (with over: 1 it does not)" if self.over > 1 else ""
+    def by_arrival(self) -> bool:  # type: ignore[override]
+        return self.over > 1
 
     def round(self, state, clients) -> Program:
         enough = max(1, math.floor(len(clients) / self.over + 1e-9))
