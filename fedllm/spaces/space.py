@@ -31,6 +31,9 @@ class Stack:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K, ...]
     base: Mapping[str, Tensor] = field(default_factory=dict)  # weight name -> dense delta [o, i], shared by all lanes
     extra: dict[str, Any] = field(default_factory=dict)
+    causal: bool = False  # whether a token may see only those before it
+    mask: Tensor | None = None  # [K*B, T] bool: which positions of this forward are text, for spaces that mix tokens
+    past: dict[str, Tensor] | None = None  # while a model generates: what such spaces keep from token to token
 
     def lanes(self, x: Tensor) -> Tensor:
         """[K*B, ..., d] -> [K, B*..., d], without a copy."""
