@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertModel
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from fedllm.app.rigs import Metrics, Scripted, Trial
+from fedllm.app.rigs_topics import CLASSES, VOCAB, pretrained, topic_federation
+from fedllm.core.payload import digest
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines.world import World
+from fedllm.local.forward import run_losses
+from fedllm.local.requests import Limits, Losses
 from fedllm.local.spec import LocalSpec
 from fedllm.models.load import load_model
 from fedllm.models.model import HeadedEncoder, Model
@@ -110,4 +116,53 @@ def minilm_bytes(method: str, seed: int, *, knobs: Mapping[str, Any] | None = No
     return {"up": float(sent[method]), "up_share": share, "ratio": 1 / share}
 
 
-RIGS: dict[str, Callable[..., Metrics]] = {"frame_order": frame_order, "minilm_bytes": minilm_bytes}
+def words(documents: Sequence[Any], task: str) -> list[dict[str, Any]]:
+    """Documents as text of a task's client."""
+    return [{"text": " ".join(f"w{i}" for i in e.ids), "label": e.labels, "category": task} for e in documents]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """`w17` is token 17."""
+    made = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", unk_token="w0")
+
+
+def two_tasks(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 10,
+              spaces: Mapping[str, str] | None = None, local: Mapping[str, Any] | None = None) -> Metrics:
+    """Ten rounds of four clients with topics of task A, then ten of four others with those of task B, on one encoder.
+
+    `spaces` gives a method another space than LoRA. `forgotten` is the accuracy on A lost by B, `changed` the largest
+    change of a test row's loss, `backbone_changed` whether any frozen weight differs at the end.
+    """
+    torch.set_num_threads(1)
+    kind, shards, tests = (spaces or {}).get(method, "lora"), {}, {}
+    for j, task in enumerate("AB"):
+        fed = topic_federation(1000 * j + seed, clients=4, alpha=1.0)
+        shards |= {f"{task}-{k}": Shard(words(s.train, task)) for k, s in enumerate(fed.clients.values())}
+        tests[task] = words(fed.test, task)
+    more = {"rank": 8, "alpha": 16.0, "targets": "all-linear"} if kind == "lora" else {}
+    model = Model(pretrained(seed), word_tokenizer(), "classification", make_space(kind, **more), labels=CLASSES,
+                  seed=seed)
+    lr = 3e-3 if kind == "full" else 1e-2  # each at a rate that suits it
+    spec = LocalSpec(**{"lr": lr, "steps": 10, "batch_size": 16, **(local or {})})
+    run = Trial(method, World(model, Federation(shards, [], "classification", CLASSES), spec, seed), dict(knobs or {}))
+    before, seen = backbone_of(model), {}
+    for task in "AB":
+        run.rounds(rounds, [c for c in run.world.infos() if c.id.startswith(task)])
+        for on, rows in tests.items():
+            theta = run.method.modules(run.state).get(on) or run.method.served(run.state)[0]
+            if on <= task:
+                seen[on + task] = run_losses([Losses(on, model, theta, None, run.world.tokenized(rows))], Limits())[0]
+    accuracy = {at: float(got.correct.mean()) for at, got in seen.items()}
+    return {"accuracy_a": accuracy["AA"], "accuracy_b": accuracy["BB"], "forgotten": accuracy["AA"] - accuracy["AB"],
+            "changed": float(np.abs(seen["AA"].total - seen["AB"].total).max()),
+            "backbone_changed": float(backbone_of(model) != before)}
+
+
+def backbone_of(model: Model) -> str:
+    """The hash of all weights that the model's net holds."""
+    return digest(dict(model.net.named_parameters()))
+
+
+RIGS: dict[str, Callable[..., Metrics]] = {"frame_order": frame_order, "minilm_bytes": minilm_bytes, "two_tasks": two_tasks}

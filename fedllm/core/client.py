@@ -119,8 +119,10 @@ class Client(Protocol):
         """Mean-pooled last hidden states, shape [len(texts), hidden]."""
         ...
 
-    def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local") -> dict[str, float]:
-        """Test metrics of `theta` on the client's held-out rows (`on="global"`: a simulator's global test)."""
+    def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local",
+              only: Mapping[str, str] | None = None) -> dict[str, float]:
+        """Test metrics of `theta` on the client's held-out rows (`on="global"`: a simulator's global test), of which
+        `only` keeps those whose columns say this."""
         ...
 
     def through(self, change: Callable[[Any], Any], closed: str = "") -> Any:
