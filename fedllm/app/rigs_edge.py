@@ -165,4 +165,5 @@ def backbone_of(model: Model) -> str:
     return digest(dict(model.net.named_parameters()))
 
 
-RIGS: dict[str, Callable[..., Metrics]] = {"frame_order": frame_order, "minilm_bytes": minilm_bytes, "two_tasks": two_tasks}
+RIGS: dict[str, Callable[..., Metrics]] = {
+    "frame_order": frame_order, "minilm_bytes": minilm_bytes, "two_tasks": two_tasks}
