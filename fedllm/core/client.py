@@ -31,6 +31,10 @@ class Profile:
     """Seconds that each message is under way beside what its bytes take."""
     dropout: float = 0.0
     """Probability that the client is lost while it works (drawn per round from its own stream)."""
+    device: str | None = None
+    """What it computes on, by a name of `core.energy.DEVICES`."""
+    link: str | None = None
+    """How it reaches the server, by a name of `core.energy.LINKS`; bandwidth and latency follow where not declared."""
     modality: str = "text"
     privacy: str | None = None
 

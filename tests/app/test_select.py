@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 import fedllm
-from fedllm.app.build import build, drawn
+from fedllm.app.build import build
 from fedllm.app.folder import RunFolder
+from fedllm.app.profiles import drawn
 from fedllm.app.recipe import load_recipe
 from fedllm.core.errors import CompositionError, RecipeError
 

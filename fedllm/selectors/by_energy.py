@@ -1,0 +1,57 @@
+"""By energy: a client is asked the less often, the more joules its answers take."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fedllm.core.ask import Ask, Program
+from fedllm.core.errors import CompositionError
+from fedllm.core.layer import Algebra, Layer
+from fedllm.core.method import Card, Claim, knob
+from fedllm.core.select import Selector, Turn, known
+from fedllm.wire.edge_energy import EdgeEnergy, joules_of
+
+
+@dataclass(frozen=True)
+class ByEnergy(Selector):
+    """Draws without replacement with probability proportional to joules^-alpha; whom it never heard counts as the
+    thriftiest that it did. Data that only hungry devices hold is seen less: alpha trades joules against that."""
+
+    card = Card(
+        title="Selection by energy",
+        paper="none; the energy-aware option of Woisetschlaeger et al., arXiv 2310.03150, as a plain rule of our own",
+        topic="selection", sends="nothing beside what the energy section has each reply tell",
+        needs="the energy section; not under differential privacy",
+        claim=Claim("reaches an accuracy of 0.60 with fewer joules than uniform selection, over phones, boards and "
+                    "laptops", rig="energy_select", metric="joules_to_target", baseline="uniform", relative="ratio",
+                    holds="<", threshold=1.0, seeds=5, wins=4),
+    )
+    hears: ClassVar[bool] = True
+    algebra: ClassVar[Algebra] = Algebra(reads=True, instead="select: uniform or by_size")
+    alpha: float = knob(1.0, "twice the joules are drawn 2^-alpha times as often; 0: uniform", ge=0)
+
+    def init(self) -> dict[str, Any]:
+        return {"joules": {}}
+
+    def check_stack(self, layers: Sequence[Layer]) -> None:
+        super().check_stack(layers)
+        if not any(isinstance(x, EdgeEnergy) for x in layers):
+            raise CompositionError("selector 'ByEnergy' reads what clients' answers cost and no meter tells it; give "
+                                   "the recipe an energy section, or use select: uniform")
+
+    def server(self, ask: Ask, state: MutableMapping[str, Any]) -> Program:
+        out = yield ask
+        state["joules"] |= {c: joules_of(n["energy"]) for c, n in out.notes.items() if "energy" in n}
+        return out
+
+    def pick(self, turn: Turn) -> list[str]:
+        ids, heard = [c.id for c in known(turn) or turn.clients], turn.state["joules"]
+        if len(ids) <= turn.want:
+            return ids
+        least = min(heard.values(), default=1.0)
+        p = np.array([max(heard.get(c, least), 1e-12) for c in ids]) ** -self.alpha
+        return [ids[i] for i in turn.rng.choice(len(ids), turn.want, replace=False, p=p / p.sum())]
