@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,14 +13,14 @@ from fedllm.core.ask import Ask, Program
 from fedllm.core.errors import CompositionError
 from fedllm.core.layer import Algebra, Layer
 from fedllm.core.method import Card, Claim, knob
-from fedllm.core.select import Selector, Turn, known
+from fedllm.core.select import Selector, Turn
 from fedllm.wire.edge_energy import EdgeEnergy, joules_of
 
 
 @dataclass(frozen=True)
 class ByEnergy(Selector):
-    """Draws without replacement with probability proportional to joules^-alpha; whom it never heard counts as the
-    thriftiest that it did. Data that only hungry devices hold is seen less: alpha trades joules against that."""
+    """Draws without replacement with probability proportional to joules^-alpha. Whom it never heard counts as the mean
+    of those on such a device and link, or else as the thriftiest. Data that only hungry devices hold is seen less."""
 
     card = Card(
         title="Selection by energy",
@@ -49,9 +50,15 @@ class ByEnergy(Selector):
         return out
 
     def pick(self, turn: Turn) -> list[str]:
-        ids, heard = [c.id for c in known(turn) or turn.clients], turn.state["joules"]
+        ids, heard = [c.id for c in turn.clients], turn.state["joules"]
         if len(ids) <= turn.want:
             return ids
+        alike: dict[Any, list[float]] = defaultdict(list)
+        for c in turn.clients:
+            if c.id in heard:
+                alike[c.profile.device, c.profile.link].append(heard[c.id])
         least = min(heard.values(), default=1.0)
-        p = np.array([max(heard.get(c, least), 1e-12) for c in ids]) ** -self.alpha
+        kinds = {kind: sum(of) / len(of) for kind, of in alike.items()}
+        cost = [heard.get(c.id) or kinds.get((c.profile.device, c.profile.link)) or least for c in turn.clients]
+        p = np.array(cost) ** -self.alpha
         return [ids[i] for i in turn.rng.choice(len(ids), turn.want, replace=False, p=p / p.sum())]

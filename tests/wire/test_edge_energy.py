@@ -10,6 +10,7 @@ import torch
 
 from fedllm import run
 from fedllm.app.build import build, make_layers
+from fedllm.app.folder import RunFolder
 from fedllm.app.profiles import make_profiles
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.app.rigs import Trial, _chain, _tiny_llama
@@ -201,6 +202,11 @@ def test_thrifty_clients_are_asked_more():
             count[c] += 1
     thrifty = sum(count[f"c{i}"] for i in range(10))
     assert 0.85 < thrifty / 600 < 0.93  # 0.9 with replacement
+    kinds = [ClientInfo(f"c{i}", 5, Profile(device="phone" if i % 2 else "laptop")) for i in range(4)]
+    few, seen = {"joules": {"c0": 99.0, "c1": 1.0}}, []  # c2 and c3 were never heard: c3 is a phone, as c1
+    for r in range(200):
+        seen += chooser.pick(Turn(kinds, 1, r, np.random.default_rng(r), few, None, {}))
+    assert seen.count("c3") > 80 and seen.count("c2") < 10
     with pytest.raises(RecipeError, match="alpha"):
         make_selector("by_energy", {"alpha": -1.0})
 
@@ -226,6 +232,9 @@ def test_a_recipe_meters_its_run_in_record_and_report(tmp_path, recipe):
     each = [json.loads(line) for line in (done.folder / "events.jsonl").read_text().splitlines()]
     rounds = [e["energy"] for e in each if e["kind"] == "round"]
     assert len(rounds) == 2 and sum(r["joules"] for r in rounds) == pytest.approx(got["joules"])
+    kept = RunFolder.open(done.folder).load()[1]["layers"]
+    assert [set(s) for s in kept] == [{"joules"}, {"total", "round", "skipped"}]
+    assert kept[1]["total"]["tokens"] == got["tokens"] and set(kept[0]["joules"]) <= {f"client-0{i}" for i in range(4)}
     assert got["bytes_up"] == done.bytes["by_phase"]["FedAvg.local"]["up"]
     page = (done.folder / "report.html").read_text()
     assert "tokens a joule" in page and "energy.measure is off" in page
