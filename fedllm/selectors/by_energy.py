@@ -34,7 +34,7 @@ class ByEnergy(Selector):
                               rig="energy_select", metric="joules", baseline="uniform", relative="ratio", holds="<",
                               threshold=1.0, seeds=5)},
         evidence="Measured: the first claim does not hold (3 of 5 seeds: 0.60 is reached within a few rounds, and who "
-                 "comes first decides); over 150 rounds it spends 0.45 of the joules and ends 1.6 points lower.",
+                 "comes first decides); over 150 rounds it spends 0.45 of the joules and ends 1.2 points lower.",
     )
     hears: ClassVar[bool] = True
     algebra: ClassVar[Algebra] = Algebra(reads=True, instead="select: uniform or by_size")
