@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fedllm.app.layers import make_layer
+from fedllm.app.profiles import make_profiles
 from fedllm.app.recipe import Recipe
-from fedllm.core.client import Fleet, Profile
+from fedllm.core.client import Fleet
 from fedllm.core.errors import CompositionError, DataError, RecipeError
 from fedllm.core.layer import Facts, Layer
-from fedllm.core.method import Method, check_knob
+from fedllm.core.method import Method
 from fedllm.core.record import Record
-from fedllm.core.rng import numpy_stream
 from fedllm.core.select import Selector
 from fedllm.data.federation import Federation
 from fedllm.data.load import load_federation
@@ -35,6 +34,7 @@ from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
 from fedllm.spaces.registry import SPACES, make_space
 from fedllm.spaces.space import Space
+from fedllm.wire.edge_energy import EdgeEnergy
 
 T = TypeVar("T")
 FAR = ("flare", "flower")
@@ -50,7 +50,7 @@ class Parts:
     world: World
     method: Method
     layers: list[Layer]
-    """From the method down to the wire; a selector that hears of clients is the last."""
+    """From the method down to the wire; at the end a selector that hears of clients, and a meter."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Clients of the data that take no part, and why."""
     selector: Selector = field(default_factory=Uniform)
@@ -87,12 +87,26 @@ def build(recipe: Recipe) -> Parts:
 
 
 def make_layers(recipe: Recipe) -> tuple[list[Layer], Selector]:
-    """The recipe's layers, and its selector, which is the last of them if it hears of clients."""
+    """The recipe's layers and its selector, which stands below them if it hears of clients; a meter comes last."""
     layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
               for i, n in enumerate(recipe.layers)]
     selector = _part("select", lambda: make_selector(recipe.select.name, recipe.select.knobs))
-    selector.check_stack(layers)
-    return [*layers, selector] if selector.hears else layers, selector
+    meter = energy_meter(recipe)
+    selector.check_stack([*layers, *meter])
+    return [*layers, *([selector] if selector.hears else []), *meter], selector
+
+
+def energy_meter(recipe: Recipe) -> list[Layer]:
+    """The recipe's meter, next to the wire: what clients do for other layers is metered too."""
+    spec = recipe.energy
+    if spec is None:
+        return []
+    if spec.measure and recipe.engine.kind in ("vectorized", "ray"):
+        raise RecipeError(f"energy.measure = true: the clients of engine.kind = {recipe.engine.kind!r} work at the "
+                          "same time on one machine, whose counters cannot tell them apart. Allowed is engine.kind = "
+                          "'in_process', or a real federation")
+    first = {k: v[0] if isinstance(v, list) else v for k, v in spec.model_dump().items()}
+    return [_part("energy", lambda: EdgeEnergy.make(first, "energy"))]
 
 
 def heard_by(layers: Sequence[Layer], selector: Selector) -> Selector:
@@ -211,60 +225,6 @@ def _without_empty(federation: Federation) -> tuple[Federation, dict[str, str]]:
         raise DataError(f"no client has training rows ({len(left)} clients); check data.source and data.partition")
     kept = {c: s for c, s in federation.clients.items() if c not in left}
     return replace(federation, clients=kept), left
-
-
-def make_profiles(recipe: Recipe, clients: list[str]) -> dict[str, Profile]:
-    """What each client declares: the recipe's common values, then its own."""
-    spec = recipe.clients
-    names = [f.name for f in fields(Profile)]
-    out: dict[str, Profile] = {}
-    alike: dict[Profile, Profile] = {}
-    for unknown in spec.profiles.keys() - set(clients):
-        near = difflib.get_close_matches(unknown, clients, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise RecipeError(f"clients.profiles.{unknown}: no such client{hint} The data has {', '.join(clients[:12])}")
-    for i, client in enumerate(clients):
-        values: dict[str, Any] = {"availability": spec.availability, "latency": spec.latency, "dropout": spec.dropout,
-                                  "speed": drawn(spec.speed, 1.0, recipe.seed, i, client, "speed")}
-        if spec.bandwidth is not None:
-            values["bandwidth"] = drawn(spec.bandwidth, 1e6, recipe.seed, i, client, "bandwidth")
-        if spec.ranks:
-            values["rank"] = spec.ranks[i % len(spec.ranks)]
-        for key, value in spec.profiles.get(client, {}).items():
-            _check_profile(f"clients.profiles.{client}", key, value, names)
-            values[key] = value
-        made = Profile(**values)
-        out[client] = alike.setdefault(made, made)  # of 100,000 clients most declare the same
-    return out
-
-
-def drawn(law: Any, middle: float, seed: int, place: int, client: str, what: str) -> float:
-    """This client's value: the same for all, its own of a list, or drawn from the recipe's seed."""
-    if isinstance(law, list):
-        return float(law[place % len(law)])
-    if not isinstance(law, Mapping):
-        return float(law)
-    ((kind, given),) = law.items()
-    rng = numpy_stream(seed, client, what)
-    if kind == "lognormal":
-        return float(middle * np.exp(rng.normal(0.0, given[0] if isinstance(given, list) else given)))
-    return float(rng.uniform(*given)) if kind == "uniform" else float(rng.choice(given))
-
-
-LIMITS: dict[str, Mapping[str, Any]] = {
-    "rank": {"ge": 1}, "memory_bytes": {"ge": 1}, "bandwidth": {"gt": 0}, "speed": {"gt": 0},
-    "availability": {"gt": 0, "le": 1}, "latency": {"ge": 0}, "dropout": {"ge": 0, "lt": 1}}
-
-
-def _check_profile(path: str, key: str, value: Any, names: list[str]) -> None:
-    if key not in names:
-        near = difflib.get_close_matches(key, names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise RecipeError(f"{path}.{key}: unknown key{hint} Allowed here: {', '.join(names)}")
-    kind = next(f.type for f in fields(Profile) if f.name == key)
-    check_knob(path, key, value, LIMITS.get(key, {}), kind)
-    if not LIMITS.get(key) and not isinstance(value, str):
-        raise RecipeError(f"{path}.{key} = {value!r} is not allowed; it must be a text")
 
 
 def _embedder(recipe: Recipe) -> Callable[[Sequence[str]], np.ndarray]:

@@ -38,6 +38,8 @@ def model_card(folder: RunFolder, result: Result) -> str:
 def _usage(result: Result, base: str) -> list[str]:
     served = result.adapter_path
     if served is None:
+        if (result.folder / "modules").is_dir():
+            return ["One backbone serves a module for each task; they lie in `modules/`."]
         return ["The run serves no single model; what each client has lies in `clients/`."]
     if served.name == "model":
         return ["```python", "from transformers import AutoModelForCausalLM",

@@ -70,6 +70,11 @@ class Course:
         said[type(self.method).__name__] = self.method.report(self.state)
         return {name: dict(r) for name, r in said.items() if r}
 
+    def told(self) -> dict[str, Any]:
+        """What layers add to the record of the round that has just ended."""
+        said = [x.facts(s) or {} for x, s in zip(self.layers, self.states, strict=True)]
+        return {k: v for facts in said for k, v in facts.items()}
+
     def virtual(self) -> dict[str, Any] | None:
         """Virtual seconds so far, and the bytes of answers that came too late; None where time is real."""
         clock = self.engine.clock
@@ -96,12 +101,13 @@ class Course:
             if self.failed_in_a_row >= PATIENCE:
                 raise RunError(f"{PATIENCE} rounds in a row had too few answers that count; the last: {error}. "
                                "Lower clients.quorum or local.lr, or raise clients.per_round") from None
-            return {**facts, "skipped": str(error), "seconds": time.perf_counter() - started, "touched": touched}
+            return {**facts, **self.told(), "skipped": str(error), "seconds": time.perf_counter() - started,
+                    "touched": touched}
         self.failed_in_a_row = 0
         touched = self.engine.commit()
         when = {"virtual": self.engine.clock.now} if self.engine.timed else {}
-        return {**facts, "loss": losses[-1] if losses else None, "seconds": time.perf_counter() - started, **when,
-                "touched": touched}
+        return {**facts, **self.told(), "loss": losses[-1] if losses else None,
+                "seconds": time.perf_counter() - started, **when, "touched": touched}
 
 
 def watched(program: Program, terms: ClientsSpec, losses: list[float]) -> Program:

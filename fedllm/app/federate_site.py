@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.app.build import PACKAGES, compose, make_layers, make_profiles, make_recipe_space
+from fedllm.app.build import PACKAGES, compose, make_layers, make_recipe_space
 from fedllm.app.federate_memory import DiskMemory
 from fedllm.app.federate_settings import SiteSettings
+from fedllm.app.profiles import make_profiles
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.core.client import ClientInfo, Profile
 from fedllm.core.errors import CompositionError, DataError, RecipeError

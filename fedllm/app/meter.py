@@ -1,4 +1,4 @@
-"""What a run costs on this machine: seconds, peak memory, and joules where the processor counts them."""
+"""What a run costs on this machine: seconds, peak memory, and joules where it counts them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from fedllm.local import power
+
 STATUS, REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
 class Meter:
@@ -19,7 +20,7 @@ class Meter:
 
     def __init__(self, seconds: float = 0.0, peak: int = 0, joules: float | None = None) -> None:
         self._seconds, self._peak, self._joules, self._start = seconds, peak, joules, time.perf_counter()
-        self._energy = _microjoules()
+        self._energy = power.read()
         with contextlib.suppress(OSError):
             REFS.write_text("5")  # the kernel's high-water mark starts again from what is held now
         if torch.cuda.is_available():
@@ -35,11 +36,13 @@ class Meter:
         return max(self._peak, _high_water() + gpu)
 
     def joules(self) -> float | None:
-        """Energy of the processor package, or None where the machine does not tell."""
-        now = _microjoules()
-        if now is None or self._energy is None or now < self._energy:  # the counter wraps around after a while
-            return self._joules
-        return (self._joules or 0.0) + (now - self._energy) / 1e6
+        """Energy of processor packages and cards, or None where the machine does not tell."""
+        spent = power.read().since(self._energy)
+        return self._joules if spent is None else (self._joules or 0.0) + spent
+
+    def joules_from(self) -> str:
+        """What counts them, or why nothing does."""
+        return self._energy.sources
 
 
 def _high_water() -> int:
@@ -47,9 +50,3 @@ def _high_water() -> int:
         if found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()):
             return int(found.group(1)) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _microjoules() -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int(ENERGY.read_text())
-    return None

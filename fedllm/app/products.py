@@ -25,8 +25,11 @@ BASE = "base_delta.safetensors"
 def write_served(folder: RunFolder, model: Model, method: Method, state: State) -> str | None:
     """The served model as `adapter/` (PEFT) or, for a space that PEFT does not have, as `model/`; its folder's name.
 
-    None when the method serves no single model, or none at all.
+    None when the method serves no single model, or none at all. Modules that stand side by side go to `modules/`.
     """
+    for name, module in method.modules(state).items():
+        with folder.replacing(f"modules/{safe(name)}") as temp:
+            write_tree(temp, model, module, None)
     theta, base = method.served(state) if method.serves else ({}, None)
     if not theta:
         return None

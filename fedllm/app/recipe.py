@@ -44,6 +44,7 @@ def _short(key: str) -> Any:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
+Names = Annotated[list[str], Field(min_length=1)]
 Share = Annotated[int | float, PlainValidator(_share)]
 Law = Annotated[Any, PlainValidator(_law)]
 
@@ -107,8 +108,8 @@ class ClientsSpec(Section):
     ranks: list[Count] | None = None
     """LoRA ranks, dealt to the clients in order and over again."""
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What single clients declare: rank, speed, memory_bytes, bandwidth, latency, availability, dropout, modality,
-    privacy."""
+    """What single clients declare: rank, speed, memory_bytes, bandwidth, latency, availability, dropout, device,
+    link, modality, privacy."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that a client answers when asked, where its profile does not say."""
     speed: Law = 1.0
@@ -127,6 +128,25 @@ class ClientsSpec(Section):
     """Length of a client's day in virtual seconds; each begins at an hour of its own."""
     day_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of its day in which a client is there to be asked."""
+
+
+class EnergySpec(Section):
+    """What joules are worked out from; given, a run tells tokens a joule and where the energy went."""
+
+    device: str | Names | dict[str, Any] = "laptop"
+    """What clients compute on: phone, raspberry_pi, jetson_orin, laptop, gpu_server; a list of these, dealt in order;
+    or a mapping of flops (peak), active_watts, idle_watts."""
+    link: str | Names | dict[str, Any] = "wifi"
+    """How they reach the server: wifi, lte, 5g, lan; a list of these, dealt in order; or a mapping of bandwidth
+    (bytes/s), latency (s), up, down (joules a bit). clients.bandwidth and latency go before it."""
+    server_device: str | dict[str, Any] = "gpu_server"
+    """What the server computes on."""
+    server_link: str | dict[str, Any] = "lan"
+    """The server's own end of the line, of which only joules a bit count."""
+    utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of a device's peak that training reaches, where no clients.step_seconds says how long a step takes."""
+    measure: bool = False
+    """Read RAPL and NVML around each client's work; for clients on machines of their own, or one at a time."""
 
 
 class EngineSpec(Section):
@@ -189,6 +209,8 @@ class Recipe(Section):
     clients: ClientsSpec = Field(default_factory=ClientsSpec)
     select: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="uniform"))
     """Who of the clients is asked in a round, for any method."""
+    energy: EnergySpec | None = None
+    """Meter the run: devices, links, and whether to read the machine's own counters."""
     rounds: Annotated[int, Field(ge=0)] = 10
     engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
     seed: Annotated[int, Field(ge=0)] = 0

@@ -54,7 +54,7 @@ def report_html(folder: RunFolder, result: Result) -> str:
     body = "\n".join(part for part in (
         _header(facts, result), _figures(facts, result), _table(result),
         _learning(facts, result),
-        _clients(facts, result), _samples(facts), _bytes(facts, result),
+        _clients(facts, result), _samples(facts), _bytes(facts, result), _energy(result),
         _privacy(facts, result), _audit(folder), _trouble(facts), _recipe(facts)) if part)
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(facts.recipe['name'])} - fedllm"
             "</title><meta name='viewport' content='width=device-width, initial-scale=1'><meta name='color-scheme' "
@@ -97,7 +97,8 @@ def _figures(facts: Facts, result: Result) -> str:
     per_round = result.bytes["up"] / max(1, result.rounds) / max(1, len(facts.clients))
     cards += [("sent up", size(result.bytes["up"]), f"{size(per_round)} a client and round"),
               ("sent down", size(result.bytes["down"]), "tests included"),
-              ("time", duration(result.seconds), f"{result.joules:.0f} J" if result.joules else ""),
+              ("time", duration(result.seconds),
+               f"{result.joules:.0f} J by {result.joules_from}" if result.joules else ""),
               ("peak memory", size(result.peak_memory_bytes), "resident, whole process")]
     return "<div class='figures'>" + "".join(
         f"<div class='figure'><span>{escape(t)}</span><strong>{escape(v)}</strong><small>{escape(s)}</small></div>"
@@ -163,6 +164,30 @@ def _bytes(facts: Facts, result: Result) -> str:
     says = (f"Counted exactly, framing included: {result.bytes['up']:,} bytes up and {result.bytes['down']:,} down. "
             "A phase is the client function that was asked for; scoring is testing on clients' own rows.")
     return _section("On the wire", says, f"<div class='card'>{chart}</div>" if chart else None)
+
+
+def _energy(result: Result) -> str:
+    """What the meter says, where the recipe has an energy section."""
+    e = result.reports.get("EdgeEnergy")
+    if not e:
+        return ""
+    rows = [("tokens a joule (padding not counted)", f"{e['tokens_per_joule']:.4g}"),
+            ("joules", f"{e['joules']:.4g}"),
+            *((f"of these at {who}", f"{e['joules_by'][who]:.4g} J, {100 * share:.1f} %")
+              for who, share in e["shares"].items()),
+            ("granularity: computing / sending", f"{e['granularity']:.3g}"),
+            ("use of the peak (MFU)", f"{100 * e['mfu']:.1f} %"),
+            ("operations a token", f"{e['flops_per_token']:.4g}"),
+            *((f"clients' seconds: {k}", f"{e[k + '_seconds']:.4g}") for k in ("compute", "receive", "send", "wait")),
+            ("answers that never came", f"{e['unheard']:.0f}")]
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    shown = ("device", "link", "server_device", "server_link", "utilization")
+    constants = yaml.safe_dump({k: e["constants"][k] for k in shown}, sort_keys=False)
+    says = "Estimated from declared power, by the constants below" if e["estimated"] else (
+        "Clients' computing as the counters of their machines have it, all else from declared power")
+    says += f"; not measured: {e['not_measured']}." if e["not_measured"] else "."
+    return _section("Energy", says, f"<div class='card'><table><tbody>{lines}</tbody></table><details><summary>"
+                    f"Constants</summary><pre>{escape(constants)}</pre></details></div>")
 
 
 def _privacy(facts: Facts, result: Result) -> str:

@@ -34,8 +34,9 @@ class Result:
     skipped: list[int] = field(default_factory=list)
     """Rounds that too few clients answered."""
     joules: float | None = None
-    """Energy of the processor package, where it can be measured."""
-
+    """Energy of this machine's processor packages and cards, where it counts them."""
+    joules_from: str = ""
+    """What counted them, or why nothing did."""
     virtual: Mapping[str, Any] | None = None
     """`seconds` on the clock of the declared fleet, and `wasted_bytes` of answers that came too late; None where time
     is real."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.app.rigs_topics import CLASSES, pretrained, topic_federation
-from fedllm.core.client import Profile
+from fedllm.core.client import ClientInfo, Profile
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Tree, tensor_bytes
 from fedllm.core.program import drive
@@ -252,12 +252,12 @@ class Trial:
         self.state = self.method.init(self.world.model)
         self.t = 0
 
-    def rounds(self, count: int) -> Trial:
-        """So many rounds with all clients."""
+    def rounds(self, count: int, clients: Sequence[ClientInfo] | None = None) -> Trial:
+        """So many rounds with these clients, or all."""
         for _ in range(count):
             self.engine.begin(self.t)
-            self.state = drive(self.method.round(self.state, self.world.infos()), self.engine, self.layers,
-                               self.states)
+            cohort = self.world.infos() if clients is None else clients
+            self.state = drive(self.method.round(self.state, cohort), self.engine, self.layers, self.states)
             self.engine.commit()
             self.t += 1
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedllm.app.rigs import Quadratic
 from fedllm.app.rigs_topics import CLASSES, VOCAB, documents, topics
 from fedllm.core.client import ClientInfo, Fleet, Profile
 from fedllm.core.errors import QuorumError
-from fedllm.core.layer import Facts
+from fedllm.core.layer import Facts, Layer
 from fedllm.core.payload import Tree
 from fedllm.core.program import drive
 from fedllm.core.rng import numpy_stream
@@ -50,15 +50,18 @@ class Race:
     selector_knobs: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 100
     kind: type[InProcess] = Vectorized
+    below: Sequence[Layer] = ()
+    """Further layers, next to the wire."""
 
     def __post_init__(self) -> None:
         self.method = make_method(self.name, **self.knobs)
         self.clients = self.world.infos()
         chooser = make_selector(self.selector, self.selector_knobs)
         self.chooser: Any = chooser.bind(Facts(rounds=self.rounds, cohort=self.asked))
-        self.layers = [self.chooser] if self.chooser.hears else []
+        self.layers = [*([self.chooser] if self.chooser.hears else []), *self.below]
         self.engine: Any = self.kind((self.method, *self.layers), self.world)
         self.mine = self.chooser.init()
+        self.states = [self.mine if x is self.chooser else x.init() for x in self.layers]
         self.state: Any = self.method.init(self.world.model)
         self.t = 0
 
@@ -70,8 +73,7 @@ class Race:
         try:
             picks = set(drive(self.chooser.choose(turn), self.engine))
             cohort = [c for c in self.clients if c.id in picks]
-            self.state = drive(self.method.round(self.state, cohort), self.engine, self.layers,
-                               [self.mine] * len(self.layers))
+            self.state = drive(self.method.round(self.state, cohort), self.engine, self.layers, self.states)
             self.engine.commit()
         except QuorumError:
             self.engine.abandon()
@@ -202,20 +204,24 @@ def bags(seed: int, clients: int, alpha: float) -> tuple[Federation, Tensor, Ten
 
 
 def bag_race(selector: str, seed: int, knobs: Mapping[str, Any], clients: int, alpha: float, rounds: int,
-             asked: int = 10) -> tuple[Race, Callable[[Tree], tuple[float, float]]]:
-    """FedAvg under a selector, and how to read test loss and accuracy off a state."""
+             asked: int = 10, below: Sequence[Layer] = (),
+             declared: Callable[[Iterable[str]], dict[str, Profile]] | None = None
+             ) -> tuple[Race, Callable[[Tree], tuple[float, float]]]:
+    """FedAvg under a selector, and how to read test loss and accuracy off a state; without `declared` profiles clients
+    have log-normal speeds and time is virtual."""
     torch.set_num_threads(1)
     fed, ids, labels = bags(seed, clients, alpha)
     model = Model(Bag(), None, "classification", make_space("full"), labels=CLASSES, seed=seed, loss=bag_loss)
-    profiles = {c: Profile(speed=float(s)) for c, s in zip(fed.clients, lognormal(seed, clients), strict=True)}
+    profiles = declared(fed.clients) if declared else {
+        c: Profile(speed=float(s)) for c, s in zip(fed.clients, lognormal(seed, clients), strict=True)}
     world = World(model, fed, LocalSpec(optimizer="sgd", lr=2.0, steps=10, batch_size=16), seed, profiles,
-                  fleet=Fleet())
+                  fleet=None if declared else Fleet())
 
     def score(theta: Tree) -> tuple[float, float]:
         z = F.embedding(ids, theta["w.weight"]).mean(1) * 4
         return float(F.cross_entropy(z, labels)), float((z.argmax(1) == labels).float().mean())
 
-    return Race("fedavg", world, asked, {}, selector, knobs, rounds), score
+    return Race("fedavg", world, asked, {}, selector, knobs, rounds, below=below), score
 
 
 def oort_time(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, clients: int = 60,

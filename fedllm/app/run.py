@@ -218,7 +218,7 @@ class Run:
         self.record.emit("evaluation", round=total, **final)
         shown = judging.samples(parts, self.answers_before, self.judge.answers(course.state))
         spent: dict[str, Any] = {"seconds": self.meter.seconds(), "peak_memory_bytes": self.meter.peak(),
-                                 "joules": self.meter.joules()}
+                                 "joules": self.meter.joules(), "joules_from": self.meter.joules_from()}
         evaluation: dict[str, Any] = {"before": self.before, **final}
         if parts.recipe.evaluate.baselines:
             evaluation["baselines"] = self._baselines()

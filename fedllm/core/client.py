@@ -31,6 +31,10 @@ class Profile:
     """Seconds that each message is under way beside what its bytes take."""
     dropout: float = 0.0
     """Probability that the client is lost while it works (drawn per round from its own stream)."""
+    device: str | None = None
+    """What it computes on, by a name of `core.energy.DEVICES`."""
+    link: str | None = None
+    """How it reaches the server, by a name of `core.energy.LINKS`; bandwidth and latency follow where not declared."""
     modality: str = "text"
     privacy: str | None = None
 
@@ -119,8 +123,10 @@ class Client(Protocol):
         """Mean-pooled last hidden states, shape [len(texts), hidden]."""
         ...
 
-    def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local") -> dict[str, float]:
-        """Test metrics of `theta` on the client's held-out rows (`on="global"`: a simulator's global test)."""
+    def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local",
+              only: Mapping[str, str] | None = None) -> dict[str, float]:
+        """Test metrics of `theta` on the client's held-out rows (`on="global"`: a simulator's global test), of which
+        `only` keeps those whose columns say this."""
         ...
 
     def through(self, change: Callable[[Any], Any], closed: str = "") -> Any:

@@ -28,7 +28,7 @@ class Facts:
 class Algebra:
     """What a layer asks of the others in its stack; `privacy.composition` refuses stacks that cannot hold."""
 
-    kind: Literal["plain", "dp", "secagg", "he", "codec", "robust", "attack", "tree", "line"] = "plain"
+    kind: Literal["plain", "dp", "secagg", "he", "codec", "robust", "attack", "tree", "line", "meter"] = "plain"
     needs: Literal["any", "sum", "set"] = "any"
     """What it must get from below: any replies, one sum, or every single reply (Krum, median)."""
     reveals: Literal["each", "sum"] = "each"
@@ -83,6 +83,10 @@ class Layer:
     def unlimited(self) -> Layer:
         """The bound layer without its budget: a plan's trial rounds are not the run's."""
         return self
+
+    def facts(self, state: MutableMapping[str, Any]) -> Mapping[str, Any] | None:
+        """What it adds to the record of the round that has just ended, asked once a round. None: nothing."""
+        return None
 
     def report(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What it adds to the run's result, under `reports`. None: nothing."""

@@ -155,6 +155,10 @@ class Method(Knobs):
         """The model that would be deployed: trainables, and what was merged into the frozen base (or None)."""
         return state["theta"], None
 
+    def modules(self, state: State) -> Mapping[str, Tree]:
+        """Trainables that are deployed side by side on one backbone, by name, where no single ones are the model."""
+        return {}
+
     def report(self, state: State) -> Mapping[str, Any] | None:
         """What the method adds to the run's result, under `reports`. None: nothing."""
         return None

@@ -158,10 +158,15 @@ class ClientCall:
         rows = prompt_ids(texts, self.model.tokenizer, self._world.local.max_length)
         return self._submit(Embed(self.id, self.model, theta or {}, None, [Encoded(r, 0, 0) for r in rows]))
 
-    def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local") -> dict[str, float]:
-        """Metrics on the client's held-out rows, or on the simulation's global test (`on="global"`)."""
+    def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local",
+              only: Mapping[str, str] | None = None) -> dict[str, float]:
+        """Metrics on the client's held-out rows, or on the simulation's global test (`on="global"`); `only` keeps the
+        rows whose columns say this."""
         who = GLOBAL if on == "global" else self.id
         rows, encoded = self._world.rows(who, "test"), self._world.encoded(who, "test")
+        if only:
+            kept = [i for i, row in enumerate(rows) if all(str(row.get(k, "")) == v for k, v in only.items())]
+            rows, encoded = [rows[i] for i in kept], [encoded[i] for i in kept]
         if not rows:
             return {"n": 0}
         got = self._submit(Losses(self.id, self.model, theta, base, encoded))

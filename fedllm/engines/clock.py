@@ -18,16 +18,12 @@ from fedllm.core.client import SERVER, Fleet
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold
 from fedllm.core.rng import numpy_stream
-from fedllm.local.requests import Fit, Generate, Probe, Sensitivity
 
 if TYPE_CHECKING:
     from fedllm.engines.in_process import InProcess, Job
 
 BOOK = "clock"
 """In the server's own memory, and so in checkpoints: what time it is, and the answers that are under way."""
-
-FORWARD = 1 / 3
-"""Of a training step: a forward pass takes 2 operations a weight and token, the backward 4 more."""
 
 Gone = str
 """Why there is no reply."""
@@ -44,16 +40,6 @@ class Took:
     def count(self, way: str, size: int) -> None:
         """Count a message's bytes."""
         self.down, self.up = self.down + size * (way == "down"), self.up + size * (way == "up")
-
-
-def steps_of(request: Any, batch_size: int) -> float:
-    """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
-    if isinstance(request, Fit):
-        return float(len(request.plan))
-    rows = len(request.prompts) if isinstance(request, Generate) else len(request.rows)
-    rows *= len(request.thetas) if isinstance(request, Probe) else 1
-    rows *= len(request.thetas) if isinstance(request, Probe) else 1
-    return rows / batch_size * (1.0 if isinstance(request, Sensitivity) else FORWARD)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
 from fedllm.engines.client import RUNNERS, ClientCall, server_info
-from fedllm.engines.clock import BOOK, Clock, Took, steps_of
+from fedllm.engines.clock import BOOK, Clock, Took
 from fedllm.engines.world import GLOBAL, World, held_by
+from fedllm.local.flops import steps_of
 from fedllm.wire import codec
 
 

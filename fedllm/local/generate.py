@@ -54,7 +54,7 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
     `seats` holds one random stream a row, None for rows that only fill the rectangle.
     """
     net, n = model.net, batch.ids.shape[0]
-    model.stack.rows = n
+    model.stack.rows, model.stack.past = n, {}
     prompt = model.space.before(net, model.stack, n)
     ahead = prompt.length if prompt else 0
     mask = torch.cat([batch.mask.new_ones(n, ahead), batch.mask], 1).long()
@@ -69,6 +69,7 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
     said: list[list[int]] = [[] for _ in range(n)]
     open_rows = torch.tensor([seat is not None for seat in seats])
     for step in range(how.max_new_tokens):
+        model.stack.mask = batch.mask if not step else None  # what follows is text in every row
         out = net.base_model(**feed, attention_mask=mask, cache=cache, use_cache=True)
         cache, z = out.cache, _logits(model, out.last_hidden_state[:, -1:])
         token = _pick(z, how.temperature, seats)

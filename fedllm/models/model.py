@@ -62,7 +62,7 @@ class Model:
         self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
         self.loss: RowLoss = loss or (Model._classify if task == "classification" else Model._next_tokens)
         self.net.eval().requires_grad_(False)
-        self.stack = Stack()
+        self.stack = Stack(causal=task == "generation")
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self.fused = self._head_is_plain()
         if fast_kernels:
@@ -97,13 +97,13 @@ class Model:
         if base and not self.space.takes_base:
             raise CompositionError(f"space '{type(self.space).__name__}' cannot add a drift to the base; use 'lora'")
         s = self.stack
-        before = (s.k, s.tensors, s.base, s.extra)
+        before = (s.k, s.tensors, s.base, s.extra, s.mask, s.past)
         s.k, s.tensors, s.base, s.extra = len(trees), stack_lanes(trees) if stacked is None else stacked, base or {}, {}
         self.space.prepare(s, trees)
         try:
             yield
         finally:
-            s.k, s.tensors, s.base, s.extra = before
+            s.k, s.tensors, s.base, s.extra, s.mask, s.past = before
 
     def losses(self, batch: Batch) -> Tensor:
         """Mean loss of each lane [K]: over its supervised tokens, or over its labelled rows."""
@@ -145,7 +145,7 @@ class Model:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
-        self.stack.rows = batch.ids.shape[0]
+        self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         encoder = isinstance(self.net, HeadedEncoder)
         body = self.net.body if encoder else self.net.base_model
         prompt = self.space.before(self.net, self.stack, batch.ids.shape[0])

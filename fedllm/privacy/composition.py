@@ -38,12 +38,14 @@ def clash(above: Layer, below: Layer) -> str | None:
         return f"{up} above {down}: it must see replies as the method's client functions give them; list {down} first"
     if b.kind == "attack" and (a.kind in ("codec", *HIDES) or (a.kind == "dp" and a.needs == "sum")):
         return f"{up} above {down}: an attacker forges what the method sends and then obeys the wire; list {down} first"
-    if a.kind == "line":
+    if a.kind == "meter":
+        return f"{up} above {down}: it counts what is sent; list {down} first"
+    if a.kind == "line" and b.kind != "meter":
         return f"{up} above {down}: it carries what all others send; list {down} first"
     if a.kind == "tree" and (b.kind in ("codec", "attack") or (b.kind == "dp" and b.needs == "sum")):
         return f"{up} above {down}: it must see replies before the servers of the tree add them up; list {down} first"
     if a.kind == "dp" and b.reads:
-        return f"{up} above {down}: the map of {down} is read from rows without noise; use {b.instead}"
+        return f"{up} above {down}: what {down} lets out is read from rows without noise; use {b.instead}"
     if a.kind in HIDES and b.kind == "codec":
         return (f"{up} above {down}: masked or encrypted numbers look random and cannot be compressed; list "
                 "codec_powersgd above it, or set the quantum of the ring")

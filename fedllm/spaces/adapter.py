@@ -45,28 +45,31 @@ class Adapter(Space):
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
         for path in self._sites(net):
-            patch(net.get_submodule(path), lambda frozen, path=path: _adapted(frozen, path, stack))
+            patch(net.get_submodule(path), lambda frozen, path=path: self._adapted(frozen, path, stack))
         return install_params(net, stack, {n: n for n, _ in net.named_parameters() if self.trains(n)})
 
     def trains(self, name: str) -> bool:
         return any(name.startswith(m + ".") for m in self.modules_to_save)
 
+    def inner(self, z: Tensor, path: str, stack: Stack, rows: int) -> Tensor:
+        """What happens in the bottleneck: z [K, N, m] -> [K, N, m], N the tokens of a lane's `rows` rows."""
+        return F.relu(z)
+
+    def _adapted(self, frozen: Any, path: str, stack: Stack) -> Any:
+        keys = [f"{path}.adapter_{p}" for p in ("down.weight", "down.bias", "up.weight", "up.bias")]
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            h = frozen(*args, **kwargs)
+            if keys[0] not in stack.tensors:
+                return h
+            down, down_b, up, up_b = (stack.tensors[k].to(h.dtype) for k in keys)
+            x = stack.lanes(h)  # [K, N, d]
+            z = self.inner(torch.baddbmm(down_b[:, None], x, down.mT), path, stack, h.shape[0] // stack.k)
+            return (x + torch.baddbmm(up_b[:, None], z, up.mT)).reshape(h.shape)
+
+        return forward
+
 
 def _width(net: nn.Module, path: str) -> int:
     outs = [m.out_features for m in net.get_submodule(path).modules() if isinstance(m, nn.Linear)]
     return outs[-1] if outs else net.config.hidden_size
-
-
-def _adapted(frozen: Any, path: str, stack: Stack) -> Any:
-    keys = [f"{path}.adapter_{p}" for p in ("down.weight", "down.bias", "up.weight", "up.bias")]
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        h = frozen(*args, **kwargs)
-        if keys[0] not in stack.tensors:
-            return h
-        down, down_b, up, up_b = (stack.tensors[k].to(h.dtype) for k in keys)
-        x = stack.lanes(h)  # [K, N, d]
-        z = F.relu(torch.baddbmm(down_b[:, None], x, down.mT))  # [K, N, m]
-        return (x + torch.baddbmm(up_b[:, None], z, up.mT)).reshape(h.shape)
-
-    return forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from peft import PrefixTuningConfig
@@ -20,6 +21,7 @@ NAME = "prompt_embeddings"
 class Prefix(Space):
     """`length` virtual positions in every layer; one tensor [P, layers * 2 * kv_heads * head_dim], as PEFT keeps it."""
 
+    multiplies: ClassVar[bool] = False
     length: int = knob(16, "number of virtual positions", ge=1)
     std: float = knob(0.02, "standard deviation of the start", gt=0)
 

@@ -18,10 +18,11 @@ from fedllm.spaces.mask import Mask
 from fedllm.spaces.prefix import Prefix
 from fedllm.spaces.soft_prompt import SoftPrompt
 from fedllm.spaces.space import Space
+from fedllm.spaces.st_adapter import STAdapter
 
 SPACES: dict[str, type[Space]] = {
     cls.__module__.rsplit(".", 1)[-1]: cls
-    for cls in (Adapter, Bias, Full, Head, IA3, Layers, LoRA, Mask, Prefix, SoftPrompt)
+    for cls in (Adapter, Bias, Full, Head, IA3, Layers, LoRA, Mask, Prefix, SoftPrompt, STAdapter)
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from peft import PromptTuningConfig
@@ -20,6 +20,7 @@ NAME = "prompt_embeddings"
 class SoftPrompt(Space):
     """`length` virtual tokens, started from the embeddings of random real tokens or at random."""
 
+    multiplies: ClassVar[bool] = False
     length: int = knob(16, "number of virtual tokens", ge=1)
     start_from: Literal["vocabulary", "random"] = knob("vocabulary", "where the virtual tokens start",
                                                        options=("vocabulary", "random"))
@@ -40,6 +41,10 @@ class SoftPrompt(Space):
             return None
         rows_each = rows // stack.k
         return Prompt(p.shape[1], embeds=p.repeat_interleave(rows_each, 0))  # [N, P, d]
+
+    @property
+    def virtual(self) -> int:
+        return self.length
 
     def peft_config(self, net: nn.Module, task: str) -> PromptTuningConfig:
         return PromptTuningConfig(num_virtual_tokens=self.length, token_dim=net.config.hidden_size,

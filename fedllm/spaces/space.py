@@ -31,6 +31,9 @@ class Stack:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K, ...]
     base: Mapping[str, Tensor] = field(default_factory=dict)  # weight name -> dense delta [o, i], shared by all lanes
     extra: dict[str, Any] = field(default_factory=dict)
+    causal: bool = False  # whether a token may see only those before it
+    mask: Tensor | None = None  # [K*B, T] bool: which positions of this forward are text, for spaces that mix tokens
+    past: dict[str, Tensor] | None = None  # while a model generates: what such spaces keep from token to token
 
     def lanes(self, x: Tensor) -> Tensor:
         """[K*B, ..., d] -> [K, B*..., d], without a copy."""
@@ -42,6 +45,8 @@ class Space(Knobs):
 
     ragged: ClassVar[bool] = False
     """True when clients' tensors may differ in size and are padded with zeros to be stacked."""
+    multiplies: ClassVar[bool] = True
+    """Whether each token is multiplied by the trainable matrices; prompts are only looked at."""
     takes_base: ClassVar[bool] = False
     """True when the space can add a drift to the frozen base weights (FLoRA, FedEx-LoRA)."""
 
@@ -59,6 +64,11 @@ class Space(Knobs):
     def before(self, net: nn.Module, stack: Stack, rows: int) -> Prompt | None:
         """What is put in front of `rows` sequences, for the prompt spaces."""
         return None
+
+    @property
+    def virtual(self) -> int:
+        """Virtual tokens that pass through the network in front of each row."""
+        return 0
 
     def trains(self, name: str) -> bool:
         """Whether the parameter `name` of the network itself is replaced by a trainable."""

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from fedllm.app.build import make_profiles
 from fedllm.app.complaints import Yaml, parse_override, read_yaml
+from fedllm.app.profiles import make_profiles
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.core.errors import RecipeError
 

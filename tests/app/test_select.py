@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 import fedllm
-from fedllm.app.build import build, drawn
+from fedllm.app.build import build
 from fedllm.app.folder import RunFolder
+from fedllm.app.profiles import drawn
 from fedllm.app.recipe import load_recipe
 from fedllm.core.errors import CompositionError, RecipeError
 
@@ -41,7 +42,7 @@ def test_late_answers_outlive_a_killed_run(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"select": "orot"}, r"select\.name = 'orot' is unknown; did you mean 'oort'\? Allowed: by_loss, by_size, oort, "),
+    ({"select": "orot"}, r"select\.name = 'orot' is unknown; did you mean 'oort'\? Allowed: by_energy, by_loss, "),
     ({"select": {"name": "oort", "blacklist": -3}}, r"select\.blacklist = -3 is not allowed; it must be >= -1"),
     ({"select": {"name": "oort", "explore": 1}}, r"select\.explore: unknown key"),
     ({"clients": {"step_seconds": 2.0, "deadline": 1.5}}, r"clients\.deadline = 1\.5: no client can make a single step "

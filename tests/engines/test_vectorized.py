@@ -123,6 +123,7 @@ CAUSAL = [
     ("prefix", {"length": 3}),
     ("ia3", {}),
     ("adapter", {"size": 4}),
+    ("st_adapter", {"size": 4, "kernel": (5, 1, 1)}),
     ("layers", {}),
     ("mask", {"density": 0.05}),
     ("head", {}),
@@ -139,13 +140,15 @@ def test_generation_in_fp64(tiny_llama_folder, name, knobs):
     assert gap(a, b) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "soft_prompt", "ia3", "adapter", "bias", "layers", "mask", "head"])
+@pytest.mark.parametrize(
+    "name", ["lora", "full", "soft_prompt", "ia3", "adapter", "st_adapter", "bias", "layers", "mask", "head"]
+)
 def test_classification_in_fp64(tiny_bert_folder, name):
     a, b = (outcome(e, tiny_bert_folder, "classification", make_space(name), ADAMW) for e in (InProcess, Vectorized))
     assert gap(a, b) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "soft_prompt", "prefix", "ia3", "adapter"])
+@pytest.mark.parametrize("name", ["lora", "full", "soft_prompt", "prefix", "ia3", "adapter", "st_adapter"])
 def test_fp32_with_sgd_and_fast_kernels(tiny_llama_folder, name):
     spec = LocalSpec(optimizer="sgd", lr=0.05, momentum=0.5, epochs=1, batch_size=4)
     a, b = (

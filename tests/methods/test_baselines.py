@@ -130,6 +130,9 @@ def test_server_optimizers_by_hand():
     v = 0.99 * 0.01 + 0.01 * d * d
     wanted = at + 0.1 * 0.1 * d / (v.sqrt() + 0.1)  # m = (1 - 0.9) D
     assert torch.allclose(merged("fedadam", server_lr=0.1, tau=0.1), wanted, atol=1e-12)
+    shrunk = wanted - 0.1 * 0.2 * at  # adamw: the weights shrink beside the very same step
+    assert torch.allclose(merged("fedadamw", server_lr=0.1, tau=0.1, weight_decay=0.2), shrunk, atol=1e-12)
+    assert torch.equal(merged("fedadamw", 3, weight_decay=0.0), merged("fedadam", 3))
     v = torch.tensor([0.01 + 0.01 * 0.25, 0.01 + 0.01 * 0.04, 0.01 - 0.0], dtype=torch.float64)
     wanted = at + 0.1 * 0.1 * d / (v.sqrt() + 0.1)  # 0.01 < D^2 for the first two: v grows by (1 - b2) D^2
     assert torch.allclose(merged("fedyogi", server_lr=0.1, tau=0.1), wanted, atol=1e-12)
@@ -148,6 +151,7 @@ def test_server_optimizers_that_are_fedavg(begin, gap):
 
 @pytest.mark.parametrize(("name", "knob", "value"), [
     ("fedprox", "mu", -1.0), ("scaffold", "server_lr", 0.0), ("fedavgm", "momentum", 1.0), ("fedadam", "beta2", 1.0),
+    ("fedadamw", "weight_decay", -0.1), ("fedadagrad", "beta1", 1.0),
     ("fedadagrad", "tau", 0.0), ("rolora", "period", 0), ("hetlora", "gamma", 1.0), ("fedkseed", "K", 0),
     ("flexlora", "split", "halves"), ("fedex_lora", "residual_rank", -1), ("centralized", "match", "luck")])
 def test_knobs_out_of_range_are_refused(name, knob, value):

@@ -13,13 +13,15 @@ from fedllm.wire import codec
 
 METHODS = {
     "fedavg": {}, "fedit": {}, "fedprox": {"mu": 0.1}, "scaffold": {}, "fedavgm": {}, "fedadagrad": {}, "fedyogi": {},
-    "fedadam": {}, "local_only": {}, "centralized": {}, "flora_stacking": {"ranks": (1, 2, 4, 8)}, "fedex_lora": {},
+    "fedadam": {}, "fedadamw": {"weight_decay": 0.1},
+    "local_only": {}, "centralized": {}, "flora_stacking": {"ranks": (1, 2, 4, 8)}, "fedex_lora": {},
     "rolora": {}, "ffa_lora": {}, "hetlora": {"ranks": (1, 2, 4, 4), "space_knobs": {"scaling": "shared"}},
     "flexlora": {"ranks": (1, 2, 4, 8)}, "fedkseed": {"space": "full", "K": 8, "steps": 3, "lr": 1e-3, "eps": 1e-3},
     "fedbuff": {"buffer_size": 3, "concurrency": 4}, "fedasync": {"concurrency": 3}, "stragglers": {"over": 1.0},
     "fedkseed_pro": {"space": "full", "K": 8, "steps": 3, "lr": 1e-3, "eps": 1e-3, "law": "rademacher"},
     "fedmezo": {"steps": 3, "lr": 1e-2, "delta": 5e-3},
     "fedbpt": {"space": "soft_prompt", "intrinsic_dim": 6, "popsize": 4, "local_iter": 2, "common_noise": False},
+    "fedyolo": {},
     "fwdllm": {"perturbations": 2, "most": 1, "lr": 1e-2, "candidates": 3},
 }
 SPACE_FREE = ("fedavg", "fedprox", "scaffold", "fedadam", "local_only", "centralized")

@@ -28,7 +28,7 @@ def losses(model, trees):
         return model.losses(batch)
 
 
-UNCHANGED = ["lora", "full", "ia3", "adapter", "layers", "mask", "head"]
+UNCHANGED = ["lora", "full", "ia3", "adapter", "st_adapter", "layers", "mask", "head"]
 
 
 @pytest.mark.parametrize("name", UNCHANGED)
@@ -68,7 +68,7 @@ def test_start_is_the_same_for_the_same_seed_and_follows_the_rank(tiny_llama_fol
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "full", "ia3", "adapter", "prefix", "soft_prompt", "bias", "layers", "mask", "head"]
+    "name", ["lora", "full", "ia3", "adapter", "st_adapter", "prefix", "soft_prompt", "bias", "layers", "mask", "head"]
 )
 def test_gpt2_with_its_transposed_linears(name):
     torch.manual_seed(0)
