@@ -16,7 +16,10 @@ from fedllm.app.rigs_zeroth import softmax_world, tested
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded
 from fedllm.data.federation import Federation, Shard
-from fedllm.engines.world import World
+from fedllm.engines.world import GLOBAL, World
+from fedllm.local.estimate import Policy
+from fedllm.local.forward import run_losses
+from fedllm.local.requests import Losses
 from fedllm.local.spec import LocalSpec
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
@@ -118,4 +121,46 @@ def black_box(method: str, seed: int, *, alpha: float | None = 0.5, rounds: int 
             "over_start": ends[True] - start}
 
 
-RIGS: dict[str, Callable[..., Metrics]] = {"pacing": pacing, "black_box": black_box}
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "policy": {"candidates": 64}, "spsa": {"lr": 1.0, "c": 0.1}, "bayes": {"batch": None, "intrinsic_dim": 10}}
+"""What each estimator is run with, found on seed 100."""
+
+
+def black_prompt(method: str, seed: int, *, estimator: str = "policy", rounds: int = 20,
+                 knobs: Mapping[str, Any] | None = None) -> Metrics:
+    """Four clients of 48 rows with label skew: `accuracy` of the prompt on a balanced test, and `over_none`, how much
+    more that is than the model's without a prompt. `calls` and `most`: asked, and what the rounds allow."""
+    torch.set_num_threads(1)
+    world = black_box_world(seed, 0.5, clients=4, rows=48)
+    run = Trial(method, world, {"estimator": estimator, **ARMS[estimator], **(knobs or {})})
+    [bare] = run_losses([Losses("test", world.model, {}, None, world.encoded(GLOBAL, "test"))], world.limits)
+    ended = tested(run.rounds(rounds))
+    none = float(bare.correct.sum() / bare.count.sum())
+    return {"accuracy": ended["accuracy"], "none": none, "over_none": ended["accuracy"] - none, "loss": ended["loss"],
+            "calls": float(run.state["queries"]["calls"]),
+            "most": float(rounds * sum(run.method.calls(c.n) for c in world.infos()))}
+
+
+def noisy_box(method: str, seed: int, *, queries: int = 1200, noise: float = 0.1) -> Metrics:
+    """The mean of one N(0, 1) a place for the token that stands there (six places, 20 tokens), asked with noise.
+
+    `policy`: true value of the prompt that the policy ends with; `below_random`: how much lower than that of the random
+    prompt that was measured as the lowest; `optimum`: the lowest there is.
+    """
+    rng = numpy_stream(seed, "noisy box")
+    table, how = rng.normal(size=(6, 20)), Policy(6, 20, steps=queries // 20, samples=20)
+
+    def value(picks: np.ndarray) -> np.ndarray:
+        return table[np.arange(6), picks].mean(-1)
+
+    def ask(picks: np.ndarray) -> np.ndarray:
+        return value(picks) + noise * rng.normal(size=len(picks))
+
+    found = float(value(how.best(how.search(how.start(), ask, rng, 0, {}))))  # type: ignore[arg-type]
+    drawn = rng.integers(0, 20, (queries, 6))
+    luck = float(value(drawn[ask(drawn).argmin()]))
+    return {"policy": found, "random": luck, "below_random": luck - found, "optimum": float(table.min(1).mean())}
+
+
+RIGS: dict[str, Callable[..., Metrics]] = {
+    "pacing": pacing, "black_box": black_box, "black_prompt": black_prompt, "noisy_box": noisy_box}

@@ -101,6 +101,10 @@ class Client(Protocol):
     tokens: Sequence[Any]
     """The client's own training rows, tokenized."""
 
+    def held_out(self, on: str = "local") -> Sequence[Any]:
+        """The rows that `score` tests on, as they are, for methods that test in a way of their own."""
+        ...
+
     def probe(self, thetas: Sequence[Tree], rows: Sequence[int] | None = None, *, on: Sequence[Any] | None = None,
               base: Tree | None = None) -> list[Any]:
         """Row losses (`RowLosses`) of each of these trainables on the same training rows, or `on` others: one forward

@@ -127,6 +127,10 @@ class ClientCall:
         self._open_rows()
         return self._world.encoded(self.id, "train")
 
+    def held_out(self, on: str = "local") -> Sequence[Mapping[str, Any]]:
+        """The client's held-out rows, or those of the simulation's global test (`on="global"`)."""
+        return self._world.rows(GLOBAL if on == "global" else self.id, "test")
+
     def probe(self, thetas: Sequence[Tree], rows: Sequence[int] | None = None, *, on: Sequence[Any] | None = None,
               base: Tree | None = None) -> list[RowLosses]:
         """Row losses of each of these trainables on the same training rows (or `on` others), in one forward."""

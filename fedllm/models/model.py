@@ -83,6 +83,11 @@ class Model:
         return fresh if self.start is None else fitted_to(self.start, fresh)
 
     @property
+    def words(self) -> Tensor:
+        """The token embeddings [V, d], as they are stored."""
+        return self.net.get_input_embeddings().weight.detach()
+
+    @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 

@@ -20,6 +20,7 @@ METHODS = {
     "fedkseed_pro": {"space": "full", "K": 8, "steps": 3, "lr": 1e-3, "eps": 1e-3, "law": "rademacher"},
     "fedmezo": {"steps": 3, "lr": 1e-2, "delta": 5e-3},
     "fedbpt": {"space": "soft_prompt", "intrinsic_dim": 6, "popsize": 4, "local_iter": 2, "common_noise": False},
+    "fed_bbpt": {"space": "soft_prompt", "candidates": 6, "samples": 3, "steps": 2, "batch": 4},
     "fwdllm": {"perturbations": 2, "most": 1, "lr": 1e-2, "candidates": 3},
 }
 SPACE_FREE = ("fedavg", "fedprox", "scaffold", "fedadam", "local_only", "centralized")
