@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.app.rigs import Metrics, Trial
 from fedllm.app.rigs_topics import CLASSES, documents, encoder, topics
 from fedllm.app.rigs_zeroth import softmax_world, tested
 from fedllm.core.rng import numpy_stream
-from fedllm.data.encode import Encoded
+from fedllm.data.encode import IGNORE, Encoded
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines.world import GLOBAL, World
 from fedllm.local.estimate import Policy
@@ -162,5 +163,56 @@ def noisy_box(method: str, seed: int, *, queries: int = 1200, noise: float = 0.1
     return {"policy": found, "random": luck, "below_random": luck - found, "optimum": float(table.min(1).mean())}
 
 
+def chained(rng: np.random.Generator, after: np.ndarray, rows: int) -> list[Encoded]:
+    """Sequences of 16 tokens, each one of the four that this grammar has after the last."""
+    ids = [rng.integers(0, len(after), rows)]
+    for _ in range(15):
+        ids.append(after[ids[-1], np.minimum(3, rng.geometric(0.6, rows) - 1)])
+    rows_ = np.stack(ids, 1).astype(np.int32)
+    return [Encoded(row, np.concatenate([[IGNORE], row[1:]]).astype(np.int64), 15) for row in rows_]
+
+
+@functools.lru_cache(maxsize=2)
+def grammarian(seed: int, steps: int = 600) -> tuple[LlamaForCausalLM, np.ndarray]:
+    """A Llama of four blocks and width 64 that has learned four grammars, and their tables [4, 64, 4]."""
+    rng = numpy_stream(seed, "grammars")
+    after = rng.integers(0, 64, (4, 64, 4))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = LlamaForCausalLM(LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=64))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for _ in range(steps):
+        ids = torch.from_numpy(np.stack([r.ids for g in after for r in chained(rng, g, 8)])).long()
+        optimizer.zero_grad()
+        net(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return net, after
+
+
+def grammar_prompt(method: str, seed: int, *, rounds: int = 10, tuning: int = 2,
+                   knobs: Mapping[str, Any] | None = None) -> Metrics:
+    """Four clients with 48 rows of one of four grammars and a prompt of six tokens: `gain`, by how much the loss on
+    unseen rows ends below the untuned prompt's; `personal_gain`, by how much `tuning` rounds alone lower it further."""
+    torch.set_num_threads(1)
+    net, after = grammarian(seed)
+    rng = numpy_stream(seed, "grammar rows")
+    shards = {f"client-{k}": Shard(chained(rng, after[0], 48)) for k in range(4)}  # type: ignore[arg-type]
+    model = Model(net, None, "generation", make_space("soft_prompt", length=6), seed=seed)
+    test = chained(rng, after[0], 200)
+    world = World(model, Federation(shards, test, "generation"), LocalSpec(), seed, exact_match=False)  # type: ignore[arg-type]
+    run = Trial(method, world, {"tune_after": rounds, **(knobs or {})})
+
+    def loss() -> float:
+        return float(np.mean([s["loss"] for s in run.scores("global").values()]))
+
+    [bare] = run_losses([Losses("test", model, {}, None, world.encoded(GLOBAL, "test"))], world.limits)
+    start, found = loss(), (run.rounds(rounds), loss())[1]
+    own = (run.rounds(tuning), loss())[1]
+    return {"loss": found, "start": start, "none": bare.mean, "gain": start - found, "personal_gain": found - own}
+
+
 RIGS: dict[str, Callable[..., Metrics]] = {
-    "pacing": pacing, "black_box": black_box, "black_prompt": black_prompt, "noisy_box": noisy_box}
+    "pacing": pacing, "black_box": black_box, "black_prompt": black_prompt, "noisy_box": noisy_box,
+    "grammar_prompt": grammar_prompt}
