@@ -111,6 +111,14 @@ class Client(Protocol):
         for all of them and, in a vectorized simulation, for all clients too."""
         ...
 
+    def encode(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Rows as the model reads them."""
+        ...
+
+    def outputs(self, texts: Sequence[Any]) -> Any:
+        """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
+        ...
+
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""
         ...

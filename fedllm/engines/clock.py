@@ -52,7 +52,6 @@ def steps_of(request: Any, batch_size: int) -> float:
         return float(len(request.plan))
     rows = len(request.prompts) if isinstance(request, Generate) else len(request.rows)
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
-    rows *= len(request.thetas) if isinstance(request, Probe) else 1
     return rows / batch_size * (1.0 if isinstance(request, Sensitivity) else FORWARD)
 
 

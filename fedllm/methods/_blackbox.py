@@ -77,6 +77,12 @@ class Meter:
         self.read += len(thetas) * sum(len(r.ids) for r in rows)
         return [got.mean for got in self.client.probe(thetas, on=rows)]
 
+    def outputs(self, texts: Sequence[Tensor]) -> Tensor:
+        """Class logits [texts, classes] of texts that are given as embeddings."""
+        self.calls += len(texts)
+        self.read += sum(map(len, texts))
+        return self.client.outputs(texts)
+
     def misses(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]], new: int) -> np.ndarray:
         """For each text put in front of these rows' prompts, how far each answer is from the one wanted, [texts, rows];
         of a client whose model reads and says text, and does nothing else."""

@@ -62,6 +62,10 @@ class Sealed:
         """For each row: summed loss, how many targets, how many right."""
         return self.__dict__["_ask"]("row_losses", batch)
 
+    def outputs(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Class logits of texts that are given as embeddings."""
+        return self.__dict__["_ask"]("outputs", embeds, mask).clone()
+
 
 def sealed(model: Any) -> Any:
     """The black box of a model, one for each; what is no model of ours (an endpoint) is one already."""
