@@ -103,6 +103,8 @@ class Meter:
 def noisy(rows: Sequence[Encoded], rate: float, client: Any) -> list[Encoded]:
     """The rows with this share of their words replaced by random ones; special tokens and what is learned stay."""
     rng, words = client.rng("noisy"), usual_ids(client.model)
+    if client.model.tokenizer is None:  # who knows whether the ids above stand for anything
+        words = words[: 1 + max(int(row.ids.max()) for row in rows)]
     out = []
     for row in rows:
         learned = row.labels != IGNORE if isinstance(row.labels, np.ndarray) else np.zeros(len(row.ids), bool)
