@@ -16,7 +16,8 @@ from fedllm.app.result import Result
 
 HEADLINE = ("exact_match", "accuracy", "loss")
 """Metrics, the most telling first."""
-TROUBLE = ("left_out", "missing", "refused", "checkpoint_failed", "replies_lost", "stopped", "resumed")
+TROUBLE = ("left_out", "missing", "refused", "checkpoint_failed", "replies_lost", "stopped", "resumed",
+           "budget_spent")
 
 
 @dataclass

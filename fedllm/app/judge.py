@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from fedllm.app.course import Course
 from fedllm.app.progress import Quiet
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER, Client
-from fedllm.core.errors import QuorumError
+from fedllm.core.errors import BudgetSpent, QuorumError
 from fedllm.core.layer import Layer
 from fedllm.core.method import Method, State
 from fedllm.core.payload import Payload, pack, part
@@ -133,7 +134,8 @@ def mean_of(metrics: Mapping[str, Metrics]) -> Metrics | None:
 def run_baseline(parts: Parts, method: Method, rounds: int, progress: Quiet) -> dict[str, Any]:
     """Another method on the same model, rows, seed and number of rounds, without layers; its evaluation."""
     course = Course(parts, method)
-    for round in range(rounds):
-        course.step(round)
-        progress.baseline(type(method).__name__, round + 1, rounds)
+    with contextlib.suppress(BudgetSpent):
+        for round in range(rounds):
+            course.step(round)
+            progress.baseline(type(method).__name__, round + 1, rounds)
     return Judge(parts, method).test(course.state, course.engine.memory, rounds)

@@ -58,13 +58,15 @@ def replay(path: str | Path, reducer: str | None = None) -> Replayed:
     layers = [make_layer(x.name, x.knobs, f"layers.{i}") for i, x in enumerate(recipe.layers)]
     first = folder.load(0)
     last = folder.load()
-    if first is None or last is None or last[0] != recipe.rounds:
+    done = folder.path / "result.json"  # a budget may have ended the run before the recipe's last round
+    rounds = folder.read(done.name)["rounds"] if done.is_file() else recipe.rounds
+    if first is None or last is None or last[0] != rounds:
         raise RunError(f"{folder.path} is not finished; `fedllm resume {folder.path}` goes on with it")
     clients = [ClientInfo(c["id"], c["n"], Profile(rank=c["rank"])) for c in folder.read("clients.json")]
     start, state, states = first[1]["state"], first[1]["state"], first[1]["layers"]
     asked = {e["round"]: e["cohort"] for e in folder.events() if e["kind"] == "round"}  # as the selector chose
     engine = Playback(folder.path / "replies", REDUCERS[reducer] if reducer else None, recipe.clients.quorum)
-    for round in range(recipe.rounds):
+    for round in range(rounds):
         engine.begin(round)
         cohort = in_order(clients, asked[round]) if round in asked else draw_cohort(
             clients, recipe.clients.per_round, recipe.seed, round)
@@ -75,7 +77,7 @@ def replay(path: str | Path, reducer: str | None = None) -> Replayed:
     out = folder.path / f"replay-{reducer or 'same'}"
     _write(out, recipe, folder, method, state)
     theta, goal, begun = (method.served(s)[0] for s in (state, last[1]["state"], start))
-    return Replayed(out, reducer or "same", recipe.rounds, digest(state), digest(state) == digest(last[1]["state"]),
+    return Replayed(out, reducer or "same", rounds, digest(state), digest(state) == digest(last[1]["state"]),
                     _relative(theta, goal, begun))
 
 

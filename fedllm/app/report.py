@@ -85,7 +85,9 @@ def _header(facts: Facts, result: Result) -> str:
     said = [f"method <b>{escape(result.method)}</b>", f"model <b>{escape(str(r['model']['name']))}</b>",
             f"trains <b>{escape(r['space']['name'])}</b>", f"<b>{len(facts.clients)}</b> clients",
             f"<b>{result.rounds}</b> rounds", f"seed <b>{result.seed}</b>", f"engine <b>{escape(result.engine)}</b>"]
-    return f"<header><h1>{escape(r['name'])}</h1><p>{' &middot; '.join(said)}</p></header>"
+    early = f"<p>Ended before round {result.rounds + 1} of {r['rounds']}: {escape(result.ended)}.</p>"
+    return (f"<header><h1>{escape(r['name'])}</h1><p>{' &middot; '.join(said)}</p>{early if result.ended else ''}"
+            "</header>")
 
 
 def _figures(facts: Facts, result: Result) -> str:

@@ -33,6 +33,8 @@ class Result:
     """Of the record: how many `events`, and `head`, the hash of the last (`fedllm audit verify`)."""
     skipped: list[int] = field(default_factory=list)
     """Rounds that too few clients answered."""
+    ended: str = ""
+    """Why the run ended before the recipe's last round: the next one would have broken a budget. Empty: it did not."""
     joules: float | None = None
     """Energy of this machine's processor packages and cards, where it counts them."""
     joules_from: str = ""

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.app.rigs import Metrics, Trial
 from fedllm.app.rigs_topics import CLASSES, documents, encoder, topics
 from fedllm.app.rigs_zeroth import softmax_world, tested
 from fedllm.core.rng import numpy_stream
-from fedllm.data.encode import Encoded
+from fedllm.data.encode import IGNORE, Encoded
 from fedllm.data.federation import Federation, Shard
-from fedllm.engines.world import World
+from fedllm.engines.world import GLOBAL, World
+from fedllm.local.estimate import Policy
+from fedllm.local.forward import run_losses
+from fedllm.local.requests import Losses
 from fedllm.local.spec import LocalSpec
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
@@ -118,4 +122,97 @@ def black_box(method: str, seed: int, *, alpha: float | None = 0.5, rounds: int 
             "over_start": ends[True] - start}
 
 
-RIGS: dict[str, Callable[..., Metrics]] = {"pacing": pacing, "black_box": black_box}
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "policy": {"candidates": 64}, "spsa": {"lr": 1.0, "c": 0.1}, "bayes": {"batch": None, "intrinsic_dim": 10}}
+"""What each estimator is run with, found on seed 100."""
+
+
+def black_prompt(method: str, seed: int, *, estimator: str = "policy", rounds: int = 20,
+                 knobs: Mapping[str, Any] | None = None) -> Metrics:
+    """Four clients of 48 rows with label skew: `accuracy` of the prompt on a balanced test, and `over_none`, how much
+    more that is than the model's without a prompt. `calls` and `most`: asked, and what the rounds allow."""
+    torch.set_num_threads(1)
+    world = black_box_world(seed, 0.5, clients=4, rows=48)
+    run = Trial(method, world, {"estimator": estimator, **ARMS[estimator], **(knobs or {})})
+    [bare] = run_losses([Losses("test", world.model, {}, None, world.encoded(GLOBAL, "test"))], world.limits)
+    ended = tested(run.rounds(rounds))
+    none = float(bare.correct.sum() / bare.count.sum())
+    return {"accuracy": ended["accuracy"], "none": none, "over_none": ended["accuracy"] - none, "loss": ended["loss"],
+            "calls": float(run.state["queries"]["calls"]),
+            "most": float(rounds * sum(run.method.calls(c.n) for c in world.infos()))}
+
+
+def noisy_box(method: str, seed: int, *, queries: int = 1200, noise: float = 0.1) -> Metrics:
+    """The mean of one N(0, 1) a place for the token that stands there (six places, 20 tokens), asked with noise.
+
+    `policy`: true value of the prompt that the policy ends with; `below_random`: how much lower than that of the random
+    prompt that was measured as the lowest; `optimum`: the lowest there is.
+    """
+    rng = numpy_stream(seed, "noisy box")
+    table, how = rng.normal(size=(6, 20)), Policy(6, 20, steps=queries // 20, samples=20)
+
+    def value(picks: np.ndarray) -> np.ndarray:
+        return table[np.arange(6), picks].mean(-1)
+
+    def ask(picks: np.ndarray) -> np.ndarray:
+        return value(picks) + noise * rng.normal(size=len(picks))
+
+    found = float(value(how.best(how.search(how.start(), ask, rng, 0, {}))))  # type: ignore[arg-type]
+    drawn = rng.integers(0, 20, (queries, 6))
+    luck = float(value(drawn[ask(drawn).argmin()]))
+    return {"policy": found, "random": luck, "below_random": luck - found, "optimum": float(table.min(1).mean())}
+
+
+def chained(rng: np.random.Generator, after: np.ndarray, rows: int) -> list[Encoded]:
+    """Sequences of 16 tokens, each one of the four that this grammar has after the last."""
+    ids = [rng.integers(0, len(after), rows)]
+    for _ in range(15):
+        ids.append(after[ids[-1], np.minimum(3, rng.geometric(0.6, rows) - 1)])
+    rows_ = np.stack(ids, 1).astype(np.int32)
+    return [Encoded(row, np.concatenate([[IGNORE], row[1:]]).astype(np.int64), 15) for row in rows_]
+
+
+@functools.lru_cache(maxsize=2)
+def grammarian(seed: int, steps: int = 600) -> tuple[LlamaForCausalLM, np.ndarray]:
+    """A Llama of four blocks and width 64 that has learned four grammars, and their tables [4, 64, 4]."""
+    rng = numpy_stream(seed, "grammars")
+    after = rng.integers(0, 64, (4, 64, 4))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = LlamaForCausalLM(LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=64))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for _ in range(steps):
+        ids = torch.from_numpy(np.stack([r.ids for g in after for r in chained(rng, g, 8)])).long()
+        optimizer.zero_grad()
+        net(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return net, after
+
+
+def grammar_prompt(method: str, seed: int, *, rounds: int = 10, tuning: int = 2,
+                   knobs: Mapping[str, Any] | None = None) -> Metrics:
+    """Four clients with 48 rows of one of four grammars and a prompt of six tokens: `gain`, by how much the loss on
+    unseen rows ends below the untuned prompt's; `personal_gain`, by how much `tuning` rounds alone lower it further."""
+    torch.set_num_threads(1)
+    net, after = grammarian(seed)
+    rng = numpy_stream(seed, "grammar rows")
+    shards = {f"client-{k}": Shard(chained(rng, after[0], 48)) for k in range(4)}  # type: ignore[arg-type]
+    model = Model(net, None, "generation", make_space("soft_prompt", length=6), seed=seed)
+    test = chained(rng, after[0], 200)
+    world = World(model, Federation(shards, test, "generation"), LocalSpec(), seed, exact_match=False)  # type: ignore[arg-type]
+    run = Trial(method, world, {"tune_after": rounds, **(knobs or {})})
+
+    def loss() -> float:
+        return float(np.mean([s["loss"] for s in run.scores("global").values()]))
+
+    [bare] = run_losses([Losses("test", model, {}, None, world.encoded(GLOBAL, "test"))], world.limits)
+    start, found = loss(), (run.rounds(rounds), loss())[1]
+    own = (run.rounds(tuning), loss())[1]
+    return {"loss": found, "start": start, "none": bare.mean, "gain": start - found, "personal_gain": found - own}
+
+
+RIGS: dict[str, Callable[..., Metrics]] = {
+    "pacing": pacing, "black_box": black_box, "black_prompt": black_prompt, "noisy_box": noisy_box,
+    "grammar_prompt": grammar_prompt}

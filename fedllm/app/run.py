@@ -89,6 +89,7 @@ class Run:
         total = self.parts.recipe.rounds
         self.progress.rounds(total, self.at)
         self.beside = beside(self.parts, self.folder)
+        ended = ""
         try:
             if not self.kept:
                 self._begin()
@@ -96,11 +97,13 @@ class Run:
                 try:
                     self._round(round, total)
                 except BudgetSpent as spent:  # the next round would break a promise; this is the result
+                    if round not in self.folder.rounds():
+                        self._checkpoint(round)
                     self.record.emit("budget_spent", round=round, why=str(spent))
                     log.warning("the run ends before round %d: %s", round, spent)
-                    total = round
+                    total, ended = round, str(spent)
                     break
-            return self._finish(total)
+            return self._finish(total, ended)
         except FedLLMError as error:
             self.record.emit("stopped", why=str(error))
             raise
@@ -210,7 +213,7 @@ class Run:
             raise RunError(f"{self.folder.path} cannot be written: {error.strerror or error}; {stand}. Make room, then "
                            f"`fedllm resume {self.folder.path}`") from None
 
-    def _finish(self, total: int) -> Result:
+    def _finish(self, total: int, ended: str) -> Result:
         parts, course = self.parts, self.course
         course.engine.finish(total)
         self.progress.note("testing the result")
@@ -229,7 +232,7 @@ class Run:
             folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
             seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
             virtual=course.virtual(), reports=course.report(),
-            state_digest=digest(course.state), skipped=self.skipped, **spent)
+            state_digest=digest(course.state), skipped=self.skipped, ended=ended, **spent)
         self._write(lambda: self.folder.write_json("samples.json", shown))
         figures = figures_digest(result.as_json())
         self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds, figures=figures,

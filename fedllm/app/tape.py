@@ -12,7 +12,7 @@ from fedllm.app.store import write_atomic
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.errors import CompositionError, RunError
 from fedllm.core.layer import Layer
-from fedllm.core.payload import Payload
+from fedllm.core.payload import Payload, pack
 from fedllm.core.program import Fold
 from fedllm.core.reduce import Mean, Reducer
 from fedllm.wire import codec
@@ -69,8 +69,9 @@ class Tape(Layer):
         else:
             out = yield ask
             sizes = [self._write(reply) for reply in out.each.values()]
+        beside = {c: codec.encode(pack(note=note)).hex() for c, note in out.notes.items()}
         self._index.append({"phase": ask.phase, "clients": list(out.answered), "sizes": sizes,
-                            "missing": dict(out.missing)})
+                            "missing": dict(out.missing), "notes": beside, "seconds": dict(out.seconds)})
         return out
 
     def _write(self, reply: Payload) -> int:
@@ -104,6 +105,7 @@ class Recorded:
     phase: str
     replies: Mapping[str, Payload]
     missing: Mapping[str, str]
+    seconds: Mapping[str, float]
 
 
 def recorded(folder: Path, round: int) -> Iterator[Recorded]:
@@ -120,7 +122,9 @@ def recorded(folder: Path, round: int) -> Iterator[Recorded]:
         for client, size in zip(one["clients"], one["sizes"], strict=True):
             replies[client] = codec.decode(bytearray(data[at : at + size]))
             at += size
-        yield Recorded(one["phase"], replies, one["missing"])
+            if beside := one.get("notes", {}).get(client):
+                replies[client] |= codec.decode(bytes.fromhex(beside))
+        yield Recorded(one["phase"], replies, one["missing"], one.get("seconds", {}))
 
 
 class Playback:
@@ -151,5 +155,5 @@ class Playback:
         for client, why in tape.missing.items():
             fold.miss(client, why)
         for client, reply in tape.replies.items():
-            fold.take(client, reply)
+            fold.take(client, reply, tape.seconds.get(client))
         return fold.done()

@@ -105,10 +105,22 @@ class Client(Protocol):
     tokens: Sequence[Any]
     """The client's own training rows, tokenized."""
 
+    def held_out(self, on: str = "local") -> Sequence[Any]:
+        """The rows that `score` tests on, as they are, for methods that test in a way of their own."""
+        ...
+
     def probe(self, thetas: Sequence[Tree], rows: Sequence[int] | None = None, *, on: Sequence[Any] | None = None,
               base: Tree | None = None) -> list[Any]:
         """Row losses (`RowLosses`) of each of these trainables on the same training rows, or `on` others: one forward
         for all of them and, in a vectorized simulation, for all clients too."""
+        ...
+
+    def encode(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Rows as the model reads them."""
+        ...
+
+    def outputs(self, texts: Sequence[Any]) -> Any:
+        """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
         ...
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fedllm.core.client import ClientInfo, Profile
 from fedllm.core.errors import CompositionError
@@ -17,9 +18,9 @@ from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
 from fedllm.engines.world import GLOBAL, World
 from fedllm.local.fit import run_fits
-from fedllm.local.forward import run_embeds, run_losses, run_probes
+from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
-from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Probe, Request, RowLosses, Sensitivity
+from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Outputs, Probe, Request, RowLosses, Sensitivity
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
@@ -27,7 +28,7 @@ from fedllm.models.model import Model
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
-    Sensitivity: run_sensitivities}
+    Sensitivity: run_sensitivities, Outputs: run_outputs}
 
 
 class ClientCall:
@@ -127,6 +128,10 @@ class ClientCall:
         self._open_rows()
         return self._world.encoded(self.id, "train")
 
+    def held_out(self, on: str = "local") -> Sequence[Mapping[str, Any]]:
+        """The client's held-out rows, or those of the simulation's global test (`on="global"`)."""
+        return self._world.rows(GLOBAL if on == "global" else self.id, "test")
+
     def probe(self, thetas: Sequence[Tree], rows: Sequence[int] | None = None, *, on: Sequence[Any] | None = None,
               base: Tree | None = None) -> list[RowLosses]:
         """Row losses of each of these trainables on the same training rows (or `on` others), in one forward."""
@@ -135,6 +140,14 @@ class ClientCall:
         mine = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
         chosen = mine if rows is None else [mine[i] for i in rows]
         return self._submit(Probe(self.id, self.model, thetas[0], base, chosen, tuple(thetas)))
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Rows as the model reads them."""
+        return self._world.tokenized(rows, answers=True)
+
+    def outputs(self, texts: Sequence[Tensor]) -> Tensor:
+        """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
+        return self._submit(Outputs(self.id, self.model, {}, None, texts))
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.data.encode import Encoded
-from fedllm.local.requests import Embed, Limits, Losses, Probe, Request, RowLosses, same
+from fedllm.local.requests import Embed, Limits, Losses, Outputs, Probe, Request, RowLosses, same
 from fedllm.models.batch import Batch, collate
 from fedllm.models.model import HeadedEncoder, Model
 
@@ -102,3 +102,22 @@ def run_embeds(requests: Sequence[Embed], limits: Limits) -> list[np.ndarray]:
         return ((h * m).sum(1) / m.sum(1)).float()
 
     return sweep(requests, limits, work)
+
+
+def run_outputs(requests: Sequence[Outputs], limits: Limits) -> list[Tensor]:
+    """Class logits [rows, classes] of every request, in the order of its rows."""
+    model, rows = requests[0].model, [x for r in requests for x in r.rows]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # stable: the same for the same lengths
+    out: list[Tensor] = [torch.empty(0)] * len(rows)
+    while order:
+        lot = order[: max(1, limits.batch_tokens // len(rows[order[0]]))]
+        order = order[len(lot) :]
+        x = torch.nn.utils.rnn.pad_sequence([rows[i] for i in lot], batch_first=True).to(model.device)
+        sizes = torch.tensor([len(rows[i]) for i in lot], device=model.device)
+        mask = torch.arange(x.shape[1], device=model.device) < sizes[:, None]
+        with torch.no_grad(), model.using([{}]):
+            got = model.outputs(x, mask).cpu()
+        for i, z in zip(lot, got, strict=True):
+            out[i] = z
+    at = iter(out)
+    return [torch.stack([next(at) for _ in r.rows]) for r in requests]

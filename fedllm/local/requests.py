@@ -114,6 +114,13 @@ class Embed(Request):
 
 
 @dataclass(frozen=True)
+class Outputs(Request):
+    """Class logits of texts that are given as embeddings, each [T, d]."""
+
+    rows: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What training gave: the trainables, the mean training loss, and how much work it was."""
 

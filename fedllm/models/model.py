@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from fedllm.core.errors import CompositionError
+from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.models.batch import IGNORE, Batch
@@ -83,6 +83,11 @@ class Model:
         return fresh if self.start is None else fitted_to(self.start, fresh)
 
     @property
+    def words(self) -> Tensor:
+        """The token embeddings [V, d], as they are stored."""
+        return self.net.get_input_embeddings().weight.detach()
+
+    @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
@@ -142,6 +147,14 @@ class Model:
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes] in fp32 or better."""
         return _wide(self.net.classifier(self.net.pool(self.hidden(batch), batch.mask)))
+
+    def outputs(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Class logits [N, classes] of texts that are given as embeddings [N, T, d], padded on the right."""
+        if not isinstance(self.net, HeadedEncoder):
+            raise ModelError("class logits of embeddings need a classification model (data.task = 'classification')")
+        self.stack.rows = len(embeds)
+        h = self.net.body(inputs_embeds=embeds.to(self.net.dtype), attention_mask=mask.long()).last_hidden_state
+        return _wide(self.net.classifier(self.net.pool(h, mask)))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,8 +16,8 @@ from fedllm.core.payload import Tree
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 
-OPEN = ("tokenizer", "task", "space", "labels", "seed", "name", "stackable", "pad", "device", "fast_kernels")
-"""What may be known of it."""
+OPEN = ("tokenizer", "task", "space", "labels", "seed", "name", "stackable", "pad", "device", "fast_kernels", "words")
+"""What may be known of it: its token embeddings too (`words`, a copy), or no prompt could be made of tokens."""
 INSIDE: weakref.WeakKeyDictionary[Sealed, Model] = weakref.WeakKeyDictionary()
 MADE: weakref.WeakKeyDictionary[Model, Sealed] = weakref.WeakKeyDictionary()
 
@@ -25,7 +26,7 @@ class Sealed:
     """Scores rows under prompts or other trainables of its space; anything else is a ModelError."""
 
     def __init__(self, model: Model) -> None:
-        known = {name: getattr(model, name) for name in OPEN}
+        known = {name: getattr(model, name) for name in OPEN if name != "words"}
 
         def ask(name: str, *args: Any) -> Any:
             with torch.inference_mode():
@@ -39,6 +40,11 @@ class Sealed:
             return self.__dict__["_known"][name]
         raise ModelError(f"this model is a black box: '{name}' cannot be reached; it scores rows and knows "
                          f"{', '.join(OPEN)}")
+
+    @functools.cached_property
+    def words(self) -> Tensor:
+        """The token embeddings [V, d]; a copy, so that nobody writes into the model."""
+        return INSIDE[self].words.clone()
 
     def initial(self) -> Tree:
         """The trainables that it starts from (for a prompt space: its first prompt)."""
@@ -55,6 +61,10 @@ class Sealed:
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """For each row: summed loss, how many targets, how many right."""
         return self.__dict__["_ask"]("row_losses", batch)
+
+    def outputs(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Class logits of texts that are given as embeddings."""
+        return self.__dict__["_ask"]("outputs", embeds, mask).clone()
 
 
 def sealed(model: Any) -> Any:

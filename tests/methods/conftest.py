@@ -18,12 +18,13 @@ from fedllm.engines import ENGINES
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
-from fedllm.models.model import Model
+from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
 
 torch.set_num_threads(1)
 WORDS = [f"w{i}" for i in range(60)]
 SIZES = (5, 7, 9, 12)
+KINDS = ("one", "two", "three")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -43,6 +44,15 @@ def federation(sizes: tuple[int, ...] = SIZES) -> Federation:
     rnd = random.Random(0)
     return Federation({f"c{i}": Shard(rows(rnd, n), rows(rnd, 2)) for i, n in enumerate(sizes)}, rows(rnd, 4),
                       "generation")
+
+
+def labelled(sizes: tuple[int, ...] = SIZES) -> Federation:
+    """Texts with one of three labels."""
+    rnd = random.Random(1)
+    made = lambda n: [{"text": " ".join(rnd.choices(WORDS, k=rnd.randint(3, 8))), "label": rnd.randrange(3)}  # noqa: E731
+                      for _ in range(n)]
+    return Federation({f"c{i}": Shard(made(n), made(3)) for i, n in enumerate(sizes)}, made(4), "classification",
+                      KINDS)
 
 
 def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
@@ -81,14 +91,16 @@ class Run:
 
 def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.float64, space: str = "lora",
           space_knobs: dict | None = None, local: dict | None = None, layers: tuple = (), ranks: tuple = (),
-          sizes: tuple[int, ...] = SIZES, loopback: bool = False, kind: type | None = None, **knobs: Any) -> Run:
+          sizes: tuple[int, ...] = SIZES, loopback: bool = False, kind: type | None = None, task: str = "generation",
+          **knobs: Any) -> Run:
     """A method on the tiny federation, before its first round."""
     knobs_of_space = {"rank": 4} if space == "lora" else {}
-    model = Model(llama(dtype), tokenizer(), "generation", make_space(space, **(knobs_of_space | (space_knobs or {}))),
-                  fast_kernels=False)
+    net = llama(dtype) if task == "generation" else HeadedEncoder(llama(dtype).model, len(KINDS), "mean").to(dtype)
+    model = Model(net, tokenizer(), task, make_space(space, **(knobs_of_space | (space_knobs or {}))),
+                  labels=() if task == "generation" else KINDS, fast_kernels=False)
     plain = {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 4, "max_length": 32}
     spec = LocalSpec(**(plain | (local or {})))
-    fed = federation(sizes)
+    fed = federation(sizes) if task == "generation" else labelled(sizes)
     profiles = {c: Profile(rank=r) for c, r in zip(fed.clients, ranks, strict=False)}
     world = World(model, fed, spec, profiles=profiles, exact_match=False)
     method = make_method(name, **knobs)

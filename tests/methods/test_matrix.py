@@ -22,6 +22,10 @@ METHODS = {
     "fedmezo": {"steps": 3, "lr": 1e-2, "delta": 5e-3},
     "fedbpt": {"space": "soft_prompt", "intrinsic_dim": 6, "popsize": 4, "local_iter": 2, "common_noise": False},
     "fedyolo": {},
+    "fed_bbpt": {"space": "soft_prompt", "candidates": 6, "samples": 3, "steps": 2, "batch": 4},
+    "fed_gfpt": {"space": "soft_prompt", "search_steps": 4, "n_candidates": 3, "batch": 4, "phi": 2},
+    "zoopfl": {"task": "classification", "pretrain_rounds": 1, "pretrain_steps": 5, "code_dim": 4, "embed_dim": 2,
+               "h": 0.05},
     "fwdllm": {"perturbations": 2, "most": 1, "lr": 1e-2, "candidates": 3},
 }
 SPACE_FREE = ("fedavg", "fedprox", "scaffold", "fedadam", "local_only", "centralized")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError, PayloadError
@@ -15,8 +14,8 @@ from fedllm.core.method import Card, Claim, State, knob
 from fedllm.core.payload import Payload, Tree
 from fedllm.core.rng import numpy_stream
 from fedllm.local.evolve import Search, rank_weights
-from fedllm.local.perturb import Directions, flat, unflat
-from fedllm.methods._blackbox import BlackBox, Meter, empty_ledger, noisy
+from fedllm.local.perturb import flat
+from fedllm.methods._blackbox import BlackBox, Meter, empty_ledger, fp32, noisy, prompt
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,6 @@ class FedBPT(BlackBox):
     def calls(self, rows: int) -> int:
         return rows * (self.local_iter * self.popsize + 1) * (2 if self.perturb else 1)
 
-    def round(self, state: State, clients: Any) -> Program:
-        self.afford(state, clients)
-        out = yield Ask(self.local, {c.id: self.down(state, c) for c in clients})
-        return {**self.merge(state, out), "round": state["round"] + 1, "queries": self.booked(state, out)}
-
     @on_client()
     def local(self, msg: Payload, client: Any) -> Payload:
         q = self.intrinsic_dim
@@ -132,14 +126,3 @@ class FedBPT(BlackBox):
     def score(self, msg: Payload, client: Any) -> Payload:
         first = client.model.initial()
         return client.score(client.once(prompt, msg["mean"].double(), first, msg["scale"], self.seed), on=msg["on"])
-
-
-def prompt(z: Tensor, first: Tree, scale: float, seed: int) -> Tree:
-    """p_0 + A z, where column j of A is scale times direction j."""
-    p = flat(first).clone()
-    Directions(seed, len(p)).add(p, {j: scale * float(x) for j, x in enumerate(z.tolist())})
-    return unflat(p, first)
-
-
-def fp32(x: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(x, np.float32))
