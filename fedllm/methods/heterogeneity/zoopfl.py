@@ -43,7 +43,7 @@ class ZooPFL(BlackBox):
                                   holds=">", threshold=0.0, wins=5),
               "reconstruction": Claim("the first rounds halve the error of the decoded embeddings", rig="surgery",
                                       metric="left", holds="<=", threshold=0.5, wins=5)},
-        evidence="written from a dossier of what is remembered of the paper. Ours: q and s are affine maps of a token's "
+        evidence="from a dossier of what is remembered of the paper. Ours: q and s are affine maps of a token's "
                  "embedding, the code that is disturbed is a row's mean of q(x_t), lr_q is from seeds 100 and 101")
     code_dim: int = knob(16, "m, numbers of a token's code; each costs two queries a row and step", ge=1)
     embed_dim: int = knob(4, "numbers of e_k, the client's own code; they cost as much", ge=1)
