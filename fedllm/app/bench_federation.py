@@ -32,7 +32,14 @@ from fedllm.methods.registry import make_method, modules
 log = logging.getLogger(__name__)
 OUT = Path("docs/results/federation.json")
 OFFSITE = {"adapter_layers": 1, "drop_ratio": 0.0, "prealign_steps": 0, "align_steps": 0}
+CLASSES = {"task": "classification", "labels": ["even", "odd"], "fields": {"text": "prompt", "label": "label"}}
+PROMPT = {"name": "soft_prompt", "length": 4}
 SPECS: dict[str, dict[str, Any]] = {
+    "cefhri": {"data": CLASSES, "space": {"name": "st_adapter"}},
+    "zoopfl": {"data": CLASSES, "knobs": {"pretrain_rounds": 1, "pretrain_steps": 5, "code_dim": 4, "embed_dim": 2}},
+    "fedbpt": {"space": PROMPT, "knobs": {"intrinsic_dim": 8, "popsize": 4, "local_iter": 2}},
+    "fed_bbpt": {"space": PROMPT, "knobs": {"candidates": 16, "samples": 4, "steps": 2}},
+    "fed_gfpt": {"space": PROMPT, "knobs": {"search_steps": 4, "n_candidates": 3, "batch": 4}},
     "fedbiot": {"knobs": OFFSITE},
     "dp_offsite_peft": {"knobs": {**OFFSITE, "dp_level": "none"}},
     "fedkseed": {"knobs": {"K": 64, "steps": 4, "lr": 1e-4}},

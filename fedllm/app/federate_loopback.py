@@ -42,7 +42,8 @@ def write_rows(path: Path, k: int, n: int) -> None:
         return " ".join(WORDS[(7 * i + 3 * k + j * (i + 1)) % len(WORDS)] for j in range(2 + (5 * i + k) % 9))
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"prompt": sentence(k, i), "response": sentence(k + 1, i)} for i in range(n)]
+    rows = [{"prompt": sentence(k, i), "response": sentence(k + 1, i), "label": "even odd".split()[i % 2]}
+            for i in range(n)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -91,11 +92,11 @@ class Loopback:
 
     def recipe(self, method: str, **more: Any) -> dict[str, Any]:
         """A recipe over the sites' rows; in a simulation each file is a client of the same name."""
-        knobs = more.pop("knobs", {})
+        knobs, data = more.pop("knobs", {}), more.pop("data", {})
         return {"name": method, "model": self.model, "method": {"name": method, **knobs},
                 "space": {"name": "lora", "rank": 4}, "local": {"lr": 1e-2, "steps": 2, "batch_size": 4}, "rounds": 2,
                 "data": {"source": str(self.folder / "data"), "partition": {"kind": "per_file"},
-                         "test": str(self.folder / "test.jsonl")},
+                         "test": str(self.folder / "test.jsonl"), **data},
                 "evaluate": {"exact_match": False, "samples": 0}, "engine": "in_process", **more}
 
     def run_folder(self, recipe: Mapping[str, Any]) -> Path:
