@@ -83,7 +83,8 @@ def _next_after_resumption(run: Path) -> float:
     return time.monotonic() - began
 
 
-def _kill(pid: int) -> None:
+def kill(pid: int) -> None:
+    """End a process at once; one that is gone already is no error."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -93,7 +94,7 @@ def client_killed(rig: Loopback) -> dict[str, Any]:
     def harm(run: Path) -> float:
         until(lambda: rounds(run) >= 2, 200)
         time.sleep(0.2)
-        _kill(until(lambda: rig.worker("site-b")))
+        kill(until(lambda: rig.worker("site-b")))
         return _next_round(run)
 
     return drill(rig, harm, WHOLE)
@@ -154,7 +155,7 @@ def client_flapping(rig: Loopback) -> dict[str, Any]:
             with in_turns(until(lambda: rig.worker("site-b")), 8.0, 2.0):
                 time.sleep(19.0)
             if i == 0 and (pid := rig.worker("site-b")):
-                _kill(pid)
+                kill(pid)
         return 0.0 if (run / "result.json").exists() else _next_round_or_end(run)
 
     return drill(rig, harm, {**WHOLE, "rounds": 12})
@@ -170,7 +171,7 @@ def half_gone(rig: Loopback) -> dict[str, Any]:
     def harm(run: Path) -> float:
         until(lambda: rounds(run) >= 2, 200)
         for site in ("site-b", "site-c"):
-            _kill(rig.joins[site].pid)
+            kill(rig.joins[site].pid)
             rig.joins.pop(site).wait(10)
         left = from_now_until(lambda: not any(rig.processes("", s) for s in ("site-b", "site-c")), 30,
                               "the end of what killed sites had started")
@@ -187,7 +188,7 @@ def half_gone(rig: Loopback) -> dict[str, Any]:
 def _kill_and_await(run: Path, whom: Callable[[], int | None]) -> float:
     """Kill a process after three rounds; when the round after its successor's resumption ended."""
     until(lambda: rounds(run) >= 3, 200)
-    _kill(until(whom))
+    kill(until(whom))
     return _next_after_resumption(run)
 
 
@@ -230,7 +231,7 @@ def all_killed(rig: Loopback) -> dict[str, Any]:
     def harm(run: Path) -> float:
         until(lambda: rounds(run) >= 3, 200)
         for pid in rig.all_processes():
-            _kill(pid)
+            kill(pid)
         for process in (*rig.joins.values(), rig.serving):
             assert process is not None
             process.wait(10)

@@ -42,7 +42,7 @@ def write_rows(path: Path, k: int, n: int) -> None:
         return " ".join(WORDS[(7 * i + 3 * k + j * (i + 1)) % len(WORDS)] for j in range(2 + (5 * i + k) % 9))
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"prompt": sentence(k, i), "response": sentence(k + 1, i), "label": "even odd".split()[i % 2]}
+    rows = [{"prompt": sentence(k, i), "response": sentence(k + 1, i), "label": ["even", "odd"][i % 2]}
             for i in range(n)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
