@@ -173,9 +173,12 @@ def revoke(site: str, federation: Folder = HERE) -> None:
     """This site never joins again: it is refused from now on, its kit is deleted, its name is not given again."""
     from fedllm.app import federate
     from fedllm.app.federate_keys import revoke_site
+    from fedllm.app.flower_keys import is_flower, revoke_flower_site
 
     try:
-        if not federate.suspend_if_running(revoke_site(federation, site), site):
+        if is_flower(federation):
+            revoke_flower_site(federation, site)
+        elif not federate.suspend_if_running(revoke_site(federation, site), site):
             console.print("the coordinator is not running; it will refuse the site from its next start on")
     except FedLLMError as error:
         raise _refuse(error) from None
@@ -184,8 +187,12 @@ def revoke(site: str, federation: Folder = HERE) -> None:
 def _change(what: str, site: str, federation: Path) -> None:
     from fedllm.app import federate
     from fedllm.app.federate_keys import Federation
+    from fedllm.app.flower_keys import is_flower, restore_flower_site, suspend_flower_site
 
     try:
-        {"suspend": federate.suspend, "restore": federate.restore}[what](Federation(federation.resolve()), site)
+        if is_flower(federation):
+            {"suspend": suspend_flower_site, "restore": restore_flower_site}[what](federation, site)
+        else:
+            {"suspend": federate.suspend, "restore": federate.restore}[what](Federation(federation.resolve()), site)
     except FedLLMError as error:
         raise _refuse(error) from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import ipaddress
 import json
 import secrets
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,13 @@ class FlowerFederation:
                               "with `fedllm keys new --engine flower`")
         return spec
 
+    def barred(self, site: str) -> str | None:
+        """Why nobody may talk to this site, as the file says now; None: one may."""
+        spec = _read(self.folder / "federation.yaml", (self.folder / "federation.yaml").stat().st_mtime_ns)
+        if site in spec.get("suspended", ()):
+            return "it is suspended"
+        return "it is struck off" if site in spec.get("revoked", ()) else None
+
     def kit(self, name: str) -> Path:
         """What a site needs: its private key, the CA's certificate, the address."""
         path = self.folder / "kits" / name
@@ -75,11 +84,54 @@ def add_flower_sites(folder: Path, sites: Sequence[str]) -> FlowerFederation:
     return _with(folder.resolve(), FlowerFederation(folder).spec, sites)
 
 
+def suspend_flower_site(folder: Path, site: str) -> FlowerFederation:
+    """Nothing is sent to this site and nothing of it is taken, also in a run that goes on, until it is restored."""
+    spec = _spec_with(folder, site)
+    return _saved(folder, {**spec, "suspended": sorted({*spec.get("suspended", ()), site})})
+
+
+def restore_flower_site(folder: Path, site: str) -> FlowerFederation:
+    """A suspended site may take part again."""
+    spec = _spec_with(folder, site)
+    return _saved(folder, {**spec, "suspended": [s for s in spec.get("suspended", ()) if s != site]})
+
+
+def revoke_flower_site(folder: Path, site: str) -> FlowerFederation:
+    """Strike a site off, also in a run that goes on: key and kit are deleted, and its name is not given again."""
+    spec = _spec_with(folder, site)
+    made = _saved(folder, {**spec, "sites": {s: key for s, key in spec["sites"].items() if s != site},
+                           "revoked": [*spec.get("revoked", ()), site]})
+    shutil.rmtree(made.folder / "kits" / site, ignore_errors=True)
+    return made
+
+
+def _spec_with(folder: Path, site: str) -> dict[str, Any]:
+    spec = FlowerFederation(folder.resolve()).spec
+    if site not in spec["sites"]:
+        raise RecipeError(f"'{site}' is no site of {folder}; it has {', '.join(spec['sites']) or 'none'}")
+    return spec
+
+
+def _saved(folder: Path, spec: dict[str, Any]) -> FlowerFederation:
+    """Written in one move, since a coordinator may be reading."""
+    path = folder.resolve() / "federation.yaml"
+    fresh = path.with_suffix(".fresh")
+    fresh.write_text(yaml.safe_dump(spec, sort_keys=False))
+    fresh.replace(path)
+    return FlowerFederation(folder.resolve())
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Path, changed: int) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
 def _with(folder: Path, spec: dict[str, Any], sites: Sequence[str]) -> FlowerFederation:
     for name in sites:
-        if not name.replace("-", "").isalnum() or not name[:1].isalpha() or name in spec["sites"]:
+        if not name.replace("-", "").isalnum() or not name[:1].isalpha() or name in (
+                *spec["sites"], *spec.get("revoked", ())):
             raise RecipeError(f"'{name}' cannot be a new site's name: letters, digits and '-', starting with a letter, "
-                              "and not taken")
+                              "and not taken or revoked")
         kit = folder / "kits" / name
         (kit / "local").mkdir(parents=True)
         kit.chmod(0o700)
@@ -90,8 +142,7 @@ def _with(folder: Path, spec: dict[str, Any], sites: Sequence[str]) -> FlowerFed
         (kit / KIT).write_text(json.dumps({"site": name, "address": f"{spec['host']}:{spec['port']}"}))
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         spec["sites"][name] = public.decode()
-    (folder / "federation.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    return FlowerFederation(folder)
+    return _saved(folder, spec)
 
 
 def _certificates(folder: Path, host: str) -> None:

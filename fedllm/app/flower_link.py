@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 
 from fedllm.app.flower_wire import KIND, Head, from_record, to_record
 from fedllm.core.errors import PayloadError
-from fedllm.engines.flare_sites import PROTOCOL, Silence
+from fedllm.engines.flare_sites import PROTOCOL, Barred, Silence
 
 log = logging.getLogger(__name__)
 FRESH = 5.0
@@ -38,9 +38,10 @@ class Life:
 class FlowerLink:
     """A SuperNode has one message at a time, so long work is fetched: the site says `pending` until it is done."""
 
-    def __init__(self, grid: Any, nodes: Mapping[str, int]) -> None:
-        """`nodes` are the sites' node ids; nobody else is talked to."""
-        self.grid, self.nodes = grid, dict(nodes)
+    def __init__(self, grid: Any, nodes: Mapping[str, int],
+                 barred: Callable[[str], str | None] = lambda site: None) -> None:
+        """`nodes` are the sites' node ids; nobody else is talked to, and none for whom `barred` has a reason."""
+        self.grid, self.nodes, self.barred = grid, dict(nodes), barred
         self.lives: dict[str, Life] = {}
         self._lock, self._post = threading.Lock(), threading.Lock()
         self._waiting: dict[str, Future[Any]] = {}
@@ -50,8 +51,8 @@ class FlowerLink:
     def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float,
              over: threading.Event | None = None) -> tuple[Head, Any]:
         """The site's answer; raises `Silence` when there is none within `seconds`, or once `over` is set."""
-        life = self.lives.get(site)
-        if head.get("op") == "probe" and life is not None and time.monotonic() - life.at < FRESH:
+        life, probe = self.lives.get(site), head.get("op") == "probe" and not self.barred(site)
+        if probe and life is not None and time.monotonic() - life.at < FRESH:
             return {"boot": life.boot}, b""
         ends, ticket = time.monotonic() + seconds, uuid.uuid4().hex
         said, data = self._trip(site, {**head, "ticket": ticket}, body, ends, over)
@@ -77,6 +78,8 @@ class FlowerLink:
         left = ends - time.monotonic()
         if left <= 0:
             raise Silence("its deadline passed")
+        if why := self.barred(site):
+            raise Barred(why)
         message = Message(to_record(head, body), dst_node_id=self.nodes[site], message_type=KIND, ttl=left + LATE)
         answer: Future[Any] = Future()
         try:

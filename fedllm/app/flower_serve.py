@@ -42,10 +42,11 @@ def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: f
 def carry_out_flower(keys: FlowerFederation, nodes: Mapping[str, int], run: Path, needed: int | None = None,
                      wait: float = 600.0, patience: Patience | None = None) -> Result:
     """A run on a SuperLink that is up, with the sites that are there once `needed` are."""
+    nodes = {site: node for site, node in nodes.items() if not keys.barred(site)}
     needed = len(nodes) if needed is None else needed
     with flower_run(keys) as grid:
         here = await_nodes(grid, nodes, needed, wait)
-        link = FlowerLink(grid, {site: nodes[site] for site in here})
+        link = FlowerLink(grid, {site: nodes[site] for site in here}, keys.barred)
         try:
             return drive_run(run, link, here, needed, patience or WAITS, kind="flower")
         finally:

@@ -33,6 +33,10 @@ class Silence(FedLLMError):
     """A site gives no answer; the message is the reason that the record keeps."""
 
 
+class Barred(Silence):
+    """Nobody may talk to this site: it was suspended, or struck off."""
+
+
 class Unsent(Silence):
     """The question never left: there was no sign of life."""
 
@@ -219,6 +223,8 @@ class Sites:
             except NotYet:
                 if left <= 0:
                     raise self._give_up(site, "it was silent until the deadline") from None
+            except Barred as why:
+                raise self._give_up(site, str(why)) from None
             except Silence:
                 failed = True
                 if ends - time.monotonic() <= 0:

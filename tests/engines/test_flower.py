@@ -13,21 +13,29 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 if importlib.util.find_spec("flwr") is None:
     pytest.skip("flwr is not installed (pip install 'fedllm[flower]')", allow_module_level=True)
 
 from fedllm.app import flower_wire as wire
+from fedllm.app.cli import app
 from fedllm.app.federate_loopback import events, until
 from fedllm.app.flower_desk import Desk
 from fedllm.app.flower_join import join_flower
-from fedllm.app.flower_keys import FlowerFederation, add_flower_sites, new_flower_federation
+from fedllm.app.flower_keys import (
+    FlowerFederation,
+    add_flower_sites,
+    new_flower_federation,
+    restore_flower_site,
+    suspend_flower_site,
+)
 from fedllm.app.flower_link import FlowerLink
 from fedllm.app.flower_loopback import flower_loopback
 from fedllm.app.flower_superlink import FromHere
 from fedllm.app.run import run
 from fedllm.core.errors import PayloadError, RecipeError, RunError
-from fedllm.engines.flare_sites import PROTOCOL, Silence
+from fedllm.engines.flare_sites import PROTOCOL, Patience, Silence, Sites
 
 SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
 CASES = {
@@ -188,11 +196,41 @@ def test_the_link_gives_up_at_the_deadline_and_when_nobody_waits(line):
         assert time.monotonic() - started < 5
 
 
+def test_nothing_is_sent_to_a_barred_site_and_rounds_do_not_wait_for_it(line):
+    link, post, slow = line
+    barred = {}
+    link.barred = barred.get
+    sites = Sites(link, ["site-a"], Patience(every=0.1, grace=60.0))
+    threading.Timer(0.3, lambda: barred.update({"site-a": "it is suspended"})).start()
+    started = time.monotonic()
+    for _ in range(2):  # in the middle of its work, and then before it is asked
+        with pytest.raises(Silence, match="it is suspended"):
+            sites.ask("site-a", {"op": "ask", "protocol": PROTOCOL}, b"", 60.0)
+    sent = len(post.ops)
+    assert sites.probe("site-a") is None and len(post.ops) == sent and time.monotonic() - started < 10
+    barred.clear()
+    slow.go.set()
+    assert bytes(sites.ask("site-a", {"op": "ask", "protocol": PROTOCOL}, b"", 20.0)[1]) == b"done"
+
+
 def test_a_process_started_again_in_the_middle_of_work_is_said(line):
     link, post, slow = line
     threading.Timer(0.3, lambda: post.desks.update({7: Desk(lambda head: (slow, {}), hold=0.1)})).start()
     with pytest.raises(Silence, match="was started again in the middle of its work"):
         link.call("site-a", {"op": "ask", "protocol": PROTOCOL}, b"", 20)
+
+
+def test_a_suspended_site_may_come_back_and_a_revoked_one_may_not(tmp_path):
+    made = new_flower_federation(tmp_path / "keys", ["site-a", "site-b"], "localhost", 9999)
+    words = ["--federation", str(made.folder)]
+    for what, why in (("suspend", "it is suspended"), ("restore", None), ("revoke", "it is struck off")):
+        assert CliRunner().invoke(app, ["keys", what, "site-b", *words]).exit_code == 0
+        assert made.barred("site-b") == why and made.barred("site-a") is None
+    assert list(made.spec["sites"]) == ["site-a"] and not (made.folder / "kits" / "site-b").exists()
+    with pytest.raises(RecipeError, match="not taken or revoked"):
+        add_flower_sites(made.folder, ["site-b"])
+    with pytest.raises(RecipeError, match=r"'site-b' is no site of .*; it has site-a"):
+        suspend_flower_site(made.folder, "site-b")
 
 
 def test_keys_are_private_and_what_is_wrong_is_said(tmp_path):
@@ -311,6 +349,26 @@ def test_a_site_killed_at_work_under_fedbuff_blocks_nobody(rig):
     assert not trouble and far.skipped == [] and far.rounds == 20 and missing(far.folder) <= {"site-c"}
     assert sum(far.reports["FedBuff"]["answers"].values()) == 40
     assert all(e["seconds"] < 60 for e in events(far.folder, "round"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_site_is_suspended_and_restored_while_a_run_goes_on(rig):
+    spec = rig.recipe("fedavg", name="barred", rounds=30, clients={"quorum": 2},
+                      evaluate={"exact_match": False, "samples": 0, "clients": False})
+
+    def bar():
+        folder = until(lambda: next((p for p in (rig.folder / "far").glob("barred*") if events(p, "round")), None))
+        suspend_flower_site(rig.keys.folder, "site-c")
+        until(lambda: "site-c" in missing(folder), 60)
+        restore_flower_site(rig.keys.folder, "site-c")
+
+    trouble, start = beside(bar)
+    start()
+    far = rig.run(spec)
+    assert not trouble and far.skipped == [] and missing(far.folder) == {"site-c"}
+    assert any("it is suspended" in e["why"] for e in events(far.folder, "missing"))
+    assert [e for e in events(far.folder, "back") if e["client"] == "site-c"]
 
 
 @pytest.mark.slow
