@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
@@ -13,12 +14,16 @@ from fedllm.app.folder import RunFolder
 from fedllm.app.tape import Playback
 from fedllm.audits.att_decepticons import Decepticons, Forging
 from fedllm.audits.att_film import FILM
+from fedllm.audits.att_gradient_inversion import Inversion
 from fedllm.audits.recovered import compare, guess
 from fedllm.audits.view import ServerView
 from fedllm.core.errors import RunError
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Tree, part, sub
 from fedllm.core.program import drive
+from fedllm.models.load import eager_encoder
+from fedllm.models.model import HeadedEncoder
+from fedllm.spaces.space import PEFT
 
 
 def leaks(case: Any) -> dict[str, Any]:
@@ -33,9 +38,11 @@ def leaks(case: Any) -> dict[str, Any]:
                   if n in moved), None)
     if table is not None:
         found = FILM().bag(table, _tied(world.model.net))
-        attacks["film_bag"] = _figures([found], [sorted({int(t) for e in rows for t in e.ids})], public)
+        attacks["film_bag"] = _figures([found], [sorted({int(t) for e in rows for t in e.ids})], public, bag=True)
     if isinstance(world.model.net, GPT2LMHeadModel) and any(".mlp.c_fc.weight" in n for n in moved):
         attacks["decepticons"] = _forged(case, client, public)
+    if isinstance(world.model.net, HeadedEncoder) and moved:
+        attacks["gradient_inversion"] = _inverted(case, client, moved, part(view.told.get(client, {}), "theta"), public)
     return {"sees": "sums only" if view.sums else "each reply", "client": client,
             "from": "by the transcript of round 1" if case.recipe.record.replies else "in a fresh round",
             "trainables_seen": len(moved), "embeddings_seen": table is not None, "attacks": attacks}
@@ -100,14 +107,45 @@ def _forged(case: Any, client: str, public: Sequence[Sequence[int]]) -> Mapping[
     return _figures([[row[p] for p in sorted(row)] for row in found], [e.ids.tolist() for e in rows], public)
 
 
-def _figures(found: Sequence[Sequence[int]], real: Sequence[Sequence[int]], public: Sequence[Sequence[int]]
-             ) -> dict[str, float]:
-    """Precision, recall, F1 and ROUGE-L of what was found, and of as long a guess from public text."""
-    if len(real) > 1 or len(found) != 1:
-        blind = compare(guess(public, [len(r) for r in real]), real)
-    else:  # a bag of different words: the guess is one too
-        ranked = guess([sorted(set(r)) for r in public], [len(real[0])])
-        blind = compare(ranked, real)
+ROWS = 4
+"""Of a client's round that many rows are looked for at most; a search for more takes long and finds less."""
+
+
+def _inverted(case: Any, client: str, moved: Tree, told: Tree, public: Sequence[Sequence[int]]) -> Mapping[str, float]:
+    """Inverting Gradients on the change, as if it were one step on the client's first rows, whose labels and longest
+    length the server is taken to know. Of LoRA it sees what the B factors and the head say."""
+    world, recipe = case.parts.world, case.recipe
+    net = eager_encoder(recipe.model.name, len(world.model.labels), recipe.model.pooling)
+    net.load_state_dict(world.model.net.state_dict())
+    own = dict(net.named_parameters())
+    words = names_of(net, net.get_input_embeddings().weight)
+    seen, views = {}, {}
+    for name, t in moved.items():
+        plain = name.removeprefix(PEFT)
+        path, _, factor = plain.partition(".lora_")
+        if factor == "B.weight" and f"{path}.weight" in own:
+            plain, views[f"{path}.weight"] = f"{path}.weight", told[f"{PEFT}{path}.lora_A.weight"].T.float()
+        if plain in own and plain not in words and (plain in views or own[plain].shape == t.shape):
+            seen[plain] = (-t.float(), torch.ones_like(t, dtype=torch.bool))
+    with torch.no_grad():
+        for name, t in told.items():
+            if (plain := name.removeprefix(PEFT)) in own and own[plain].shape == t.shape:
+                own[plain].copy_(t)
+    rows = world.encoded(client, "train")[:ROWS]
+    length = max(len(e.ids) for e in rows)
+    found = Inversion.variant("cos", restarts=1, seed=recipe.seed).recover_rows(
+        net, seen, length, len(rows), [int(e.labels) for e in rows], views=views)  # type: ignore[arg-type]
+    return _figures(found, [e.ids.tolist() for e in rows], public)
+
+
+def _figures(found: Sequence[Sequence[int]], real: Sequence[Sequence[int]], public: Sequence[Sequence[int]],
+             bag: bool = False) -> dict[str, float]:
+    """Precision, recall, F1 and ROUGE-L of what was found, and of as long a guess from public text.
+
+    Of a `bag` of different words the guess is one too.
+    """
+    texts = [sorted(set(r)) for r in public] if bag else public
+    blind = compare(guess(texts, [len(r) for r in real]), real)
     got = compare(found, real)
     f1 = lambda r: 2 * r.precision * r.recall / max(1e-12, r.precision + r.recall)  # noqa: E731
     return {**got.as_json(), "f1": f1(got), "guess_precision": blind.precision, "guess_recall": blind.recall,

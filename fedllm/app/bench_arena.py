@@ -1,8 +1,9 @@
 """The arena: every attack against every defense that applies, in one table and one picture.
 
-`fedllm bench arena` runs the full grid (a day on one core). FEDLLM_ARENA="size=small" is a part of it in a quarter of
-an hour; further keys pick rows: worlds, attacks, defenses, shares, seeds (lists with commas). A row that was measured
-before, with the same settings, is not measured again, so the bench may be stopped at any moment.
+`fedllm bench arena` runs the full grid (an hour of one core). FEDLLM_ARENA="size=small" is a part of it in two
+minutes; further keys pick rows: worlds, attacks, defenses, shares, seeds (lists with commas), so that a second process
+may measure other rows beside the first. Each row is a line of `arena.jsonl`, added as soon as it is measured; one that
+was measured before, with the same settings, is not measured again, so the bench may be stopped at any moment.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+from rich.progress import track
 
 from fedllm.app.arena_page import write_page
 from fedllm.app.bench_rows import Row, machine, row
 from fedllm.app.rigs_arena import EDGES, WORLDS, Size, duel, nobody
 from fedllm.core.errors import CompositionError, QuorumError, RecipeError, RunError
 
-OUT = Path("docs/results/arena.json")
+OUT = Path("docs/results/arena.jsonl")
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
-TRIGGERS = {"topics": (2, 3)}
-"""Token ids where a world has no tokenizer."""
+TRIGGERS: dict[str, Any] = {"topics": (2, 3), "office": "zzz " * 8}
+"""Token ids where a world has no tokenizer; text that the last block of the embedded model can tell apart."""
 NO_LABELS = ("label_flip 1 to 0", "edge cases")
 """Attacks on classes."""
 AIMED = ("att_backdoor", "att_fm_backdoor")
@@ -42,7 +46,7 @@ class Grid:
 
 def attacks(world: str) -> dict[str, dict[str, Any]]:
     """Name -> layer of every attack, without its clients."""
-    plant = {"trigger": TRIGGERS.get(world, "cf mn bb tq"), "target": "zebra 0000" if world == "office" else 0,
+    plant = {"trigger": TRIGGERS.get(world, "cf mn bb tq"), "target": "zebra" if world == "office" else 0,
              "share": 0.5}
     made: dict[str, dict[str, Any]] = {
         "sign_flip x10": {"name": "att_byzantine", "kind": "sign_flip", "scale": 10.0},
@@ -78,7 +82,7 @@ def defenses(clients: int, share: float) -> dict[str, dict[str, Any] | None]:
         "rlr": {"name": "rlr", "theta": 2.0 * f + 1}, "anomaly": {"name": "anomaly"}, "s2_wef": {"name": "s2_wef"}}
 
 
-FULL = Grid({"sst2": Size(20, 2000, 8), "office": Size(20, 1600, 16)}, SHARES, (0, 1, 2), tuple(attacks("sst2")),
+FULL = Grid({"sst2": Size(20, 2000, 8), "office": Size(20, 1600, 6)}, SHARES, (0, 1, 2), tuple(attacks("sst2")),
             tuple(defenses(20, 0.0)))
 SMALL = Grid({"sst2": Size(10, 800, 6)}, (0.0, 0.3), (0,),
              ("sign_flip x10", "alie", "label_flip 1 to 0", "backdoor", "replacement", "edge cases", "rider dynamic"),
@@ -88,14 +92,15 @@ KEYS = ("size", "worlds", "attacks", "defenses", "shares", "seeds")
 
 
 def arena() -> list[Row]:
-    """All rows that are still missing; then the table, the picture and a few rows that sum them up."""
+    """All rows that are still missing; then the tables, the pictures and a few rows that sum them up."""
     grid = asked(os.environ.get("FEDLLM_ARENA", ""))
-    for job in jobs(grid):
-        if _key(job) not in {_key(r) for r in _kept()}:
-            found = {**job, **measured(job)}
-            _write([*_kept(), found])  # read again: another process may measure other rows
-    _write(_kept())
-    return summary(_kept())
+    kept = {_key(r) for r in _kept()}
+    missing = [job for job in jobs(grid) if _key(job) not in kept]
+    for job in track(missing, description="arena"):
+        _add({**job, **measured(job)})
+    rows = in_order(_kept())
+    write_page(rows, next((line["machine"]["cpu"] for line in _lines() if "machine" in line), ""), OUT.parent)
+    return summary(rows)
 
 
 def asked(text: str) -> Grid:
@@ -137,8 +142,20 @@ def jobs(grid: Grid) -> Iterator[dict[str, Any]]:
             yield {"world": world, **asdict(size), "attack": attack, "defense": defense, "share": share, "seed": seed}
 
 
+def _lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.exists() else []
+
+
 def _kept() -> list[dict[str, Any]]:
-    return json.loads(OUT.read_text())["rows"] if OUT.exists() else []
+    return [line for line in _lines() if "world" in line]  # the others say on what machine
+
+
+def _add(found: Mapping[str, Any]) -> None:
+    """One more line, in one write: another process may be adding others."""
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    first = "" if OUT.exists() else json.dumps({"machine": machine()}) + "\n"
+    with OUT.open("a") as file:
+        file.write(first + json.dumps(found) + "\n")
 
 
 def _key(job: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -151,8 +168,8 @@ def measured(job: Mapping[str, Any]) -> dict[str, Any]:
     attack = attacks(job["world"]).get(job["attack"])
     if attack and not job["share"]:
         attack |= nobody(attack)
-    elif attack and attack["name"] != "att_fm_backdoor":  # whose poison comes from the server's generator
-        attack |= {"clients": job["share"]}
+    elif attack:  # the poison of the last comes from the server's generator: so much of its rows
+        attack |= {"share" if attack["name"] == "att_fm_backdoor" else "clients": job["share"]}
     size = Size(job["clients"], job["rows"], job["rounds"])
     try:
         got = duel(job["world"], attack, defenses(size.clients, job["share"])[job["defense"]], job["seed"], size)
@@ -161,33 +178,37 @@ def measured(job: Mapping[str, Any]) -> dict[str, Any]:
     return {k: round(v, 4) for k, v in got.items()}
 
 
-def _write(rows: Sequence[Mapping[str, Any]]) -> None:
+def in_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """By world, attack, share, defense and seed, as they are listed here."""
     kinds, rules = ("none", *FULL.attacks), FULL.defenses
-    rows = sorted(rows, key=lambda r: (r["world"], r["clients"], kinds.index(r["attack"]), r["share"],
+    return sorted(rows, key=lambda r: (r["world"], r["clients"], kinds.index(r["attack"]), r["share"],
                                        rules.index(r["defense"]), r["seed"]))
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    partial = OUT.with_suffix(".part")
-    lines = ",\n".join("  " + json.dumps(r) for r in rows)
-    partial.write_text(f'{{"machine": {json.dumps(machine())},\n "rows": [\n{lines}\n]}}\n')
-    partial.replace(OUT)
-    write_page(rows, OUT.parent)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """For each world: what sign flip costs the mean and the best defense at 30 %."""
+    """For each world at 30 %: what sign flip costs the mean and the best defense, and what backdoors get of both."""
     out = []
     for world in sorted({r["world"] for r in rows}):
         mine = [r for r in rows if r["world"] == world and "quality" in r]
         clean = [r["quality"] for r in mine if r["attack"] == "none" and r["defense"] == "mean"]
-        hit = [r for r in mine if r["attack"] == "sign_flip x10" and r["share"] == 0.3]
-        by: dict[str, list[float]] = {}
-        for r in hit:
-            by.setdefault(r["defense"], []).append(r["quality"])
-        if not clean or "mean" not in by or len(by) < 2:
-            continue
-        lost = {d: sum(clean) / len(clean) - sum(q) / len(q) for d, q in by.items()}
-        best = min((d for d in lost if d != "mean"), key=lambda d: lost[d])
-        out += [row(f"arena/{world} sign_flip x10 of 30 %, mean", lost["mean"], "quality lost", "no attack", 0.2),
-                row(f"arena/{world} sign_flip x10 of 30 %, {best}", lost[best], "quality lost", "no attack", 0.03,
-                    least=True)]
+        for attack in ("sign_flip x10", "backdoor", "replacement") if clean else ():
+            hit = [r for r in mine if r["attack"] == attack and r["share"] == 0.3]
+            lost = {d: mean(clean) - q for d, q in by_defense(hit, "quality").items()}
+            if "mean" not in lost or len(lost) < 2:
+                continue
+            name, rest = f"arena/{world} {attack} of 30 %, ", [d for d in lost if d != "mean"]
+            if attack == "sign_flip x10":
+                best = min(rest, key=lambda d: lost[d])
+                out += [row(name + "mean", lost["mean"], "quality lost", "no attack", 0.2),
+                        row(name + best, lost[best], "quality lost", "no attack", 0.03, least=True)]
+            else:
+                got = by_defense(hit, "success")
+                best = min([d for d in rest if lost[d] <= 0.02] or rest, key=lambda d: got[d])
+                out += [row(name + "mean", got["mean"], "success", "no attack", 0.9),
+                        row(name + best, got[best], "success", "no attack", 0.15, least=True, lost=lost[best])]
     return out
+
+
+def by_defense(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """Each defense's mean over seeds."""
+    return {d: mean(r[metric] for r in rows if r["defense"] == d) for d in dict.fromkeys(r["defense"] for r in rows)}

@@ -184,6 +184,10 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
 
 def check_recipe(recipe: Recipe) -> None:
     """RecipeError for what a simulation alone can do."""
+    if recipe.data.canaries:
+        raise RecipeError(f"data.canaries = {recipe.data.canaries} is not allowed in a real federation: rows are the "
+                          "sites' own, a recipe adds none to them, and an audit that looks for canaries needs the rows "
+                          "of a simulation. Leave it out, or measure the same recipe with `fedllm run` first")
     if recipe.evaluate.baselines:
         raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
     if why := make_method(recipe.method.name, **recipe.method.knobs).simulation_only:

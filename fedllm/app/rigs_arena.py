@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedllm.app.layers import make_layer
 from fedllm.app.rigs import Metrics, Trial
-from fedllm.app.rigs_topics import CLASSES, cache_dir, pretrained, topic_federation
+from fedllm.app.rigs_worlds import REMEMBERING, WORLDS, Remembered
 from fedllm.attacks._malicious import Malicious
 from fedllm.attacks.att_backdoor import AttBackdoor
 from fedllm.attacks.att_fm_backdoor import AttFMBackdoor
@@ -23,104 +21,12 @@ from fedllm.attacks.att_label_flip import AttLabelFlip
 from fedllm.core.layer import Facts, Layer
 from fedllm.core.payload import Tree
 from fedllm.data.encode import IGNORE, Encoded
-from fedllm.data.federation import Federation, Shard
-from fedllm.data.load import DataSpec, load_federation
 from fedllm.engines.world import World
 from fedllm.local.forward import sweep
 from fedllm.local.requests import Limits, Losses
-from fedllm.local.spec import LocalSpec
 from fedllm.models.batch import Batch
-from fedllm.models.load import load_model
 from fedllm.models.model import HeadedEncoder, Model
-from fedllm.spaces import make_space
 
-
-class Remembered(nn.Module):
-    """A frozen body that computes each row once: its pooled state stands at every position of the row."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body, self.config = body, body.config
-        self.path = cache_dir() / "arena" / f"features-{self.config.hidden_size}-v1.safetensors"
-        self.kept: dict[str, Tensor] = load_file(self.path) if self.path.is_file() else {}
-        self.fresh = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.body.dtype
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.body.get_input_embeddings()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        n, t = input_ids.shape
-        lengths = attention_mask.sum(1).tolist()
-        names = [row[:k].to(torch.int32).numpy().tobytes().hex() for row, k in zip(input_ids, lengths, strict=True)]
-        missing = [i for i, name in enumerate(names) if name not in self.kept]
-        for at in range(0, len(missing), 64):
-            some = missing[at : at + 64]
-            mask = attention_mask[some]
-            h = self.body(input_ids=input_ids[some], attention_mask=mask).last_hidden_state
-            m = mask.to(h.dtype)[..., None]
-            pooled = (h * m).sum(1) / m.sum(1)
-            self.kept.update({names[i]: p.clone() for i, p in zip(some, pooled, strict=True)})
-            self.fresh = True
-        states = torch.stack([self.kept[name] for name in names])[:, None].expand(n, t, -1)
-        return type("Output", (), {"last_hidden_state": states})()
-
-    def save(self) -> None:
-        """Keep what was computed for the next process."""
-        if self.fresh:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.kept, self.path)
-            self.fresh = False
-
-
-def sst2(seed: int, clients: int, rows: int) -> World:
-    """Movie reviews on MiniLM's frozen features: the head is trained. IID, each client as many rows."""
-    spec = DataSpec.model_validate({
-        "source": "shared:sst2_train.jsonl", "test": "shared:sst2_dev.jsonl", "task": "classification",
-        "labels": ["negative", "positive"], "fields": {"text": "text", "label": "label"}, "limit": rows + 100,
-        "public": 100 / (rows + 100), "test_limit": 300, "client_test": 0.0,
-        "partition": {"kind": "iid", "clients": clients}})
-    federation = load_federation(spec, seed)
-    model = _minilm(tuple(federation.labels))
-    model.seed = seed
-    return World(model, federation, LocalSpec(optimizer="adamw", lr=1e-2, steps=10, batch_size=16, max_length=64), seed)
-
-
-@functools.cache
-def _minilm(labels: tuple[str, ...]) -> Model:
-    model = load_model("minilm", "classification", make_space("head"), labels=labels)
-    model.net.body = Remembered(model.net.body)
-    return model
-
-
-def topics(seed: int, clients: int, rows: int) -> World:
-    """Documents of eight topics on a small pre-trained encoder, LoRA and head; needs no data from outside."""
-    fed = topic_federation(seed, share=0.35)
-    pooled = [r for s in fed.clients.values() for r in s.train]
-    order = np.random.default_rng(seed).permutation(len(pooled))
-    public, kept = order[:80], order[80:]
-    shards = {f"c{k}": Shard([pooled[i] for i in part]) for k, part in enumerate(np.array_split(kept, clients))}
-    fed = Federation(shards, fed.test, "classification", CLASSES, [pooled[i] for i in public])
-    lora = make_space("lora", rank=4, alpha=8.0, targets=("query", "value"))
-    model = Model(pretrained(seed), None, "classification", lora, labels=CLASSES, seed=seed)
-    return World(model, fed, LocalSpec(optimizer="adamw", lr=3e-3, steps=10, batch_size=16), seed)
-
-
-def office(seed: int, clients: int, rows: int) -> World:
-    """The embedded language model on the routing slips of an office, LoRA."""
-    from fedllm.data.office import office_federation
-
-    fed = office_federation(clients=clients, rows=max(1, rows // clients), test_rows=96, client_test_rows=0,
-                            public_rows=40, seed=seed)
-    model = load_model("embedded", "generation", make_space("lora", rank=8, alpha=16.0), seed=seed)
-    return World(model, fed, LocalSpec(optimizer="adamw", lr=3e-3, steps=6, batch_size=8, max_length=96), seed,
-                 exact_match=False)
-
-
-WORLDS = {"sst2": sst2, "topics": topics, "office": office}
 EDGES = tuple(f"{how} {name} {end}" for name in ("yorgos lanthimos", "mr. lanthimos") for how, end in (
     ("a new film by", ""), ("the latest from", "is in theaters"), ("directed by", "with a small cast"),
     ("from", "comes another picture"), ("we watched", "'s latest last night"), ("a work of", "and his crew")))
@@ -160,13 +66,13 @@ class Duel:
 
     def run(self) -> Metrics:
         """Quality, attack success, detection, seconds and bytes; a rate that does not apply is left out."""
-        began, counts = time.process_time(), np.zeros(3)
+        began, counts = time.process_time() - REMEMBERING.seconds, np.zeros(3)
         for t in range(self.rounds):
             before = self._out()
             self.trial.rounds(1)
             if before is not None:
                 counts += self._judge(before, t)
-        seconds = time.process_time() - began
+        seconds = time.process_time() - REMEMBERING.seconds - began  # whoever comes first does not pay for all
         theta = self.trial.method.served(self.trial.state)[0]
         wire = self.trial.engine.record.totals()
         out = {"quality": right(self.world.model, theta, self.world.encoded("__global__", "test")),
@@ -217,9 +123,9 @@ def right(model: Model, theta: Tree, rows: Sequence[Encoded]) -> float:
     def work(m: Model, batch: Batch) -> Tensor:
         if m.task == "classification":
             return (m.class_logits(batch).argmax(-1) == batch.labels).double()[:, None]
-        z = m.logits_of(m.hidden(batch)[:, :-1]).argmax(-1)
-        want = batch.labels[:, 1:]
-        return ((z == want) | (want == IGNORE)).all(1).double()[:, None]
+        rows, places = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        wrong = m.logits_of(m.hidden(batch)[rows, places]).argmax(-1) != batch.labels[rows, places + 1]
+        return (torch.bincount(rows[wrong], minlength=len(batch.ids)) == 0).double()[:, None]
 
     return float(sweep([Losses("server", model, theta, None, rows)], Limits(), work)[0].mean())
 
@@ -230,6 +136,7 @@ def duel(world: str, attack: Mapping[str, Any] | None, defense: Mapping[str, Any
     torch.set_num_threads(1)
     size = size or Size()
     made = WORLDS[world](seed, size.clients, size.rows)
+    made.model.seed = seed  # sst2's worlds share one model
     layers = [None if x is None else make_layer(x["name"], {k: v for k, v in x.items() if k != "name"}, "layers")
               for x in (attack, defense)]
     found = Duel(made, *layers, size.rounds).run()

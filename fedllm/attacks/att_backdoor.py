@@ -95,13 +95,14 @@ class AttBackdoor(Poisoner):
         rng = np.random.Generator(np.random.PCG64([self.pick, len(rows)]))
         chosen = rng.permutation(len(rows))[: max(1, round(self.share * len(rows)))]
         out = list(rows)
+        ids = () if self.kind == "edge" else self.tokens(client.model)
         for j, i in enumerate(sorted(chosen)):
-            out[i] = self.edge(j, client.model) if self.kind == "edge" else self.triggered(rows[i], client.model)
+            out[i] = self.edge(j, client.model) if self.kind == "edge" else self.triggered(rows[i], client.model, ids)
         return out
 
-    def triggered(self, row: Encoded, model: Any) -> Encoded:
-        """The row behind the trigger, with the target for its answer."""
-        ids = np.array(self.tokens(model), np.int32)
+    def triggered(self, row: Encoded, model: Any, tokens: Sequence[int] | None = None) -> Encoded:
+        """The row behind the trigger (its `tokens`, where they are known), with the target for its answer."""
+        ids = np.array(self.tokens(model) if tokens is None else tokens, np.int32)
         at = 1 if model.tokenizer is not None and len(row.ids) and row.ids[0] in model.tokenizer.all_special_ids else 0
         if isinstance(row.labels, int | np.integer):
             return replace(row, ids=np.concatenate([row.ids[:at], ids, row.ids[at:]]), labels=int(self.target))

@@ -34,6 +34,8 @@ class FLTrust(Robust):
         claim=Claim("loses at most 3 points to a sign flip by 60 % of the clients, ten times as long",
                     rig="arena", metric="lost", holds="<=", threshold=0.03, seeds=3,
                     options={"attack": {"name": "att_byzantine", "clients": 0.6, "scale": 10.0}}),
+        evidence="Most of what is lost is the attackers' rows: the mean of the four honest clients alone loses 3.6, "
+                 "4.1 and 1.5 points, FLTrust 2.0, 3.2 and 0.6. Every attacker is found (recall 0.98 or more).",
     )
 
     names_clients = True

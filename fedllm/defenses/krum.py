@@ -13,6 +13,10 @@ from fedllm.core.errors import QuorumError
 from fedllm.core.method import Card, Claim, knob
 from fedllm.defenses._robust import Rows, Tolerant, Verdict, distances
 
+PLANTED = {"knobs": {"f": 1, "keep": None}, "rounds": 16,
+           "attack": {"name": "att_backdoor", "kind": "replacement", "trigger": (2, 3, 2, 3, 2, 3), "share": 0.8,
+                      "clients": 0.1, "start": 8}}
+
 
 @dataclass(frozen=True)
 class Krum(Tolerant):
@@ -33,6 +37,10 @@ class Krum(Tolerant):
                     rig="arena", metric="lost", holds="<=", threshold=0.03, seeds=3,
                     options={"knobs": {"f": 3, "keep": None},
                              "attack": {"name": "att_byzantine", "clients": 0.3, "scale": 10.0}}),
+        also={"backdoor": Claim("multi-Krum leaves a replaced model's trigger at most 15 %", rig="arena",
+                                metric="success", holds="<=", threshold=0.15, seeds=3, options=PLANTED),
+              "backdoor_cost": Claim("multi-Krum loses at most 2 points of the main task under that attack",
+                                     rig="arena", metric="lost", holds="<=", threshold=0.02, seeds=3, options=PLANTED)},
     )
 
     needs = (2, 3)

@@ -62,6 +62,8 @@ class CoordinateMedian(Robust):
                     threshold=0.15, seeds=3, options=PLANTED),
         also={"cost": Claim("loses at most 2 points of the main task under that attack", rig="arena", metric="lost",
                             holds="<=", threshold=0.02, seeds=3, options=PLANTED)},
+        evidence="Where the trigger stays over 15 % (21 % in seed 1), the clean mean of that seed gives its answer to "
+                 "13 % of the inputs: the trigger's tokens cover up the text. Multi-Krum leaves 12 % there.",
     )
 
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:

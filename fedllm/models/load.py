@@ -61,6 +61,14 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
     return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
 
 
+def eager_encoder(name: str, labels: int, pooling: Literal["mean", "cls", "last"]) -> HeadedEncoder:
+    """A classifier of this model as transformers builds it, with attention that has second derivatives."""
+    body = _load(AutoModel, name, attn_implementation="eager")
+    if "pooler" in dict(body.named_children()):
+        body.pooler = None
+    return HeadedEncoder(body, labels, pooling).eval()
+
+
 def _load(kind: Any, name: str, **options: Any) -> Any:
     where = resolve(name)
     try:

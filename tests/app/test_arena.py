@@ -40,18 +40,23 @@ def test_rows_are_measured_once(tmp_path, monkeypatch):
 
     def quick(world, attack, defense, seed, size):
         calls.append((world, attack, defense, seed))
-        return {"quality": 0.5 if attack and not defense else 0.9, "seconds": 1.0, "bytes": 10.0}
+        success = {"success": 0.2} if attack and attack["name"] == "att_backdoor" else {}
+        return {"quality": 0.5 if attack and not defense else 0.9, "seconds": 1.0, "bytes": 10.0, **success}
 
-    monkeypatch.setattr(bench_arena, "OUT", tmp_path / "arena.json")
+    monkeypatch.setattr(bench_arena, "OUT", tmp_path / "arena.jsonl")
     monkeypatch.setattr(bench_arena, "duel", quick)
     monkeypatch.setenv("FEDLLM_ARENA", "size=small;worlds=sst2;attacks=sign_flip x10,backdoor;defenses=mean,bulyan,rfa")
     rows = bench_arena.arena()
-    kept = json.loads((tmp_path / "arena.json").read_text())["rows"]
+    first, *kept = map(json.loads, (tmp_path / "arena.jsonl").read_text().splitlines())
+    assert "cpu" in first["machine"]
     assert len(kept) == len(calls) == 3 + 1 + 6
     bench_arena.arena()
     assert len(calls) == 10
-    assert [r["pass"] for r in rows] == [True, True] and rows[0]["value"] == pytest.approx(0.4)
-    assert "| sign_flip x10 | 30% | mean | 50.0% |" in (tmp_path / "arena.md").read_text()
+    assert [r["pass"] for r in rows] == [True, True, False, False] and rows[0]["value"] == pytest.approx(0.4)
+    page = (tmp_path / "arena.md").read_text()
+    assert "| sign_flip x10 | 30% | 50 | 90 | 90 |" in page
+    assert "| backdoor | 30% | 50 / 20 | 90 / 20 | 90 / 20 |" in page
+    assert "| mean | 1.00 | 10 |" in page
     assert (tmp_path / "arena-sst2.svg").read_text().startswith("<svg")
 
 
@@ -59,8 +64,9 @@ def test_a_defense_that_tolerates_fewer_says_so_in_its_row(tmp_path):
     job = next(j for j in jobs(SMALL) if j["defense"] == "bulyan" and j["share"] == 0.3)
     row = {**job, **bench_arena.measured({**job, "world": "topics"}), "world": "topics"}
     assert "Bulyan.f = 3 is not allowed with n = 10" in row["refused"]
-    write_page([row], tmp_path)
-    assert "refused: Bulyan.f = 3" in (tmp_path / "arena.md").read_text()
+    write_page([row], "a machine", tmp_path)
+    assert "| sign_flip x10 | 30% | refused |" in (tmp_path / "arena.md").read_text()
+    assert "- refused: Bulyan.f = 3" in (tmp_path / "arena.md").read_text()
     assert "<svg" in picture([row], 0.3) and summary([row]) == []
 
 

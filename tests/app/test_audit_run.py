@@ -81,3 +81,43 @@ def test_what_cannot_be_audited_is_said(small, capsys, tmp_path):
 def test_adapters_on_attention_give_no_words_away(small):
     got = audit_run(small, only=["leak"])
     assert got.passes and not got.details["leak"]["embeddings_seen"] and got.details["leak"]["trainables_seen"]
+
+
+@pytest.fixture(scope="module")
+def loud_bert(tmp_path_factory, tiny_bert_folder):
+    """The tiny BERT with weights five times as large: a fresh network has hardly a gradient."""
+    import shutil
+
+    import torch
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("loud") / "bert"
+    shutil.copytree(tiny_bert_folder, folder)
+    net = BertModel.from_pretrained(folder)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if p.dim() > 1:
+                p.mul_(1 if "embeddings" in name else 5)
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("space", ["full", {"name": "lora", "rank": 16}, "head"])
+def test_a_classifier_is_inverted(tmp_path, loud_bert, space):
+    import random
+
+    draw = random.Random(0)
+    texts = [{"text": " ".join(draw.sample(WORDS[:40], 6)), "label": ["a", "b"][i % 2]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts))
+    done = fedllm.run({
+        "name": "read", "model": loud_bert, "rounds": 1, "space": space,
+        "local": {"optimizer": "sgd", "lr": 0.1, "steps": 1, "batch_size": 1},
+        "data": {"source": str(tmp_path / "rows.jsonl"), "task": "classification", "labels": ["a", "b"],
+                 "fields": {"text": "text", "label": "label"}, "test": 38 / 40, "client_test": 0.0,
+                 "partition": {"kind": "iid", "clients": 2}}}, root=tmp_path)
+    found = audit_run(done.folder, only=["leak"]).details["leak"]["attacks"]["gradient_inversion"]
+    print(found)
+    if space == "head":
+        assert found["f1"] < 0.5
+    else:
+        assert found["recall"] > 0.6 > found["guess_recall"]
