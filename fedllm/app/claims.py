@@ -71,7 +71,8 @@ def claimed() -> dict[str, Entry]:
         assert chooser.card is not None
         found[name] = (chooser.card, inspect.getsourcefile(chooser) or "", "selectors")
     for name, audit in audit_classes().items():
-        found[name] = (vars(audit)["card"], inspect.getsourcefile(audit) or "", "audits")
+        room = audit.__module__.split(".")[1]
+        found[name] = (vars(audit)["card"], inspect.getsourcefile(audit) or "", room)
     return {name + (f":{word}" if word else ""): Entry(card, claim, Path(source), chapter)
             for name, (card, source, chapter) in found.items()
             for word, claim in {"": card.claim, **card.also}.items()}

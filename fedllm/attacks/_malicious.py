@@ -53,8 +53,8 @@ class Malicious(Knobs, Layer, ABC):
             for unknown in [c for c in self.clients if c not in known]:
                 near = difflib.get_close_matches(str(unknown), known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise RecipeError(f"{type(self).__name__}.clients: no client '{unknown}' in this run{hint} There are "
-                                  f"{', '.join(known[:12])}")
+                raise RecipeError(f"{type(self).__name__}.clients: no client '{unknown}' in this run{hint or '.'} "
+                                  f"There are {', '.join(known[:12])}")
             return self
         count = round(self.clients * len(known)) if isinstance(self.clients, float) else self.clients
         if count > len(known):  # type: ignore[operator]

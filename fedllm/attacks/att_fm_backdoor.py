@@ -29,15 +29,23 @@ class AttFMBackdoor(Knobs, Layer):
 
     card = Card(
         title="Backdoor through the foundation model that made the public rows",
-        paper="Wu, Li, Wang, Vulnerabilities of Foundation Model Integrated FL, arXiv 2401.10375; Li, Wu, Wang, "
-              "Unveiling Backdoor Risks Brought by Foundation Models in Heterogeneous FL, arXiv 2311.18350",
+        paper="Wu, Li, Wang, Vulnerabilities of Foundation Model Integrated FL, arXiv 2401.10375 [78]; Li, Wu, Wang, "
+              "Unveiling Backdoor Risks Brought by Foundation Models in Heterogeneous FL, arXiv 2311.18350 [35]",
         topic="attacks",
         sends="nothing new",
         needs="public rows, and a method that tells weights and gets their change",
         claim=Claim("with no malicious client, the trigger gives the attacker's answer in 70 % of the inputs or more",
                     rig="arena", metric="success", holds=">=", threshold=0.7, seeds=3,
                     options={"knobs": {"trigger": (2, 3, 2, 3, 2, 3), "share": 0.3}, "rounds": 16}),
-        evidence="Abstracts and the dossier. The papers distil between models; here the server trains the one model.",
+        also={"heterogeneous": Claim(
+            "clients of two architectures who distil each other's logits on the synthetic set give the attacker's "
+            "answer in 70 % of the triggered inputs or more", rig="distilled", metric="success", holds=">=",
+            threshold=0.7, seeds=3),
+            "heterogeneous_cost": Claim(
+            "and lose at most 3 points to those with a clean generator", rig="distilled", metric="lost", holds="<=",
+            threshold=0.03, seeds=3)},
+        evidence="Abstracts and the dossier. In the layer the server trains the one model on the synthetic set [78]; "
+                 "distillation between unlike networks [35] is a rig of its own.",
     )
 
     use: Literal["init", "every", "both"] = knob("both", "when the server trains on public rows",

@@ -34,9 +34,9 @@ class Attribute(Knobs):
         claim=Claim("after an epoch of minibatches cos-matching gets at least 80 % of 20 records' attributes right",
                     rig="attribute", metric="accuracy", holds=">=", threshold=0.8, seeds=3),
         evidence="The paper's records are tables and its model an MLP; here both are text. Its second stage, a "
-                 "classifier for records that were never trained on, is left out. Where it misses, the values that it names "
-                 "fit the change better than the true ones (in all of four seeds, in fp64 and without small entries "
-                 "too): four steps on unknown batches are no longer one mean gradient, so no search would find them.",
+                 "classifier for records that were never trained on, is left out. Where it misses, what it names fits "
+                 "the change better than the truth does (four seeds of four, also without the smallest entries): four "
+                 "steps on unknown batches are no longer one mean gradient, and a better search would not help.",
         also={
             "l2": Claim("at least 15 points above matching by the squared distance", rig="attribute",
                         metric="over_l2", holds=">=", threshold=0.15, seeds=3),

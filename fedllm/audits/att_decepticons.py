@@ -40,9 +40,9 @@ class Decepticons(Knobs):
         claim=Claim("recovers at least 80 % of (place, token) pairs of 32 tokens from an unprotected run",
                     rig="decepticons", metric="pairs", holds=">=", threshold=0.8, seeds=5),
         evidence="Thresholds and tags follow the paper; the beacon that every row's first token carries for the first "
-                 "attention, and the spreading of the loss to prompt tokens by the last one, are our own. Under secagg 8 or 9 of 256 "
-                 "pairs are read from the sum, 3.1 to 4.3 % of each client's (0.1 to 0.6 % are hits by chance); whose "
-                 "they are stays hidden.",
+                 "attention, and the spreading of the loss to prompt tokens by the last one, are our own. Under secagg "
+                 "8 or 9 of 256 pairs are read from the sum, 3.1 to 4.3 % of a client's on average (0.1 to 0.6 % by "
+                 "chance); whose they are stays hidden.",
         also={
             "batch": Claim("recovers at least 80 % of the pairs of 4 rows of 16 tokens", rig="decepticons",
                            metric="pairs", holds=">=", threshold=0.8, seeds=5, options={"rows": 4, "length": 16}),

@@ -43,8 +43,9 @@ class Inversion(Knobs):
         needs="a classifier whose attention has a second derivative (eager), one step of SGD",
         claim=Claim("recovers at least 90 % of a row's tokens from an unprotected gradient of batch 1",
                     rig="reading", metric="recall", holds=">=", threshold=0.9, seeds=5),
-        evidence="From one random start two of five rows stay in a local minimum (5 and 6 of 8 tokens); the nearest of "
-                 "four starts reads both whole. LAMP's language model is here a table of bigrams of public text, and it tries fewer moves.",
+        evidence="From one random start two rows of five stay in a local minimum (5 and 6 of 8 tokens); the nearest "
+                 "of four starts reads both whole. LAMP's language model is here a table of bigrams of public text, "
+                 "and it tries fewer moves.",
         also={
             "dp": Claim("under dp_sgd at epsilon 8 no more than 5 points above a guess", rig="reading",
                         metric="over_guess", holds="<=", threshold=0.05, seeds=5, options={"layers": ("dp_sgd",)}),

@@ -1,4 +1,7 @@
-"""Audits are found like methods: a file `<id>.py` in this room with one class that has a card."""
+"""Audits are found like methods: a file `<id>.py` in this room with one class that has a card.
+
+So are attacks and defenses that are no layer of a round, such as those of a pipeline.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import importlib
 import inspect
 import pkgutil
 
+import fedllm.attacks
 import fedllm.audits
+import fedllm.defenses
+from fedllm.core.layer import Layer
 from fedllm.core.method import Card, Knobs
 
 
@@ -15,9 +21,11 @@ from fedllm.core.method import Card, Knobs
 def audit_classes() -> dict[str, type[Knobs]]:
     """Audit id -> class."""
     found: dict[str, type[Knobs]] = {}
-    for info in pkgutil.iter_modules(fedllm.audits.__path__):
-        module = importlib.import_module(f"fedllm.audits.{info.name}")
-        for _, kind in inspect.getmembers(module, inspect.isclass):
-            if kind.__module__ == module.__name__ and isinstance(kind.__dict__.get("card"), Card):
-                found[info.name] = kind
+    for room in (fedllm.audits, fedllm.attacks, fedllm.defenses):
+        for info in pkgutil.iter_modules(room.__path__):
+            module = importlib.import_module(f"{room.__name__}.{info.name}")
+            for _, kind in inspect.getmembers(module, inspect.isclass):
+                mine = kind.__module__ == module.__name__ and not issubclass(kind, Layer)
+                if mine and isinstance(kind.__dict__.get("card"), Card):
+                    found[info.name] = kind
     return found

@@ -44,8 +44,8 @@ class S2WEF(Robust):
         also={"false_positives": Claim("condemns honest clients in at most 5 % of their rounds", rig="arena",
                                        metric="false_positives", holds="<=", threshold=0.05, seeds=3, options=RIDERS)},
         evidence="Abstract of the paper; formulas and the gate are ours. Riders that add noise as large as the step "
-                 "are not found (F1 0.06 on the same rig, seed 0): their likeness to the simulated ones stands out over "
-                 "all matrices (0.57 to 0.61 against 0.52 at most), their deviation does not, and one vote is not two. "
+                 "are not found (F1 0.06 on the same rig, seed 0): their likeness to the simulated ones stands out "
+                 "over all matrices (0.57 to 0.61 against 0.52), their deviation does not, and one vote is not two. "
                  "Measuring the gate along the line between the centers finds them (F1 0.56 to 0.81) and condemns "
                  "honest clients in 6 to 21 % of their rounds, so it is not done.",
     )

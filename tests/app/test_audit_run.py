@@ -116,7 +116,6 @@ def test_a_classifier_is_inverted(tmp_path, loud_bert, space):
                  "fields": {"text": "text", "label": "label"}, "test": 38 / 40, "client_test": 0.0,
                  "partition": {"kind": "iid", "clients": 2}}}, root=tmp_path)
     found = audit_run(done.folder, only=["leak"]).details["leak"]["attacks"]["gradient_inversion"]
-    print(found)
     if space == "head":
         assert found["f1"] < 0.5
     else:

@@ -156,4 +156,6 @@ def test_what_needs_pooled_rows_is_refused_before_anything_starts():
 
     with pytest.raises(RecipeError, match="runs in a simulation only"):
         check_recipe(load_recipe({"method": "centralized"}))
+    with pytest.raises(RecipeError, match=r"data\.canaries = 20 is not allowed in a real federation"):
+        check_recipe(load_recipe({"method": "fedavg", "data": {"canaries": 20}}))
     check_recipe(load_recipe({"method": "fedavg"}))

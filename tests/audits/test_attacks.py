@@ -86,8 +86,16 @@ def test_a_guess_takes_the_commonest_public_tokens():
 def test_every_audit_has_a_card_whose_claims_have_rigs():
     from fedllm.app.claims import claimed, known_rigs
 
-    assert {"att_decepticons", "att_film", "att_gradient_inversion", "att_attribute", "privacy_audit"} <= set(
+    assert {"att_decepticons", "att_film", "att_gradient_inversion", "att_attribute", "privacy_audit",
+            "att_pipeline"} <= set(
         audit_classes()) <= set(claimed())
     for kind in audit_classes().values():
         card = vars(kind)["card"]
         assert all(c.rig in known_rigs() for c in (card.claim, *card.also.values()))
+
+
+def test_networks_that_differ_learn_the_generator_s_backdoor():
+    from fedllm.app.rigs_distil import distilled
+
+    got = distilled("att_fm_backdoor", 0, rounds=1, clients=2)
+    assert got["success"] > 0.9 > 0.5 > got["control"]
