@@ -54,14 +54,16 @@ class Groups(Mapping[str, Rows]):
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
-            table = parquet.read_table(self.folder / "groups.parquet").combine_chunks()
+            file = parquet.ParquetFile(self.folder / "groups.parquet", pre_buffer=False)
+            index = {c: file.read(columns=[c], use_threads=False).combine_chunks()[c]
+                     for c in ("id", "shard", "offset", "rows", "bytes")}  # one by one: pages are held for one column
         except (OSError, ValueError, pa.ArrowInvalid) as error:
             raise DataError(f"{self.folder} is no folder that `fedllm group` has written, or is not whole: {error}"
                             ) from None
         self.shards = int(self.meta["shards"])
-        self.ids = table["id"].chunk(0) if table.num_rows else pa.array([], pa.string())
+        self.ids = index["id"].chunk(0) if len(index["id"]) else pa.array([], pa.string())
         self.shard, self.offset, self.rows, self.bytes = (
-            table[c].to_numpy() for c in ("shard", "offset", "rows", "bytes"))
+            index[c].to_numpy() for c in ("shard", "offset", "rows", "bytes"))
         self.starts = np.searchsorted(self.shard, np.arange(self.shards + 1))  # the index stands in the shards' order
 
     def __len__(self) -> int:
