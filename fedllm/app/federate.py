@@ -28,7 +28,7 @@ from fedllm.engines.flare_sites import Patience
 
 log = logging.getLogger(__name__)
 RESTARTS, PAUSE = 3, 5.0
-"""Times that a coordinator's process that died is started again by itself, and the seconds before."""
+"""Times in a row that a process that died is started again though the run came no round further; seconds before it."""
 
 
 def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",
@@ -65,7 +65,7 @@ def resume_serving(run: str | Path, federation: str | Path, *, needed: int | Non
 
 def _served(run: Path, keys: Federation, needed: int, wait: float, patience: Patience | None) -> Result:
     """The run's result, with a server that is started again when it dies."""
-    for start in range(RESTARTS + 1):
+    for _ in _starts(run, f"NVFlare's server (see {keys.kit('server') / 'process.log'})"):
         with server(keys) as process:
             try:
                 with admin(keys, wait, lambda: process.poll() is None) as session:
@@ -73,9 +73,26 @@ def _served(run: Path, keys: Federation, needed: int, wait: float, patience: Pat
                         _tell(session.disable_client, site)
                     return carry_out(session, run, needed, wait, patience, lambda: process.poll() is None)
             except ServerGone:
-                log.warning("NVFlare's server ended with %s; start %d of %d", process.poll(), start + 2, RESTARTS + 1)
+                log.warning("NVFlare's server ended with %s", process.poll())
+    raise AssertionError("unreachable")
+
+
+def _starts(run: Path, what: str) -> Iterator[None]:
+    """Starts of something that dies, for as long as the run gets on between them; RunError when it does not."""
+    done, vain = _rounds(run), 0
+    while True:
+        yield
+        before, done = done, _rounds(run)
+        vain = 0 if done > before else vain + 1
+        if vain > RESTARTS:
+            raise RunError(f"{what} ended {vain} times in a row, and the run came no round further")
+        log.warning("%s ended too early; it is started again (%d of %d starts without a further round)", what, vain,
+                    RESTARTS)
         time.sleep(PAUSE)
-    raise RunError(f"NVFlare's server ended {RESTARTS + 1} times; see {keys.kit('server') / 'process.log'}")
+
+
+def _rounds(run: Path) -> int:
+    return max(RunFolder.open(run).rounds(), default=0)
 
 
 class ServerGone(RunError):
@@ -88,16 +105,14 @@ def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patienc
 
     Raises ServerGone once the server itself is not `alive`.
     """
-    for start in range(RESTARTS + 1):
+    for _ in _starts(run, "the coordinator's process (see the server kit's process.log)"):
         with _while_alive(alive):
             await_sites(session, needed, wait)
             (run / FAILED).unlink(missing_ok=True)
             job = submit(session, run, needed, patience or Patience())
             if _follow(session, run, job, alive, (patience or Patience()).stalled):
                 return Result.load(run)
-        log.warning("the coordinator's process ended too early; start %d of %d", start + 2, RESTARTS + 1)
-        time.sleep(PAUSE)
-    raise RunError(f"the coordinator's process ended too early {RESTARTS + 1} times; see the server kit's process.log")
+    raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager

@@ -159,3 +159,13 @@ def test_what_needs_pooled_rows_is_refused_before_anything_starts():
     with pytest.raises(RecipeError, match=r"data\.canaries = 20 is not allowed in a real federation"):
         check_recipe(load_recipe({"method": "fedavg", "data": {"canaries": 20}}))
     check_recipe(load_recipe({"method": "fedavg"}))
+
+
+def test_what_dies_is_started_again_for_as_long_as_the_run_gets_on(tmp_path, monkeypatch):
+    rounds = iter([0, 1, 2, 3, 4, 5, 5, 5, 5, 5])
+    monkeypatch.setattr(federate, "_rounds", lambda run: next(rounds))
+    monkeypatch.setattr(federate, "PAUSE", 0.0)
+    starts = []
+    with pytest.raises(RunError, match="the server ended 4 times in a row, and the run came no round further"):
+        starts.extend(federate._starts(tmp_path, "the server"))
+    assert next(rounds, None) is None
