@@ -9,6 +9,7 @@ import urllib.request
 import pytest
 from typer.testing import CliRunner
 
+from fedllm.app import federate
 from fedllm.app.cli import app
 from fedllm.app.federate_keys import Federation, _write, revoke_site
 from fedllm.app.federate_operate import SERVING, Tally, announced, metrics, serving
@@ -165,7 +166,6 @@ def test_what_dies_is_started_again_for_as_long_as_the_run_gets_on(tmp_path, mon
     rounds = iter([0, 1, 2, 3, 4, 5, 5, 5, 5, 5])
     monkeypatch.setattr(federate, "_rounds", lambda run: next(rounds))
     monkeypatch.setattr(federate, "PAUSE", 0.0)
-    starts = []
     with pytest.raises(RunError, match="the server ended 4 times in a row, and the run came no round further"):
-        starts.extend(federate._starts(tmp_path, "the server"))
+        list(federate._starts(tmp_path, "the server"))
     assert next(rounds, None) is None
