@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same tests on every machine; set it to 0 to run them on a card
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the Hub, and its library asks again for half a minute
 
 import pytest

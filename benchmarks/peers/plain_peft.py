@@ -19,7 +19,7 @@ class PlainPeft:
         self.model, self.plans, self.lr, self.optimizer = get_peft_model(net, peft_config), plans, lr, optimizer
         for name, p in self.model.named_parameters():  # adapters stay fp32 over a bf16 base
             p.data = p.data.float() if "lora_" in name else p.data
-        self.rows = {c: torch.from_numpy(np.stack(r).astype(np.int64)) for c, r in rows.items()}
+        self.rows = {c: torch.from_numpy(np.stack(r).astype(np.int64)).to(net.device) for c, r in rows.items()}
         self.state = copy.deepcopy(get_peft_model_state_dict(self.model))
 
     def round(self) -> int:

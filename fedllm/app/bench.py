@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fedllm.app.bench_arena import arena
 from fedllm.app.bench_federation import federation
+from fedllm.app.bench_gpu import gpu
 from fedllm.app.bench_privacy import privacy
 from fedllm.app.bench_quality import quality
 from fedllm.app.bench_rows import Row, merge
@@ -29,9 +30,9 @@ from fedllm.models.kernels import keep_freed_memory
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "simulation": simulation, "aggregation": aggregation, "codec": codec_rows, "svd": svd, "scale": scale,
     "federation": federation, "privacy": privacy, "quality": quality, "arena": arena,
-    "zeroth_order": zeroth_order}
-APART = ("quality", "arena")
-"""Hours of work: only when named."""
+    "zeroth_order": zeroth_order, "gpu": gpu}
+APART = ("quality", "arena", "gpu")
+"""Hours of work, or for machines with a card: only when named."""
 OUT = Path("docs/results/bench.json")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import median
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedllm.app.bench_rows import Row, peer, row
 from fedllm.core.errors import FedLLMError
@@ -47,6 +47,7 @@ class Size:
     gate: float | None = None  # tokens per CPU-second over OpenFedLLM's
     moonshot: float | None = None
     moonshot_peft: float = 2.5
+    device: str = "cpu"
 
     @property
     def flops(self) -> float:
@@ -118,7 +119,8 @@ def net_of(size: Size, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
                          num_hidden_layers=size.layers, num_attention_heads=heads, num_key_value_heads=heads,
                          max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
                          attn_implementation="sdpa")
-    return LlamaForCausalLM(config).to(dtype)
+    with torch.device(size.device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def tokenizer_of(size: Size) -> PreTrainedTokenizerFast:
@@ -152,10 +154,11 @@ def openfedllm(size: Size, ours: Ours) -> Contender:
                                          batch_size=size.batch, max_length=size.length, lr=LR)
 
 
-def race(contenders: Mapping[str, Contender], repeats: int, floor: float = 0.4) -> dict[str, list[float]]:
-    """Tokens per CPU-second of each, turn by turn, after one warm-up round each.
+def race(contenders: Mapping[str, Contender], repeats: int, floor: float = 0.4,
+         clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
+    """Tokens per second of each, turn by turn, after one warm-up round each; `clock` tells seconds (CPU time).
 
-    A turn lasts `floor` CPU-seconds or one round, whichever is longer, so that short rounds are not lost in noise.
+    A turn lasts `floor` seconds or one round, whichever is longer, so that short rounds are not lost in noise.
     """
     for contender in contenders.values():
         contender.round()
@@ -163,10 +166,10 @@ def race(contenders: Mapping[str, Contender], repeats: int, floor: float = 0.4) 
     for _ in range(repeats):
         for name, contender in contenders.items():
             gc.collect()
-            tokens, start = 0, time.process_time()
-            while not tokens or time.process_time() - start < floor:
+            tokens, start = 0, clock()
+            while not tokens or clock() - start < floor:
                 tokens += contender.round()
-            speeds[name].append(tokens / (time.process_time() - start))
+            speeds[name].append(tokens / (clock() - start))
     return speeds
 
 

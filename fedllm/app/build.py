@@ -29,6 +29,7 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.models.load import load_model, load_tokenizer
+from fedllm.models.model import Model, Task
 from fedllm.privacy.composition import check_stack
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
@@ -141,9 +142,8 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     """The recipe's model over these rows; loads the model."""
     space, start = make_recipe_space(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
-    m, e = recipe.model, recipe.evaluate
-    model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
-                       pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
+    e = recipe.evaluate
+    model = recipe_model(recipe, space, federation.task, federation.labels)
     if start is not None:
         from fedllm.spaces.peft_io import load_adapter
 
@@ -151,6 +151,14 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     return World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
                  recipe.data.completion_only, recipe.rounds, make_fleet(recipe))
+
+
+def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str] = (),
+                 device: str | None = None) -> Model:
+    """The recipe's model with this space; `device` in the place of the recipe's."""
+    m = recipe.model
+    return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
+                      fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code)
 
 
 def make_fleet(recipe: Recipe) -> Fleet | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedllm.app.build import make_recipe_space
+from fedllm.app.build import make_recipe_space, recipe_model
 from fedllm.app.products import BASE
 from fedllm.app.recipe import Recipe, load_recipe
 from fedllm.app.result import Result
@@ -17,7 +17,6 @@ from fedllm.core.payload import Tree
 from fedllm.data.templates import template
 from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import Generate, Limits
-from fedllm.models.load import load_model
 from fedllm.models.model import Model
 from fedllm.spaces.peft_io import load_adapter
 
@@ -68,9 +67,7 @@ class Speaker:
 
 def _model(recipe: Recipe) -> Model:
     space, _ = make_recipe_space(recipe)
-    m = recipe.model
-    return load_model(m.name, "generation", space, seed=recipe.seed, dtype=m.dtype,
-                      trust_remote_code=m.trust_remote_code)
+    return recipe_model(recipe, space, "generation")
 
 
 def chat(path: str | Path, console: Console, read: Callable[[], Iterator[str]], *, temperature: float,

@@ -11,7 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedllm.app.build import Parts, bound, cohort_size, compose, heard_by, make_layers, make_recipe_space
+from fedllm.app.build import (
+    Parts,
+    bound,
+    cohort_size,
+    compose,
+    heard_by,
+    make_layers,
+    make_recipe_space,
+    recipe_model,
+)
 from fedllm.app.federate_site import site_profile, versions
 from fedllm.app.folder import RunFolder
 from fedllm.app.progress import Quiet
@@ -28,7 +37,6 @@ from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
-from fedllm.models.load import load_model
 
 log = logging.getLogger(__name__)
 FAILED = "failed.txt"
@@ -133,9 +141,8 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _own_rows(recipe, recipe.data.test),
                             recipe.data.task, tuple(labels[0]), _own_rows(recipe, recipe.data.public))
     space, _ = make_recipe_space(recipe)
-    m, e = recipe.model, recipe.evaluate
-    model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
-                       pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
+    e = recipe.evaluate
+    model = recipe_model(recipe, space, federation.task, federation.labels)
     method.check(model)
     world = FarWorld(model, federation, local, recipe.seed,
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),

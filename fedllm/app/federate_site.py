@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.app.build import PACKAGES, compose, make_layers, make_recipe_space
+from fedllm.app.build import PACKAGES, compose, make_layers, make_recipe_space, recipe_model
 from fedllm.app.federate_memory import DiskMemory
 from fedllm.app.federate_settings import SiteSettings
 from fedllm.app.profiles import make_profiles
@@ -26,7 +26,6 @@ from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method, modules
-from fedllm.models.load import load_model
 
 
 def versions() -> dict[str, str]:
@@ -48,9 +47,8 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
         raise RecipeError(why)
     federation = _own_rows(recipe, site, settings)
     space, _ = make_recipe_space(recipe)
-    m, e = recipe.model, recipe.evaluate
-    model = load_model(m.name, federation.task, space, labels=federation.labels, seed=recipe.seed, dtype=m.dtype,
-                       pooling=m.pooling, fast_kernels=m.fast_kernels, trust_remote_code=m.trust_remote_code)
+    e = recipe.evaluate
+    model = recipe_model(recipe, space, federation.task, federation.labels, settings.device)
     method.check(model)
     profile = site_profile(recipe, site, head["sites"], settings.profile)
     world = World(model, federation, LocalSpec.make(recipe.local, "local"), recipe.seed, {site: profile},

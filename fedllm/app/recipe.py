@@ -64,6 +64,8 @@ class ModelSpec(Section):
     """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the frozen base; trainables are fp32 at least."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """auto (a CUDA card where there is one), cpu, cuda, or cuda:N. The sites of a real federation choose theirs."""
     pooling: Literal["mean", "cls", "last"] = "mean"
     """How an encoder's states become one vector (classification)."""
     fast_kernels: bool = True

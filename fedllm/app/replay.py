@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedllm.app.build import make_recipe_space
+from fedllm.app.build import make_recipe_space, recipe_model
 from fedllm.app.course import draw_cohort, in_order
 from fedllm.app.folder import RunFolder
 from fedllm.app.layers import make_layer
@@ -23,7 +23,6 @@ from fedllm.core.program import drive
 from fedllm.core.reduce import Mean, Reducer
 from fedllm.defenses.median import Median
 from fedllm.methods.registry import make_method
-from fedllm.models.load import load_model
 
 log = logging.getLogger(__name__)
 REDUCERS: dict[str, Reducer] = {"mean": Mean(), "uniform": Mean(by="uniform"), "median": Median()}
@@ -90,8 +89,6 @@ def _relative(theta: Tree, goal: Tree, begun: Tree) -> float:
 
 def _write(out: Path, recipe: Any, folder: RunFolder, method: Any, state: Any) -> None:
     space, _ = make_recipe_space(recipe)
-    m = recipe.model
-    model = load_model(m.name, recipe.data.task, space, labels=recipe.data.labels or (), seed=recipe.seed,
-                       dtype=m.dtype, pooling=m.pooling, trust_remote_code=m.trust_remote_code)
+    model = recipe_model(recipe, space, recipe.data.task, recipe.data.labels or ())
     out.mkdir(exist_ok=True)
     write_served(RunFolder(out), model, method, state)

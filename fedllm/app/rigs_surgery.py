@@ -78,7 +78,8 @@ def code_gradient(method: str, seed: int, *, rows: int = 16) -> Metrics:
     u = torch.zeros(rows, run.method.dim, dtype=torch.float64, requires_grad=True)
     text = torch.stack([surgery([r], theta, own["e"], move)[0] for r, move in zip(x, u, strict=True)])
     with model.using([{}]):
-        loss = F.cross_entropy(model.outputs(text, torch.ones(text.shape[:2], dtype=torch.bool)), y, reduction="sum")
+        z = model.outputs(text.to(model.device), torch.ones(text.shape[:2], dtype=torch.bool, device=model.device))
+        loss = F.cross_entropy(z.cpu(), y, reduction="sum")
     (true,) = torch.autograd.grad(loss, u)
     found: dict[str, float] = {}
     for how in ("cge", "rge"):

@@ -42,7 +42,7 @@ def align(teacher: View, student: View, trained: Tree, rows: Sequence[Encoded], 
 
     loss = mean ||(h_T - h_S) / rms(h_T)||^2 + gamma KL(teacher || student), over the tokens of right-padded rows.
     """
-    params = {n: t.detach().clone().requires_grad_() for n, t in trained.items()}
+    params = {n: t.to(student.model.device).detach().clone().requires_grad_() for n, t in trained.items()}
     optimizer = spec.optimizer_over(list(params.values()))
     told = 0.0
     for at in plan:
@@ -57,4 +57,4 @@ def align(teacher: View, student: View, trained: Tree, rows: Sequence[Encoded], 
             loss.backward()
         optimizer.step()
         told += float(loss.detach())
-    return {n: p.detach() for n, p in params.items()}, told / max(1, len(plan))
+    return {n: p.detach().cpu() for n, p in params.items()}, told / max(1, len(plan))

@@ -14,7 +14,7 @@ from fedllm.local.requests import Fit, Fitted, Limits
 from fedllm.local.terms import Term
 from fedllm.models.batch import collate
 from fedllm.models.kernels import products
-from fedllm.spaces.space import stack_lanes, take_lane
+from fedllm.spaces.space import stack_lanes, take_lane, tree_to
 
 
 def run_fits(requests: Sequence[Fit], limits: Limits) -> list[Fitted]:
@@ -46,13 +46,15 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
 def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
     model, spec, freeze = lot[0].model, lot[0].spec, lot[0].freeze
     trees = [r.theta for r in lot]
-    stacked = {n: t.to(model.device) for n, t in stack_lanes(trees).items()}
+    stacked = tree_to(stack_lanes(trees), model.device)
+    base = lot[0].base and tree_to(lot[0].base, model.device)
     frozen = {n: t for n, t in stacked.items() if any(fnmatch.fnmatch(n, f) for f in freeze)}
     params = {n: t.detach().clone().requires_grad_() for n, t in stacked.items() if n not in frozen}
-    terms = [(t, stack_lanes([r.terms[j].tensors for r in lot])) for j, t in enumerate(lot[0].terms)]
+    terms = [(t, tree_to(stack_lanes([r.terms[j].tensors for r in lot]), model.device))
+             for j, t in enumerate(lot[0].terms)]
     optimizer = spec.optimizer_over(list(params.values()))
     live, results = len(lot), [None] * len(lot)
-    losses, lr_sum = torch.zeros(len(lot), dtype=torch.float64), 0.0
+    losses, lr_sum = torch.zeros(len(lot), dtype=torch.float64, device=model.device), 0.0
     for step in range(len(lot[0].plan)):
         go_on()
         while len(lot[live - 1].plan) == step:  # the shortest plans sit last
@@ -66,24 +68,24 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
         lr_sum += lr
         for group in optimizer.param_groups:
             group["lr"] = lr
-        objective, loss = _objective(lot[:live], step, params, frozen)
+        objective, loss = _objective(lot[:live], step, base, params, frozen)
         with products(objective.device, model.fast_kernels):
             _step(objective, params, optimizer, terms, live, spec.clip_norm)
-        losses[:live] += loss.detach().double().cpu()
+        losses[:live] += loss.detach().double()
     for k in range(live):
         results[k] = _fitted(lot[k], take_lane(params | frozen, k, trees[k]), losses[k], lr_sum)
     return results  # type: ignore[return-value]
 
 
-def _objective(lot: Sequence[Fit], step: int, params: Mapping[str, Tensor],
+def _objective(lot: Sequence[Fit], step: int, base: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
                frozen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """What each lane descends [K], and the loss that may be told [K]: none (0) where training is private."""
     model, trees = lot[0].model, [r.theta for r in lot]
     rows = [[r.rows[i] for i in r.plan[step]] for r in lot]
     if private := [r.private for r in lot if r.private]:
-        objective = private_objective(model, rows, private, trees, lot[0].base, params, frozen)
-        return objective, torch.zeros(len(lot))
-    with model.using(trees, lot[0].base, params | frozen):
+        objective = private_objective(model, rows, private, trees, base, params, frozen)
+        return objective, torch.zeros_like(objective)
+    with model.using(trees, base, params | frozen):
         loss = model.losses(collate(rows, model.pad, model.device))
     return loss, loss
 
@@ -122,6 +124,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> set[str]:
 
 
 def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float) -> Fitted:
+    theta = tree_to(theta, "cpu")
     if r.private:  # whom its batches drew is a secret, so their size is told as expected
         return Fitted(theta, 0.0, len(r.plan), round(r.private.batch * len(r.plan)), 0, lr_sum)
     if not r.plan:  # no step was asked for

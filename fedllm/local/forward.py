@@ -13,6 +13,7 @@ from fedllm.data.encode import Encoded
 from fedllm.local.requests import Embed, Limits, Losses, Outputs, Probe, Request, RowLosses, same
 from fedllm.models.batch import Batch, collate
 from fedllm.models.model import HeadedEncoder, Model
+from fedllm.spaces.space import stack_lanes, tree_to
 
 
 @dataclass
@@ -39,11 +40,13 @@ def sweep(requests: Sequence[Losses | Embed], limits: Limits,
     """`work(model, batch)` gives one vector a row; returns them in each request's row order: [rows, width]."""
     out: list[list[np.ndarray | None]] = [[None] * len(r.rows) for r in requests]
     for lot in lots_of_lanes(lanes_of(requests), limits):
+        model, base = lot[0].request.model, lot[0].request.base
+        trees = [lane.request.theta for lane in lot]
+        stacked, base = tree_to(stack_lanes(trees), model.device), base and tree_to(base, model.device)
         for live, part in _chunks(lot, limits.batch_tokens):
-            model = lot[0].request.model
             batch = collate([[row[2] for row in rows] for rows in part], model.pad, model.device)
-            trees = [lane.request.theta for lane in lot[:live]]
-            with torch.no_grad(), model.using(trees, lot[0].request.base):
+            lanes = {n: t[:live] for n, t in stacked.items()}
+            with torch.no_grad(), model.using(trees[:live], base, lanes):
                 got = work(model, batch).cpu().numpy()
             for k, rows in enumerate(part):
                 for j, (i, row, _) in enumerate(rows):

@@ -67,18 +67,18 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
     cache = as_cache(prompt) if prompt and prompt.cache else None
     ends = set(np.atleast_1d(model.tokenizer.eos_token_id).tolist())
     said: list[list[int]] = [[] for _ in range(n)]
-    open_rows = torch.tensor([seat is not None for seat in seats])
+    talking = {i for i, seat in enumerate(seats) if seat is not None}
     for step in range(how.max_new_tokens):
         model.stack.mask = batch.mask if not step else None  # what follows is text in every row
         out = net.base_model(**feed, attention_mask=mask, cache=cache, use_cache=True)
         cache, z = out.cache, _logits(model, out.last_hidden_state[:, -1:])
         token = _pick(z, how.temperature, seats)
-        for i in open_rows.nonzero()[:, 0].tolist():
-            if int(token[i]) in ends:
-                open_rows[i] = False
-            else:
-                said[i].append(int(token[i]))
-        if not open_rows.any():
+        for i, word in enumerate(token.tolist()):
+            if i in talking and word in ends:
+                talking.remove(i)
+            elif i in talking:
+                said[i].append(word)
+        if not talking:
             break
         mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
         feed = {"input_ids": token[:, None], "position_ids": place[:, -1:] + step + 1}

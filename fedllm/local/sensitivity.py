@@ -9,7 +9,7 @@ import torch
 from fedllm.core.payload import Tree
 from fedllm.local.private import example_grads
 from fedllm.local.requests import Limits, Sensitivity
-from fedllm.spaces.space import stack_lanes
+from fedllm.spaces.space import stack_lanes, tree_to
 
 
 def run_sensitivities(requests: Sequence[Sensitivity], limits: Limits) -> list[Tree]:
@@ -18,11 +18,12 @@ def run_sensitivities(requests: Sequence[Sensitivity], limits: Limits) -> list[T
 
 
 def _one(request: Sensitivity, most: int = 16) -> Tree:
-    params, total = stack_lanes([request.theta]), {n: torch.zeros_like(t).float() for n, t in request.theta.items()}
+    params = tree_to(stack_lanes([request.theta]), request.model.device)
+    total = {n: torch.zeros_like(t[0]).float() for n, t in params.items()}
     size = most if request.model.stackable else 1
     for i in range(0, len(request.rows), size):
         rows = request.rows[i : i + size]
         grads = example_grads(request.model, rows, [0] * len(rows), [request.theta], request.base, params, {})
         for name, g in grads.items():
             total[name] += g.abs().sum(0).float() / len(request.rows)
-    return total
+    return tree_to(total, "cpu")

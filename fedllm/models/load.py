@@ -37,13 +37,14 @@ def load_tokenizer(name: str) -> Any:
 
 def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
                dtype: str = "float32", pooling: Literal["mean", "cls", "last"] = "mean", fast_kernels: bool = True,
-               device: str | None = None, trust_remote_code: bool = False) -> Model:
-    """A model with `space` installed, on the GPU where there is one.
+               device: str = "auto", trust_remote_code: bool = False) -> Model:
+    """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
 
-    Raises ModelError when the model cannot be loaded or lacks what the space needs.
+    Raises ModelError when the model cannot be loaded or lacks what the space needs, or the device is not there.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
+    place = _device(device)
     tokenizer = load_tokenizer(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -57,8 +58,22 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
         if "pooler" in dict(body.named_children()):
             body.pooler = None  # its output is not used: pooling is ours
         net = HeadedEncoder(body, len(labels), pooling).to(DTYPES[dtype])
-    net.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    net.to(place)
     return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
+
+
+def _device(name: str) -> torch.device:
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if cards else "cpu")
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device = {name!r} is not allowed; it must be auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and (place.index or 0) >= cards:
+        raise ModelError(f"model.device = {name!r}: this machine has {cards or 'no'} CUDA card{'s' * (cards > 1)}; "
+                         "allowed here are auto and cpu" + "".join(f", cuda:{i}" for i in range(cards)))
+    return place
 
 
 def eager_encoder(name: str, labels: int, pooling: Literal["mean", "cls", "last"]) -> HeadedEncoder:

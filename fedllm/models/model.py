@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from fedllm.core.rng import torch_stream
 from fedllm.models.batch import IGNORE, Batch
 from fedllm.models.blocks import quicken
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory
-from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes
+from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 
 Task = Literal["generation", "classification"]
 
@@ -78,14 +79,14 @@ class Model:
             classifier_start(self.net.classifier, torch_stream(self.seed, "classifier"))
 
     def initial(self, rank: int | None = None) -> Tree:
-        """The starting trainables (fp32 or wider); the same for the same seed."""
-        fresh = self.space.start(self.net, torch_stream(self.seed, "start"), rank)
+        """The starting trainables (fp32 or wider), in host memory; the same for the same seed."""
+        fresh = tree_to(self.space.start(self.net, torch_stream(self.seed, "start"), rank), "cpu")
         return fresh if self.start is None else fitted_to(self.start, fresh)
 
-    @property
+    @functools.cached_property
     def words(self) -> Tensor:
-        """The token embeddings [V, d], as they are stored."""
-        return self.net.get_input_embeddings().weight.detach()
+        """The token embeddings [V, d], as they are stored, in host memory."""
+        return self.net.get_input_embeddings().weight.detach().cpu()
 
     @property
     def device(self) -> torch.device:
@@ -98,12 +99,14 @@ class Model:
     @contextlib.contextmanager
     def using(self, trees: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None,
               stacked: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Run forwards with these lanes' trainables (`stacked`: already stacked, one leading K)."""
+        """Run forwards with these lanes' trainables (`stacked`: already stacked, one leading K), wherever they lie."""
         if base and not self.space.takes_base:
             raise CompositionError(f"space '{type(self.space).__name__}' cannot add a drift to the base; use 'lora'")
         s = self.stack
         before = (s.k, s.tensors, s.base, s.extra, s.mask, s.past)
-        s.k, s.tensors, s.base, s.extra = len(trees), stack_lanes(trees) if stacked is None else stacked, base or {}, {}
+        stacked = stack_lanes(trees) if stacked is None else stacked
+        s.k, s.tensors, s.extra = len(trees), tree_to(stacked, self.device), {}
+        s.base = tree_to(base or {}, self.device)
         self.space.prepare(s, trees)
         try:
             yield

@@ -51,11 +51,12 @@ class Sealed:
         return dict(self.__dict__["start"])
 
     @contextlib.contextmanager
-    def using(self, trees: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    def using(self, trees: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None,
+              stacked: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Answer with these lanes' trainables; nothing may be merged into its weights."""
         if base:
             raise ModelError("this model is a black box: nothing can be added to its weights")
-        with torch.inference_mode(), self.__dict__["_using"](trees):
+        with torch.inference_mode(), self.__dict__["_using"](trees, None, stacked):
             yield
 
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

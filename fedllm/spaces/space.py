@@ -147,6 +147,14 @@ def take_lane(stacked: Mapping[str, Tensor], k: int, like: Mapping[str, Tensor])
     return {n: stacked[n][(k, *(slice(s) for s in t.shape))].detach().clone() for n, t in like.items()}
 
 
+def tree_to(tree: Mapping[str, Tensor], device: torch.device | str) -> Tree:
+    """The tree on a device; tensors that are there already are not copied.
+
+    Trainables, messages and states rest in host memory. Only the model's own work carries them to its device.
+    """
+    return {n: t.to(device) for n, t in tree.items()}
+
+
 def fitted_to(tree: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Tree:
     """A copy of `tree` in the shapes of `fresh`: cut where it is larger (a lower rank), filled up where smaller."""
     out: Tree = {}

@@ -83,9 +83,9 @@ def test_outputs_of_embeddings_are_the_models_own(begin):
     [got] = run_outputs([Outputs("c", model, {}, None, texts)], Limits())
     with torch.no_grad(), model.using([{}]):
         for row, z in zip(rows, got, strict=True):
-            ids = torch.from_numpy(row.ids).long()[None]
+            ids = torch.from_numpy(row.ids).long()[None].to(model.device)
             h = model.net.body(input_ids=ids).last_hidden_state
-            assert torch.allclose(model.net.classifier(h.mean(1))[0], z, atol=1e-6)
+            assert torch.allclose(model.net.classifier(h.mean(1))[0].cpu(), z, atol=1e-6)
     one, other = run_outputs([Outputs("a", model, {}, None, texts[:4]), Outputs("b", model, {}, None, texts[4:])],
                              Limits(batch_tokens=9))
     assert torch.allclose(torch.cat([one, other]), got, atol=1e-9)

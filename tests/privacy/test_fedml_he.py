@@ -60,7 +60,7 @@ def test_sensitivity_is_the_mean_size_of_each_row_s_own_gradient(tiny, engine):
                 grads = torch.autograd.grad(model.losses(collate([[row]], model.pad, model.device)).sum(),
                                             list(theta.values()), allow_unused=True)
             for n, g in zip(theta, grads, strict=True):
-                total[n] += 0 if g is None else g.abs() / 4
+                total[n] += 0 if g is None else g.abs().cpu() / 4
     flat = torch.cat([total[n].reshape(-1) for n in sorted(total)])
     chosen = torch.cat([unpack(state["map"])[n].reshape(-1) for n in sorted(total)])
     least = flat[chosen].min()

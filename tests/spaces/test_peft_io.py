@@ -27,9 +27,9 @@ def shaken(model, rank=None):
 
 
 def logits_of(model, theta):
-    batch = Batch(1, IDS, torch.ones_like(IDS, dtype=torch.bool), IDS)
+    ids = IDS.to(model.device)
     with torch.no_grad(), model.using([theta]):
-        return model.logits_of(model.hidden(batch))
+        return model.logits_of(model.hidden(Batch(1, ids, torch.ones_like(ids, dtype=torch.bool), ids))).cpu()
 
 
 def peft_logits(net):
@@ -98,9 +98,10 @@ def test_an_encoder_keeps_its_head_beside_the_adapter(tiny_bert_folder, tmp_path
     theta = shaken(model)
     save_adapter(tmp_path, model, theta, tiny_bert_folder)
     theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_bert_folder), tmp_path).eval()
-    batch = Batch(1, IDS, torch.ones_like(IDS, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
+    ids = IDS.to(model.device)
+    batch = Batch(1, ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
     with torch.no_grad(), model.using([theta]):
-        ours = model.hidden(batch)
+        ours = model.hidden(batch).cpu()
         assert torch.allclose(ours, theirs(input_ids=IDS).last_hidden_state, atol=1e-5)
     again = load_adapter(tmp_path, model)
     assert all(torch.equal(again[n], theta[n]) for n in theta if "classifier" in n)

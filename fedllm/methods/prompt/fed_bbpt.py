@@ -104,7 +104,7 @@ class FedBBPT(Spoken):
             return {} if self.endpoint else model.initial()
         ids = numpy_stream(self.seed, "candidates").choice(usual_ids(model), self.candidates, replace=False)
         [name] = model.initial()
-        return {name: model.words[torch.from_numpy(ids).to(model.device).long()].float()}
+        return {name: model.words[torch.from_numpy(ids).long()].float()}
 
     def down(self, state: State, client: ClientInfo) -> Payload:
         return pack(shared={n: t.float() for n, t in state["shared"].items()}, n=state["n"], scale=state["scale"],
