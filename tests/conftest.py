@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the Hub, and its l
 import pytest
 import torch
 
+PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "a",
          "good", "bad", "film", "of", "and", "to", "yes", "no", "north", "south", "east", "west",
          "bank", "court", "ward", "bus"]
@@ -95,7 +96,7 @@ def after(tiny_llama_folder):
 
     def make(layers=(), rounds=2, engine="vectorized", method="fedavg", dtype=torch.float32, loopback=False,
              knobs=None, k=5, public=()):
-        net = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=dtype)
+        net = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=dtype).to(PLACE)
         model = Model(net, AutoTokenizer.from_pretrained(tiny_llama_folder), "generation", make_space("lora", rank=4))
         shards = {f"c{i}": Shard([row(i, j) for j in range(6 + i)], [row(i, 50)]) for i in range(k)}
         spec = LocalSpec(optimizer="sgd", lr=0.1, steps=2, batch_size=3)

@@ -23,6 +23,7 @@ from fedllm.methods.registry import make_method
 from fedllm.models.kernels import onednn_is_fp32
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
+from tests.conftest import PLACE
 
 WORDS = "red green blue one two three cat dog bird say the word is a good bad film of and to yes no"
 WORDS = WORDS.split(" ")
@@ -52,7 +53,7 @@ def make_model(folder, task, space, dtype=torch.float64, **options):
         net = HeadedEncoder(body, 3, "mean").to(dtype)
     else:
         net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return Model(net, tokenizer, task, space, labels=("x", "y", "z"), **options)
+    return Model(net.to(PLACE), tokenizer, task, space, labels=("x", "y", "z"), **options)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def test_tests_score_the_response_alone_even_where_all_of_a_row_is_learned():
 
 def test_the_rate_falls_from_round_to_round():
     spec = LocalSpec(lr=1.0, over_rounds="cosine")
-    rates = [spec.at(round, 4).lr for round in range(4)]
+    rates = [spec.at(r, 4).lr for r in range(4)]
     assert rates[0] == 1.0 and abs(rates[2] - 0.5) < 1e-12 and rates == sorted(rates, reverse=True) and rates[-1] > 0
     assert spec.at(9, None) == spec and LocalSpec(lr=1.0).at(3, 4).lr == 1.0
     assert [round(LocalSpec(lr=1.0, over_rounds="linear").at(r, 4).lr, 9) for r in range(4)] == [1, 0.75, 0.5, 0.25]

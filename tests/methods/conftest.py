@@ -20,6 +20,7 @@ from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
+from tests.conftest import PLACE
 
 torch.set_num_threads(1)
 WORDS = [f"w{i}" for i in range(60)]
@@ -96,7 +97,7 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
     """A method on the tiny federation, before its first round."""
     knobs_of_space = {"rank": 4} if space == "lora" else {}
     net = llama(dtype) if task == "generation" else HeadedEncoder(llama(dtype).model, len(KINDS), "mean").to(dtype)
-    model = Model(net, tokenizer(), task, make_space(space, **(knobs_of_space | (space_knobs or {}))),
+    model = Model(net.to(PLACE), tokenizer(), task, make_space(space, **(knobs_of_space | (space_knobs or {}))),
                   labels=() if task == "generation" else KINDS, fast_kernels=False)
     plain = {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 4, "max_length": 32}
     spec = LocalSpec(**(plain | (local or {})))

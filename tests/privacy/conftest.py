@@ -61,6 +61,7 @@ def tiny(tiny_llama_folder):
     from fedllm.methods.registry import make_method
     from fedllm.models.model import Model
     from fedllm.spaces import make_space
+    from tests.conftest import PLACE
 
     words = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word"]
 
@@ -70,7 +71,7 @@ def tiny(tiny_llama_folder):
 
     def make(method="fedavg", layers=(), k=5, engine="vectorized", space="lora", ranks=(), dtype=torch.float32,
              spec=None, knobs=None, loopback=False, **space_knobs):
-        net = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=dtype)
+        net = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=dtype).to(PLACE)
         space_knobs = {"rank": 4, **space_knobs} if space == "lora" else space_knobs
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
         model = Model(net, tokenizer, "generation", make_space(space, **space_knobs))
