@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -20,20 +20,19 @@ from fedllm.core.errors import FedLLMError
 from fedllm.local import power
 
 SIZES = (
-    Size("160M B1 T256", 576, 30, clients=16, steps=2, batch=1, length=256, vocabulary=32000, device="cuda"),
-    Size("160M B4 T256", 576, 30, clients=16, steps=2, batch=4, length=256, vocabulary=32000, device="cuda"),
-    Size("1B B1 T512", 2048, 16, clients=8, steps=2, batch=1, length=512, vocabulary=32000, device="cuda"),
+    Size("160M B1 T256", 576, 30, clients=16, steps=4, batch=1, length=256, vocabulary=32000, device="cuda"),
+    Size("1B B1 T512", 2048, 16, clients=8, steps=4, batch=1, length=512, vocabulary=32000, device="cuda"),
     Size("1B B4 T512", 2048, 16, clients=8, steps=2, batch=4, length=512, vocabulary=32000, device="cuda"),
     Size("7B B1 T512", 4096, 32, clients=4, steps=2, batch=1, length=512, vocabulary=32000, device="cuda"),
 )
+LANES = (1, 4, 16, 32)
 
 
-def gpu() -> list[Row]:
-    """All sizes in bf16, and the smallest in fp32. FedLLMError where there is no card."""
+def gpu(sizes: Sequence[Size] = SIZES) -> list[Row]:
+    """Ours beside the loop at each size, and ours by how many clients share a step. FedLLMError without a card."""
     if not torch.cuda.is_available():
         raise FedLLMError("bench gpu: this machine has no CUDA card")
-    rows = [_row(size, torch.bfloat16) for size in SIZES]
-    return [*rows, _row(SIZES[0], torch.float32)]
+    return [*(_beside_peft(size) for size in sizes), _by_lanes(sizes[0])]
 
 
 def drained() -> float:
@@ -42,37 +41,50 @@ def drained() -> float:
     return time.perf_counter()
 
 
-def _row(size: Size, dtype: torch.dtype) -> Row:
-    ours = Ours(size, dtype)
-    loop = plain_peft(size, ours, dtype)
-    speeds = race({"ours": ours, "plain_peft": loop}, repeats=3, floor=0.5, clock=drained)
-    costs = {name: _cost(c.round) for name, c in (("ours", ours), ("plain_peft", loop))}
+class Metered:
+    """A contender whose rounds are counted in tokens, in joules of the card, and in its memory at the most."""
+
+    def __init__(self, inner: Contender) -> None:
+        self.inner, self.tokens, self.joules, self.peak = inner, 0, 0.0, 0
+
+    def round(self) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = power.read()
+        tokens = self.inner.round()
+        torch.cuda.synchronize()
+        self.joules += power.read().since(before) or 0.0
+        self.peak, self.tokens = max(self.peak, torch.cuda.max_memory_allocated()), self.tokens + tokens
+        return tokens
+
+    def told(self) -> dict[str, Any]:
+        """Figures over all rounds; the memory includes the other side's weights."""
+        joules = round(1e3 * self.joules / self.tokens, 1)
+        return {"peak_gb": round(self.peak / 1e9, 2), "joules_per_1000_tokens": joules}
+
+
+def _beside_peft(size: Size) -> Row:
+    bare = Ours(size, torch.bfloat16)
+    sides = {"ours": Metered(bare), "plain_peft": Metered(plain_peft(size, bare, torch.bfloat16))}
+    speeds = race(sides, repeats=2, floor=0.5, clock=drained)
     tokens = {name: round(median(s)) for name, s in speeds.items()}
-    kind = str(dtype).removeprefix("torch.")
-    del ours, loop
+    found = row(f"gpu/{size.label} vs plain PEFT", ratio(speeds, "ours", "plain_peft"), "times", "plain PEFT loop",
+                span=span(speeds, "ours", "plain_peft"), tokens_per_s=tokens,
+                tflops={n: round(t * size.flops / 1e12, 1) for n, t in tokens.items()}, lanes=size.clients, **_where(),
+                **{name: side.told() for name, side in sides.items()})
+    del bare, sides
     gc.collect()
     torch.cuda.empty_cache()
-    return row(f"gpu/{size.label} {kind} vs plain PEFT", ratio(speeds, "ours", "plain_peft"), "times",
-               "plain PEFT loop", span=span(speeds, "ours", "plain_peft"), tokens_per_s=tokens, lanes=size.clients,
-               tflops={n: round(t * size.flops / 1e12, 1) for n, t in tokens.items()},
-               card=torch.cuda.get_device_name(), host=machine()["cpu"], clock="wall time, queue drained", **costs)
-
-
-def _cost(work: Callable[[], int]) -> dict[str, Any]:
-    """Peak memory of the card in GB (the other side's weights included), and joules a thousand tokens."""
-    torch.cuda.reset_peak_memory_stats()
-    before, start, tokens = power.read(), drained(), 0
-    while not tokens or drained() - start < 1.0:
-        tokens += work()
-    spent = power.read().since(before)
-    return {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-            "joules_per_1000_tokens": None if spent is None else round(1000 * spent / tokens, 2)}
-
-
-def lanes(size: Size = SIZES[0], counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)) -> dict[int, int]:
-    """Tokens per second of ours by how many clients share a step."""
-    found = {}
-    for k in counts:
-        ours: Contender = Ours(replace(size, clients=k), torch.bfloat16)
-        found[k] = round(median(race({"ours": ours}, 2, 1.0, drained)["ours"]))
     return found
+
+
+def _by_lanes(size: Size) -> Row:
+    found = {}
+    for k in LANES:
+        ours: Contender = Ours(replace(size, clients=k), torch.bfloat16)
+        found[k] = round(median(race({"ours": ours}, 2, 0.5, drained)["ours"]))
+    return row(f"gpu/{size.label} {LANES[-1]} clients a step vs 1", found[LANES[-1]] / found[1], "times",
+               "ours, one client a step", tokens_per_s=found, **_where())
+
+
+def _where() -> dict[str, str]:
+    return {"card": torch.cuda.get_device_name(), "host": machine()["cpu"], "clock": "wall time, queue drained"}

@@ -59,7 +59,8 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
         go_on()
         while len(lot[live - 1].plan) == step:  # the shortest plans sit last
             live -= 1
-            results[live] = _fitted(lot[live], take_lane(params | frozen, live, trees[live]), losses[live], lr_sum)
+            last = _home(params | frozen, slice(live, live + 1))
+            results[live] = _fitted(lot[live], take_lane(last, 0, trees[live]), losses[live], lr_sum)
             shrunk = live
         if live < len(next(iter(params.values()))):
             params, optimizer = _shrink(params, optimizer, shrunk)
@@ -72,9 +73,15 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
         with products(objective.device, model.fast_kernels):
             _step(objective, params, optimizer, terms, live, spec.clip_norm)
         losses[:live] += loss.detach().double()
+    home, told = _home(params | frozen, slice(live)), losses.cpu()
     for k in range(live):
-        results[k] = _fitted(lot[k], take_lane(params | frozen, k, trees[k]), losses[k], lr_sum)
+        results[k] = _fitted(lot[k], take_lane(home, k, trees[k]), told[k], lr_sum)
     return results  # type: ignore[return-value]
+
+
+def _home(stacked: Mapping[str, Tensor], lanes: slice) -> dict[str, Tensor]:
+    """These lanes in host memory: one copy for all of them, and none where they are there."""
+    return {n: t.detach()[lanes].cpu() for n, t in stacked.items()}
 
 
 def _objective(lot: Sequence[Fit], step: int, base: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
@@ -124,7 +131,6 @@ def _settings(optimizer: torch.optim.Optimizer) -> set[str]:
 
 
 def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float) -> Fitted:
-    theta = tree_to(theta, "cpu")
     if r.private:  # whom its batches drew is a secret, so their size is told as expected
         return Fitted(theta, 0.0, len(r.plan), round(r.private.batch * len(r.plan)), 0, lr_sum)
     if not r.plan:  # no step was asked for

@@ -22,14 +22,23 @@ PRIMITIVES = 64
 
 @functools.cache
 def onednn_is_fp32() -> bool:
-    """Whether sending fp32 products through oneDNN keeps fp32 accuracy here (it may really compute in bf16)."""
+    """Whether sending fp32 products through oneDNN keeps fp32 accuracy here.
+
+    It may really compute in bf16, and where it may, size and form decide: with Intel's AMX every batched product does,
+    and of plain ones only the large.
+    """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))  # read at the first product
     rng = torch.Generator().manual_seed(0)
-    a, b = torch.randn(192, 256, generator=rng), torch.randn(256, 160, generator=rng)
-    exact = a.double() @ b.double()
     with _onednn():
-        error = float(((a @ b).double() - exact).abs().max() / exact.abs().max())
-    return error <= 1e-5
+        return all(_error(rng, *size) <= 1e-5 for size in ((192, 256, 160), (1024, 256, 256), (64, 32, 32)))
+
+
+def _error(rng: torch.Generator, m: int, k: int, n: int) -> float:
+    """The largest error of [m, k] by [k, n], plain, batched, and as a linear map, by the largest entry."""
+    a, b = torch.randn(m, k, generator=rng), torch.randn(k, n, generator=rng)
+    exact = a.double() @ b.double()
+    got = torch.stack([a @ b, torch.bmm(a[None], b[None])[0], F.linear(a, b.T.contiguous())])
+    return float((got.double() - exact).abs().max() / exact.abs().max())
 
 
 @contextlib.contextmanager
@@ -72,6 +81,14 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 512 << 20)
         libc.mallopt(mmap_threshold, 64 << 20)
+
+
+@functools.cache
+def repeatable() -> None:
+    """Make a CUDA card give the same bits for the same work, in this process; a few kernels are slower for it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 class FrozenHeadLoss(torch.autograd.Function):

@@ -17,7 +17,7 @@ from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.models.batch import IGNORE, Batch
 from fedllm.models.blocks import quicken
-from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory
+from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 
 Task = Literal["generation", "classification"]
@@ -63,6 +63,8 @@ class Model:
         self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
         self.loss: RowLoss = loss or (Model._classify if task == "classification" else Model._next_tokens)
         self.net.eval().requires_grad_(False)
+        if self.device.type == "cuda":
+            repeatable()
         self.stack = Stack(causal=task == "generation")
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self.fused = self._head_is_plain()

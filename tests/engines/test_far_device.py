@@ -11,6 +11,8 @@ from tests.methods.conftest import begin
 from tests.methods.conftest import gap as tree_gap
 from tests.methods.test_matrix import METHODS, agree, end
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the card is the other device")
+
 
 def test_the_two_sides_do_not_mix():
     with far():

@@ -1,8 +1,12 @@
 """The fast kernels compute what the plain ones do, and leave the switches as they found them."""
 
+import contextlib
+
+import pytest
 import torch
 import torch.nn.functional as F
 
+from fedllm.models import kernels
 from fedllm.models.kernels import fast, frozen_head_loss, onednn_is_fp32
 
 
@@ -43,13 +47,23 @@ def test_switches_are_put_back_even_after_an_error():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-def test_the_self_check_refuses_a_machine_that_rounds_to_bf16(monkeypatch):
-    from fedllm.models import kernels
+@pytest.mark.parametrize("rounds", ["all products", "large products", "batched products"])
+def test_the_self_check_refuses_a_machine_that_rounds_to_bf16(monkeypatch, rounds):
+    """With Intel's AMX it is the large and the batched ones alone."""
+    plain, batched = torch.Tensor.__matmul__, torch.bmm
 
-    real = torch.Tensor.__matmul__
-    monkeypatch.setattr(
-        torch.Tensor,
-        "__matmul__",
-        lambda a, b: real(a, b) if a.dtype == torch.float64 else real(a.bfloat16(), b.bfloat16()).float(),
-    )
+    def matmul(a, b):
+        narrow = a.dtype == torch.float32 and (rounds == "all products" or (rounds == "large products" and len(a) >= 1024))
+        return plain(a.bfloat16(), b.bfloat16()).float() if narrow else plain(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+    if rounds == "batched products":
+        monkeypatch.setattr(torch, "bmm", lambda a, b: batched(a.bfloat16(), b.bfloat16()).float())
     assert kernels.onednn_is_fp32.__wrapped__() is False
+
+
+def test_the_self_check_accepts_fp32():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with kernels._onednn() if kernels.onednn_is_fp32() else contextlib.nullcontext():
+        assert kernels._error(torch.Generator().manual_seed(1), 300, 70, 50) <= 1e-5
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
