@@ -53,8 +53,8 @@ def test_the_self_check_refuses_a_machine_that_rounds_to_bf16(monkeypatch, round
     plain, batched = torch.Tensor.__matmul__, torch.bmm
 
     def matmul(a, b):
-        narrow = a.dtype == torch.float32 and (rounds == "all products" or (rounds == "large products" and len(a) >= 1024))
-        return plain(a.bfloat16(), b.bfloat16()).float() if narrow else plain(a, b)
+        narrow = rounds == "all products" or (rounds == "large products" and len(a) >= 1024)
+        return plain(a.bfloat16(), b.bfloat16()).float() if narrow and a.dtype == torch.float32 else plain(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
     if rounds == "batched products":
