@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedllm.app.recipe import Device
 from fedllm.core.errors import RecipeError
 
 SETTINGS = "fedllm.json"
@@ -48,7 +49,7 @@ class SiteSettings(BaseModel):
     """Whether a run may execute Python code that comes with a Hub model."""
     same_packages: list[str] = Field(default_factory=lambda: ["fedllm", "torch", "transformers", "peft"])
     """Packages whose versions must be the coordinator's."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = "auto"
     """What the model computes on here: auto (the first CUDA card, or else the CPU), cpu, cuda, or cuda:N."""
     threads: int = Field(default=1, ge=1)
     """Threads of the model; another number rounds another way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +45,13 @@ def _short(key: str) -> Any:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
+def _device(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("allowed is auto, cpu, cuda or cuda:N")
+    return value
+
+
+Device = Annotated[str, PlainValidator(_device)]
 Names = Annotated[list[str], Field(min_length=1)]
 Share = Annotated[int | float, PlainValidator(_share)]
 Law = Annotated[Any, PlainValidator(_law)]
@@ -64,7 +72,7 @@ class ModelSpec(Section):
     """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the frozen base; trainables are fp32 at least."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Device = "auto"
     """auto (a CUDA card where there is one), cpu, cuda, or cuda:N. The sites of a real federation choose theirs."""
     pooling: Literal["mean", "cls", "last"] = "mean"
     """How an encoder's states become one vector (classification)."""
