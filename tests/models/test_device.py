@@ -12,7 +12,7 @@ from fedllm.spaces import make_space
 def test_without_a_card_auto_is_the_cpu_and_cuda_is_refused(tiny_llama_folder):
     assert load_model(tiny_llama_folder, "generation", make_space("lora")).device.type == "cpu"
     for name in ("cuda", "cuda:1"):
-        with pytest.raises(ModelError, match=f"model.device = '{name}': this machine has no CUDA card; allowed here are"):
+        with pytest.raises(ModelError, match=f"model.device = '{name}': this machine has no CUDA card; allowed"):
             load_model(tiny_llama_folder, "generation", make_space("lora"), device=name)
 
 
@@ -28,5 +28,5 @@ def test_a_recipe_with_another_device_is_refused(tmp_path):
     from fedllm.app.recipe import load_recipe
 
     (tmp_path / "r.yaml").write_text("model: {name: embedded, device: gpu}\ndata: {source: office}\nmethod: fedavg\n")
-    with pytest.raises(RecipeError, match="model.device = .gpu.*allowed is auto, cpu, cuda or cuda:N"):
+    with pytest.raises(RecipeError, match=r"model.device = .gpu.*allowed is auto, cpu, cuda or cuda:N"):
         load_recipe(tmp_path / "r.yaml")
