@@ -152,11 +152,13 @@ def hasten_pulls() -> bool:
     """A pull that races the push of its object waits 1, 2, 4 s; here it begins at 20 ms."""
     from flwr.supercore.inflatable import inflatable_utils
 
-    knobs = inflatable_utils.pull_objects.__kwdefaults__ or {}
-    if not {"initial_backoff", "backoff_cap", "max_tries_per_object"} <= knobs.keys():
-        log.warning("flwr's pulls of objects cannot be hastened; big messages take seconds longer")
+    pulls = (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree)  # each has its own
+    knobs = [pull.__kwdefaults__ or {} for pull in pulls]
+    if not all({"initial_backoff", "backoff_cap", "max_tries_per_object"} <= known.keys() for known in knobs):
+        log.warning("flwr's pulls of objects cannot be hastened; messages take seconds longer")
         return False
-    knobs.update(initial_backoff=0.02, backoff_cap=1.0, max_tries_per_object=10**6)  # its own `max_time` bounds it
+    for known in knobs:
+        known.update(initial_backoff=0.02, backoff_cap=1.0, max_tries_per_object=10**6)  # its own `max_time` bounds it
     return True
 
 

@@ -77,6 +77,10 @@ def test_what_is_touched_of_flwr_is_still_there():
 
     wire.check_flower()
     assert wire.hasten_pulls()
+    from flwr.supercore.inflatable import inflatable_utils as pulls
+
+    for pull in (pulls.pull_objects, pulls.pull_and_inflate_object_from_tree):  # each passes its own wait down
+        assert pull.__kwdefaults__["initial_backoff"] == 0.02
     node = importlib.import_module("flwr.supernode.start_client_internal")
     before = node.time
     try:
