@@ -67,10 +67,10 @@ class Quadratic(nn.Module):
         nn.init.zeros_(self.w.weight)
 
 
-def quadratic(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 100, clients: int = 6,
-              d: int = 10, lr: float = 0.2, steps: int = 20) -> Metrics:
-    """f_k(w) = 1/2 sum_j a_kj (w_j - c_kj)^2 with a ~ U(0.1, 2) and c ~ N(0, 9); `distance` to the minimum of the
-    mean, and how far above it the mean's value is (`suboptimality`)."""
+def quadratic_world(method: str, seed: int, knobs: Mapping[str, Any] | None, rounds: int, clients: int, d: int,
+                    lr: float, steps: int) -> tuple[Trial, Tensor, Tensor]:
+    """A run over clients whose losses are f_k(w) = 1/2 sum_j a_kj (w_j - c_kj)^2 with a ~ U(0.1, 2), c ~ N(0, 9):
+    the trial after its rounds, a and c [clients, d]."""
     torch.set_num_threads(1)
     rng = numpy_stream(seed, "quadratic")
     a = torch.from_numpy(rng.uniform(0.1, 2, (clients, d)))
@@ -79,8 +79,7 @@ def quadratic(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None,
     def loss(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         net, good = model.net, batch.labels >= 0
         assert isinstance(net, Quadratic)
-        w = net.w(batch.ids[:, 0])  # [N, d]
-        k = batch.labels.clamp(min=0)  # a row's label is its client's number
+        w, k = net.w(batch.ids[:, 0]), batch.labels.clamp(min=0)  # [N, d]; a row's label is its client's number
         value = 0.5 * (a[k] * (w - c[k]).pow(2)).sum(1) * good
         return value, good.to(value.dtype), torch.zeros_like(value)
 
@@ -88,11 +87,22 @@ def quadratic(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None,
     fed = Federation({f"client-{k}": Shard([Encoded(row, k, 1)]) for k in range(clients)}, [], "classification")  # type: ignore[list-item]
     model = Model(Quadratic(d), None, "classification", make_space("full"), seed=seed, loss=loss)
     spec = LocalSpec(optimizer="sgd", lr=lr, steps=steps, batch_size=1)
-    run = Trial(method, World(model, fed, spec, seed), dict(knobs or {})).rounds(rounds)
+    return Trial(method, World(model, fed, spec, seed), dict(knobs or {})).rounds(rounds), a, c
+
+
+def above_least(a: Tensor, c: Tensor, w: Tensor) -> float:
+    """How far the mean of the clients' f_k at w is above its minimum."""
+    value = lambda x: 0.5 * (a * (x - c).pow(2)).sum(1).mean()  # noqa: E731
+    return float(value(w) - value((a * c).sum(0) / a.sum(0)))
+
+
+def quadratic(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 100, clients: int = 6,
+              d: int = 10, lr: float = 0.2, steps: int = 20) -> Metrics:
+    """`distance` to the minimum of the mean of quadratic losses, and how far above it the mean's value is
+    (`suboptimality`)."""
+    run, a, c = quadratic_world(method, seed, knobs, rounds, clients, d, lr, steps)
     w = run.method.served(run.state)[0]["w.weight"][0]
-    best = (a * c).sum(0) / a.sum(0)
-    value = lambda w: 0.5 * (a * (w - c).pow(2)).sum(1).mean()  # noqa: E731
-    return {"distance": float((w - best).norm()), "suboptimality": float(value(w) - value(best))}
+    return {"distance": float((w - (a * c).sum(0) / a.sum(0)).norm()), "suboptimality": above_least(a, c, w)}
 
 
 class Scripted(InProcess):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.app.rigs import Metrics, Quadratic, Trial, _tiny_llama
+from fedllm.app.rigs import Metrics, Trial, _tiny_llama, above_least, quadratic_world
 from fedllm.app.rigs_topics import CLASSES, pretrained, topic_federation
 from fedllm.core.errors import PayloadError
 from fedllm.core.payload import norm, sub
@@ -24,7 +24,6 @@ from fedllm.data.encode import Encoded
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
-from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 from fedllm.spaces import make_space
 from fedllm.wire._chunk_ring import Faults, Receiver, Ring, Sent, send
@@ -33,33 +32,12 @@ from fedllm.wire.fedrdma import chunked_share, seconds, tuned
 
 def peers(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 300, clients: int = 8,
           d: int = 10, lr: float = 0.05, steps: int = 5) -> Metrics:
-    """f_k(w) = 1/2 sum_j a_kj (w_j - c_kj)^2 with a ~ U(0.1, 2) and c ~ N(0, 9), and every client's own w.
-
-    `worst` is how far above the minimum of the mean the mean's value is at the worst client's w, `apart` the root mean
-    square distance of the clients from their mean.
-    """
-    torch.set_num_threads(1)
-    rng = numpy_stream(seed, "quadratic")
-    a = torch.from_numpy(rng.uniform(0.1, 2, (clients, d)))
-    c = torch.from_numpy(rng.normal(0, 3, (clients, d)))
-
-    def loss(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        net, good = model.net, batch.labels >= 0
-        assert isinstance(net, Quadratic)
-        w, k = net.w(batch.ids[:, 0]), batch.labels.clamp(min=0)  # [N, d]; a row's label is its client's number
-        value = 0.5 * (a[k] * (w - c[k]).pow(2)).sum(1) * good
-        return value, good.to(value.dtype), torch.zeros_like(value)
-
-    row = np.zeros(1, np.int32)
-    fed = Federation({f"client-{k}": Shard([Encoded(row, k, 1)]) for k in range(clients)}, [], "classification")  # type: ignore[list-item]
-    model = Model(Quadratic(d), None, "classification", make_space("full"), seed=seed, loss=loss)
-    spec = LocalSpec(optimizer="sgd", lr=lr, steps=steps, batch_size=1)
-    run = Trial(method, World(model, fed, spec, seed), dict(knobs or {})).rounds(rounds)
-    w = torch.stack([run.engine.memory[i]["theta"]["w.weight"][0] for i in fed.clients])  # [clients, d]
-    value = lambda x: 0.5 * (a * (x - c).pow(2)).sum(1).mean()  # noqa: E731
-    least = value((a * c).sum(0) / a.sum(0))
+    """Quadratic losses, and every client's own w: `worst` is how far above the minimum of the mean the mean's value is
+    at the worst client's w, `apart` the root mean square distance of the clients from their mean."""
+    run, a, c = quadratic_world(method, seed, knobs, rounds, clients, d, lr, steps)
+    w = torch.stack([run.engine.memory[f"client-{k}"]["theta"]["w.weight"][0] for k in range(clients)])  # [clients, d]
     apart = (w - w.mean(0)).pow(2).sum(1).mean().sqrt()
-    return {"worst": float(max(value(x) for x in w) - least), "apart": float(apart)}
+    return {"worst": max(above_least(a, c, x) for x in w), "apart": float(apart)}
 
 
 TREES = {"balanced": {"fan_out": (2,)}, "deep": {"fan_out": (2, 2), "deal": "turns"},
