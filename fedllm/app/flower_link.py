@@ -23,6 +23,8 @@ POLL = 0.02
 """Seconds from one look for answers to the next."""
 SLICE = 256
 """Answers asked for at once."""
+LAST = 5.0
+"""Seconds that the last look for answers may take when the line is closed."""
 LATE = 30.0
 """Seconds that a message may outlive the wait for its answer."""
 
@@ -46,7 +48,8 @@ class FlowerLink:
         self._lock, self._post = threading.Lock(), threading.Lock()
         self._waiting: dict[str, Future[Any]] = {}
         self._some, self._closed = threading.Event(), False
-        threading.Thread(target=self._listen, name="flower-answers", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="flower-answers", daemon=True)
+        self._listener.start()
 
     def call(self, site: str, head: Head, body: bytes | bytearray, seconds: float,
              over: threading.Event | None = None) -> tuple[Head, Any]:
@@ -66,9 +69,10 @@ class FlowerLink:
         """Nothing to do: `fedllm join` starts a lost process again by itself."""
 
     def close(self) -> None:
-        """No answer is waited for any longer."""
+        """No answer is waited for any longer, nor asked for."""
         self._closed = True
         self._some.set()
+        self._listener.join(LAST)
 
     def _trip(self, site: str, head: Head, body: bytes | bytearray, ends: float, over: threading.Event | None
               ) -> tuple[dict[str, Any], Any]:
@@ -137,6 +141,8 @@ class FlowerLink:
                         if waiting is not None and not waiting.done():
                             waiting.set_result(reply)
             except Exception as error:  # a SuperLink that is gone: those who wait give up at their own deadlines
+                if self._closed:
+                    return
                 log.warning("no answers can be had: %s: %s", type(error).__name__, str(error)[:200])
                 time.sleep(1.0)
             if not got:

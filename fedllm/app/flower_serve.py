@@ -19,7 +19,7 @@ from fedllm.app.federate_run import drive_run
 from fedllm.app.flower_join import watched
 from fedllm.app.flower_keys import FlowerFederation
 from fedllm.app.flower_link import FlowerLink
-from fedllm.app.flower_wire import check_flower, fab, hasten_pulls, keep_alive, read, runtime
+from fedllm.app.flower_wire import check_flower, fab, gentle, hasten_pulls, keep_alive, read, runtime
 from fedllm.app.result import Result
 from fedllm.core.errors import RunError
 from fedllm.engines.flare_sites import Patience
@@ -130,6 +130,7 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
             raise RunError(f"the SuperLink gave no task for run {run} in {START:g} s")
         time.sleep(0 if token else 0.05)
     grid = HttpGrid(address, False, ca, token=token)
+    gentle(grid._retry_invoker)
     beats = keep_alive(grid._runtime_client)
     status, why = SubStatus.FAILED, "the coordinator was interrupted"
     try:
@@ -144,10 +145,10 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
         why = type(error).__name__
         raise
     finally:
+        beats.stop()
         grid._retry_invoker.max_tries = 1
         with contextlib.suppress(Exception):  # a SuperLink that is gone needs no report
             grid._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=why))
-        beats.stop()
         grid.close()
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
+
 from fedllm.core.errors import FedLLMError, PayloadError
 
 log = logging.getLogger(__name__)
@@ -104,7 +106,22 @@ def runtime(address: str, ca: bytes | None, *, token: str = "", secret: bytes = 
     proof = RuntimeTokenHttpInterceptor(token) if token else SuperExecAuthHttpInterceptor(
         master_secret=secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"})
     return RuntimeHttpClient.from_server_address(address, ca is None, ca, interceptors=[version, proof],
-                                                 retry_invoker=make_simple_http_retry_invoker())
+                                                 retry_invoker=gentle(make_simple_http_retry_invoker()))
+
+
+def gentle(invoker: Any) -> Any:
+    """Let a call with a token that no longer counts fail: flwr interrupts its whole process for it (SIGINT).
+
+    A token stops counting when its task ends, and a call may be under way just then.
+    """
+    stock = invoker.should_giveup
+
+    def should_giveup(error: Exception) -> bool:
+        refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED
+        return refused or stock(error)
+
+    invoker.should_giveup = should_giveup
+    return invoker
 
 
 def keep_alive(client: Any) -> Any:

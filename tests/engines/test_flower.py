@@ -94,6 +94,26 @@ def test_what_is_touched_of_flwr_is_still_there():
     assert wire.fab()[1] == wire.fab()[1]
 
 
+def test_a_token_that_no_longer_counts_fails_its_call_and_interrupts_nobody(monkeypatch):
+    import httpx
+    from flwr.supercore.retry import http_retry
+
+    killed = []
+    monkeypatch.setattr(http_retry.os, "kill", lambda *args: killed.append(args))
+    monkeypatch.setattr(http_retry, "FORCE_EXIT_TIMEOUT_SECONDS", -1)
+
+    def refused():
+        request = httpx.Request("POST", "https://localhost/")
+        raise httpx.HTTPStatusError("401", request=request, response=httpx.Response(401, request=request))
+
+    with pytest.raises(httpx.HTTPStatusError):
+        wire.gentle(http_retry.make_simple_http_retry_invoker()).invoke(refused)
+    assert not killed
+    with pytest.raises(httpx.HTTPStatusError):  # what flwr does by itself
+        http_retry.make_simple_http_retry_invoker().invoke(refused)
+    assert killed
+
+
 def test_controls_answer_this_machine_alone():
     reached = []
 
