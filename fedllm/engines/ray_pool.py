@@ -43,7 +43,10 @@ class _Turn:
 
 
 class Pool:
-    """`workers` actors, each with `threads` cores; made at the first work and gone after `close`."""
+    """`workers` actors, each with `threads` cores and its share of the cluster's cards.
+
+    Made at the first work, and gone after `close`.
+    """
 
     def __init__(self, kind: type, workers: int, threads: int = 1, address: str | None = None) -> None:
         """`kind` is the workers' class: it has `pid()` and `work(told, share)`. `address` is a running cluster's (None:
@@ -133,7 +136,9 @@ class Pool:
 
     def _hire(self, places: Sequence[int]) -> None:
         """Workers for these places (new ones, or of lost workers); comes back when their processes live."""
-        make = self._ray.remote(self.kind).options(num_cpus=self.threads, max_restarts=0)
+        cards = int(self._ray.cluster_resources().get("GPU", 0))
+        share = 1 / -(-self.workers // cards) if cards else 0  # of a card; Ray shows a worker no other
+        make = self._ray.remote(self.kind).options(num_cpus=self.threads, num_gpus=share, max_restarts=0)
         fresh = [make.remote() for _ in places]
         try:
             pids = self._ray.get([actor.pid.remote() for actor in fresh], timeout=START)

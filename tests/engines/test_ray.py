@@ -32,11 +32,14 @@ CASES = {"fedavg": {}, "scaffold": {}, "fedbuff": {}, "fedex_lora": {}, "hetlora
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """One cluster for all tests: starting it takes longer than they do."""
+    """One cluster for all tests: starting it takes longer than they do. Ray takes our word for the card."""
     import ray
 
     os.environ.update(ray_pool.SETTINGS)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False,
+                 logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -109,13 +112,13 @@ def test_the_result_is_the_in_process_one_in_fp32_with_sgd(pool, data, tiny_llam
 
 def test_a_killed_worker_s_share_is_done_again(pool, data, tiny_llama_folder):
     """SIGKILL to one worker's process in the middle of round 1: the same bits come out, in state and memories."""
-    spec = recipe(data, tiny_llama_folder, "scaffold", local={"optimizer": "sgd", "lr": 0.1, "steps": 40,
+    spec = recipe(data, tiny_llama_folder, "scaffold", local={"optimizer": "sgd", "lr": 0.1, "steps": 200,
                                                              "batch_size": 4})
     calm = course(spec, pool)
 
     def kill(engine):
         pid = engine.pool.pids[0]
-        threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
+        threading.Timer(0.1, os.kill, (pid, signal.SIGKILL)).start()
 
     far = course(spec, pool, during=kill)
     lost = [e for e in far[2].events if e["kind"] == "worker_lost"]
@@ -208,6 +211,21 @@ def test_a_share_that_kills_every_worker_ends_the_run(no_pool, monkeypatch):
     try:
         with pytest.raises(RunError, match=r"was lost 2 times; the last: worker \d+ was lost"):
             list(pool.work(pool.keep(None), ["share"], [float("inf")]))
+    finally:
+        pool.close()
+
+
+def test_workers_share_the_clusters_cards(no_pool):
+    def seen(told, share):
+        import os
+
+        import ray
+
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), ray.get_runtime_context().get_assigned_resources()["GPU"]
+
+    pool = Pool(light(seen), 2)
+    try:
+        assert dict(pool.work(pool.keep(None), [0, 1], [float("inf")] * 2)) == {0: ("0", 0.5), 1: ("0", 0.5)}
     finally:
         pool.close()
 
