@@ -168,19 +168,20 @@ def _next_round_or_end(run: Path) -> float:
 
 def half_gone(rig: Loopback) -> dict[str, Any]:
     """Two of three organisations' `fedllm join` are killed; they come back later."""
+    away = {"site-b", "site-c"}
+
     def harm(run: Path) -> float:
         until(lambda: rounds(run) >= 2, 200)
-        for site in ("site-b", "site-c"):
+        for site in sorted(away):
             kill(rig.joins[site].pid)
             rig.joins.pop(site).wait(10)
-        left = from_now_until(lambda: not any(rig.processes("", s) for s in ("site-b", "site-c")), 30,
+        left = from_now_until(lambda: not any(rig.processes("", s) for s in away), 30,
                               "the end of what killed sites had started")
         rig.notes["leaves_nothing_behind_s"] = round(left, 1)
-        until(lambda: len(events(run, "missing")) >= 2, 120)
-        for site in ("site-b", "site-c"):
+        until(lambda: {e["client"] for e in events(run, "missing")} >= away, 120)
+        for site in sorted(away):
             rig.join(site)
-        return from_now_until(lambda: {e["client"] for e in events(run, "back")} >= {"site-b", "site-c"},
-                              what="two sites taken back")
+        return from_now_until(lambda: {e["client"] for e in events(run, "back")} >= away, what="two sites taken back")
 
     return drill(rig, harm, {**LOSSY, "rounds": 40})
 
