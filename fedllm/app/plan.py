@@ -27,6 +27,9 @@ CLIENT_ROWS = 16
 PER_ROUND_OVERHEAD = 0.02
 """Seconds of a checkpoint and of bookkeeping."""
 
+PEAK = 1.25
+"""The run's peak memory by the slice's: it meets batches of more lengths. Measured on six recipes: 1.22 to 1.42."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -122,7 +125,7 @@ def plan_parts(parts: Parts) -> Plan:
     facts = make_facts(recipe, rows, parts.world.local)
     privacy = [says for layer in parts.layers if (says := layer.foresee(facts))]
     return Plan(sum(p["up"] for p in phases.values()), sum(p["down"] for p in phases.values()), phases, spent, extra,
-                meter.peak(), recipe.rounds, asked, privacy)
+                round(PEAK * meter.peak()), recipe.rounds, asked, privacy)
 
 
 def _tests(recipe: Recipe) -> int:
