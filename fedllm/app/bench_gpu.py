@@ -45,20 +45,22 @@ class Metered:
     """A contender whose rounds are counted in tokens, in joules of the card, and in its memory at the most."""
 
     def __init__(self, inner: Contender) -> None:
-        self.inner, self.tokens, self.joules, self.peak = inner, 0, 0.0, 0
+        self.inner, self.tokens, self.peak = inner, 0, 0
+        self.joules: float | None = 0.0
 
     def round(self) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = power.read()
         tokens = self.inner.round()
         torch.cuda.synchronize()
-        self.joules += power.read().since(before) or 0.0
+        spent = power.read().since(before)
+        self.joules = None if spent is None or self.joules is None else self.joules + spent
         self.peak, self.tokens = max(self.peak, torch.cuda.max_memory_allocated()), self.tokens + tokens
         return tokens
 
     def told(self) -> dict[str, Any]:
-        """Figures over all rounds; the memory includes the other side's weights."""
-        joules = round(1e3 * self.joules / self.tokens, 1)
+        """Figures over all rounds; memory includes the other side's weights, joules are None where nothing counts."""
+        joules = None if self.joules is None else round(1e3 * self.joules / self.tokens, 1)
         return {"peak_gb": round(self.peak / 1e9, 2), "joules_per_1000_tokens": joules}
 
 

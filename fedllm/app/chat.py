@@ -67,7 +67,7 @@ class Speaker:
 
 def _model(recipe: Recipe) -> Model:
     space, _ = make_recipe_space(recipe)
-    return recipe_model(recipe, space, "generation")
+    return recipe_model(recipe, space, "generation", device="auto")  # this machine need not be the run's
 
 
 def chat(path: str | Path, console: Console, read: Callable[[], Iterator[str]], *, temperature: float,

@@ -89,6 +89,6 @@ def _relative(theta: Tree, goal: Tree, begun: Tree) -> float:
 
 def _write(out: Path, recipe: Any, folder: RunFolder, method: Any, state: Any) -> None:
     space, _ = make_recipe_space(recipe)
-    model = recipe_model(recipe, space, recipe.data.task, recipe.data.labels or ())
+    model = recipe_model(recipe, space, recipe.data.task, recipe.data.labels or (), "auto")
     out.mkdir(exist_ok=True)
     write_served(RunFolder(out), model, method, state)
