@@ -24,7 +24,7 @@ from fedllm.engines.flare_sites import PROTOCOL, Body, Head, Link, Silence
 PIECE = 16 << 20
 """Bytes of a piece; what is no longer than that crosses whole."""
 
-AT_ONCE = 2
+AT_ONCE = 3
 """Pieces under way at a time."""
 
 TRIES = 4
