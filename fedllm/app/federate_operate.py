@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -19,12 +20,14 @@ from typing import Any
 
 import psutil
 
+from fedllm.app.flower_keys import KIT
 from fedllm.app.folder import RunFolder
 from fedllm.app.recipe import load_recipe
 from fedllm.core.errors import RunError
 
 SERVING = "serving.json"
 """In the run's folder while `fedllm serve` works on it: its pid, and when that process began."""
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Tally:
@@ -194,12 +197,15 @@ def stop(run: Path, wait: float = 60.0) -> int:
 
 
 def log_lines(path: Path, last: int) -> list[str]:
-    """The last lines of a run's events without single messages, or of a kit's `process.log`."""
+    """The last lines of a run's events without single messages, or of each log in a kit (two on Flower)."""
     if (path / "recipe.yaml").exists():
         kept = [line for line in _tail(path / "events.jsonl") if '"kind":"wire"' not in line[:40]]
         return kept[-last:]
     if (path / "startup").is_dir():
         return _tail(path / "process.log")[-last:]
+    if (path / KIT).exists():
+        logs = {log: _tail(path / log)[-last:] for log in ("supernode.log", "process.log")}
+        return [f"{log}: {COLOR.sub('', line)}" for log, lines in logs.items() for line in lines if line.strip()]
     raise RunError(f"{path} is neither a run's folder nor a kit")
 
 

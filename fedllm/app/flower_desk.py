@@ -140,7 +140,8 @@ def main() -> None:
     from fedllm.app.federate_site import open_run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "flwr"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     kit, address = Path(sys.argv[1]), sys.argv[2]
     site = json.loads(read(kit / KIT))["site"]
     settings = SiteSettings.read(kit / "local" / SETTINGS)

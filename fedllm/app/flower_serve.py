@@ -118,6 +118,7 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
     from flwr.superlink.grid.http_grid import HttpGrid
 
     hasten_pulls()
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # what goes well is in the run's record
     data, name = fab()
     address, ca = f"localhost:{keys.spec['port']}", read(keys.folder / "server" / "ca.crt")
     run = control(keys).StartRun(StartRunRequest(fab=fab_to_proto(Fab(name, data, {})))).run_id

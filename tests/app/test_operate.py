@@ -108,6 +108,15 @@ def refused(recipe, **policy):
     return mine.forbids(checked, [make_layer(n.name, n.knobs, "layers") for n in checked.layers])
 
 
+def test_a_flower_kit_has_two_logs(tmp_path):
+    (tmp_path / "flower.json").write_text("{}")
+    (tmp_path / "supernode.log").write_text("one\n\x1b[92mINFO\x1b[0m two\n\n")
+    (tmp_path / "process.log").write_text("three\nfour\n")
+    said = CliRunner().invoke(app, ["logs", str(tmp_path), "--last", "2"])
+    assert said.exit_code == 0
+    assert said.output.splitlines() == ["supernode.log: INFO two", "process.log: three", "process.log: four"]
+
+
 def test_a_policy_refuses_with_a_reason():
     plain = {"space": "lora", "rounds": 5}
     private = {**plain, "layers": [{"name": "dp_sgd", "epsilon": 2.0}]}
