@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedllm.core.client import ClientInfo, Profile
-from fedllm.core.errors import CompositionError
+from fedllm.core.errors import CompositionError, RunError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
@@ -20,7 +21,19 @@ from fedllm.engines.world import GLOBAL, World
 from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
-from fedllm.local.requests import Embed, Fit, Fitted, Generate, Losses, Outputs, Probe, Request, RowLosses, Sensitivity
+from fedllm.local.requests import (
+    Embed,
+    Fit,
+    Fitted,
+    Generate,
+    Limits,
+    Losses,
+    Outputs,
+    Probe,
+    Request,
+    RowLosses,
+    Sensitivity,
+)
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
@@ -29,6 +42,17 @@ from fedllm.models.model import Model
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
     Sensitivity: run_sensitivities, Outputs: run_outputs}
+
+
+def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
+    """The answers of requests that can share steps; RunError when their work does not fit into the device's memory."""
+    try:
+        return RUNNERS[type(lot[0])](lot, limits)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"a {type(lot[0]).__name__} of {len(lot)} client{'s' * (len(lot) > 1)} does not fit into the memory of "
+            f"{lot[0].model.device}: lower engine.batch_tokens = {limits.batch_tokens} (fewer clients share a step), "
+            f"local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
 
 
 class ClientCall:

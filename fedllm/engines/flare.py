@@ -18,7 +18,7 @@ from fedllm.core.errors import PayloadError
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload
 from fedllm.core.record import Record
-from fedllm.engines.client import RUNNERS
+from fedllm.engines.client import carry_out
 from fedllm.engines.clock import Clock
 from fedllm.engines.flare_door import Door
 from fedllm.engines.flare_sites import PROTOCOL, Body, Head, Silence, Sites, Unsent
@@ -86,7 +86,7 @@ class Flare(InProcess):
 
     def own(self, job: Job) -> Payload | str:
         """The server's own share of an ask."""
-        return self.work(job, lambda request: RUNNERS[type(request)]([request], self.world.limits)[0])
+        return self.work(job, lambda request: carry_out([request], self.world.limits)[0])
 
     def set_off(self, jobs: Sequence[Job], bodies: Bodies) -> list[Trip]:
         """A trip for each job; all sites begin at once, each with its own jobs in order. The server's own stay here."""

@@ -13,7 +13,7 @@ from fedllm.core.client import ClientInfo
 from fedllm.core.errors import FedLLMError, PayloadError, Withheld
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
-from fedllm.engines.client import RUNNERS, ClientCall
+from fedllm.engines.client import ClientCall, carry_out
 from fedllm.engines.flare_pieces import PIECE_OPS, Pieces
 from fedllm.engines.flare_sites import PROTOCOL, Body, Head
 from fedllm.engines.world import World, held_by
@@ -96,7 +96,7 @@ class SiteRun:
 
         def submit(request: Request) -> Any:
             go_on()
-            return RUNNERS[type(request)]([request], limits)[0]
+            return carry_out([request], limits)[0]
 
         limits = replace(self.world.limits, go_on=go_on)
         call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),

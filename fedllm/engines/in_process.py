@@ -15,7 +15,7 @@ from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-from fedllm.engines.client import RUNNERS, ClientCall, server_info
+from fedllm.engines.client import ClientCall, carry_out, server_info
 from fedllm.engines.clock import BOOK, Clock, Took
 from fedllm.engines.world import GLOBAL, World, held_by
 from fedllm.local.flops import steps_of
@@ -110,7 +110,7 @@ class InProcess:
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
         """Each job's reply, or why there is none; in the order of the jobs."""
         for job in jobs:
-            yield job, self.work(job, lambda request: RUNNERS[type(request)]([request], self.world.limits)[0])
+            yield job, self.work(job, lambda request: carry_out([request], self.world.limits)[0])
 
     def work(self, job: Job, submit: Any) -> Payload | str:
         """Run one client function; `submit` carries its requests to the model."""

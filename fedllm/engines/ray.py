@@ -17,7 +17,7 @@ from fedllm.core.errors import FedLLMError, RunError
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold
 from fedllm.core.record import Record
-from fedllm.engines.client import RUNNERS
+from fedllm.engines.client import carry_out
 from fedllm.engines.in_process import InProcess, Job
 from fedllm.engines.parcel import Parcel, unwrap, wrap
 from fedllm.engines.ray_pool import Lost, Pool
@@ -120,7 +120,7 @@ class Ray(InProcess):
         came = self.pool.work(self._told, shares, limits)
         for i, job in enumerate(todo):
             if job.client == GLOBAL:
-                yield job, self.work(job, lambda request: RUNNERS[type(request)]([request], self.world.limits)[0])
+                yield job, self.work(job, lambda request: carry_out([request], self.world.limits)[0])
                 continue
             while i not in ready:
                 at, got = next(came)

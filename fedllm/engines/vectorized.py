@@ -15,7 +15,7 @@ from greenlet import greenlet
 
 from fedllm.core.errors import ClientError, FedLLMError
 from fedllm.core.payload import Payload
-from fedllm.engines.client import RUNNERS
+from fedllm.engines.client import carry_out
 from fedllm.engines.in_process import InProcess, Job
 from fedllm.local.requests import Request
 
@@ -66,15 +66,14 @@ class Vectorized(InProcess):
 
     def _guarded(self, lot: list[Request]) -> list[Any]:
         """Run a group; when it fails, find whose request it was."""
-        run = RUNNERS[type(lot[0])]
         try:
-            return run(lot, self.world.limits)
+            return carry_out(lot, self.world.limits)
         except FedLLMError:
             raise
         except Exception as error:
             for request in lot if len(lot) > 1 else []:
                 try:
-                    run([request], self.world.limits)
+                    carry_out([request], self.world.limits)
                 except Exception as own:
                     raise ClientError(f"client '{request.client}' failed in a {type(request).__name__} of round "
                                       f"{self.round}: {type(own).__name__}: {own}") from own

@@ -8,15 +8,16 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.client import Profile
-from fedllm.core.errors import ClientError
+from fedllm.core.errors import ClientError, RunError
 from fedllm.core.method import Star
 from fedllm.core.payload import pack, part
 from fedllm.core.program import drive
 from fedllm.core.reduce import Mean
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines import InProcess, Vectorized
+from fedllm.engines.client import RUNNERS
 from fedllm.engines.world import World
-from fedllm.local.requests import Limits
+from fedllm.local.requests import Fit, Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Linear, Proximal
 from fedllm.methods.registry import make_method
@@ -287,3 +288,14 @@ def test_loopback_counts_the_same_bytes_and_gives_the_same_state(tiny_llama_fold
         states.append(drive(method.round({"theta": model.initial()}, world.infos()), run))
         totals.append(run.record.totals())
     assert gap(*states) == 0 and totals[0] == totals[1] and totals[0]["up"] > 0
+
+
+@pytest.mark.parametrize("engine", [InProcess, Vectorized])
+def test_memory_that_runs_out_says_what_to_lower(engine, tiny_llama_folder, monkeypatch):
+    def full(requests, limits):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
+
+    monkeypatch.setitem(RUNNERS, Fit, full)
+    with pytest.raises(RunError, match=r"a Fit of \d clients? does not fit into the memory of .*batch_tokens = 77 "
+                                       r".*Tried to allocate 2.00 GiB.\)"):
+        outcome(engine, tiny_llama_folder, "generation", make_space("lora"), ADAMW, limits=Limits(batch_tokens=77))
