@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedllm.app.recipe import Device
+from fedllm.app.device import Device
 from fedllm.core.errors import RecipeError
 
 SETTINGS = "fedllm.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from fedllm.app.complaints import complaints, edit, fill, read_yaml
+from fedllm.app.device import Device
 from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
 
@@ -45,13 +45,6 @@ def _short(key: str) -> Any:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
-def _device(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise ValueError("allowed is auto, cpu, cuda or cuda:N")
-    return value
-
-
-Device = Annotated[str, PlainValidator(_device)]
 Names = Annotated[list[str], Field(min_length=1)]
 Share = Annotated[int | float, PlainValidator(_share)]
 Law = Annotated[Any, PlainValidator(_law)]

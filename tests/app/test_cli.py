@@ -133,3 +133,10 @@ def test_importing_is_light():
 def test_the_public_face_is_complete():
     for name in fedllm.__all__:
         assert getattr(fedllm, name) is not None
+
+
+@pytest.mark.parametrize("module", ["cli_federate", "federate_join", "flower_join"])
+def test_what_watches_over_a_site_is_light(module):
+    """`join` lives as long as the site does: the model's packages belong to the process that it watches."""
+    code = f"import sys, fedllm.app.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
