@@ -19,6 +19,7 @@ from fedllm.core.errors import EndpointError, FedLLMError, RecipeError
 from fedllm.models.endpoint import Completion, Endpoint, LocalText, as_text, total_logprob
 from fedllm.models.load import load_model
 from fedllm.spaces import make_space
+from tests.conftest import PLACE
 
 PROMPTS = ["Q: Tom has 3 apples and buys 4 more. He eats 2. How many apples are left?", "Count the apples of Tom", "Q:"]
 KEY = "sk-a-very-secret-key-0123456789"
@@ -87,7 +88,7 @@ def test_an_endpoint_says_what_the_model_behind_it_says(local, server, api, temp
     far = Endpoint(server.base_url, "tiny", api=api).complete(PROMPTS, 8, temperature, seed=5)
     near = local.complete(PROMPTS, 8, temperature, seed=5)
     assert [c.text for c in far] == [c.text for c in near]
-    assert [c.logprob for c in far] == pytest.approx([c.logprob for c in near], rel=1e-5, abs=1e-4)
+    assert [c.logprob for c in far] == pytest.approx([c.logprob for c in near], abs=1e-4 if PLACE.type == "cpu" else 3e-4)
     assert [(c.prompt_tokens, c.completion_tokens) for c in far] == [
         (c.prompt_tokens, c.completion_tokens) for c in near]
     assert any(c.text for c in near)
