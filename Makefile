@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint claims bench fuzz clean
+.PHONY: demo test lint claims bench drills fuzz clean
 
 # A stamp for each set of extras, younger than pyproject.toml when it is installed.
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The build of torch that everything here was measured with; another is fine (TORCH='torch>=2.9').
+TORCH ?= torch==2.13.0
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,10 +39,14 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy fedllm/__init__.py fedllm/core
 
 claims: $(VENV)/.dev
-	$(BIN)/fedllm claims
+	$(BIN)/fedllm claims $(ONLY)
 
 bench: $(VENV)/.bench
-	$(BIN)/fedllm bench
+	$(BIN)/fedllm bench $(ONLY)
+
+# Faults done to the real processes of federations on this machine; ONLY='faults soak' picks some.
+drills: $(VENV)/.dev
+	$(BIN)/python -m evidence.drills $(ONLY)
 
 # Ten minutes of made-up messages; FUZZ_SECONDS for more. What it finds it leaves as crash-* in build/fuzz.
 FUZZ_SECONDS ?= 600

@@ -24,12 +24,6 @@ from fedllm.core.errors import (
 )
 
 if TYPE_CHECKING:
-    from fedllm.app.export import export
-    from fedllm.app.plan import Plan, plan
-    from fedllm.app.recipe import Recipe
-    from fedllm.app.replay import replay
-    from fedllm.app.result import Result
-    from fedllm.app.run import resume, run
     from fedllm.core.ask import Ask, Replies, on_client
     from fedllm.core.client import Client, ClientInfo, Profile
     from fedllm.core.layer import Layer
@@ -38,12 +32,18 @@ if TYPE_CHECKING:
     from fedllm.core.reduce import Mean, Reducer, Sum
     from fedllm.data.federation import Federation, Shard
     from fedllm.data.load import load_federation
+    from fedllm.runs.export import export
+    from fedllm.runs.plan import Plan, plan
+    from fedllm.runs.recipe import Recipe
+    from fedllm.runs.replay import replay
+    from fedllm.runs.result import Result
+    from fedllm.runs.run import resume, run
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "run": "app.run", "resume": "app.run", "plan": "app.plan", "Plan": "app.plan", "replay": "app.replay",
-    "export": "app.export", "Recipe": "app.recipe", "Result": "app.result",
+    "run": "runs.run", "resume": "runs.run", "plan": "runs.plan", "Plan": "runs.plan", "replay": "runs.replay",
+    "export": "runs.export", "Recipe": "runs.recipe", "Result": "runs.result",
     "Ask": "core.ask", "Replies": "core.ask", "on_client": "core.ask",
     "Client": "core.client", "ClientInfo": "core.client", "Profile": "core.client", "Layer": "core.layer",
     "Card": "core.method", "Claim": "core.method", "Method": "core.method", "Star": "core.method",

@@ -138,7 +138,7 @@ def _stock(folder: Path, sites: Sequence[str], notes: Path) -> Iterator[Any]:
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-    from fedllm.app.federate_process import end_tree
+    from fedllm.federation.nvflare.process import end_tree
 
     scripts, ports = Path(sys.executable).parent, [_free() for _ in range(len(sites) + 1)]
     running: list[subprocess.Popen[bytes]] = []
@@ -200,8 +200,8 @@ def _free() -> int:
 if __name__ == "__main__":
     import tempfile
 
-    from fedllm.app.bench_flower import LORA
-    from fedllm.app.federate_loopback import ROWS, SITES, write_rows
+    from evidence.bench.flower import LORA
+    from fedllm.federation.nvflare.loopback import ROWS, SITES, write_rows
 
     with tempfile.TemporaryDirectory() as temp:
         for k, site in enumerate(SITES):

@@ -42,7 +42,7 @@ def encoder(model: Model, theta: Tree) -> tuple[Vectors, str]:
         x = run_embeds([Embed("audit", model, theta, None, rows)], Limits())[0]
         return x / np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
 
-    return own, "the model's own mean states (pip install 'fedllm[encoder]' for a sentence encoder)"
+    return own, "the model's own mean states (pip install 'fedlm[encoder]' for a sentence encoder)"
 
 
 def memorized(said: Sequence[str], wanted: Sequence[str], vectors: Vectors) -> dict[str, Any]:

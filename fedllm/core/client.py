@@ -11,7 +11,8 @@ import numpy as np
 from fedllm.core.payload import Tree
 
 SERVER = "__global__"
-"""The server as a client of its own engine. In a simulation it holds the global test, and all training rows pooled."""
+"""The server as a client of its own engine. In a simulation it holds the global test, and all training rows pooled
+(only methods that say `simulation_only` train on those)."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.core.client import ClientInfo, Profile
+from fedllm.core.client import SERVER, ClientInfo, Profile
 from fedllm.core.errors import CompositionError, RunError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
-from fedllm.engines.world import GLOBAL, World
+from fedllm.engines.world import World
 from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
@@ -154,7 +154,7 @@ class ClientCall:
 
     def held_out(self, on: str = "local") -> Sequence[Mapping[str, Any]]:
         """The client's held-out rows, or those of the simulation's global test (`on="global"`)."""
-        return self._world.rows(GLOBAL if on == "global" else self.id, "test")
+        return self._world.rows(SERVER if on == "global" else self.id, "test")
 
     def probe(self, thetas: Sequence[Tree], rows: Sequence[int] | None = None, *, on: Sequence[Any] | None = None,
               base: Tree | None = None) -> list[RowLosses]:
@@ -199,7 +199,7 @@ class ClientCall:
               only: Mapping[str, str] | None = None) -> dict[str, float]:
         """Metrics on the client's held-out rows, or on the simulation's global test (`on="global"`); `only` keeps the
         rows whose columns say this."""
-        who = GLOBAL if on == "global" else self.id
+        who = SERVER if on == "global" else self.id
         rows, encoded = self._world.rows(who, "test"), self._world.encoded(who, "test")
         if only:
             kept = [i for i, row in enumerate(rows) if all(str(row.get(k, "")) == v for k, v in only.items())]
@@ -228,4 +228,4 @@ def same_answer(said: str, wanted: str) -> bool:
 
 def server_info() -> ClientInfo:
     """The server as a client of its own engine."""
-    return ClientInfo(GLOBAL, 0, Profile())
+    return ClientInfo(SERVER, 0, Profile())

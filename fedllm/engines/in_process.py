@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm.core.ask import Ask, ClientId, Replies
-from fedllm.core.client import Fleet
+from fedllm.core.client import SERVER, Fleet
 from fedllm.core.errors import ClientError, FedLLMError, Withheld
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
@@ -17,7 +17,7 @@ from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
 from fedllm.engines.client import ClientCall, carry_out, server_info
 from fedllm.engines.clock import BOOK, Clock, Took
-from fedllm.engines.world import GLOBAL, World, held_by
+from fedllm.engines.world import World, held_by
 from fedllm.local.flops import steps_of
 from fedllm.wire import codec
 
@@ -41,7 +41,7 @@ class InProcess:
         """`stack` is the method and its layers; `loopback` turns every message into bytes and back."""
         self.stack, self.world, self.record = tuple(stack), world, record or Record()
         self.quorum, self.loopback = quorum, loopback
-        self.infos = {c.id: c for c in world.infos()} | {GLOBAL: server_info()}
+        self.infos = {c.id: c for c in world.infos()} | {SERVER: server_info()}
         self.memory: dict[ClientId, dict[str, Any]] = {}
         self.clock = self._clock()
         self.timed = world.fleet is not None
@@ -57,12 +57,12 @@ class InProcess:
         self._staged: dict[ClientId, dict[str, Any]] = {}
         self._before: dict[ClientId, dict[str, Any]] = {}
         self._visits: Counter[tuple[str, ClientId]] = Counter()
-        self.clock.restore(self.memory.get(GLOBAL, {}).get(BOOK))
+        self.clock.restore(self.memory.get(SERVER, {}).get(BOOK))
 
     def commit(self) -> dict[ClientId, dict[str, Any]]:
         """Make this round's memory permanent; returns the memories that were touched."""
         if self.clock.used:
-            self.staged(GLOBAL)[BOOK] = self.clock.book()
+            self.staged(SERVER)[BOOK] = self.clock.book()
         touched, self._staged = self._staged, {}
         self.memory.update(touched)
         return touched
@@ -173,7 +173,7 @@ class InProcess:
 
     def _cross(self, way: str, job: Job, payload: Payload) -> Payload:
         """Count a payload's bytes on the wire; an empty one is no message, and the server's own cross no wire."""
-        if job.client == GLOBAL or not payload:
+        if job.client == SERVER or not payload:
             return payload
         name = type(job.fold.ask.owner).__name__
         data = codec.encode(payload) if self.loopback else None

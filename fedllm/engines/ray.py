@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.core.ask import Ask, ClientId
-from fedllm.core.client import ClientInfo
+from fedllm.core.client import SERVER, ClientInfo
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold
@@ -22,7 +22,7 @@ from fedllm.engines.in_process import InProcess, Job
 from fedllm.engines.parcel import Parcel, unwrap, wrap
 from fedllm.engines.ray_pool import Lost, Pool
 from fedllm.engines.vectorized import WAVE, Vectorized
-from fedllm.engines.world import GLOBAL, World
+from fedllm.engines.world import World
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ class Ray(InProcess):
         """All shares at once, as far as workers are free; the server's own jobs are done here, in their place."""
         todo, ready = list(jobs), dict[int, Payload | str]()
         for i, job in enumerate(todo):
-            if job.client != GLOBAL and (why := self._absent(job)):
+            if job.client != SERVER and (why := self._absent(job)):
                 ready[i] = why
-        lots = self._lots([i for i, job in enumerate(todo) if job.client != GLOBAL and i not in ready], todo)
+        lots = self._lots([i for i, job in enumerate(todo) if job.client != SERVER and i not in ready], todo)
         shares = [self._share([todo[i] for i in lot]) for lot in lots]
         limits = [max((todo[i].ends or math.inf) for i in lot) for lot in lots]
         came = self.pool.work(self._told, shares, limits)
         for i, job in enumerate(todo):
-            if job.client == GLOBAL:
+            if job.client == SERVER:
                 yield job, self.work(job, lambda request: carry_out([request], self.world.limits)[0])
                 continue
             while i not in ready:

@@ -173,5 +173,5 @@ def _ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError:
-        raise RecipeError("engine.kind = 'ray' needs Ray; pip install 'fedllm[ray]'") from None
+        raise RecipeError("engine.kind = 'ray' needs Ray; pip install 'fedlm[ray]'") from None
     return ray

@@ -19,9 +19,6 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.models.model import Model
 
-GLOBAL = SERVER
-"""Whose rows the global test is; only methods that say `simulation_only` train on its rows, all of them pooled."""
-
 KEPT = 4
 """How many results of `once` are kept."""
 KEPT_STREAMED = 512
@@ -58,11 +55,11 @@ class World:
         return [ClientInfo(c, len(s.train), known.get(c, Profile())) for c, s in self.federation.clients.items()]
 
     def rows(self, client: str, part: str) -> Sequence[Row]:
-        """`part` is "train", "test" or "public" (which is the same for all); GLOBAL has the global test, and every
+        """`part` is "train", "test" or "public" (which is the same for all); SERVER has the global test, and every
         client's training rows."""
         if part == "public":
             return self.federation.public
-        if client == GLOBAL:
+        if client == SERVER:
             return self.federation.test if part == "test" else self.federation.pooled()
         shard = self.federation.clients[client]
         return shard.train if part == "train" else shard.test
@@ -76,7 +73,7 @@ class World:
                 raise DataError(f"client '{client}' has no training rows; leave it out or give it at least one")
             self._encoded[key] = self.tokenized(rows, answers=part == "test")
             if self.federation.streamed and len(self._encoded) > KEPT_STREAMED:  # the oldest is not the global test
-                del self._encoded[next(k for k in self._encoded if k[0] != GLOBAL)]
+                del self._encoded[next(k for k in self._encoded if k[0] != SERVER)]
         return self._encoded[key]
 
     def tokenized(self, rows: Sequence[Row], answers: bool = False) -> list[Encoded]:
@@ -114,4 +111,4 @@ class World:
 def held_by(client: str, stack: Sequence[Any], model: Model) -> Model:
     """The model that this client holds: the server's own, unless the method on this stack keeps something back."""
     method = next((part for part in stack if isinstance(part, Method)), None)
-    return model if client == GLOBAL or method is None else method.at_client(model)
+    return model if client == SERVER or method is None else method.at_client(model)

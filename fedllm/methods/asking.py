@@ -8,11 +8,7 @@ from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client
 from fedllm.core.method import Method
 from fedllm.core.payload import Payload
-from fedllm.engines.world import GLOBAL
 from fedllm.models.endpoint import Completion, as_text
-
-SERVER = GLOBAL
-"""The server as a holder of a model; its talk with itself crosses no wire."""
 
 
 class Asking(Method):

@@ -127,7 +127,7 @@ def continued(prompt: np.ndarray, said: Sequence[int]) -> Encoded:
 
 @dataclass(frozen=True)
 class Endpoint(Knobs):
-    """A model behind an OpenAI-compatible HTTP API (vLLM, llama.cpp, a cloud, or `fedllm.app.serve_model`).
+    """A model behind an OpenAI-compatible HTTP API (vLLM, llama.cpp, a cloud, or `fedllm.cli.serve_model`).
 
     The API key is read from the environment each time it is needed; it is never an attribute, and no error shows it.
     Raises EndpointError when no usable answer came within the retries.

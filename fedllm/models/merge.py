@@ -16,9 +16,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from fedllm.core.errors import ModelError
 from fedllm.models.load import resolve
 from fedllm.models.model import HeadedEncoder, Model
+from fedllm.models.peft_io import HEAD
 from fedllm.spaces.mask import Mask
 from fedllm.spaces.params import Params
-from fedllm.spaces.peft_io import HEAD
 
 
 def save_merged(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:

@@ -13,7 +13,7 @@ from fedllm.core.ask import Ask
 from fedllm.core.payload import Payload, Tree, alike, norm
 from fedllm.core.reduce import Mean, wide
 from fedllm.core.rng import torch_stream
-from fedllm.privacy._sums import without
+from fedllm.core.sums import without
 
 OWN = "_dp/"
 UNCOVERED = ("which clients were asked and how many rows they declare; evaluation on held-out rows; what a client "

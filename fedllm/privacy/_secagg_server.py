@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.errors import QuorumError
-from fedllm.privacy import _keys as keys
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import RingSum, decode, mask_
+from fedllm.wire import _keys as keys
 
 if TYPE_CHECKING:
     from fedllm.privacy.secagg import SecAgg

@@ -16,8 +16,8 @@ from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import digest
 from fedllm.core.reduce import Lifted
+from fedllm.core.sums import is_control, must_lift, need_sums
 from fedllm.privacy._clip import OWN, UNCOVERED, contribution, fresh_secret, noise_stream, put_back, told
-from fedllm.privacy._sums import is_control, must_lift, need_sums
 from fedllm.privacy.accountant import (
     Ledger,
     Release,

@@ -15,9 +15,9 @@ from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.rng import numpy_stream, torch_stream
+from fedllm.core.sums import is_control
 from fedllm.local.private import Private
 from fedllm.local.requests import Fit
-from fedllm.privacy._sums import is_control
 from fedllm.privacy.accountant import (
     Ledger,
     Release,

@@ -17,7 +17,7 @@ from fedllm.core.method import Card, Claim, knob
 from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import wide
 from fedllm.core.rng import torch_stream
-from fedllm.privacy._sums import is_control, must_lift, without
+from fedllm.core.sums import is_control, must_lift, without
 from fedllm.privacy.he_ckks import HECKKS, OWN, CipherSum, split, tenseal
 from fedllm.wire.codec import DTYPES, NAMES
 

@@ -21,8 +21,8 @@ from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Sum, wide
-from fedllm.privacy import _keys as keys
-from fedllm.privacy._sums import is_control, must_lift, need_sums, without
+from fedllm.core.sums import is_control, must_lift, need_sums, without
+from fedllm.wire import _keys as keys
 from fedllm.wire.codec import DTYPES, NAMES
 
 OWN = "_he/"
@@ -250,5 +250,5 @@ def tenseal() -> Any:
         import tenseal as ts
     except ImportError:
         raise CompositionError("layer 'HECKKS' and this installation do not fit together: it needs TenSEAL (pip "
-                               "install 'fedllm[he]'); secagg hides updates without it") from None
+                               "install 'fedlm[he]'); secagg hides updates without it") from None
     return ts

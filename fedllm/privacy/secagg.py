@@ -17,11 +17,11 @@ from fedllm.core.ask import on_client
 from fedllm.core.errors import CompositionError, PayloadError, RecipeError
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
-from fedllm.privacy import _keys as keys
+from fedllm.core.sums import is_control, must_lift, need_sums, without
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import encode, fraction_bits, mask_
 from fedllm.privacy._secagg_server import OWN, Server
-from fedllm.privacy._sums import is_control, must_lift, need_sums, without
+from fedllm.wire import _keys as keys
 
 SMALLEST = 3
 """A sum over two tells each of them the other's part."""

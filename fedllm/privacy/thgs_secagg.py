@@ -16,8 +16,8 @@ from fedllm.core.layer import Algebra, Facts
 from fedllm.core.method import Card, Claim, knob
 from fedllm.core.payload import Payload, alike
 from fedllm.core.reduce import Lifted, Mean, wide
+from fedllm.core.sums import is_control, must_lift, without
 from fedllm.privacy._secagg_server import Server
-from fedllm.privacy._sums import is_control, must_lift, without
 from fedllm.privacy.secagg import SecAgg
 from fedllm.spaces.layers import block_of
 

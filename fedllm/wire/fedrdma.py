@@ -17,7 +17,7 @@ from fedllm.core.layer import Algebra, Layer
 from fedllm.core.method import Card, Claim, Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Reducer
-from fedllm.privacy._sums import without
+from fedllm.core.sums import without
 from fedllm.wire import codec
 
 OWN = "fedrdma/"

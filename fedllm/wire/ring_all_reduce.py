@@ -17,8 +17,8 @@ from fedllm.core.layer import Algebra, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import wide
-from fedllm.privacy import _letters as letters
-from fedllm.privacy._sums import is_control, must_lift, need_sums, without
+from fedllm.core.sums import is_control, must_lift, need_sums, without
+from fedllm.wire import _letters as letters
 from fedllm.wire.codec import DTYPES, NAMES
 
 OWN = "ring/"

@@ -11,8 +11,8 @@ from fedllm.core.errors import CompositionError, QuorumError
 from fedllm.core.layer import Algebra, Layer
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Lifted, Sum
+from fedllm.core.sums import is_control, need_sums, refusal, without
 from fedllm.core.tree import Branching, check_tree, climb
-from fedllm.privacy._sums import is_control, need_sums, refusal, without
 from fedllm.wire import codec
 
 OWN = "server_tree/"

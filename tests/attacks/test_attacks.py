@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm.app.build import build
-from fedllm.app.layers import layer_classes, make_layer
-from fedllm.app.recipe import load_recipe
 from fedllm.attacks.att_backdoor import AttBackdoor
 from fedllm.attacks.att_byzantine import AttByzantine, z_max
 from fedllm.attacks.att_free_rider import AttFreeRider
@@ -27,6 +24,9 @@ from fedllm.defenses.median import CoordinateMedian
 from fedllm.privacy.composition import check_stack
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.secagg import SecAgg
+from fedllm.runs.build import build
+from fedllm.runs.layers import layer_classes, make_layer
+from fedllm.runs.recipe import load_recipe
 from fedllm.wire.codec_quant import CodecQuant
 
 IDS = [f"c{i}" for i in range(10)]

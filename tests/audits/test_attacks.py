@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedllm.app.rigs_audit import decepticons, film, reading, small_gpt
+from evidence.rigs.audit import decepticons, film, reading, small_gpt
 from fedllm.audits.att_decepticons import Decepticons
 from fedllm.audits.att_film import FILM
 from fedllm.audits.att_gradient_inversion import Inversion, bigrams, moved
@@ -52,7 +52,7 @@ def test_variants_by_name_and_labels_that_must_be_known():
     assert Inversion.variant("dlg").labels == "search" and Inversion.variant("tag", steps=5).steps == 5
     with pytest.raises(RecipeError, match="'lam' is unknown; allowed are dlg, idlg, cos, tag, lamp"):
         Inversion.variant("lam")
-    from fedllm.app.rigs_privacy import tiny_encoder
+    from evidence.rigs.privacy import tiny_encoder
 
     net = tiny_encoder(0)
     seen = {"classifier.bias": (torch.tensor([-1.0, 1.0]), torch.ones(2, dtype=torch.bool))}
@@ -84,7 +84,7 @@ def test_a_guess_takes_the_commonest_public_tokens():
 
 
 def test_every_audit_has_a_card_whose_claims_have_rigs():
-    from fedllm.app.claims import claimed, known_rigs
+    from evidence.claims import claimed, known_rigs
 
     assert {"att_decepticons", "att_film", "att_gradient_inversion", "att_attribute", "privacy_audit",
             "att_pipeline"} <= set(
@@ -95,7 +95,7 @@ def test_every_audit_has_a_card_whose_claims_have_rigs():
 
 
 def test_networks_that_differ_learn_the_generator_s_backdoor():
-    from fedllm.app.rigs_distil import distilled
+    from evidence.rigs.distil import distilled
 
     got = distilled("att_fm_backdoor", 0, rounds=1, clients=2)
     assert got["success"] > 0.9 > 0.5 > got["control"]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from fedllm.audits.canaries import canaries, exposures, planted
 from fedllm.audits.epsilon import from_rates, one_run, p_value
 from fedllm.audits.membership import auc, bounds, lira, tpr_at
 from fedllm.audits.memorized import memorized
 from fedllm.core.errors import DataError
+from fedllm.data.canaries import canaries, exposures, planted
 from fedllm.data.federation import Federation, Shard
 from tests.conftest import WORDS, word_tokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.app.claims import claimed, known_rigs, run_claims
+from evidence.claims import claimed, known_rigs, run_claims
 from fedllm.core.errors import RecipeError
 from fedllm.methods.registry import method_class, modules, source_of
 

@@ -1,6 +1,6 @@
 """Rows of three made-up sites, for tests of engines."""
 
-from fedllm.app.federate_loopback import ROWS, SITES, write_rows
+from fedllm.federation.nvflare.loopback import ROWS, SITES, write_rows
 
 __all__ = ["SITES", "write_data"]
 

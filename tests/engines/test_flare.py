@@ -8,20 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedllm.app.build import build
-from fedllm.app.federate import ServerGone, _follow
-from fedllm.app.federate_memory import DiskMemory
-from fedllm.app.federate_run import drive_run, for_sites
-from fedllm.app.federate_settings import SiteSettings
-from fedllm.app.federate_site import open_run, versions
-from fedllm.app.folder import RunFolder
-from fedllm.app.recipe import load_recipe
-from fedllm.app.run import run
 from fedllm.core.errors import FedLLMError, PayloadError, RunError
 from fedllm.core.payload import pack
-from fedllm.engines.flare_door import Door
-from fedllm.engines.flare_site import SiteHost
-from fedllm.engines.flare_sites import PROTOCOL, Patience, Silence, Sites
+from fedllm.engines.far.door import Door
+from fedllm.engines.far.site import SiteHost
+from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
+from fedllm.federation.coordinator import drive_run, for_sites
+from fedllm.federation.memory import DiskMemory
+from fedllm.federation.nvflare.serve import ServerGone, _follow
+from fedllm.federation.settings import SiteSettings
+from fedllm.federation.site import open_run, versions
+from fedllm.runs.build import build
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.recipe import load_recipe
+from fedllm.runs.run import run
 from fedllm.wire import codec
 
 SITES = ("site-a", "site-b", "site-c")
@@ -372,7 +372,7 @@ def test_sites_that_hold_an_emulator_give_the_simulations_result(data, tiny_llam
     import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-    from fedllm.app.export import export_for_clients
+    from fedllm.runs.export import export_for_clients
 
     owner, config = str(data / "owner"), AutoConfig.from_pretrained(tiny_llama_folder)
     config.num_hidden_layers = 5

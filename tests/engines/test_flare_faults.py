@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 
 if importlib.util.find_spec("nvflare") is None:
-    pytest.skip("nvflare is not installed (pip install 'fedllm[federation]')", allow_module_level=True)
+    pytest.skip("nvflare is not installed (pip install 'fedlm[federation]')", allow_module_level=True)
 
-from fedllm.app.federate_faults import ASYNC, DRILLS, HOST, namespace, partition
-from fedllm.app.federate_loopback import loopback, until
+from evidence.drills.faults import ASYNC, DRILLS, HOST, namespace, partition
 from fedllm.core.errors import RunError
+from fedllm.federation.nvflare.loopback import loopback, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LOSES = {"client_silent": {"site-c"}, "half_gone": {"site-b", "site-c"}}

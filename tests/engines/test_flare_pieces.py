@@ -6,10 +6,10 @@ import threading
 import pytest
 
 from fedllm.core.errors import PayloadError
-from fedllm.engines import flare_pieces
-from fedllm.engines.flare_pieces import HELD, LONGEST, InPieces, Pieces
-from fedllm.engines.flare_site import SiteHost
-from fedllm.engines.flare_sites import PROTOCOL, Silence
+from fedllm.engines.far import pieces as flare_pieces
+from fedllm.engines.far.pieces import HELD, LONGEST, InPieces, Pieces
+from fedllm.engines.far.site import SiteHost
+from fedllm.engines.far.sites import PROTOCOL, Silence
 
 
 class Line:

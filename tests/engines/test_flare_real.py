@@ -10,13 +10,13 @@ import logging
 import pytest
 
 if importlib.util.find_spec("nvflare") is None:
-    pytest.skip("nvflare is not installed (pip install 'fedllm[federation]')", allow_module_level=True)
+    pytest.skip("nvflare is not installed (pip install 'fedlm[federation]')", allow_module_level=True)
 
-from fedllm.app import federate
-from fedllm.app.bench_federation import SPECS
-from fedllm.app.federate_loopback import QUICK, events, loopback, until
-from fedllm.app.run import run
+from evidence.bench.federation import SPECS
 from fedllm.core.errors import RunError
+from fedllm.federation.nvflare import serve as federate
+from fedllm.federation.nvflare.loopback import QUICK, events, loopback, until
+from fedllm.runs.run import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

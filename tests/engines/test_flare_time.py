@@ -8,17 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedllm.app.federate_memory import DiskMemory
-from fedllm.app.rigs_time import quadratic_world
+from evidence.rigs.time import quadratic_world
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import QuorumError
 from fedllm.core.method import Method
 from fedllm.core.payload import digest, pack, part
 from fedllm.core.program import drive
-from fedllm.engines.flare import Flare
-from fedllm.engines.flare_site import GIVEN_UP, SiteHost, SiteRun
-from fedllm.engines.flare_sites import PROTOCOL, Patience, Silence, Sites
+from fedllm.engines.far.engine import Flare
+from fedllm.engines.far.site import GIVEN_UP, SiteHost, SiteRun
+from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
 from fedllm.engines.in_process import InProcess
+from fedllm.federation.memory import DiskMemory
 from fedllm.local.fit import run_fits
 from fedllm.local.requests import Fit, Limits
 from fedllm.methods.registry import make_method

@@ -16,26 +16,26 @@ import pytest
 from typer.testing import CliRunner
 
 if importlib.util.find_spec("flwr") is None:
-    pytest.skip("flwr is not installed (pip install 'fedllm[flower]')", allow_module_level=True)
+    pytest.skip("flwr is not installed (pip install 'fedlm[flower]')", allow_module_level=True)
 
-from fedllm.app import flower_wire as wire
-from fedllm.app.cli import app
-from fedllm.app.federate_loopback import events, until
-from fedllm.app.flower_desk import Desk
-from fedllm.app.flower_join import join_flower
-from fedllm.app.flower_keys import (
+from fedllm.cli.main import app
+from fedllm.core.errors import PayloadError, RecipeError, RunError
+from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
+from fedllm.federation.flower import wire
+from fedllm.federation.flower.desk import Desk
+from fedllm.federation.flower.join import join_flower
+from fedllm.federation.flower.keys import (
     FlowerFederation,
     add_flower_sites,
     new_flower_federation,
     restore_flower_site,
     suspend_flower_site,
 )
-from fedllm.app.flower_link import FlowerLink
-from fedllm.app.flower_loopback import flower_loopback
-from fedllm.app.flower_superlink import FromHere
-from fedllm.app.run import run
-from fedllm.core.errors import PayloadError, RecipeError, RunError
-from fedllm.engines.flare_sites import PROTOCOL, Patience, Silence, Sites
+from fedllm.federation.flower.link import FlowerLink
+from fedllm.federation.flower.loopback import flower_loopback
+from fedllm.federation.flower.superlink import FromHere
+from fedllm.federation.nvflare.loopback import events, until
+from fedllm.runs.run import run
 
 SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
 CASES = {
@@ -332,7 +332,7 @@ def newest(rig):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("part", ["flower_supernode", "flower_desk"])
+@pytest.mark.parametrize("part", ["supernode", "desk"])
 def test_a_node_killed_in_mid_round_is_missed_by_the_deadline_and_taken_back(rig, part):
     """Flower says that a node is gone after 41 to 61 s; the round ends at its own deadline of 15 s."""
     spec = rig.recipe("fedavg", name=part, rounds=8, clients={"deadline": 15.0, "quorum": 2},
@@ -365,7 +365,7 @@ def test_a_site_killed_at_work_under_fedbuff_blocks_nobody(rig):
 
     def kill():
         until(lambda: next((p for p in (rig.folder / "far").glob("async*") if events(p, "round")), None))
-        os.kill(rig.part("site-c", "flower_desk"), signal.SIGKILL)
+        os.kill(rig.part("site-c", "desk"), signal.SIGKILL)
 
     trouble, start = beside(kill)
     start()
@@ -400,7 +400,7 @@ def test_a_site_is_suspended_and_restored_while_a_run_goes_on(rig):
 def test_a_stranger_and_a_forbidden_method_are_refused(rig, tmp_path):
     strangers = new_flower_federation(tmp_path / "keys", ["site-x"], "localhost", rig.port)
     (strangers.kit("site-x") / "ca.crt").write_bytes((rig.keys.kit("site-a") / "ca.crt").read_bytes())
-    words = [sys.executable, "-m", "fedllm.app.flower_supernode", "--superlink", f"localhost:{rig.port}",
+    words = [sys.executable, "-m", "fedllm.federation.flower.supernode", "--superlink", f"localhost:{rig.port}",
              "--root-certificates", str(strangers.kit("site-x") / "ca.crt"), "--auth-supernode-private-key",
              str(strangers.kit("site-x") / "node.key"), "--isolation", "process", "--host", "127.0.0.1", "--port", "0"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, **wire.QUIET},

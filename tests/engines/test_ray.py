@@ -11,19 +11,19 @@ import pytest
 import torch
 
 if importlib.util.find_spec("ray") is None:
-    pytest.skip("ray is not installed (pip install 'fedllm[ray]')", allow_module_level=True)
+    pytest.skip("ray is not installed (pip install 'fedlm[ray]')", allow_module_level=True)
 
-from fedllm.app.build import build
-from fedllm.app.course import Course
-from fedllm.app.recipe import load_recipe
-from fedllm.app.run import run
-from fedllm.app.spread import over
 from fedllm.core.errors import DataError, RecipeError, RunError
 from fedllm.core.payload import leaves
 from fedllm.engines import ray_pool
 from fedllm.engines.parcel import unwrap, wrap
 from fedllm.engines.ray import Ray, Worker
 from fedllm.engines.ray_pool import Lost, Pool
+from fedllm.runs.build import build
+from fedllm.runs.course import Course
+from fedllm.runs.recipe import load_recipe
+from fedllm.runs.run import run
+from fedllm.runs.spread import over
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
 CASES = {"fedavg": {}, "scaffold": {}, "fedbuff": {}, "fedex_lora": {}, "hetlora": {

@@ -1,8 +1,9 @@
 """What clients stand on."""
 
+from fedllm.core.client import SERVER
 from fedllm.data.encode import IGNORE
 from fedllm.data.office import office_federation
-from fedllm.engines.world import GLOBAL, World
+from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
 from fedllm.models.load import load_model
 from fedllm.spaces import make_space
@@ -12,7 +13,7 @@ def test_tests_score_the_response_alone_even_where_all_of_a_row_is_learned():
     federation = office_federation(clients=2, rows=4, test_rows=12)
     model = load_model("embedded", "generation", make_space("lora", rank=2))
     world = World(model, federation, LocalSpec(max_length=192), completion_only=False)
-    learned, tested = world.encoded(next(iter(federation.clients)), "train")[0], world.encoded(GLOBAL, "test")[0]
+    learned, tested = world.encoded(next(iter(federation.clients)), "train")[0], world.encoded(SERVER, "test")[0]
     assert (learned.labels[1:] != IGNORE).all()
     answer = tested.ids[tested.labels != IGNORE]
     said = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in (tested.prompt, answer)]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["fedllm.wire.codec", "fedllm.core.payload", "fedllm.engines.flare_door"]):
+with atheris.instrument_imports(include=["fedllm.wire.codec", "fedllm.core.payload", "fedllm.engines.far.door"]):
     import torch
 
     from fedllm.core.errors import PayloadError
     from fedllm.core.payload import digest
-    from fedllm.engines.flare_door import Door
+    from fedllm.engines.far.door import Door
     from fedllm.wire import codec
 
 DOOR, SENT = Door(1 << 20, frozenset({"w", "v"})), {"theta/w": torch.zeros(2)}

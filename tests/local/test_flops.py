@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM
 
-from fedllm.app.rigs_energy import IN_PLACE, energy_flops
+from evidence.rigs.energy import IN_PLACE, energy_flops
 from fedllm.data.encode import Encoded
 from fedllm.local import power
 from fedllm.local.fit import run_fits

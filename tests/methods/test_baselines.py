@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.app.rigs import update
+from evidence.rigs.trials import update
 from fedllm.core.ask import Replies
 from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.payload import norm, pack, part, sub

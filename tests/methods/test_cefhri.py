@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.app.rigs import Trial
-from fedllm.app.rigs_edge import blind_encoder, order_federation
+from evidence.rigs.edge import blind_encoder, order_federation
+from evidence.rigs.trials import Trial
 from fedllm.core.errors import CompositionError
 from fedllm.core.payload import add, scale, sub
 from fedllm.engines import InProcess, Vectorized

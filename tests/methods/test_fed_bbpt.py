@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fedllm
-from fedllm.app.claims import known_rigs
-from fedllm.app.serve_model import serving
+from evidence.claims import known_rigs
+from fedllm.cli.serve_model import serving
 from fedllm.core.ask import Ask, Replies
 from fedllm.core.errors import BudgetSpent, CompositionError, EndpointError, PayloadError, RecipeError
 from fedllm.core.payload import tensor_bytes

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedllm.app.rigs_text import synonyms, untrained
-from fedllm.app.serve_model import serving
+from evidence.rigs.text import synonyms, untrained
+from fedllm.cli.serve_model import serving
+from fedllm.core.client import SERVER
 from fedllm.core.errors import EndpointError, RecipeError
 from fedllm.core.layer import Layer
 from fedllm.core.method import Method
 from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines import InProcess, Vectorized
-from fedllm.engines.world import GLOBAL, World
+from fedllm.engines.world import World
 from fedllm.methods.inference.fed_sp_sc import DISCLAIMER, EXTRACT, THINK
 from fedllm.methods.registry import make_method
 from fedllm.models.endpoint import Endpoint, LocalText
@@ -122,7 +123,7 @@ def test_hash_match_gives_the_same_answer_and_moves_no_other_text(text):
     raw, _ = ask(text)
     got, engine = ask(text, layers=(tape,), pool="hash_match")
     assert (got.answer, wordings(got)) == (raw.answer, wordings(raw))
-    sent = str([reply for (fn, c), calls in tape.said.items() if c != GLOBAL for _, reply in calls])
+    sent = str([reply for (fn, c), calls in tape.said.items() if c != SERVER for _, reply in calls])
     assert all(q in sent for q in SAME) and OTHER_MATTER in sent  # same numbers: asked over, then found unlike
     assert not any(q in sent for q in (*OTHER_NUMBERS, WITHHELD, QUERY, "Is Tom in?"))
     assert {c for fn, c in tape.said if fn == "reveal"} == {"c1", "c2", "c3"}
@@ -192,7 +193,7 @@ def test_examples_have_the_pattern_and_other_numbers(text):
     got, _ = ask(text, mode="dp_cot", layers=(tape,), n_demos=2)
     assert got.demos and all(numbers(d.question) != numbers(QUERY) for d in got.demos)
     assert {d.question for d in got.demos} <= set(OTHER_NUMBERS)
-    [last] = [msg["prompts"] for msg, _ in tape.said["complete", GLOBAL]][-2]
+    [last] = [msg["prompts"] for msg, _ in tape.said["complete", SERVER]][-2]
     assert last.startswith(DISCLAIMER) and last.endswith(f"Q: {QUERY}\nA: {THINK}")
     assert all(f"Q: {d.question}\nA: {THINK} {d.rationale} {EXTRACT} {d.answer}." in last for d in got.demos)
     ahead, _ = ask(text, mode="dp_cot", n_demos=2, rounds=1)
@@ -205,7 +206,7 @@ def test_examples_by_hash_have_the_very_same_words(text):
     tape = Tape()
     got, _ = ask(text, mode="dp_cot", pool="hash_match", layers=(tape,))
     assert {d.question for d in got.demos} <= set(OTHER_NUMBERS)
-    sent = str([reply for (_, c), calls in tape.said.items() if c != GLOBAL for _, reply in calls])
+    sent = str([reply for (_, c), calls in tape.said.items() if c != SERVER for _, reply in calls])
     assert not any(q in sent for q in (*SAME, OTHER_MATTER, WITHHELD))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.app.rigs import RIGS
+from evidence.rigs.trials import RIGS
 from fedllm.core.errors import CompositionError
 from fedllm.engines.client import ClientCall
 from fedllm.local.perturb import Directions, flat

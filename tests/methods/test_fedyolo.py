@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from evidence.rigs.edge import backbone_of
 from fedllm import run
-from fedllm.app.rigs_edge import backbone_of
 from fedllm.core.client import Profile
 from fedllm.core.errors import CompositionError, DataError, QuorumError
 from fedllm.core.payload import tensor_bytes

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from fedllm.app.rigs import Trial
-from fedllm.app.rigs_zeroth import softmax_world
+from evidence.rigs.trials import Trial
+from evidence.rigs.zeroth import softmax_world
 from fedllm.core.errors import PayloadError, RecipeError
 from fedllm.core.layer import Layer
 from fedllm.core.rng import seed_of

@@ -14,9 +14,9 @@ from fedllm.core.program import drive
 from fedllm.engines import InProcess
 from fedllm.methods._graphs import graph_of, metropolis, need_connected, spectral_gap
 from fedllm.methods.registry import make_method
-from fedllm.privacy._keys import make_identity
-from fedllm.privacy._letters import KEY
 from fedllm.wire import codec
+from fedllm.wire._keys import make_identity
+from fedllm.wire._letters import KEY
 from fedllm.wire.codec_quant import CodecQuant
 
 IDS = [f"c{i}" for i in range(12)]

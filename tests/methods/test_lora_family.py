@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fedllm.app.rigs import RIGS, Scripted, best_of_rank, off, update, wanted
+from evidence.rigs.trials import RIGS, Scripted, best_of_rank, off, update, wanted
 from fedllm.core.ask import Replies
 from fedllm.core.errors import CompositionError, PayloadError
 from fedllm.core.payload import pack, part, tensor_bytes

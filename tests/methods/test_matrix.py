@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedllm.core.client import SERVER
 from fedllm.core.layer import Layer
 from fedllm.core.payload import leaves
 from fedllm.core.program import drive
-from fedllm.engines.world import GLOBAL
 from fedllm.wire import codec
 
 METHODS = {
@@ -87,7 +87,7 @@ def test_a_silent_client_is_left_out_of_the_mean(begin, gap, name):
     got, wanted = joined.method.served(joined.state)[0], without.method.served(without.state)[0]
     assert gap(got, wanted) == 0 or (name == "hetlora" and gap(got, wanted) < 1e-10)
     joined.engine.infos["c3"] = without.engine.infos["c3"]
-    assert set(joined.go(1).engine.memory) - {GLOBAL} in ({"c0", "c1", "c2", "c3"}, set())
+    assert set(joined.go(1).engine.memory) - {SERVER} in ({"c0", "c1", "c2", "c3"}, set())
 
 
 def _never(run):

@@ -216,10 +216,10 @@ def test_layers_do_not_touch_the_alignment():
 
 
 def test_dp_offsite_peft_is_refused_without_its_privacy():
-    from fedllm.app.build import compose
     from fedllm.privacy.dp_fedavg import DPFedAvg
     from fedllm.privacy.dp_sgd import DPSGD
     from fedllm.privacy.secagg import SecAgg
+    from fedllm.runs.build import compose
 
     method, user = make_method("dp_offsite_peft"), make_method("dp_offsite_peft", dp_level="user")
     with pytest.raises(CompositionError, match=r"dp_level = example and .*SecAgg.* do not fit.*list dp_sgd"):

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm.app.federate_run import check_recipe
-from fedllm.app.recipe import load_recipe
-from fedllm.app.rigs_time import Race, quadratic_world
-from fedllm.app.store import Blobs, freeze, thaw
+from evidence.rigs.time import Race, quadratic_world
 from fedllm.core.ask import Ask
 from fedllm.core.client import ClientInfo, Fleet, Profile
 from fedllm.core.errors import CompositionError, RecipeError
@@ -19,8 +16,11 @@ from fedllm.core.payload import digest
 from fedllm.core.program import drive
 from fedllm.core.select import Turn
 from fedllm.engines import InProcess, Vectorized
+from fedllm.federation.coordinator import check_recipe
 from fedllm.methods.registry import make_method
 from fedllm.privacy.dp_fedavg import DPFedAvg
+from fedllm.runs.recipe import load_recipe
+from fedllm.runs.store import Blobs, freeze, thaw
 from fedllm.selectors.registry import make_selector
 from fedllm.wire.codec_quant import CodecQuant
 from fedllm.wire.codec_topk_ef import CodecTopKEF

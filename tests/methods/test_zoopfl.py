@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedllm.app.claims import known_rigs
+from evidence.claims import known_rigs
 from fedllm.core.ask import Ask
 from fedllm.core.errors import BudgetSpent, CompositionError, ModelError, RecipeError
 from fedllm.core.program import drive

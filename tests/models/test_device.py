@@ -25,7 +25,7 @@ def test_a_card_that_is_not_there_is_refused(tiny_llama_folder, monkeypatch, car
 
 
 def test_a_recipe_with_another_device_is_refused(tmp_path):
-    from fedllm.app.recipe import load_recipe
+    from fedllm.runs.recipe import load_recipe
 
     (tmp_path / "r.yaml").write_text("model: {name: embedded, device: gpu}\ndata: {source: office}\nmethod: fedavg\n")
     with pytest.raises(RecipeError, match=r"model.device = .gpu.*allowed is auto, cpu, cuda or cuda:N"):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedllm.app.rigs_text import untrained
-from fedllm.app.serve_model import serving
+from evidence.rigs.text import untrained
+from fedllm.cli.serve_model import serving
 from fedllm.core.errors import EndpointError, FedLLMError, RecipeError
 from fedllm.models.endpoint import Completion, Endpoint, LocalText, as_text, total_logprob
 from fedllm.models.load import load_model

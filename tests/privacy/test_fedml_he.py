@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedllm.app.rigs_privacy import View, inversion
+from evidence.rigs.privacy import View, inversion
 from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.program import drive
 from fedllm.privacy.composition import clash
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_recipe_can_name_both(tmp_path):
-    from fedllm.app.layers import make_layer
+    from fedllm.runs.layers import make_layer
 
     assert isinstance(make_layer("he_ckks", {}, "layers.0"), HECKKS)
     assert make_layer("fedml_he", {"encrypt_ratio": 0.5}, "layers.0").encrypt_ratio == 0.5

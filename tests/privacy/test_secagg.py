@@ -13,11 +13,11 @@ from fedllm.core.payload import pack
 from fedllm.core.program import drive
 from fedllm.core.reduce import Mean
 from fedllm.privacy import _ring, _shamir
-from fedllm.privacy._keys import make_identity
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.secagg import SecAgg
 from fedllm.privacy.secagg_plus import SecAggPlus
 from fedllm.spaces.lora import factors
+from fedllm.wire._keys import make_identity
 
 LAYERS = {"secagg": SecAgg(), "secagg_plus": SecAggPlus(degree=12)}
 

@@ -11,8 +11,8 @@ from fedllm.core.errors import ModelError
 from fedllm.core.rng import torch_stream
 from fedllm.models.batch import Batch
 from fedllm.models.load import load_model
+from fedllm.models.peft_io import knobs_of, load_adapter, save_adapter
 from fedllm.spaces import make_space
-from fedllm.spaces.peft_io import knobs_of, load_adapter, save_adapter
 
 SPACES = [("lora", {"rank": 4}), ("lora", {"rank": 4, "scaling": "rslora", "targets": ["q_proj", "down_proj"]}),
           ("lora", {"rank": 4, "scaling": "shared", "alpha": 6.0}), ("ia3", {}), ("soft_prompt", {"length": 3}),

@@ -13,7 +13,7 @@ import uuid
 
 import pytest
 
-from fedllm.app.rigs_topology import carried
+from evidence.rigs.topology import carried
 from fedllm.core.errors import PayloadError, RecipeError
 from fedllm.wire._chunk_ring import CHUNK, OPEN, Faults, Receiver, Ring, send
 from fedllm.wire.fedrdma import chunked_share, seconds, tuned

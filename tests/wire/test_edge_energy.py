@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from evidence.rigs.energy import dealt
+from evidence.rigs.trials import Trial, _chain, _tiny_llama
 from fedllm import run
-from fedllm.app.build import build, make_layers
-from fedllm.app.folder import RunFolder
-from fedllm.app.profiles import make_profiles
-from fedllm.app.recipe import Recipe, load_recipe
-from fedllm.app.rigs import Trial, _chain, _tiny_llama
-from fedllm.app.rigs_energy import dealt
 from fedllm.core.client import ClientInfo, Fleet, Profile
 from fedllm.core.energy import DEVICES, LINKS, device_of, link_of
 from fedllm.core.errors import CompositionError, RecipeError
@@ -28,6 +24,10 @@ from fedllm.models.model import Model
 from fedllm.privacy.composition import check_stack, clash, examples
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.secagg import SecAgg
+from fedllm.runs.build import build, make_layers
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.profiles import make_profiles
+from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.selectors.registry import make_selector
 from fedllm.wire.edge_energy import TOLD, EdgeEnergy, joules_of
 

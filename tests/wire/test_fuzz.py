@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedllm.core.errors import PayloadError
-from fedllm.engines.flare_door import Door
-from fedllm.engines.flare_site import SiteHost
-from fedllm.engines.flare_sites import PROTOCOL
+from fedllm.engines.far.door import Door
+from fedllm.engines.far.site import SiteHost
+from fedllm.engines.far.sites import PROTOCOL
 from fedllm.wire import codec
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([2**31, 2**63, 2**64, 10**30, -1, 0, float("inf")])

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.client import SERVER
 from fedllm.core.method import Card, Claim, State, knob
-from fedllm.methods.asking import SERVER, Asking
+from fedllm.methods.asking import Asking
 from fedllm.models import questions as qa
 from fedllm.models.similar import nearest
 
-THINK = "Let's think step by step."
-EXTRACT = "Therefore, the answer is"
+THINK, EXTRACT = "Let's think step by step.", "Therefore, the answer is"
 ANSWER_TOKENS = 16
 DISCLAIMER = "The examples below come from other users; their answers may contain mistakes.\n\n"
 

@@ -13,7 +13,7 @@ from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import add, pack, part, scale, sub, zeros_like
 from fedllm.local.terms import Linear
 from fedllm.methods._graphs import GRAPHS, graph_of, joined, metropolis, mixed, need_connected
-from fedllm.privacy import _letters as letters
+from fedllm.wire import _letters as letters
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,56 @@
+"""A long run under random harm: what it loses, and whether anything leaks, hangs or grows."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from evidence.drills.faults import LOSSY, drill, kill, rounds
+from fedllm.federation.nvflare.loopback import Loopback, events, until
+
+VICTIMS: Mapping[str, Callable[[Loopback, str], int | None]] = {
+    "worker": lambda rig, site: rig.worker(site),
+    "client": lambda rig, site: next(iter(rig.processes("client_train", site)), None),
+    "coordinator": lambda rig, site: rig.coordinator()}
+"""Which process of the federation, or of a site, may be killed."""
+
+
+def soak(rig: Loopback, total: int = 200, every: int = 20, seed: int = 0) -> dict[str, Any]:
+    """So many rounds, and after each `every` of them one process, drawn by chance, is killed.
+
+    `held`: open descriptors and memory of the processes that live from the first round to the last, when the first kill
+    is due and when the last one is. `left`: processes that outlive the run and its sites by 30 seconds.
+    """
+    rng, kills, held = random.Random(seed), Counter[str](), list[dict[str, dict[str, int]]]()
+
+    def harm(run: Path) -> float:
+        for due in range(every, total, every):
+            until(lambda due=due: rounds(run) >= due, 400, f"round {due} of {run}")
+            held.append(_held(rig))
+            kind, site = rng.choice(sorted(VICTIMS)), rng.choice(rig.sites)
+            before = len(events(run, "resumed"))
+            kill(until(lambda kind=kind, site=site: VICTIMS[kind](rig, site), 100, f"a {kind} of {site}"))
+            kills[kind] += 1
+            if kind == "coordinator":
+                until(lambda before=before: len(events(run, "resumed")) > before, 200, "the run's going on")
+        return 0.0
+
+    found = drill(rig, harm, {**LOSSY, "rounds": total}, seconds=600.0)
+    for site in list(rig.joins):
+        rig.leave(site)
+    gone = psutil.wait_procs([psutil.Process(p) for p in rig.all_processes() if psutil.pid_exists(p)], timeout=30)
+    return {**found, "kills": dict(sorted(kills.items())), "left": len(gone[1]),
+            "held": {name: [held[0][name], held[-1][name]] for name in held[0]}}
+
+
+def _held(rig: Loopback) -> dict[str, dict[str, int]]:
+    assert rig.serving is not None
+    pids = {"serve": rig.serving.pid, "server": until(rig.server, 60, "the server's process"),
+            **{f"join of {site}": join.pid for site, join in rig.joins.items()}}
+    return {name: {"descriptors": (p := psutil.Process(pid)).num_fds(), "mb": p.memory_info().rss >> 20}
+            for name, pid in pids.items()}

@@ -1,0 +1,198 @@
+"""Commands of a real federation, mounted beside the others: `serve`, `join`, `keys`, `status`, `logs`, `stop`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedllm.core.errors import FedLLMError, RecipeError
+
+app = typer.Typer(no_args_is_help=True, help="Run between organisations on different machines.")
+keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: one CA, and a kit for each site.")
+app.add_typer(keys, name="keys")
+console, out = Console(stderr=True), Console()
+
+Folder = Annotated[Path, typer.Option("--federation", help="Folder that `fedllm keys new` made.")]
+HERE = Path("federation")
+
+
+def _refuse(error: FedLLMError) -> typer.Exit:
+    console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+    return typer.Exit(1)
+
+
+@app.command()
+def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run's folder to go on with.")],
+          overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
+                                                                help="Keys of the recipe to change.")] = None,
+          federation: Folder = HERE, root: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+          needed: Annotated[int | None, typer.Option(help="Sites that must join; all of them by default.")] = None,
+          wait: Annotated[float, typer.Option(help="Seconds to wait for the sites.")] = 600.0,
+          metrics: Annotated[int | None, typer.Option(help="Port on this machine for /metrics and /healthz.")] = None,
+          ) -> None:
+    """Start the coordinator, run the recipe with the sites that have joined, and stop."""
+    from fedllm.federation.nvflare import serve as federate
+    from fedllm.federation.nvflare.process import stoppable
+    from fedllm.runs.complaints import parse_override
+
+    try:
+        with stoppable():
+            if recipe.is_dir():
+                result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics)
+            else:
+                result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics,
+                                        **dict(parse_override(text) for text in overrides or ()))
+    except KeyboardInterrupt:
+        console.print("stopped; `fedllm serve runs/NAME` goes on where the run stood")
+        raise typer.Exit(130) from None
+    except FedLLMError as error:
+        raise _refuse(error) from None
+    console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})")
+
+
+@app.command()
+def join(address: Annotated[str, typer.Argument(help="host:port of the coordinator.")],
+         data: Annotated[Path, typer.Option("--data", help="File or folder with this site's rows; they never leave.")],
+         kit: Annotated[Path, typer.Option("--kit", help="Startup kit that the coordinator sent.")] = Path("kit"),
+         allow: Annotated[list[str] | None, typer.Option(help="Method that may run here (repeat); default: all "
+                                                              "installed.")] = None,
+         models: Annotated[list[str] | None, typer.Option(help="Folder that models may be read from.")] = None,
+         rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
+         policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
+                                                          "docs/federation.md.")] = None,
+         text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = True,
+         threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1) -> None:
+    """Take part in a federation with this machine's data, until stopped."""
+    from fedllm.federation.flower.join import is_flower_kit, join_flower
+    from fedllm.federation.nvflare.join import join as take_part
+
+    take_part = join_flower if is_flower_kit(kit) else take_part
+    try:
+        take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
+                  threads=threads, profile={} if rank is None else {"rank": rank})
+    except FedLLMError as error:
+        raise _refuse(error) from None
+
+
+RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
+
+
+@app.command()
+def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """How a federation's run stands: rounds, bytes, and each site."""
+    from fedllm.federation.operate import Tally
+
+    try:
+        now = Tally(run).look().as_json()
+    except FedLLMError as error:
+        raise _refuse(error) from None
+    if as_json:
+        out.print_json(json.dumps(now))
+        return
+    out.print(f"{now['run']}: {now['state']}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
+              f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False)
+    for site, said in now["sites"].items():
+        out.print(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip(),
+                  highlight=False, markup=False)
+
+
+@app.command()
+def logs(path: Annotated[Path, typer.Argument(help="A run's folder (its events) or a kit (its process's log).")],
+         last: Annotated[int, typer.Option(min=1, help="How many lines.")] = 20) -> None:
+    """The last lines of a run's record, one JSON object each, or of a kit's log."""
+    from fedllm.federation.operate import log_lines
+
+    try:
+        for line in log_lines(path, last):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
+    except FedLLMError as error:
+        raise _refuse(error) from None
+
+
+@app.command()
+def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 60.0) -> None:
+    """End the `fedllm serve` of this run, in order; `fedllm serve RUN` goes on with it."""
+    from fedllm.federation.operate import stop as end
+
+    try:
+        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False)
+    except FedLLMError as error:
+        raise _refuse(error) from None
+
+
+@keys.command("new")
+def new(sites: Annotated[list[str], typer.Argument(help="Names of the sites.")], federation: Folder = HERE,
+        host: Annotated[str, typer.Option(help="Name under which sites reach the coordinator.")] = "localhost",
+        port: Annotated[int, typer.Option(help="Its port.")] = 8002,
+        engine: Annotated[str, typer.Option(help="flare (NVFlare) or flower.")] = "flare") -> None:
+    """Make a CA, the coordinator's kit and a kit for each site; send each site its own."""
+    from fedllm.federation.flower.keys import new_flower_federation
+    from fedllm.federation.nvflare.keys import new_federation
+
+    try:
+        if engine not in ("flare", "flower"):
+            raise RecipeError(f"--engine {engine!r}: allowed are flare and flower")
+        made: Any = (new_flower_federation if engine == "flower" else new_federation)(federation, sites, host, port)
+    except FedLLMError as error:
+        raise _refuse(error) from None
+    secret = made.folder / ("server" if engine == "flower" else "ca")
+    console.print(f"kits are in {made.folder / 'kits'}; give each site its own, and keep {secret} secret")
+
+
+@keys.command("add")
+def add(sites: Annotated[list[str], typer.Argument(help="Names of further sites.")], federation: Folder = HERE) -> None:
+    """Kits for further sites, signed by the same CA; the coordinator need not be restarted."""
+    from fedllm.federation.flower.keys import add_flower_sites, is_flower
+    from fedllm.federation.nvflare.keys import add_sites
+
+    try:
+        made: Any = (add_flower_sites if is_flower(federation) else add_sites)(federation, sites)
+    except FedLLMError as error:
+        raise _refuse(error) from None
+    console.print(f"kits are in {made.folder / 'kits'}")
+
+
+@keys.command("suspend")
+def suspend(site: str, federation: Folder = HERE) -> None:
+    """The running coordinator refuses this site until `restore`."""
+    _change("suspend", site, federation)
+
+
+@keys.command("restore")
+def restore(site: str, federation: Folder = HERE) -> None:
+    """A suspended site may join again."""
+    _change("restore", site, federation)
+
+
+@keys.command("revoke")
+def revoke(site: str, federation: Folder = HERE) -> None:
+    """This site never joins again: it is refused from now on, its kit is deleted, its name is not given again."""
+    from fedllm.federation.flower.keys import is_flower, revoke_flower_site
+    from fedllm.federation.nvflare import serve as federate
+    from fedllm.federation.nvflare.keys import revoke_site
+
+    try:
+        if is_flower(federation):
+            revoke_flower_site(federation, site)
+        elif not federate.suspend_if_running(revoke_site(federation, site), site):
+            console.print("the coordinator is not running; it will refuse the site from its next start on")
+    except FedLLMError as error:
+        raise _refuse(error) from None
+
+
+def _change(what: str, site: str, federation: Path) -> None:
+    from fedllm.federation.flower.keys import is_flower, restore_flower_site, suspend_flower_site
+    from fedllm.federation.nvflare import serve as federate
+    from fedllm.federation.nvflare.keys import Federation
+
+    try:
+        if is_flower(federation):
+            {"suspend": suspend_flower_site, "restore": restore_flower_site}[what](federation, site)
+        else:
+            {"suspend": federate.suspend, "restore": federate.restore}[what](Federation(federation.resolve()), site)
+    except FedLLMError as error:
+        raise _refuse(error) from None

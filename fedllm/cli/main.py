@@ -1,0 +1,252 @@
+"""The command line: `fedllm run`, `resume`, `plan`, `methods`, `replay`, `report`, `export`, `chat`, and the tools."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.panel import Panel
+
+from fedllm.cli.audit import audit
+from fedllm.cli.federate import app as federation
+from fedllm.core.errors import FedLLMError, RecipeError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="Train, tune, prompt and test large language models across clients whose data must not move.")
+app.add_typer(federation)  # serve, join, keys
+app.add_typer(audit, name="audit")
+out, err = Console(), Console(stderr=True)
+
+RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
+RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
+                                                       help="Keys of the recipe to change.")]
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None,
+        root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs")) -> None:
+    """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
+    from fedllm.cli.tables import show_result
+    from fedllm.runs.run import run as go
+
+    show_result(out, go(recipe, root=root, **_parsed(overrides)))
+
+
+@app.command()
+def resume(path: RunPath) -> None:
+    """Go on with a run that was stopped; it ends in the same state as if it had not been."""
+    from fedllm.cli.tables import show_result
+    from fedllm.runs.run import resume as go
+
+    show_result(out, go(path))
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None,
+         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Foresee bytes, seconds and memory of a recipe by running a small slice of it."""
+    from fedllm.cli.tables import show_plan
+    from fedllm.runs.plan import plan as foresee
+
+    found = foresee(recipe, **_parsed(overrides))
+    if as_json:
+        out.print_json(json.dumps(found.as_json()))
+    else:
+        show_plan(out, found)
+
+
+@app.command()
+def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", show_default=False)] = None) -> None:
+    """List all methods, or show one: its card, knobs, claim and file."""
+    from fedllm.cli.tables import show_method, show_methods
+
+    show_methods(out) if method is None else show_method(out, method)
+
+
+@app.command()
+def replay(path: RunPath, reducer: Annotated[str | None, typer.Option(help="mean, uniform or median; without it, the "
+                                                                      "method's own.")] = None) -> None:
+    """Run the server again from recorded replies, with another reducer, without clients or data."""
+    from fedllm.runs.replay import replay as again
+
+    got = again(path, reducer)
+    away = f"{got.distance:.1%} of the run's way from the recorded state"
+    same = "the recorded state, bit for bit" if got.same else away
+    out.print(f"{got.rounds} rounds folded again ({got.reducer}): {same}\nstate  {got.state_digest}\n"
+              f"model  {got.folder}", highlight=False)
+
+
+@app.command()
+def report(path: RunPath) -> None:
+    """Write report.html and model_card.md afresh from a run's record."""
+    from fedllm.report.report import write_report
+
+    out.print(str(write_report(path)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", help="A merged model, or the PEFT "
+                                                              "adapter.")] = False,
+           to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None) -> None:
+    """Export a run's model for transformers, vLLM or llama.cpp."""
+    from fedllm.runs.export import export as go
+
+    out.print(str(go(path, to, merge=merge)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+         raw: Annotated[bool, typer.Option(help="Send lines without the recipe's frame.")] = False) -> None:
+    """Talk to a run's model."""
+    from fedllm.cli.chat import chat as talk
+
+    talk(path, out, _lines, temperature=temperature, raw=raw)
+
+
+@app.command()
+def group(source: Annotated[list[str], typer.Argument(help="Files: .jsonl, .txt, .csv, .tsv, .parquet.")],
+          to: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+          key: Annotated[str, typer.Option(help="column:NAME, host:NAME, random:GROUPS, "
+                                                "dirichlet:COLUMN:GROUPS:ALPHA or call:module:function.")],
+          shards: Annotated[int, typer.Option(help="Files to write.")] = 8,
+          workers: Annotated[int, typer.Option(help="Processes that read.")] = 1,
+          seed: Annotated[int, typer.Option(help="Of random and dirichlet.")] = 0,
+          memory_mb: Annotated[int, typer.Option(help="What each worker holds before it writes.")] = 16) -> None:
+    """Group a corpus of any size on disk, each group a client: [bold]data.source: grouped:FOLDER[/bold] in a recipe."""
+    from fedllm.data.grouper import group as go
+
+    made = go(source, to, key, shards=shards, workers=workers, seed=seed, memory_mb=memory_mb)
+    out.print(f"{made.groups:,} groups, {made.rows:,} rows, {made.bytes:,} bytes in {to}", highlight=False)
+
+
+@app.command()
+def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs")) -> None:
+    """Eight institutions tune the embedded model together; offline, in a few minutes."""
+    from fedllm.cli.demo import demo as show
+
+    show(out, root)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure speed and memory against what others run: [bold]fedllm bench simulation[/bold]."""
+    _tool("bench", context.args)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def claims(context: typer.Context) -> None:
+    """Run the claim of every method's card, and write docs/results/claims.json."""
+    _tool("claims", context.args)
+
+
+def _tool(name: str, args: list[str]) -> None:
+    """Run a tool with a command line of its own."""
+    import importlib
+
+    import fedllm
+
+    checkout = Path(fedllm.__file__).resolve().parents[1]
+    if not (checkout / "evidence" / "__init__.py").is_file():
+        raise RecipeError(f"`fedllm {name}` measures in a checkout of the project, and this is an installed package "
+                          "without the folder evidence/; clone the project and run it there")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    try:
+        tool = importlib.import_module(f"evidence.{name}")
+    except ImportError as error:
+        raise RecipeError(f"`fedllm {name}` lacks the package '{error.name}'; pip install 'fedlm[bench]'") from None
+    sys.argv = [f"fedllm {name}", *args]
+    if code := tool.main():
+        raise typer.Exit(code)
+
+
+def _lines() -> Iterator[str]:
+    while line := _ask("you> "):
+        yield line
+
+
+def _ask(prompt: str) -> str:
+    try:
+        return input(prompt if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _parsed(overrides: list[str] | None) -> dict[str, Any]:
+    from fedllm.runs.complaints import parse_override
+
+    return dict(parse_override(text) for text in overrides or ())
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; what goes wrong on purpose is one red panel and exit code 2."""
+    given = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in given
+    given = [a for a in given if a != "--debug"]
+    _quiet(debug)
+    known = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    word = next((a for a in given if not a.startswith("-")), None)
+    if word and given[0] == word and word not in known:
+        near = difflib.get_close_matches(word, known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return _stop(RecipeError(f"'{word}' is no command{hint} Commands: {', '.join(known)}"))
+    _guarded(lambda: app(given, standalone_mode=True), debug)
+
+
+def _guarded(work: Callable[[], Any], debug: bool) -> None:
+    try:
+        work()
+    except FedLLMError as error:
+        if debug:
+            raise
+        _stop(error)
+    except KeyboardInterrupt:
+        err.print("\ninterrupted; `fedllm resume runs/NAME` goes on where the run stood")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except Exception as error:
+        if debug:
+            raise
+        err.print(Panel(escape(f"{type(error).__name__}: {error}\n\nThis is a fault of fedllm, not of yours. The same "
+                               "command with --debug shows where; please report it."), title="unexpected error",
+                        title_align="left", border_style="red"))
+        raise SystemExit(1) from None
+
+
+def _stop(error: FedLLMError) -> None:
+    title = type(error).__name__.removesuffix("Error").lower() + " error"
+    err.print(Panel(escape(str(error)), title=title, title_align="left", border_style="red"))
+    raise SystemExit(2)
+
+
+def _quiet(debug: bool) -> None:
+    """Warnings of ours to the terminal; those of the libraries below only with --debug."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s",
+                        handlers=[RichHandler(console=err, show_time=False, show_path=False)])
+    if debug:
+        return
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("transformers", "datasets", "huggingface_hub", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

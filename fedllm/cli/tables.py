@@ -1,0 +1,180 @@
+"""What the terminal shows: results, plans, methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from fedllm.core.method import Claim
+from fedllm.methods.registry import method_class, modules, source_of
+from fedllm.report.facts import HEADLINE, comparison, duration, label, mean_metric, number, size
+from fedllm.runs.plan import Plan
+from fedllm.runs.result import Result
+from fedllm.runs.store import read_json
+
+
+def show_result(console: Console, result: Result) -> None:
+    """The comparison, a few answers, and where everything lies."""
+    console.print(comparison_table(result))
+    show_samples(console, result)
+    if result.skipped:
+        console.print(f"[yellow]skipped rounds[/yellow] (too few answers): {[k + 1 for k in result.skipped]}")
+    if result.ended:
+        console.print(f"[yellow]ended before round {result.rounds + 1}[/yellow]: {escape(result.ended)}")
+    where = Table.grid(padding=(0, 2))
+    for name, value in (("model", result.adapter_path or f"{result.folder}/clients (each client its own)"),
+                        ("report", result.report_path), ("record", result.folder),
+                        ("sent", f"{size(result.bytes['up'])} up, {size(result.bytes['down'])} down"),
+                        ("took", f"{duration(result.seconds)}, {size(result.peak_memory_bytes)} of memory"),
+                        ("state", result.state_digest)):
+        where.add_row(f"[dim]{name}[/dim]", escape(str(value)))
+    console.print(where, soft_wrap=True)
+
+
+def comparison_table(result: Result) -> Table:
+    """before / local only / federated / centralized: the global test, and the mean over clients' own tests."""
+    rows = [(name, g, c) for name, g, c in comparison(result) if g or c]
+    names = [n for n in HEADLINE if any(n in (g or {}) or mean_metric(c, n) is not None for _, g, c in rows)]
+    table = Table(title=f"{result.method}, {result.rounds} rounds", title_justify="left", title_style="bold")
+    table.add_column("")
+    for where in ("global test", "clients' own tests"):
+        for n in names:
+            table.add_column(f"{where}\n{label(n)}", justify="right")
+    for name, g, c in rows:
+        cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
+        table.add_row(name, *cells, style="bold green" if name.startswith("federated") else "")
+    return table
+
+
+def show_samples(console: Console, result: Result, most: int = 3) -> None:
+    """Answers before and after."""
+    path = result.folder / "samples.json"
+    shown: list[dict[str, str]] = read_json(path)[:most] if path.exists() else []
+    for s in shown:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row("[dim]prompt[/dim]", escape(_short(s["prompt"])))
+        grid.add_row("[dim]expected[/dim]", escape(s["expected"]))
+        grid.add_row("[dim]before[/dim]", escape(_short(s["before"])) or "(nothing)")
+        right = s["after"].split() == s["expected"].split()
+        color = "green" if right else "yellow"
+        grid.add_row("[dim]after[/dim]", f"[{color}]{escape(_short(s['after'])) or '(nothing)'}[/]")
+        console.print(Panel(grid, border_style="dim"))
+
+
+def _short(text: str, most: int = 300) -> str:
+    text = " / ".join(line.strip() for line in text.splitlines() if line.strip())
+    return text if len(text) <= most else "... " + text[-most:]
+
+
+def client_table(result: Result) -> Table:
+    """Every client's own test before, alone and federated."""
+    e = result.evaluation
+    columns = [("before", (e.get("before") or {}).get("clients", {})),
+               ("local only", (e.get("baselines", {}).get("local_only") or {}).get("clients", {})),
+               ("federated", e.get("clients", {})),
+               ("centralized", (e.get("baselines", {}).get("centralized") or {}).get("clients", {}))]
+    columns = [(name, m) for name, m in columns if m]
+    metrics = [n for n in HEADLINE if any(n in m for _, c in columns for m in c.values())]
+    table = Table(title="each client on rows of its own", title_justify="left", title_style="bold")
+    table.add_column("client")
+    for n in metrics:
+        for name, _ in columns:
+            table.add_column(f"{label(n)}\n{name}", justify="right")
+    for client in e.get("clients", {}):
+        table.add_row(client, *(number(c.get(client, {}).get(n), n) for n in metrics for _, c in columns))
+    return table
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """What a run is expected to need."""
+    table = Table(title=f"{plan.rounds} rounds of {plan.cohort} clients", title_justify="left", title_style="bold")
+    for name in ("phase", "up", "down"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, sizes in plan.by_phase.items():
+        table.add_row(phase, size(sizes["up"]), size(sizes["down"]))
+    table.add_section()
+    table.add_row("in all", size(plan.up), size(plan.down), style="bold")
+    console.print(table)
+    extra = f", baselines {duration(plan.seconds_baselines)} more" if plan.seconds_baselines else ""
+    privacy = "\n        ".join(map(privacy_line, plan.privacy)) or "no layer that accounts for it"
+    console.print(f"time    {duration(plan.seconds)}{extra}\nmemory  {size(plan.peak_memory_bytes)} at the peak\n"
+                  f"privacy {privacy}", highlight=False)
+
+
+def privacy_line(says: Mapping[str, Any]) -> str:
+    """For example `dp_fedavg: epsilon 7.99 at delta 1e-05 with noise multiplier 0.94; 10 rounds fit the budget`."""
+    z = says["noise_multiplier"]
+    fits = says.get("rounds_that_fit")
+    return (f"{says['layer']}: epsilon {says['epsilon']:.2f} at delta {says['delta']:.3g} with noise multiplier {z:.3g}"
+            + ("" if fits is None else f"; {fits} rounds fit the budget"))
+
+
+def show_methods(console: Console) -> None:
+    """All methods: id, topic, title."""
+    table = Table(title=f"{len(modules())} methods", title_justify="left", title_style="bold")
+    table.add_column("id", style="bold", no_wrap=True)
+    table.add_column("topic")
+    table.add_column("what it is")
+    wide = console.width >= 120
+    if wide:
+        table.add_column("sends")
+    for name in modules():
+        card = method_class(name).card
+        table.add_row(name, card.topic, card.title.partition(": ")[2] or card.title, *([card.sends] if wide else []))
+    console.print(table)
+    console.print("[dim]fedllm methods ID shows its card, knobs, claim and file[/dim]")
+
+
+def show_method(console: Console, name: str) -> None:
+    """One method's card, knobs, claim, and where its code is."""
+    kind = method_class(name)
+    card, claim = kind.card, kind.card.claim
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column()
+    rows: list[tuple[str, Any]] = [
+        ("method", f"{name}: {card.title}"), ("paper", card.paper), ("topic", card.topic), ("sends", card.sends),
+        ("needs", card.needs),
+        ("claim", f"{claim.says} (rig {claim.rig}: {_figure(claim)} {claim.holds} {claim.threshold:g}, "
+                  f"{claim.seeds} seeds)"),
+        ("evidence", card.evidence), ("file", source_of(name))]
+    for key, value in rows:
+        if value:
+            grid.add_row(key, escape(_relative(str(value)) if key == "file" else str(value)))
+    console.print(grid)
+    console.print(f"\n[italic]{escape((kind.__doc__ or '').strip().partition(chr(10) * 2)[0])}[/italic]")
+    if knobs := kind.knobs():
+        table = Table(title="knobs (method.KEY in a recipe)", title_justify="left", title_style="bold")
+        for column in ("knob", "default", "allowed", "what it does"):
+            table.add_column(column)
+        for key, k in knobs.items():
+            table.add_row(key, str(k["default"]), escape(allowed(k)), escape(k.get("doc", "")))
+        console.print(table)
+
+
+def _figure(claim: Claim) -> str:
+    """What a claim compares with its threshold."""
+    sign = {"own": "", "ratio": f" / that of {claim.baseline}", "difference": f" - that of {claim.baseline}"}
+    return claim.metric + sign[claim.relative]
+
+
+def allowed(knob: dict[str, Any]) -> str:
+    """The values that a knob takes, as text."""
+    if knob.get("options"):
+        return ", ".join(str(o) for o in knob["options"])
+    limits = [f"{sign} {knob[op]:g}" for op, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+              if knob.get(op) is not None]
+    return " and ".join(limits) or str(knob["type"])
+
+
+def _relative(path: str) -> str:
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path

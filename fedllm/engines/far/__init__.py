@@ -1,0 +1,1 @@
+"""The engine whose clients are far away: what NVFlare and Flower share."""

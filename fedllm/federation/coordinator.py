@@ -1,0 +1,210 @@
+"""The coordinator's half of a real federation: open the run at every site, drive it as any run, close it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fedllm.core.client import ClientInfo
+from fedllm.core.errors import RecipeError, RunError
+from fedllm.data.federation import Federation, Shard
+from fedllm.data.load import load_federation
+from fedllm.engines.far.engine import Flare
+from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
+from fedllm.engines.world import World
+from fedllm.federation.site import site_profile
+from fedllm.local.requests import Limits
+from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method
+from fedllm.runs.build import (
+    Parts,
+    bound,
+    cohort_size,
+    compose,
+    heard_by,
+    make_layers,
+    make_recipe_space,
+    recipe_model,
+    versions,
+)
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.progress import Quiet
+from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.result import Result
+from fedllm.runs.run import Run
+
+log = logging.getLogger(__name__)
+FAILED = "failed.txt"
+"""In the run's folder: why the coordinator's process gave up."""
+
+
+class NotAllHere(RunError):
+    """NVFlare began the run without sites that are needed (one may be starting again): worth another try."""
+
+
+class FarWorld(World):
+    """The coordinator's world: the model and the global test; of the clients only what they said of themselves."""
+
+    said: Mapping[str, ClientInfo] = {}
+
+    def infos(self) -> list[ClientInfo]:
+        return list(self.said.values())
+
+
+class Opening:
+    """Opens (and after a site's restart reopens) one run at its sites."""
+
+    def __init__(self, sites: Sites, recipe: Recipe, run: str, at: int) -> None:
+        self.sites, self.recipe = sites, recipe
+        self.said: dict[str, Mapping[str, Any]] = {}
+        self.head = {"op": "open", "protocol": PROTOCOL, "run": run, "at": at, "incarnation": uuid.uuid4().hex,
+                     "recipe": for_sites(recipe), "versions": versions(), "sites": sorted(sites.table)}
+        sites.reopen = self.one
+
+    def one(self, site: str) -> None:
+        """One site loads its model; raises Silence with the site's own reason when it refuses."""
+        ends = time.monotonic() + self.sites.patience.opening
+        while self.sites.probe(site) is None:  # its process may still be starting
+            if time.monotonic() > ends:
+                raise Silence(f"its process did not start in {self.sites.patience.opening:g} s")
+            time.sleep(0.2)
+        # A process that is started again keeps what counted; only the run's first process there drops later rounds.
+        told = {**self.head, "at": None} if site in self.said else self.head
+        head, _ = self.sites.link.call(site, told, b"", self.sites.patience.opening)
+        if why := head.get("refused") or head.get("failed"):
+            raise Silence(f"refused by the site: {why}")
+        self.sites.table[site].boot = str(head["boot"])
+        self.said[site] = head
+
+    def all(self, needed: int) -> dict[str, str]:
+        """Open everywhere at once; returns who does not take part and why. RunError when fewer than `needed` do."""
+        names = list(self.sites.table)
+        with ThreadPoolExecutor(len(names)) as pool:
+            out = {n: why for n, why in zip(names, pool.map(self._try, names), strict=True) if why}
+        if len(names) - len(out) < needed:
+            reasons = "; ".join(f"{n}: {why}" for n, why in out.items())
+            raise RunError(f"{len(names) - len(out)} of {len(names)} sites take part, {needed} are needed ({reasons})")
+        for name in out:
+            del self.sites.table[name]
+        return out
+
+    def close(self) -> dict[str, int]:
+        """Tell every site which rounds counted last; returns how often each has loaded its model."""
+        loads = {}
+        for name, site in self.sites.table.items():
+            head = {"op": "close", "protocol": PROTOCOL, "settled": list(site.settled), "dropped": list(site.dropped)}
+            try:
+                loads[name] = int(self.sites.link.call(name, head, b"", 10.0)[0].get("loads", 0))
+            except Silence as why:
+                log.warning("site '%s' did not hear that the run is over: %s", name, why)
+        return loads
+
+    def _try(self, site: str) -> str | None:
+        try:
+            self.one(site)
+        except Silence as why:
+            return str(why)
+        return None
+
+
+def for_sites(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what is the coordinator's alone: where its own rows lie, its baselines, and the model that it
+    keeps to itself when sites get another."""
+    raw = recipe.model_dump(mode="json")
+    raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
+    raw["model"] |= {"name": recipe.model.at_clients or recipe.model.name, "at_clients": None}
+    raw["engine"]["kind"] = "in_process"
+    raw["evaluate"]["baselines"] = []
+    return raw
+
+
+def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sites: Sequence[str],
+                      left_out: Mapping[str, str]) -> Parts:
+    """The parts of the run on the coordinator, where no client's row is."""
+    labels = sorted({tuple(s["labels"]) for s in said.values()})
+    tasks = sorted({str(s["task"]) for s in said.values()})
+    if len(labels) != 1 or len(tasks) != 1:
+        raise RunError(f"the sites disagree on the task: labels {labels}, tasks {tasks}")
+    method = make_method(recipe.method.name, **recipe.method.knobs)
+    layers, selector = make_layers(recipe)
+    compose(method, layers)
+    local = LocalSpec.make(recipe.local, "local")
+    layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)
+    infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
+             for s in sorted(said)}
+    method.check_clients(list(infos), cohort_size(recipe.clients.per_round, len(infos)))
+    federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _own_rows(recipe, recipe.data.test),
+                            recipe.data.task, tuple(labels[0]), _own_rows(recipe, recipe.data.public))
+    space, _ = make_recipe_space(recipe)
+    e = recipe.evaluate
+    model = recipe_model(recipe, space, federation.task, federation.labels)
+    method.check(model)
+    world = FarWorld(model, federation, local, recipe.seed,
+                     {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
+                     e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds)
+    world.said = infos
+    return Parts(recipe, world, method, layers, dict(left_out), heard_by(layers, selector))
+
+
+def _own_rows(recipe: Recipe, file: float | str) -> Sequence[Mapping[str, Any]]:
+    """The rows of a file of the coordinator's own; of rows that lie elsewhere no fraction can be held out."""
+    if not isinstance(file, str):
+        return ()
+    spec = recipe.data
+    own = spec.model_copy(update={"source": file, "test": 0.0, "public": 0.0, "client_test": 0.0, "office": None,
+                                  "partition": {"kind": "per_file"}, "limit": None})
+    return load_federation(own, recipe.seed).pooled()
+
+
+def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None = None,
+              patience: Patience | None = None, progress: Quiet | None = None, kind: str = "flare") -> Result:
+    """Begin the run in `folder`, or go on where it stood, with these sites; comes back with its result.
+
+    `kind` is the engine that the result names: what carries the link.
+    """
+    room = RunFolder.open(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    check_recipe(recipe)
+    needed = len(sites) if needed is None else needed
+    if len(sites) < needed:
+        raise NotAllHere(f"{len(sites)} of {needed} sites are here ({', '.join(sites)})")
+    found = room.load()
+    table = Sites(link, sites, patience)
+    opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0)
+    left_out = opening.all(needed)
+    parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
+    parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
+    parts.engine = functools.partial(Flare, sites=table)
+    try:
+        result = Run(parts, room, progress or Quiet()).go()
+    finally:
+        table.hang_up()
+    loads = opening.close()
+    room.write_json("sites.json", {n: {"loads": loads.get(n), "suspect": s.suspect} for n, s in table.table.items()})
+    return result
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """RecipeError for what a simulation alone can do."""
+    if recipe.data.canaries:
+        raise RecipeError(f"data.canaries = {recipe.data.canaries} is not allowed in a real federation: rows are the "
+                          "sites' own, a recipe adds none to them, and an audit that looks for canaries needs the rows "
+                          "of a simulation. Leave it out, or measure the same recipe with `fedllm run` first")
+    if recipe.evaluate.baselines:
+        raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
+    if why := make_method(recipe.method.name, **recipe.method.knobs).simulation_only:
+        raise RecipeError(f"method.name = '{recipe.method.name}' {why}, so it runs in a simulation only")
+
+
+def recipe_run(folder: Path) -> str:
+    """The run's name for its sites' stores: kept in the folder, so that a resumed run finds its memories."""
+    path = folder / "run_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text().strip()

@@ -1,0 +1,1 @@
+"""A federation over NVFlare: keys, server, sites, and the job processes."""

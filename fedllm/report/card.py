@@ -1,0 +1,74 @@
+"""The model card: what was made, from what, how well it does, and what it is not good for."""
+
+from __future__ import annotations
+
+from fedllm.methods.registry import method_class
+from fedllm.report.facts import HEADLINE, comparison, duration, label, mean_metric, number, read_facts, size
+from fedllm.report.statement import summary
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.result import Result
+
+
+def model_card(folder: RunFolder, result: Result) -> str:
+    """Markdown with the front matter that model hubs read."""
+    facts = read_facts(folder)
+    r = facts.recipe
+    card = method_class(result.method).card
+    base = r["model"]["name"]
+    served = result.adapter_path
+    rows = sum(c["n"] for c in facts.clients)
+    lines = ["---", f"base_model: {base}", "tags: [federated-learning, fedllm]",
+             *(["library_name: peft"] if served and served.name == "adapter" else []), "---", "",
+             f"# {r['name']}", "",
+             f"{base!r} trained with **{card.title}** over {len(facts.clients)} clients ({rows} training rows in all, "
+             f"never pooled), {result.rounds} rounds, seed {result.seed}.", "",
+             "## How to use it", "", *_usage(result, base), "", "## Results", "", *_results(result), "",
+             "## How it was made", "",
+             f"* method: `{result.method}`, {card.paper}", f"* trained: `{r['space']}`", f"* local: `{r['local']}`",
+             f"* data: source `{r['data']['source']}`, task {r['data']['task']}",
+             f"* traffic: {size(result.bytes['up'])} up, {size(result.bytes['down'])} down, framing included",
+             f"* time: {duration(result.seconds)}, peak memory {size(result.peak_memory_bytes)}",
+             f"* final state: `{result.state_digest}`",
+             f"* versions: {', '.join(f'{k} {v}' for k, v in r['versions'].items())}", "", "## Privacy", "",
+             *summary(result), "", "`privacy_statement.md` says who saw what, and what is not covered.", "",
+             "## Limits", "", *_limits(facts, result, r)]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(result: Result, base: str) -> list[str]:
+    served = result.adapter_path
+    if served is None:
+        if (result.folder / "modules").is_dir():
+            return ["One backbone serves a module for each task; they lie in `modules/`."]
+        return ["The run serves no single model; what each client has lies in `clients/`."]
+    if served.name == "model":
+        return ["```python", "from transformers import AutoModelForCausalLM",
+                'model = AutoModelForCausalLM.from_pretrained("model")', "```"]
+    return ["```python", "from peft import AutoPeftModelForCausalLM",
+            'model = AutoPeftModelForCausalLM.from_pretrained("adapter")', "```", "",
+            f"`fedllm export {result.folder} --merge` writes a merged checkpoint; `fedllm chat {result.folder}` "
+            "talks to it."]
+
+
+def _results(result: Result) -> list[str]:
+    rows = [(name, g, c) for name, g, c in comparison(result) if g or c]
+    names = [n for n in HEADLINE if any(n in (g or {}) for _, g, _ in rows)]
+    if not names:
+        return ["No test was given."]
+    head = [f"global: {label(n)}" for n in names] + [f"own tests: {label(n)}" for n in names]
+    table = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for name, g, c in rows:
+        cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
+        table.append(f"| {name} | " + " | ".join(cells) + " |")
+    return table
+
+
+def _limits(facts: object, result: Result, recipe: dict) -> list[str]:
+    said = ["* Raw rows stayed with the clients, but updates can leak what they were trained on: this run "
+            + ("had these layers: " + ", ".join(x["name"] for x in recipe["layers"]) + "." if recipe["layers"]
+               else "had no privacy layer.")]
+    if result.skipped:
+        said.append(f"* Rounds without enough answers: {', '.join(str(k + 1) for k in result.skipped)}.")
+    if result.ended:
+        said.append(f"* The run ended before round {result.rounds + 1} of {recipe['rounds']}: {result.ended}.")
+    return said

@@ -1,0 +1,115 @@
+"""What the report and the model card tell of a run, read from its folder."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.result import Result
+
+HEADLINE = ("exact_match", "accuracy", "loss")
+"""Metrics, the most telling first."""
+TROUBLE = ("left_out", "missing", "refused", "checkpoint_failed", "replies_lost", "stopped", "resumed",
+           "budget_spent")
+
+
+@dataclass
+class Facts:
+    """A run's record, summed up."""
+
+    recipe: dict[str, Any]
+    rounds: list[Mapping[str, Any]] = field(default_factory=list)
+    evaluations: list[Mapping[str, Any]] = field(default_factory=list)
+    trouble: list[Mapping[str, Any]] = field(default_factory=list)
+    client_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Client -> bytes "up" and "down"."""
+    messages: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(phase, direction) -> how many crossed the wire."""
+    clients: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+def read_facts(folder: RunFolder) -> Facts:
+    """Everything in one pass over the events."""
+    facts = Facts(yaml.safe_load((folder.path / "recipe.yaml").read_text()))
+    sizes: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
+    for event in folder.events():
+        kind = event["kind"]
+        if kind == "wire":
+            sizes[event["client"]][event["direction"]] += event["bytes"]
+            key = (event["phase"], event["direction"])
+            facts.messages[key] = facts.messages.get(key, 0) + 1
+        elif kind == "round":
+            facts.rounds.append(event)
+        elif kind == "evaluation":
+            facts.evaluations.append(event)
+        elif kind in TROUBLE:
+            facts.trouble.append(event)
+    facts.client_bytes = dict(sizes)
+    facts.clients = _json(folder.path / "clients.json")
+    facts.samples = _json(folder.path / "samples.json")
+    return facts
+
+
+def _json(path: Path) -> list[Any]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def headline(metrics: Mapping[str, Any] | None) -> str | None:
+    """The most telling metric that is there."""
+    return next((name for name in HEADLINE if name in (metrics or {})), None)
+
+
+def comparison(result: Result) -> list[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]]:
+    """(label, global metrics, clients' metrics): before, the baselines, and the run itself between them."""
+    e, baselines = result.evaluation, result.evaluation.get("baselines", {})
+    rows = [("before", e.get("before", {}).get("global"), e.get("before", {}).get("clients", {}))]
+    if (local := baselines.get("local_only")) is not None:
+        rows.append(("local only", local["global"], local["clients"]))
+    rows.append((f"federated ({result.method})", e.get("global"), e.get("clients", {})))
+    if (pooled := baselines.get("centralized")) is not None:
+        rows.append(("centralized", pooled["global"], pooled["clients"]))
+    return rows
+
+
+def mean_metric(clients: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
+    """The plain mean of a metric over the clients that have it."""
+    values = [m[name] for m in clients.values() if name in m]
+    return sum(values) / len(values) if values else None
+
+
+def number(value: float | None, name: str = "") -> str:
+    """A metric as people read it: shares in percent, losses with three digits."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if name in ("exact_match", "accuracy") else f"{value:.3f}"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that gives a short number."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds, or hours and minutes."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s"
+
+
+def label(metric: str) -> str:
+    """`exact_match` -> `exact match`."""
+    return metric.replace("_", " ")

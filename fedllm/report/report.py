@@ -1,0 +1,244 @@
+"""The report: one HTML file that needs nothing else, readable in a light and in a dark browser."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import yaml
+
+from fedllm.core.errors import RunError
+from fedllm.report import charts
+from fedllm.report.facts import (
+    HEADLINE,
+    Facts,
+    comparison,
+    duration,
+    headline,
+    label,
+    mean_metric,
+    number,
+    read_facts,
+    size,
+)
+from fedllm.report.statement import privacy_statement, seen, summary
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.result import Result
+
+STYLE = (Path(__file__).parent / "report.css").read_text
+SCRIPT = (Path(__file__).parent / "report.js").read_text
+
+
+def write_report(path: str | Path) -> Path:
+    """Write `report.html`, `privacy_statement.md` and `model_card.md` of a finished run afresh, from its record."""
+    from fedllm.report.card import model_card
+
+    folder = RunFolder.open(Path(path))
+    result = Result.load(folder.path)
+    try:
+        folder.write_text("report.html", report_html(folder, result))
+        folder.write_text("privacy_statement.md", privacy_statement(folder, result))
+        folder.write_text("model_card.md", model_card(folder, result))
+    except OSError as error:
+        raise RunError(f"{folder.path} cannot be written: {error.strerror or error}") from None
+    return folder.path / "report.html"
+
+
+def report_html(folder: RunFolder, result: Result) -> str:
+    """The whole page."""
+    import plotly.offline
+
+    facts = read_facts(folder)
+    body = "\n".join(part for part in (
+        _header(facts, result), _figures(facts, result), _table(result),
+        _learning(facts, result),
+        _clients(facts, result), _samples(facts), _bytes(facts, result), _energy(result),
+        _privacy(facts, result), _audit(folder), _trouble(facts), _recipe(facts)) if part)
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(facts.recipe['name'])} - fedllm"
+            "</title><meta name='viewport' content='width=device-width, initial-scale=1'><meta name='color-scheme' "
+            f"content='light dark'><style>{STYLE()}</style><script>{plotly.offline.get_plotlyjs()}</script></head>"
+            f"<body><main>{body}</main><script>{SCRIPT()}</script></body></html>")
+
+
+def _learning(facts: Facts, result: Result) -> str:
+    curves = [charts.training(facts), charts.testing(facts, result.evaluation.get("baselines", {}))]
+    says = "Training loss as clients report it, and the model on the global test."
+    return _section("Learning", says, _side_by_side(curves))
+
+
+def _section(title: str, says: str, inner: str | None) -> str:
+    if not inner:
+        return ""
+    note = f"<p class='note'>{escape(says)}</p>" if says else ""
+    return f"<section><h2>{escape(title)}</h2>{note}{inner}</section>"
+
+
+def _side_by_side(parts: Sequence[str | None]) -> str | None:
+    have = [p for p in parts if p]
+    return f"<div class='grid'>{''.join(f'<div class=card>{p}</div>' for p in have)}</div>" if have else None
+
+
+def _header(facts: Facts, result: Result) -> str:
+    r = facts.recipe
+    said = [f"method <b>{escape(result.method)}</b>", f"model <b>{escape(str(r['model']['name']))}</b>",
+            f"trains <b>{escape(r['space']['name'])}</b>", f"<b>{len(facts.clients)}</b> clients",
+            f"<b>{result.rounds}</b> rounds", f"seed <b>{result.seed}</b>", f"engine <b>{escape(result.engine)}</b>"]
+    early = f"<p>Ended before round {result.rounds + 1} of {r['rounds']}: {escape(result.ended)}.</p>"
+    return (f"<header><h1>{escape(r['name'])}</h1><p>{' &middot; '.join(said)}</p>{early if result.ended else ''}"
+            "</header>")
+
+
+def _figures(facts: Facts, result: Result) -> str:
+    before, after = (result.evaluation.get("before") or {}).get("global"), result.evaluation.get("global")
+    cards = []
+    for name in [n for n in HEADLINE if n in (after or {})]:
+        was = f"before: {number(before[name], name)}" if before and name in before else ""
+        cards.append((f"global test, {label(name)}", number(after[name], name), was))  # type: ignore[index]
+    per_round = result.bytes["up"] / max(1, result.rounds) / max(1, len(facts.clients))
+    cards += [("sent up", size(result.bytes["up"]), f"{size(per_round)} a client and round"),
+              ("sent down", size(result.bytes["down"]), "tests included"),
+              ("time", duration(result.seconds),
+               f"{result.joules:.0f} J by {result.joules_from}" if result.joules else ""),
+              ("peak memory", size(result.peak_memory_bytes), "resident, whole process")]
+    return "<div class='figures'>" + "".join(
+        f"<div class='figure'><span>{escape(t)}</span><strong>{escape(v)}</strong><small>{escape(s)}</small></div>"
+        for t, v, s in cards) + "</div>"
+
+
+def _table(result: Result) -> str:
+    rows = [(name, g, c) for name, g, c in comparison(result) if g or c]
+    names = [n for n in HEADLINE if any(n in (g or {}) or mean_metric(c, n) is not None for _, g, c in rows)]
+    if not rows or not names:
+        return ""
+    head = "".join(f"<th>{escape(label(n))}<br><small>{where}</small></th>"
+                   for where in ("global test", "own tests, mean") for n in names)
+    lines = []
+    for name, g, c in rows:
+        cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
+        mark = " class='mine'" if name.startswith("federated") else ""
+        lines.append(f"<tr{mark}><th>{escape(name)}</th>{''.join(f'<td>{v}</td>' for v in cells)}</tr>")
+    table = (f"<div class='scroll'><table><thead><tr><th></th>{head}</tr></thead>"
+             f"<tbody>{''.join(lines)}</tbody></table></div>")
+    says = ("Local only: each client trains alone; its model is tested on the global test and the mean is shown. "
+            "Centralized: all rows pooled, which a simulation may do and a federation may not.")
+    return _section("What federation gives", says if len(rows) > 2 else "", table)
+
+
+def _clients(facts: Facts, result: Result) -> str:
+    e = result.evaluation
+    local = (e.get("baselines", {}).get("local_only") or {}).get("clients", {})
+    bars = charts.per_client((e.get("before") or {}).get("clients", {}), e.get("clients", {}), local)
+    held = charts.holdings(facts.clients)
+    parts = "".join(f"<div class='card'>{p}</div>" for p in (bars, held) if p)
+    says = "Each client on rows of its own that it did not train on, and what it holds to train on."
+    return _section("Clients", says, parts + _client_table(facts, result))
+
+
+def _client_table(facts: Facts, result: Result) -> str:
+    after = result.evaluation.get("clients", {})
+    name = headline(next((m for m in after.values() if m), None))
+    lines = []
+    for c in facts.clients[:500]:
+        sent = facts.client_bytes.get(c["id"], {"up": 0, "down": 0})
+        score = number(after.get(c["id"], {}).get(name), name) if name else "-"
+        lines.append(f"<tr><th>{escape(c['id'])}</th><td>{c['n']}</td><td>{c['rank'] or '-'}</td><td>{score}</td>"
+                     f"<td>{size(sent['up'])}</td><td>{size(sent['down'])}</td></tr>")
+    return ("<details><summary>Client by client</summary><div class='scroll'><table><thead><tr><th>client</th>"
+            f"<th>rows</th><th>rank</th><th>{escape(label(name or 'own test'))}</th><th>sent up</th><th>sent down</th>"
+            f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>")
+
+
+def _samples(facts: Facts) -> str:
+    cards = []
+    for s in facts.samples:
+        good = "good" if s["after"].split() == s["expected"].split() else "off"
+        cards.append(f"<div class='card sample'><pre>{escape(s['prompt'][-900:])}</pre><dl><dt>expected</dt><dd>"
+                     f"{escape(s['expected'])}</dd><dt>before</dt><dd>{escape(s['before']) or '(nothing)'}</dd>"
+                     f"<dt>after</dt><dd class='{good}'>{escape(s['after']) or '(nothing)'}</dd></dl></div>")
+    return _section("Answers before and after", "Prompts of the global test, as the model continues them.",
+                    f"<div class='grid'>{''.join(cards)}</div>" if cards else None)
+
+
+def _bytes(facts: Facts, result: Result) -> str:
+    chart = charts.traffic(result.bytes["by_phase"])
+    says = (f"Counted exactly, framing included: {result.bytes['up']:,} bytes up and {result.bytes['down']:,} down. "
+            "A phase is the client function that was asked for; scoring is testing on clients' own rows.")
+    return _section("On the wire", says, f"<div class='card'>{chart}</div>" if chart else None)
+
+
+def _energy(result: Result) -> str:
+    """What the meter says, where the recipe has an energy section."""
+    e = result.reports.get("EdgeEnergy")
+    if not e:
+        return ""
+    rows = [("tokens a joule (padding not counted)", f"{e['tokens_per_joule']:.4g}"),
+            ("joules", f"{e['joules']:.4g}"),
+            *((f"of these at {who}", f"{e['joules_by'][who]:.4g} J, {100 * share:.1f} %")
+              for who, share in e["shares"].items()),
+            ("granularity: computing / sending", f"{e['granularity']:.3g}"),
+            ("use of the peak (MFU)", f"{100 * e['mfu']:.1f} %"),
+            ("operations a token", f"{e['flops_per_token']:.4g}"),
+            *((f"clients' seconds: {k}", f"{e[k + '_seconds']:.4g}") for k in ("compute", "receive", "send", "wait")),
+            ("answers that never came", f"{e['unheard']:.0f}")]
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    shown = ("device", "link", "server_device", "server_link", "utilization")
+    constants = yaml.safe_dump({k: e["constants"][k] for k in shown}, sort_keys=False)
+    says = "Estimated from declared power, by the constants below" if e["estimated"] else (
+        "Clients' computing as the counters of their machines have it, all else from declared power")
+    says += f"; not measured: {e['not_measured']}." if e["not_measured"] else "."
+    return _section("Energy", says, f"<div class='card'><table><tbody>{lines}</tbody></table><details><summary>"
+                    f"Constants</summary><pre>{escape(constants)}</pre></details></div>")
+
+
+def _privacy(facts: Facts, result: Result) -> str:
+    said = escape(" ".join(summary(result)).replace("**", "").replace("`", ""))
+    rows = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row) + "</tr>" for row in seen(facts, result))
+    table = ("<details><summary>Who saw what</summary><div class='scroll text'><table><thead><tr><th>party</th>"
+             f"<th>phase</th><th>messages</th><th>bytes</th><th>what</th></tr></thead><tbody>{rows}</tbody></table>"
+             "</div></details>")
+    head = (f"<p class='note'>{result.audit['events']} events, head of their hash chain "
+            f"{escape(result.audit['head'])}: `fedllm audit verify` checks them.</p>") if result.audit else ""
+    return _section("Privacy and evidence", "The whole statement is in privacy_statement.md.",
+                    f"<div class='card'><p>{said}</p>{table}{head}</div>")
+
+
+def _audit(folder: RunFolder) -> str:
+    """What `fedllm audit` found, where it has been called."""
+    if not (folder.path / "audit.json").is_file():
+        return ""
+    found = folder.read("audit.json")
+    lines = [(c["name"].replace("_", " "), "pass" if c["holds"] else "FAIL", f"{c['figure']:.3f}", f"{c['limit']:g}",
+              c["says"]) for c in found["checks"]]
+    lines += [(name, "none", "", "", why) for name, why in found["left_out"].items()]
+    rows = "".join(f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(v)}</td>" for v in rest) + "</tr>"
+                   for name, *rest in lines)
+    table = ("<div class='card'><div class='scroll text'><table><thead><tr><th>what</th><th></th><th>figure</th>"
+             f"<th>at most</th><th>how it was measured</th></tr></thead><tbody>{rows}</tbody></table></div></div>")
+    says = "What the model and the messages give away, by `fedllm audit`: " + (
+        "every figure is within its limit." if found["pass"] else "a figure is over its limit.")
+    return _section("Audit", says, table)
+
+
+def _trouble(facts: Facts) -> str:
+    lines = [(r["round"] + 1, "round skipped", "", r["skipped"]) for r in facts.rounds if "skipped" in r]
+    lines += [(t.get("round", -1) + 1 or "", t["kind"].replace("_", " "), t.get("client", ""), t.get("why", ""))
+              for t in facts.trouble]
+    if not lines:
+        return ""
+    rows = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in line) + "</tr>" for line in lines[:200])
+    more = f"<p class='note'>and {len(lines) - 200} more in events.jsonl</p>" if len(lines) > 200 else ""
+    table = ("<div class='scroll text'><table><thead><tr><th>round</th><th>what</th><th>client</th><th>why</th></tr>"
+             f"</thead><tbody>{rows}</tbody></table></div>{more}")
+    if len(lines) > 8:
+        table = f"<details><summary>All {len(lines)} of them</summary>{table}</details>"
+    counts = Counter(line[1] for line in lines)
+    says = ", ".join(f"{n} x {what}" for what, n in counts.most_common())
+    return _section("Left out, missed and repaired", says, table)
+
+
+def _recipe(facts: Facts) -> str:
+    text = yaml.safe_dump(facts.recipe, sort_keys=False)
+    title = "recipe.yaml, with every default written out"
+    return _section("Recipe", "", f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>")

@@ -1,0 +1,278 @@
+"""From a checked recipe to the parts of a run: federation, model, method, layers, engine."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+import fedllm
+from fedllm.core.client import Fleet
+from fedllm.core.errors import CompositionError, DataError, RecipeError
+from fedllm.core.layer import Facts, Layer
+from fedllm.core.method import Method
+from fedllm.core.record import Record
+from fedllm.core.select import Selector
+from fedllm.data.federation import Federation
+from fedllm.data.load import load_federation
+from fedllm.engines import ENGINES, Vectorized
+from fedllm.engines.world import World
+from fedllm.local.requests import Limits
+from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method
+from fedllm.models.load import load_model, load_tokenizer
+from fedllm.models.model import Model, Task
+from fedllm.privacy.composition import check_stack
+from fedllm.runs.layers import make_layer
+from fedllm.runs.profiles import make_profiles
+from fedllm.runs.recipe import Recipe
+from fedllm.selectors.registry import make_selector
+from fedllm.selectors.uniform import Uniform
+from fedllm.spaces.registry import SPACES, make_space
+from fedllm.spaces.space import Space
+from fedllm.wire.edge_energy import EdgeEnergy
+
+T = TypeVar("T")
+FAR = ("flare", "flower")
+"""Engines whose clients are other organisations."""
+PACKAGES = ("torch", "transformers", "peft", "numpy")
+
+
+@dataclass
+class Parts:
+    """What a run is made of, ready to go."""
+
+    recipe: Recipe
+    world: World
+    method: Method
+    layers: list[Layer]
+    """From the method down to the wire; at the end a selector that hears of clients, and a meter."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Clients of the data that take no part, and why."""
+    selector: Selector = field(default_factory=Uniform)
+    engine: Callable[..., Any] | None = None
+    """Who answers, where it is not the recipe's engine: the sites of a real federation."""
+
+    def engine_over(self, stack: Sequence[Any], record: Record, **options: Any) -> Any:
+        """The run's engine with this method and these layers."""
+        kind = self.engine or ENGINES.get(self.recipe.engine.kind, Vectorized)  # what each worker of ray runs
+        return kind(stack, self.world, record, loopback=self.recipe.engine.loopback, **options)
+
+
+def build(recipe: Recipe) -> Parts:
+    """Make every part; what does not fit is refused here, before any work is done."""
+    if recipe.engine.kind in FAR:
+        raise RecipeError(f"engine.kind = {recipe.engine.kind!r} runs between organisations: start it with "
+                          "`fedllm serve`. In a simulation allowed are in_process, vectorized, ray")
+    torch.set_num_threads(recipe.engine.threads)
+    method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
+    make_recipe_space(recipe)
+    local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
+    layers, selector = make_layers(recipe)
+    compose(method, layers)
+    federation, left_out = _without_empty(load_federation(recipe.data, recipe.seed, embed=_embedder(recipe)))
+    federation = with_canaries(federation, recipe)
+    layers = bound(layers, recipe, {c: len(s.train) for c, s in federation.clients.items()}, local)
+    ids = list(federation.clients)
+    method.check_clients(ids, cohort_size(recipe.clients.per_round, len(ids)))
+    world = make_world(recipe, federation)
+    method.check(world.model)
+    method.init(world.model)  # some methods find only here that the model's space does not suit them
+    check_deadlines(recipe, method, world)
+    return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
+
+
+def make_layers(recipe: Recipe) -> tuple[list[Layer], Selector]:
+    """The recipe's layers and its selector, which stands below them if it hears of clients; a meter comes last."""
+    layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
+              for i, n in enumerate(recipe.layers)]
+    selector = _part("select", lambda: make_selector(recipe.select.name, recipe.select.knobs))
+    meter = energy_meter(recipe)
+    selector.check_stack([*layers, *meter])
+    return [*layers, *([selector] if selector.hears else []), *meter], selector
+
+
+def energy_meter(recipe: Recipe) -> list[Layer]:
+    """The recipe's meter, next to the wire: what clients do for other layers is metered too."""
+    spec = recipe.energy
+    if spec is None:
+        return []
+    if spec.measure and recipe.engine.kind in ("vectorized", "ray"):
+        raise RecipeError(f"energy.measure = true: the clients of engine.kind = {recipe.engine.kind!r} work at the "
+                          "same time on one machine, whose counters cannot tell them apart. Allowed is engine.kind = "
+                          "'in_process', or a real federation")
+    first = {k: v[0] if isinstance(v, list) else v for k, v in spec.model_dump().items()}
+    return [_part("energy", lambda: EdgeEnergy.make(first, "energy"))]
+
+
+def heard_by(layers: Sequence[Layer], selector: Selector) -> Selector:
+    """The selector as it stands on the stack, bound to the run; one that hears nothing stands nowhere."""
+    return next((x for x in layers if isinstance(x, Selector)), selector)
+
+
+def check_deadlines(recipe: Recipe, method: Method, world: World) -> None:
+    """RecipeError for a deadline in which no client of the fleet could make even one step."""
+    if world.fleet is None:
+        return
+    fleet = world.fleet
+    least = min(fleet.compute(c.profile, 1.0) + 2 * c.profile.latency for c in world.infos())
+    own = vars(method).get("deadline")  # some methods have a deadline of their own as a knob
+    for key, value in (("clients.deadline", recipe.clients.deadline), ("method.deadline", own)):
+        if value is not None and value < least:
+            raise RecipeError(f"{key} = {value:g}: no client can make a single step in that time; one takes the "
+                              f"fastest client {least:g} virtual seconds, so allowed is {least:g} and more")
+
+
+def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
+    """The federation with the canaries that the recipe plants."""
+    if not recipe.data.canaries:
+        return federation
+    from fedllm.data.canaries import planted
+
+    return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
+                   load_tokenizer(recipe.model.name))
+
+
+def make_world(recipe: Recipe, federation: Federation) -> World:
+    """The recipe's model over these rows; loads the model."""
+    space, start = make_recipe_space(recipe)
+    local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
+    e = recipe.evaluate
+    model = recipe_model(recipe, space, federation.task, federation.labels)
+    if start is not None:
+        from fedllm.models.peft_io import load_adapter
+
+        model.start = load_adapter(start, model)
+    return World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
+                 Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
+                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe))
+
+
+def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str] = (),
+                 device: str | None = None) -> Model:
+    """The recipe's model with this space; `device` in the place of the recipe's."""
+    m = recipe.model
+    return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
+                      fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code)
+
+
+def make_fleet(recipe: Recipe) -> Fleet | None:
+    """What makes time in a simulation; None where time is real."""
+    spec = recipe.clients
+    return None if spec.step_seconds is None else Fleet(spec.step_seconds, spec.day_seconds, spec.day_share)
+
+
+def _part(path: str, make: Callable[[], T]) -> T:
+    """Make one part; its errors name keys by the recipe's path (`method.mu`) and not by the class (`FedProx.mu`)."""
+    try:
+        return make()
+    except RecipeError as error:
+        owner, _, rest = str(error).removeprefix(f"{path}: ").partition(".")
+        if rest and owner.isidentifier() and owner[:1].isupper():
+            raise RecipeError(f"{path}.{rest}") from None
+        raise
+
+
+def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
+    """The space, and the folder of the adapter that it starts from (`space.start_from`), if any."""
+    knobs, start = recipe.space.knobs, None
+    own = SPACES[recipe.space.name].knobs() if recipe.space.name in SPACES else {}
+    options = own.get("start_from", {}).get("options") or ()
+    if "start_from" in knobs and knobs["start_from"] not in options:
+        from fedllm.models.peft_io import knobs_of
+
+        start = str(knobs.pop("start_from"))
+        knobs = {**knobs_of(start, recipe.space.name), **knobs}
+    return _part("space", lambda: make_space(recipe.space.name, **knobs)), start
+
+
+def compose(method: Method, layers: list[Layer]) -> None:
+    """Let every layer look at the method; what would be unsound is refused with a CompositionError."""
+    if layers and overrides(method, "answer") and not overrides(method, "round"):
+        raise CompositionError(f"method '{type(method).__name__}' answers questions and has no rounds, so the layers "
+                               f"{[type(x).__name__ for x in layers]} would never act; leave 'layers' out")
+    reducers = {n: f.__dict__.get("reduce") for n in dir(type(method))
+                if callable(f := getattr(type(method), n)) and getattr(f, "__dict__", {}).get("runs_on_client")
+                and "on_server" not in f.__dict__}
+    check_stack(method, layers, reducers)
+    method.check_layers(layers)
+
+
+def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:
+    """The layers, told what the run will be: the noise for a given epsilon follows from it."""
+    facts = make_facts(recipe, rows, local)
+    return [_part(f"layers.{i}", functools.partial(layer.bind, facts)) for i, layer in enumerate(layers)]
+
+
+def make_facts(recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> Facts:
+    """What layers may know of this run."""
+    return Facts(rows, cohort_size(recipe.clients.per_round, len(rows)), recipe.rounds, local)
+
+
+def cohort_size(per_round: int | float, clients: int) -> int:
+    """How many of these clients a round asks; a share is rounded half up, and is one client at least."""
+    return min(per_round, clients) if isinstance(per_round, int) else max(1, int(per_round * clients + 0.5))
+
+
+def overrides(method: Method, name: str) -> bool:
+    """Whether the method's class says more about `name` than `Method` does."""
+    mine = getattr(type(method), name, None)
+    return mine is not None and mine is not Method.__dict__.get(name)
+
+
+def _without_empty(federation: Federation) -> tuple[Federation, dict[str, str]]:
+    if federation.streamed:  # a group has rows
+        return federation, {}
+    left = {c: "it has no training rows" for c, s in federation.clients.items() if not s.train}
+    if len(left) == len(federation.clients):
+        raise DataError(f"no client has training rows ({len(left)} clients); check data.source and data.partition")
+    kept = {c: s for c, s in federation.clients.items() if c not in left}
+    return replace(federation, clients=kept), left
+
+
+def _embedder(recipe: Recipe) -> Callable[[Sequence[str]], np.ndarray]:
+    """Texts -> vectors by the recipe's own model, loaded only if a partition asks for it (`by_cluster`)."""
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        from fedllm.data.encode import Encoded
+        from fedllm.local.forward import run_embeds
+        from fedllm.local.generate import prompt_ids
+        from fedllm.local.requests import Embed
+
+        model = load_model(recipe.model.name, "classification", make_space("head"), labels=("any",))
+        rows = [Encoded(r, 0, 0) for r in prompt_ids(list(texts), model.tokenizer, 256)]
+        return run_embeds([Embed("partition", model, {}, None, rows)], Limits())[0]
+
+    return embed
+
+
+def resolved(parts: Parts) -> dict[str, Any]:
+    """The recipe with every default written out, and the versions that it ran with."""
+    full = parts.recipe.model_dump()
+    full["method"] = {"name": parts.recipe.method.name, **_plain(parts.method)}
+    start = parts.recipe.space.knobs.get("start_from")
+    full["space"] = {"name": parts.recipe.space.name, **_plain(parts.world.model.space)}
+    if start is not None:
+        full["space"]["start_from"] = start
+    full["local"] = _plain(parts.world.local)
+    if parts.world.federation.task == "classification":
+        full["data"]["labels"] = list(parts.world.federation.labels)
+    full["versions"] = {"python": platform.python_version(), **versions()}
+    return full
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide a run's bits. Our own is asked of the code: its distribution has another name."""
+    return {"fedllm": fedllm.__version__} | {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """A dataclass as what YAML can hold."""
+    values = asdict(part) if is_dataclass(part) and not isinstance(part, type) else {}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

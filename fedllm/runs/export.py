@@ -1,0 +1,71 @@
+"""Hand a run's model to others: the PEFT adapter as it is, or merged into its base with plain `peft`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from fedllm.core.errors import RunError
+from fedllm.models.load import load_tokenizer
+from fedllm.models.merge import merge_adapter
+from fedllm.runs.build import build
+from fedllm.runs.products import BASE
+from fedllm.runs.recipe import load_recipe
+from fedllm.runs.result import Result
+
+PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_statement.md"}
+"""What goes along with a model, and under which name model hubs look for it."""
+
+
+def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False) -> Path:
+    """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
+
+    Raises RunError when the run serves no model or `out` exists, ModelError for adapters that cannot be merged.
+    """
+    result = Result.load(path)
+    served = result.adapter_path
+    if served is None:
+        raise RunError(f"{path}: method '{result.method}' serves no single model; what clients have lies in "
+                       f"{result.folder / 'clients'}")
+    goal = Path(out) if out else result.folder / ("merged" if merge else "export")
+    if goal.exists() and any(goal.iterdir()):
+        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+    try:
+        if merge and served.name == "adapter":
+            _merge(served, goal)
+        else:
+            if (served / BASE).exists():
+                raise RunError(f"{served}: the method also changed the base weights ({BASE}), which an adapter alone "
+                               "cannot hold; export with --merge")
+            shutil.copytree(served, goal, dirs_exist_ok=True)
+        for name, as_name in PAPERS.items():
+            if (paper := result.folder / name).is_file():
+                shutil.copyfile(paper, goal / as_name)
+    except OSError as error:
+        raise RunError(f"{goal} cannot be written: {error}") from None
+    return goal
+
+
+def _merge(adapter: Path, goal: Path) -> None:
+    import json
+
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    delta = load_file(adapter / BASE) if (adapter / BASE).exists() else {}
+    merge_adapter(adapter, goal, delta, load_tokenizer(base))
+
+
+def export_for_clients(recipe: Any, out: str | Path) -> Path:
+    """Write the model that clients of this recipe's method hold (`model.at_clients`): for fedbiot, the emulator.
+
+    RunError when `out` exists. Blocks that the owner keeps are not in it.
+    """
+    parts, goal = build(load_recipe(recipe, {})), Path(out)
+    if goal.exists() and any(goal.iterdir()):
+        raise RunError(f"{goal} exists and is not empty; give another folder")
+    held: Any = parts.method.at_client(parts.world.model)
+    held.net.save_pretrained(str(goal))
+    held.tokenizer.save_pretrained(str(goal))
+    return goal

@@ -1,0 +1,200 @@
+"""A run's folder: recipe, events, checkpoints, and what the run made."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedllm.core.errors import RunError
+from fedllm.core.record import Event
+from fedllm.runs.store import Blobs, blobs_in, freeze, read_json, sync_folder, thaw, write_atomic
+
+KEEP = 2
+"""Checkpoints kept: the newest, and one before it."""
+
+
+CHAIN = ',"chain":"'
+"""Before the last key of each event line: sha256 of the hash of the line before it and of this line without the key."""
+
+
+def link(before: str, body: str) -> str:
+    """The hash of a line, given that of the line before it ("" at the start)."""
+    return hashlib.sha256((before + body).encode()).hexdigest()
+
+
+class EventLog:
+    """The append-only `events.jsonl`, each line chained to the one before it, so that `fedllm audit verify` sees what
+    was changed later. On a full disk events wait in memory until they can be written."""
+
+    def __init__(self, path: Path, length: int = 0) -> None:
+        """Go on from byte `length`; what lies behind it belongs to work that is done again, and is cut."""
+        self.path, self.trouble = path, ""
+        self.waiting: list[str] = []
+        self.length, self.head, self.count = length, "", 0
+        path.touch()
+        os.truncate(path, length)
+        with path.open("rb") as file:
+            for line in file:  # the chain goes on from the last line that stands
+                self.count += 1
+                self.head = line.decode(errors="replace").rpartition(CHAIN)[2].strip().strip('"}')
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, event: Event) -> None:
+        """Write one event as one line."""
+        body = json.dumps(event, separators=(",", ":"), default=str)
+        self.head = link(self.head, body)
+        self.count += 1
+        self.waiting.append(f'{body[:-1]}{CHAIN}{self.head}"}}\n')
+        if len(self.waiting) >= 64 or event["kind"] != "wire":
+            self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits; False when the disk does not take it."""
+        data = "".join(self.waiting).encode()
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            self.trouble = error.strerror or str(error)
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self.length)  # half a line would break the file
+            return False
+        self.length += len(data)
+        self.waiting, self.trouble = [], ""
+        return True
+
+    def sync(self) -> int:
+        """Force all events to disk and give the file's length; raises OSError when that fails."""
+        if not self.flush():
+            raise OSError(0, self.trouble)
+        os.fsync(self._file.fileno())
+        return self.length
+
+    def close(self) -> None:
+        """Write the rest, if the disk takes it."""
+        self.flush()
+        self._file.close()
+
+
+class RunFolder:
+    """The folder of one run; every file in it is either whole or absent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.blobs = Blobs(self.checkpoints / "blobs")
+
+    @classmethod
+    def create(cls, path: Path, recipe: Mapping[str, Any]) -> RunFolder:
+        """A fresh folder with its resolved recipe."""
+        folder = cls(path)
+        try:
+            folder.checkpoints.mkdir(parents=True)
+            write_atomic(path / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False).encode())
+        except OSError as error:
+            raise RunError(f"the run folder {path} cannot be made: {error.strerror}") from None
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A folder that a run left; a RunError when it is none."""
+        if not (path / "recipe.yaml").is_file():
+            near = sorted(p.parent.name for p in path.parent.glob("*/recipe.yaml")) if path.parent.is_dir() else []
+            hint = f"; {path.parent} has {', '.join(near[:8])}" if near else ""
+            raise RunError(f"{path} is no run folder (it has no recipe.yaml){hint}")
+        return cls(path)
+
+    def save(self, round: int, value: Mapping[str, Any], *, pin: bool = False) -> None:
+        """A checkpoint before `round`; a crash at any moment leaves it or the one before it. May raise OSError.
+
+        Its tensors are stored first, so that a checkpoint that exists is complete. A pinned one is never pruned.
+        """
+        doc = freeze(value, self.blobs)
+        write_atomic(self.checkpoints / f"{round:06d}.json", json.dumps(doc, separators=(",", ":")).encode())
+        if pin:
+            write_atomic(self.checkpoints / f"{round:06d}.pin", b"")
+        self._prune()
+
+    def rounds(self) -> list[int]:
+        """The rounds before which there is a checkpoint, oldest first."""
+        return sorted(int(p.stem) for p in self.checkpoints.glob("[0-9]*.json"))
+
+    def load(self, round: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint that is whole (or the one before `round`), None when there is none."""
+        for number in reversed(self.rounds()) if round is None else [round]:
+            path = self.checkpoints / f"{number:06d}.json"
+            try:
+                return number, thaw(read_json(path), self.blobs)
+            except RunError:
+                if round is not None:
+                    raise
+        return None
+
+    def _prune(self) -> None:
+        pinned = {int(p.stem) for p in self.checkpoints.glob("[0-9]*.pin")}
+        rounds = self.rounds()
+        for number in rounds[:-KEEP]:
+            if number not in pinned:
+                with contextlib.suppress(OSError):
+                    (self.checkpoints / f"{number:06d}.json").unlink()
+        needed: set[str] = set()
+        for number in self.rounds():
+            needed.update(blobs_in(read_json(self.checkpoints / f"{number:06d}.json")))
+        self.blobs.keep(needed)
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A temporary folder that takes the place of folder `name` when the block ends well."""
+        temp, goal = self.path / f".{name.replace('/', '_')}.tmp", self.path / name
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        try:
+            yield temp
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(goal, ignore_errors=True)
+        temp.replace(goal)
+        sync_folder(goal.parent)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """One JSON file, atomically."""
+        write_atomic(self.path / name, (json.dumps(value, indent=2, default=str) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        """One text file, atomically."""
+        write_atomic(self.path / name, text.encode())
+
+    def read(self, name: str) -> Any:
+        """One of the folder's JSON files."""
+        return read_json(self.path / name)
+
+    def events(self, want: Callable[[Event], bool] = lambda event: True) -> list[Event]:
+        """The events so far, or those that `want` picks; a last line that was cut off is not counted."""
+        out = []
+        with (self.path / "events.jsonl").open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    event = json.loads(line)
+                    event.pop("chain", None)
+                    if want(event):
+                        out.append(event)
+        return out
+
+
+def fresh_path(root: Path, name: str) -> Path:
+    """`root/name`, or `root/name-2`, `-3`, ... where a run is already there: no run is ever overwritten."""
+    path, n = root / name, 2
+    while path.exists() and any(path.iterdir()):
+        path, n = root / f"{name}-{n}", n + 1
+    return path

@@ -1,0 +1,141 @@
+"""Tests a state: the served model on the global test, every client on its own rows, and a few answers in full."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.client import SERVER, Client
+from fedllm.core.errors import BudgetSpent, QuorumError
+from fedllm.core.layer import Layer
+from fedllm.core.method import Method, State
+from fedllm.core.payload import Payload, pack, part
+from fedllm.core.program import drive
+from fedllm.core.record import Record
+from fedllm.core.rng import numpy_stream
+from fedllm.engines.client import same_answer
+from fedllm.local.generate import run_generates
+from fedllm.local.requests import Generate
+from fedllm.runs.build import Parts, overrides
+from fedllm.runs.course import Course
+from fedllm.runs.progress import Quiet
+
+Metrics = dict[str, Any]
+
+
+class Examiner(Layer):
+    """Scores the served model where it is asked to; it stands next to the wire, so that no layer touches it."""
+
+    @on_client()
+    def exam(self, msg: Payload, client: Client) -> Payload:
+        return client.score(part(msg, "theta"), base=part(msg, "base") or None, on="global")
+
+
+class Judge:
+    """Evaluates one method's states. Layers take no part: a test is neither trained on nor hidden."""
+
+    def __init__(self, parts: Parts, method: Method, record: Record | None = None) -> None:
+        self.parts, self.method, self.examiner = parts, method, Examiner()
+        self.engine = parts.engine_over((method, self.examiner), record or Record(lambda event: None))
+        # A client that misses a round is still tested, and a test takes no virtual time.
+        self.engine.infos = {c: replace(i, profile=replace(i.profile, availability=1.0, dropout=0.0))
+                             for c, i in self.engine.infos.items()}
+        self.engine.timed = False
+        self.answering = overrides(method, "answer")
+
+    def test(self, state: State, memory: Mapping[str, Any], round: int) -> dict[str, Any]:
+        """`global`: metrics on the global test (None without one); `clients`: each client's on its own rows."""
+        self.engine.memory = dict(memory)
+        out: dict[str, Any] = {"global": self._global(state, round), "clients": {}}
+        if self.parts.recipe.evaluate.clients and not self.answering:
+            out["clients"] = self._each(state, "local", round)
+        return out
+
+    def _global(self, state: State, round: int) -> Metrics | None:
+        if not self.parts.world.federation.test:
+            return None
+        if self.answering:
+            return self._answered(state, round)
+        if not self.method.serves:
+            return mean_of(self._each(state, "global", round))
+        self.engine.begin(round)
+        theta, base = self.method.served(state)
+        return self._replies(_one(Ask(self.examiner.exam, {SERVER: pack(theta=theta, base=base)}))).get(SERVER)
+
+    def _answered(self, state: State, round: int) -> Metrics:
+        """For a method that answers questions: each test row is one."""
+        rows, clients = self.parts.world.federation.test, self.parts.world.infos()
+        answer: Any = getattr(self.method, "answer")  # noqa: B009 (only some methods have it)
+        self.engine.begin(round)
+        right = 0
+        for row in rows:
+            got = drive(answer(row["prompt"], clients, state=state or None), self.engine)
+            said = got if isinstance(got, str) else str(got.answer)
+            right += same_answer(said, row["response"])
+        return {"exact_match": right / len(rows), "n": len(rows)}
+
+    def _each(self, state: State, on: str, round: int) -> dict[str, Metrics]:
+        self.engine.begin(round)
+        return self._replies(self.method.evaluate(state, self.parts.world.infos(), on))
+
+    def _replies(self, program: Program) -> dict[str, Metrics]:
+        try:
+            replies = drive(program, self.engine)
+        except QuorumError:  # every loss is NaN: the engine has recorded each
+            return {}
+        return {c: dict(m) for c, m in replies.items() if m.get("n")}
+
+    def answers(self, state: State) -> list[str]:
+        """The served model's answers to the sample prompts; empty where there is nothing to generate."""
+        world, rows = self.parts.world, sample_rows(self.parts)
+        if not rows or not self.method.serves or self.answering:
+            return []
+        theta, base = self.method.served(state)
+        prompts = [world.encoded(SERVER, "test")[i].prompt for i in rows]
+        request = Generate(SERVER, world.model, theta, base, prompts, world.max_new_tokens)
+        said = run_generates([request], world.limits)[0]
+        tokenizer: Any = world.model.tokenizer
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+
+
+def _one(ask: Ask) -> Program:
+    return (yield ask)
+
+
+def sample_rows(parts: Parts) -> list[int]:
+    """Indices of the test rows whose answers are kept: drawn at random, since tests often come in order."""
+    world, want = parts.world, parts.recipe.evaluate.samples
+    count = len(world.federation.test)
+    if world.model.task != "generation" or not want or not count:
+        return []
+    return sorted(numpy_stream(world.seed, "samples").choice(count, min(want, count), replace=False).tolist())
+
+
+def samples(parts: Parts, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+    """Prompt, expected answer, and the answers before and after."""
+    test = parts.world.federation.test
+    pairs = zip(sample_rows(parts), before, after, strict=False)
+    return [{"prompt": str(test[i].get("prompt") or test[i].get("messages")), "expected": test[i]["response"],
+             "before": b, "after": a} for i, b, a in pairs]
+
+
+def mean_of(metrics: Mapping[str, Metrics]) -> Metrics | None:
+    """The plain mean over clients; `n` is the sum."""
+    if not metrics:
+        return None
+    names = [n for n in next(iter(metrics.values())) if n != "n"]
+    have = list(metrics.values())
+    return {n: sum(m[n] for m in have) / len(have) for n in names} | {"n": sum(m["n"] for m in have)}
+
+
+def run_baseline(parts: Parts, method: Method, rounds: int, progress: Quiet) -> dict[str, Any]:
+    """Another method on the same model, rows, seed and number of rounds, without layers; its evaluation."""
+    course = Course(parts, method)
+    with contextlib.suppress(BudgetSpent):
+        for round in range(rounds):
+            course.step(round)
+            progress.baseline(type(method).__name__, round + 1, rounds)
+    return Judge(parts, method).test(course.state, course.engine.memory, rounds)

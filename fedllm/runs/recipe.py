@@ -1,0 +1,246 @@
+"""The recipe: one YAML file that says all of a run, checked key by key before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+
+from fedllm.core.errors import RecipeError
+from fedllm.data.load import DataSpec
+from fedllm.runs.complaints import complaints, edit, fill, read_yaml
+from fedllm.runs.device import Device
+
+Count = Annotated[int, Field(ge=1)]
+
+
+def _share(value: Any) -> int | float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+        raise ValueError("allowed is a count (a whole number from 1) or a share (a decimal above 0, up to 1.0)")
+    return value
+
+
+def _law(value: Any) -> Any:
+    """A number for all, a list that is dealt in order, or a law by which each client draws its own."""
+    kinds = {"lognormal": 1, "uniform": 2, "choice": None}
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    if isinstance(value, list):
+        ok = bool(value) and all(isinstance(v, int | float) and v > 0 for v in value)
+    elif isinstance(value, dict) and len(value) == 1 and next(iter(value)) in kinds:
+        ((kind, given),) = value.items()
+        given = given if isinstance(given, list) else [given]
+        ok = (all(isinstance(v, int | float) and v > 0 for v in given) and kinds[kind] in (None, len(given))
+              and (kind != "uniform" or given[0] <= given[-1]))
+    if not ok:
+        raise ValueError("allowed is a number above 0, a list of such (dealt in order), {lognormal: sigma}, "
+                         "{uniform: [low, high]} or {choice: [...]}, all above 0")
+    return value
+
+
+def _short(key: str) -> Any:
+    """`method: fedavg` is short for `method: {name: fedavg}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+Names = Annotated[list[str], Field(min_length=1)]
+Share = Annotated[int | float, PlainValidator(_share)]
+Law = Annotated[Any, PlainValidator(_law)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: nothing in it is guessed, and an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSpec(Section):
+    """Which model, and how it is held in memory."""
+
+    name: str = "embedded"
+    """embedded, minilm, a folder saved with save_pretrained, or a Hub id."""
+    at_clients: str | None = None
+    """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the frozen base; trainables are fp32 at least."""
+    device: Device = "auto"
+    """auto (a CUDA card where there is one), cpu, cuda, or cuda:N. The sites of a real federation choose theirs."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """How an encoder's states become one vector (classification)."""
+    fast_kernels: bool = True
+    """Use the quickest CPU kernels that pass a start-up check."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a Hub model."""
+
+
+class Named(BaseModel):
+    """A part that is found by its name; every other key is one of its knobs and is checked where it is made."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """All keys but the name."""
+        return dict(self.model_extra or {})
+
+
+class Data(DataSpec):
+    """Where rows come from, what they become, who holds which, and which tokens are learned."""
+
+    completion_only: bool = True
+    """Learn the response's tokens alone; false: the prompt's too."""
+    canaries: Annotated[int, Field(ge=0)] = 0
+    """Random rows made for each client, of which coins plant half: what `fedllm audit` then looks for."""
+    canary_copies: Count = 1
+    """How often each planted canary stands among its client's rows."""
+
+
+class ClientsSpec(Section):
+    """Who takes part in a round, and what clients declare about themselves."""
+
+    per_round: Share = 1.0
+    """Clients drawn each round: a share (1.0: all) or a count."""
+    quorum: Share = 1
+    """Answers that are enough: a share of those asked, or a count."""
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which an answer no longer counts."""
+    ranks: list[Count] | None = None
+    """LoRA ranks, dealt to the clients in order and over again."""
+    profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What single clients declare: rank, speed, memory_bytes, bandwidth, latency, availability, dropout, device,
+    link, modality, privacy."""
+    availability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability that a client answers when asked, where its profile does not say."""
+    speed: Law = 1.0
+    """Relative compute speed: a number for all, a list dealt in order, {lognormal: sigma}, {uniform: [low, high]} or
+    {choice: [...]}, drawn once a client."""
+    bandwidth: Law | None = None
+    """Bytes a second, up and down; as for speed, with a lognormal around 1e6. None: messages take no time."""
+    latency: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that each message is under way beside what its bytes take."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a client is lost while it works."""
+    step_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of one local step at speed 1. Given, time in a simulation is virtual (deadlines too): worked out from
+    what clients declare. None: time is real."""
+    day_seconds: Annotated[float, Field(gt=0)] = 86400.0
+    """Length of a client's day in virtual seconds; each begins at an hour of its own."""
+    day_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of its day in which a client is there to be asked."""
+
+
+class EnergySpec(Section):
+    """What joules are worked out from; given, a run tells tokens a joule and where the energy went."""
+
+    device: str | Names | dict[str, Any] = "laptop"
+    """What clients compute on: phone, raspberry_pi, jetson_orin, laptop, gpu_server; a list of these, dealt in order;
+    or a mapping of flops (peak), active_watts, idle_watts."""
+    link: str | Names | dict[str, Any] = "wifi"
+    """How they reach the server: wifi, lte, 5g, lan; a list of these, dealt in order; or a mapping of bandwidth
+    (bytes/s), latency (s), up, down (joules a bit). clients.bandwidth and latency go before it."""
+    server_device: str | dict[str, Any] = "gpu_server"
+    """What the server computes on."""
+    server_link: str | dict[str, Any] = "lan"
+    """The server's own end of the line, of which only joules a bit count."""
+    utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of a device's peak that training reaches, where no clients.step_seconds says how long a step takes."""
+    measure: bool = False
+    """Read RAPL and NVML around each client's work; for clients on machines of their own, or one at a time."""
+
+
+class EngineSpec(Section):
+    """How client work is run."""
+
+    kind: Literal["in_process", "vectorized", "ray", "flare", "flower"] = "vectorized"
+    """One client at a time, many in one forward and backward, many on each worker of a Ray cluster; for
+    `fedllm serve` the engine of a real federation: flare (NVFlare) or flower."""
+    workers: Count = 2
+    """Workers of the Ray cluster (kind ray): each holds the model and has `threads` cores."""
+    address: str | None = None
+    """A running Ray cluster's address, or auto (kind ray); without it one is started on this machine for the run."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 16384
+    """Most tokens in one step over all clients together."""
+    threads: Count = 1
+    """Threads of one operation on the CPU. The last bits of a result depend on it, so the recipe says it."""
+    loopback: bool = False
+    """Turn every message into bytes and back, as a network would."""
+
+
+class EvaluateSpec(Section):
+    """When and how the model is tested."""
+
+    every: Count | None = None
+    """Also after every so many rounds; always before the first and after the last."""
+    exact_match: bool = True
+    """Generate answers and compare them (generation tasks)."""
+    max_new_tokens: Count = 32
+    """Longest answer, in tokens."""
+    baselines: list[Literal["local_only", "centralized"]] = Field(default_factory=list)
+    """Methods to run beside this one on the same work."""
+    samples: Annotated[int, Field(ge=0)] = 4
+    """Test prompts whose answers are kept, before and after."""
+    clients: bool = True
+    """Test on each client's own held-out rows too."""
+
+
+class RecordSpec(Section):
+    """What the run folder keeps."""
+
+    replies: bool = False
+    """Keep every reply, so that `fedllm replay` can fold them another way."""
+    checkpoint_every: Count = 1
+    """Rounds from one checkpoint to the next."""
+
+
+class Recipe(Section):
+    """All that a run depends on."""
+
+    name: str = "run"
+    """Name of the run, and of its folder."""
+    model: Annotated[ModelSpec, _short("name")] = Field(default_factory=ModelSpec)
+    data: Annotated[Data, _short("source")] = Field(default_factory=Data)
+    method: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="fedavg"))
+    space: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="lora"))
+    local: dict[str, Any] = Field(default_factory=dict)
+    """Knobs of a client's training: optimizer, lr, steps or epochs, batch_size, ..."""
+    layers: list[Annotated[Named, _short("name")]] = Field(default_factory=list)
+    """Privacy, compression, attacks and defenses, from the method down to the wire."""
+    clients: ClientsSpec = Field(default_factory=ClientsSpec)
+    select: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="uniform"))
+    """Who of the clients is asked in a round, for any method."""
+    energy: EnergySpec | None = None
+    """Meter the run: devices, links, and whether to read the machine's own counters."""
+    rounds: Annotated[int, Field(ge=0)] = 10
+    engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
+    seed: Annotated[int, Field(ge=0)] = 0
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    record: RecordSpec = Field(default_factory=RecordSpec)
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Written into a run's own recipe: what it ran with. Not read."""
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A checked recipe from a YAML path, a mapping or a recipe; `overrides` maps key paths to values.
+
+    Raises RecipeError with one line for each thing that is wrong.
+    """
+    if isinstance(source, Recipe):
+        raw = source.model_dump()
+    elif isinstance(source, Mapping):
+        raw = dict(source)
+    else:
+        raw = {"name": Path(source).stem, **read_yaml(Path(source))}
+    for key, value in (overrides or {}).items():
+        edit(raw, key, value)
+    fill(raw)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(complaints(Recipe, error.errors())) from None
+    if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
+        raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
+    return recipe

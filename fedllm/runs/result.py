@@ -1,0 +1,69 @@
+"""What a run comes back with: the figures of `result.json`, and where everything lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedllm.core.errors import RunError
+from fedllm.runs.store import read_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    folder: Path
+    method: str
+    engine: str
+    rounds: int
+    seed: int
+    evaluation: Mapping[str, Any]
+    """`before` and `baselines` (each with `global` and `clients`), `global`, `clients`."""
+    bytes: Mapping[str, Any]
+    """`up`, `down` and `by_phase`, on the wire."""
+    seconds: float
+    peak_memory_bytes: int
+    state_digest: str
+    """sha256 over the final state's tensors in name order."""
+    privacy: Mapping[str, Any] | None = None
+    audit: Mapping[str, Any] | None = None
+    """Of the record: how many `events`, and `head`, the hash of the last (`fedllm audit verify`)."""
+    skipped: list[int] = field(default_factory=list)
+    """Rounds that too few clients answered."""
+    ended: str = ""
+    """Why the run ended before the recipe's last round: the next one would have broken a budget. Empty: it did not."""
+    joules: float | None = None
+    """Energy of this machine's processor packages and cards, where it counts them."""
+    joules_from: str = ""
+    """What counted them, or why nothing did."""
+    virtual: Mapping[str, Any] | None = None
+    """`seconds` on the clock of the declared fleet, and `wasted_bytes` of answers that came too late; None where time
+    is real."""
+    reports: Mapping[str, Any] = field(default_factory=dict)
+    """What the method, layers and the selector say beside the figures, by their class: staleness, energy, who was
+    asked how often."""
+
+    @property
+    def adapter_path(self) -> Path | None:
+        """The served adapter (PEFT) or, for a space that PEFT does not have, the merged model."""
+        return next((p for n in ("adapter", "model") if (p := self.folder / n).is_dir()), None)
+
+    @property
+    def report_path(self) -> Path:
+        """The self-contained HTML report."""
+        return self.folder / "report.html"
+
+    def as_json(self) -> dict[str, Any]:
+        """What `result.json` holds."""
+        return {k: v for k, v in asdict(self).items() if k != "folder"}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Result:
+        """The result of a run that is finished; a RunError when it is not."""
+        path = Path(folder) / "result.json"
+        if not path.is_file():
+            raise RunError(f"{folder} holds no finished run; `fedllm resume {folder}` goes on with it")
+        return cls(Path(folder), **read_json(path))

@@ -1,0 +1,268 @@
+"""Run a recipe from its first test to its report, or go on where a killed run stood."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedllm.core.client import SERVER
+from fedllm.core.errors import FedLLMError, RunError
+from fedllm.core.payload import digest
+from fedllm.core.record import Event, Record
+from fedllm.federation.settings import OWN
+from fedllm.privacy.accountant import BudgetSpent, join
+from fedllm.report.statement import privacy_statement, unaccounted
+from fedllm.runs import judge as judging
+from fedllm.runs.beside import Beside, beside, run_baselines
+from fedllm.runs.build import FAR, Parts, build, cohort_size, resolved
+from fedllm.runs.course import Course
+from fedllm.runs.folder import EventLog, RunFolder, fresh_path
+from fedllm.runs.judge import Judge
+from fedllm.runs.meter import Meter
+from fedllm.runs.products import write_clients, write_served
+from fedllm.runs.progress import Quiet, progress_bars
+from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.result import Result
+from fedllm.runs.seal import figures_digest, sealed
+from fedllm.runs.spread import spread
+from fedllm.runs.store import Frozen, freeze
+from fedllm.runs.tape import Tape
+
+log = logging.getLogger(__name__)
+RUNS = Path("runs")
+
+
+def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = RUNS, **overrides: Any) -> Result:
+    """Run a recipe (a path, a mapping or a `Recipe`) and come back with its `Result`.
+
+    `overrides` are keys of the recipe (`rounds=3`, `local={"lr": 1e-3}`, or `**{"local.lr": 1e-3}`). The run's folder
+    is made under `root`. Raises RecipeError, DataError, ModelError or CompositionError before any work is done,
+    ClientError when a client's code fails, and RunError when the run cannot go on; `resume` then takes it up.
+    """
+    parts = build(load_recipe(recipe, overrides))
+    folder = RunFolder.create(fresh_path(Path(root), parts.recipe.name), resolved(parts))
+    with spread(parts), progress_bars() as progress:
+        return Run(parts, folder, progress).go()
+
+
+def resume(path: str | Path) -> Result:
+    """Go on with a run that was stopped at any moment; it ends as if it had never stopped."""
+    folder = RunFolder.open(Path(path))
+    if (folder.path / "result.json").exists():
+        return Result.load(folder.path)
+    recipe = load_recipe(folder.path / "recipe.yaml")
+    if recipe.data.source == OWN:
+        raise RunError(f"{path} is a run of a real federation: "
+                       f"`fedllm serve {path} --federation FOLDER` goes on with it")
+    parts = build(recipe)
+    with spread(parts), progress_bars() as progress:
+        return Run(parts, folder, progress).go()
+
+
+class Run:
+    """One run and its folder."""
+
+    def __init__(self, parts: Parts, folder: RunFolder, progress: Quiet) -> None:
+        self.parts, self.folder, self.progress = parts, folder, progress
+        found = folder.load()
+        self.at, self.kept = found or (0, {})
+        self.events = EventLog(folder.path / "events.jsonl", self.kept.get("events", 0))
+        self.record = Record(self._saw)
+        self.tape = Tape(folder.path / "replies") if parts.recipe.record.replies else None
+        self.course = Course(parts, parts.method, parts.layers, self.record, [self.tape] if self.tape else [])
+        self.judge = Judge(parts, parts.method, self.record)
+        self.frozen: dict[str, Frozen] = {}
+        self.dirty: set[str] = set()
+        self.skipped: list[int] = list(self.kept.get("skipped", []))
+        self.before: dict[str, Any] = self.kept.get("before", {})
+        self.answers_before: list[str] = self.kept.get("answers_before", [])
+        self.beside: Beside | None = None
+        self.meter = Meter(*self.kept.get("spent", ()))
+        if found:
+            self._restore()
+
+    def go(self) -> Result:
+        """From wherever the run stands to its end."""
+        total = self.parts.recipe.rounds
+        self.progress.rounds(total, self.at)
+        self.beside = beside(self.parts, self.folder)
+        ended = ""
+        try:
+            if not self.kept:
+                self._begin()
+            for round in range(self.at, total):
+                try:
+                    self._round(round, total)
+                except BudgetSpent as spent:  # the next round would break a promise; this is the result
+                    if round not in self.folder.rounds():
+                        self._checkpoint(round)
+                    self.record.emit("budget_spent", round=round, why=str(spent))
+                    log.warning("the run ends before round %d: %s", round, spent)
+                    total, ended = round, str(spent)
+                    break
+            return self._finish(total, ended)
+        except FedLLMError as error:
+            self.record.emit("stopped", why=str(error))
+            raise
+        finally:
+            if self.beside:
+                self.beside.stop()
+            if self.tape:
+                self.tape.close()
+            self.events.close()
+
+    def _saw(self, event: Event) -> None:
+        self.events.append(event)
+        self.progress.saw(event)
+
+    def _restore(self) -> None:
+        course, kept = self.course, self.kept
+        course.state, course.states, course.failed_in_a_row = kept["state"], kept["layers"], kept["failed_in_a_row"]
+        course.engine.memory = kept["memory"]
+        self.dirty = set(kept["memory"])
+        for way, phase, size in kept["bytes"]:
+            self.record.bytes[way, phase] = size
+        self.record.emit("resumed", round=self.at)
+
+    def _begin(self) -> None:
+        """What is known before the first round."""
+        for client, why in self.parts.left_out.items():
+            self.record.emit("left_out", client=client, why=why)
+            log.warning("client '%s' is left out: %s", client, why)
+        for why in self._cautions():
+            self.record.emit("caution", why=why)
+            log.warning(why)
+        clients = [{"id": c.id, "n": c.n, "rank": c.profile.rank,
+                    "info": dict(self.parts.world.federation.clients[c.id].info)} for c in self.course.clients]
+        self._write(lambda: self.folder.write_json("clients.json", clients))
+        for why in (self._privacy() or {}).get("void", ()):
+            log.warning("this run can make no privacy claim: %s", why)
+        self.progress.note("testing before the first round")
+        if not self.judge.answering:
+            self.before = self.judge.test(self.course.state, {}, 0)
+            self.answers_before = self.judge.answers(self.course.state)
+        self.record.emit("evaluation", round=0, **self.before)
+        self._checkpoint(0)
+
+    def _cautions(self) -> list[str]:
+        """What may not be meant."""
+        parts = self.parts
+        said = list(parts.method.cautions(cohort_size(parts.recipe.clients.per_round, len(self.course.clients))))
+        if parts.recipe.engine.kind in FAR and parts.method.by_arrival:
+            said.append(f"method '{parts.recipe.method.name}' goes by who answers first, so that another run of this "
+                        "recipe may end in another state")
+        return said
+
+    def _round(self, round: int, total: int) -> None:
+        recipe = self.parts.recipe
+        self.progress.round(round, len(self.course.clients))
+        if self.tape:
+            self.tape.begin(round)
+        facts = self.course.step(round)
+        touched = facts.pop("touched")
+        self.dirty.update(touched)
+        if "skipped" in facts:
+            self.skipped.append(round)
+            log.warning("round %d is skipped: %s", round, facts["skipped"])
+        if self.tape:
+            self.tape.close()
+            if self.tape.trouble:
+                self.record.emit("replies_lost", round=round, why=self.tape.trouble)
+        self.record.emit("round", **facts)
+        done = round + 1
+        every = recipe.evaluate.every
+        if every and done % every == 0 and done < total:
+            self.progress.note(f"testing after round {done}")
+            self.record.emit("evaluation", round=done, **self._test(done))
+        if done % recipe.record.checkpoint_every == 0 or done == total:
+            self._checkpoint(done)
+        self.progress.round_done(facts)
+
+    def _test(self, round: int) -> dict[str, Any]:
+        return self.judge.test(self.course.state, self.course.engine.memory, round)
+
+    def _checkpoint(self, round: int) -> None:
+        """Keep all that the next round needs. A full disk costs this checkpoint, never the run or the one before."""
+        course = self.course
+        try:
+            for client in sorted(self.dirty):
+                self.frozen[client] = Frozen(freeze(course.engine.memory[client], self.folder.blobs, client))
+            value = {
+                "state": dict(course.state), "layers": course.states, "memory": self.frozen,
+                "failed_in_a_row": course.failed_in_a_row, "skipped": self.skipped, "before": self.before,
+                "answers_before": self.answers_before, "events": self.events.sync(), "chain": self.events.head,
+                "bytes": [(*key, size) for key, size in self.record.bytes.items()],
+                "spent": (self.meter.seconds(), self.meter.peak(), self.meter.joules())}
+            self.folder.save(round, value, pin=round == 0 and self.tape is not None)
+            self.dirty.clear()
+        except OSError as error:
+            why = error.strerror or str(error)
+            self.record.emit("checkpoint_failed", round=round, why=why)
+            log.warning("the checkpoint before round %d could not be written (%s); the last one stands", round, why)
+
+    def _write(self, write: Callable[[], Any]) -> Any:
+        """Write what the run made; when the disk refuses, say how to finish it."""
+        try:
+            return write()
+        except OSError as error:
+            at = self.folder.rounds()
+            stand = f"its last checkpoint is before round {at[-1]}" if at else "it has no checkpoint yet"
+            raise RunError(f"{self.folder.path} cannot be written: {error.strerror or error}; {stand}. Make room, then "
+                           f"`fedllm resume {self.folder.path}`") from None
+
+    def _finish(self, total: int, ended: str) -> Result:
+        parts, course = self.parts, self.course
+        course.engine.finish(total)
+        self.progress.note("testing the result")
+        final = self._test(total)
+        self.record.emit("evaluation", round=total, **final)
+        shown = judging.samples(parts, self.answers_before, self.judge.answers(course.state))
+        spent: dict[str, Any] = {"seconds": self.meter.seconds(), "peak_memory_bytes": self.meter.peak(),
+                                 "joules": self.meter.joules(), "joules_from": self.meter.joules_from()}
+        evaluation: dict[str, Any] = {"before": self.before, **final}
+        if parts.recipe.evaluate.baselines:
+            evaluation["baselines"] = self._baselines()
+        self._write(lambda: write_served(self.folder, parts.world.model, parts.method, course.state))
+        mine = {c: m for c, m in course.engine.memory.items() if c != SERVER}
+        self._write(lambda: write_clients(self.folder, parts.world.model, mine))
+        result = Result(
+            folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
+            seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
+            virtual=course.virtual(), reports=course.report(),
+            state_digest=digest(course.state), skipped=self.skipped, ended=ended, **spent)
+        self._write(lambda: self.folder.write_json("samples.json", shown))
+        figures = figures_digest(result.as_json())
+        self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds, figures=figures,
+                         sealed=sealed(self.folder.path))
+        result = replace(result, audit={"events": self.events.count, "head": self.events.head})
+        if not self.events.flush():
+            raise RunError(f"{self.events.path} cannot be written: {self.events.trouble}. Make room, then "
+                           f"`fedllm resume {self.folder.path}`")
+        self._write(lambda: self._publish(result))
+        return result
+
+    def _privacy(self) -> dict[str, Any] | None:
+        """What the layers say of the privacy that the run has spent; None where none of them says anything."""
+        pairs = zip(self.course.layers, self.course.states, strict=True)
+        said = [said for layer, state in pairs if (said := layer.statement(state))]
+        return join(said, unaccounted(said, self.parts.recipe.evaluate.clients))
+
+    def _publish(self, result: Result) -> None:
+        """Report and model card first: a folder with a `result.json` is complete."""
+        from fedllm.report.card import model_card
+        from fedllm.report.report import report_html
+
+        self.folder.write_text("report.html", report_html(self.folder, result))
+        self.folder.write_text("privacy_statement.md", privacy_statement(self.folder, result))
+        self.folder.write_text("model_card.md", model_card(self.folder, result))
+        self.folder.write_json("result.json", result.as_json())
+
+    def _baselines(self) -> dict[str, Any]:
+        """Each baseline's evaluation; those that no process beside this one has done are done here."""
+        if self.beside:
+            self.progress.note("waiting for the baselines that run beside this")
+            self.beside.wait()
+        return self._write(lambda: run_baselines(self.parts, self.folder, self.progress))
