@@ -22,8 +22,10 @@ from fedllm.core.errors import (
     RecipeError,
     RunError,
 )
+from fedllm.core.version import VERSION
 
 if TYPE_CHECKING:
+    from fedllm.api import resume, run
     from fedllm.core.ask import Ask, Replies, on_client
     from fedllm.core.client import Client, ClientInfo, Profile
     from fedllm.core.layer import Layer
@@ -37,12 +39,11 @@ if TYPE_CHECKING:
     from fedllm.runs.recipe import Recipe
     from fedllm.runs.replay import replay
     from fedllm.runs.result import Result
-    from fedllm.runs.run import resume, run
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
-    "run": "runs.run", "resume": "runs.run", "plan": "runs.plan", "Plan": "runs.plan", "replay": "runs.replay",
+    "run": "api", "resume": "api", "plan": "runs.plan", "Plan": "runs.plan", "replay": "runs.replay",
     "export": "runs.export", "Recipe": "runs.recipe", "Result": "runs.result",
     "Ask": "core.ask", "Replies": "core.ask", "on_client": "core.ask",
     "Client": "core.client", "ClientInfo": "core.client", "Profile": "core.client", "Layer": "core.layer",

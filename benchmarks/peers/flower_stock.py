@@ -138,7 +138,7 @@ def _stock(folder: Path, sites: Sequence[str], notes: Path) -> Iterator[Any]:
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-    from fedllm.federation.nvflare.process import end_tree
+    from fedllm.federation.process import end_tree
 
     scripts, ports = Path(sys.executable).parent, [_free() for _ in range(len(sites) + 1)]
     running: list[subprocess.Popen[bytes]] = []

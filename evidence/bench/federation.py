@@ -24,13 +24,13 @@ from evidence.bench.rows import Row, machine, row
 from evidence.drills.faults import DRILLS, HOST, namespace, partition
 from evidence.drills.soak import soak as soaked
 from evidence.pages import federation as federation_page
+from fedllm.api import run as simulate
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.line import SLOWEST
 from fedllm.federation.nvflare.loopback import QUICK, Loopback, events, loopback, until
-from fedllm.federation.nvflare.process import stoppable
+from fedllm.federation.process import stoppable
 from fedllm.methods.registry import make_method, modules
-from fedllm.runs.run import run as simulate
 
 log = logging.getLogger(__name__)
 OUT = Path("docs/results/federation.json")

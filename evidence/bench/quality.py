@@ -67,7 +67,7 @@ def measured(layers: list[dict[str, Any]], seed: int, rounds: int | None) -> dic
     kept = cache_dir() / "quality" / f"{key}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    from fedllm.runs.run import run
+    from fedllm.api import run
 
     result = run(recipe, root=cache_dir() / "quality" / "runs")
     privacy = result.privacy or {}

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fedllm.api import run as simulate
 from fedllm.core.errors import RunError
 from fedllm.federation.nvflare.loopback import Loopback, events, until
 from fedllm.runs.result import Result
-from fedllm.runs.run import run as simulate
 
 LOCAL = {"optimizer": "sgd", "lr": 0.1, "steps": 15, "batch_size": 4}
 WHOLE: dict[str, Any] = {"rounds": 6, "local": LOCAL}

@@ -23,7 +23,7 @@ from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded, encode_rows
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines import Vectorized
-from fedllm.engines.in_process import Job
+from fedllm.engines.job import Job
 from fedllm.engines.world import World
 from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_losses
@@ -232,11 +232,11 @@ def teller(seed: int, steps: int = 400) -> LlamaForCausalLM:
 class Overheard(Vectorized):
     """Keeps the adapter that each client's last upload amounts to."""
 
-    def _cross(self, way: str, job: Job, payload: Payload) -> Payload:
+    def cross(self, way: str, job: Job, payload: Payload) -> Payload:
         if way == "up" and (delta := part(payload, "delta")):
             self.__dict__.setdefault("uploads", {})[job.client] = add(
                 part(job.fold.ask.msgs[job.client], "theta"), delta)
-        return super()._cross(way, job, payload)
+        return super().cross(way, job, payload)
 
 
 def canaries(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 3, clients: int = 4,

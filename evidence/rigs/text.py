@@ -24,9 +24,9 @@ from fedllm.engines.world import World
 from fedllm.local.fit import run_fits
 from fedllm.local.requests import Fit, Limits
 from fedllm.local.spec import LocalSpec
+from fedllm.local.text import LocalText
 from fedllm.methods.inference.fed_sp_sc import EXTRACT, THINK
 from fedllm.methods.registry import make_method
-from fedllm.models.endpoint import LocalText
 from fedllm.models.model import Model
 from fedllm.models.questions import Entry, plain
 from fedllm.spaces import make_space

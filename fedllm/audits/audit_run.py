@@ -20,11 +20,10 @@ from fedllm.core.rng import numpy_stream
 from fedllm.data import canaries as birds
 from fedllm.data.encode import Encoded
 from fedllm.data.federation import Row, Shard
-from fedllm.federation.settings import OWN
 from fedllm.runs.build import Parts, bound, build
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import OWN, load_recipe
 from fedllm.runs.result import Result
 
 FILE = "audit.json"

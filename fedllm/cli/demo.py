@@ -10,6 +10,7 @@ from rich.panel import Panel
 
 from fedllm.cli.tables import client_table, show_result
 from fedllm.report.facts import duration
+from fedllm.report.report import publish
 from fedllm.runs.build import build, resolved
 from fedllm.runs.folder import RunFolder, fresh_path
 from fedllm.runs.progress import progress_bars
@@ -33,7 +34,7 @@ def demo(console: Console, root: Path, recipe: Path = RECIPE) -> None:
         "one place, for comparison.", title="fedllm demo", border_style="blue"))
     folder = RunFolder.create(fresh_path(root, parts.recipe.name), resolved(parts))
     with progress_bars(console) as progress:
-        result = Run(parts, folder, progress).go()
+        result = Run(parts, folder, progress, publish).go()
     console.print(client_table(result))
     show_result(console, result)
     console.print(f"[dim]demo took {duration(time.perf_counter() - started)}; next: fedllm chat {result.folder}, or "

@@ -35,8 +35,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
           metrics: Annotated[int | None, typer.Option(help="Port on this machine for /metrics and /healthz.")] = None,
           ) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
-    from fedllm.federation.nvflare import serve as federate
-    from fedllm.federation.nvflare.process import stoppable
+    from fedllm.federation import serve as federate
+    from fedllm.federation.process import stoppable
     from fedllm.runs.complaints import parse_override
 
     try:

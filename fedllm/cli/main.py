@@ -37,8 +37,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 def run(recipe: RecipePath, overrides: Overrides = None,
         root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs")) -> None:
     """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
+    from fedllm.api import run as go
     from fedllm.cli.tables import show_result
-    from fedllm.runs.run import run as go
 
     show_result(out, go(recipe, root=root, **_parsed(overrides)))
 
@@ -46,8 +46,8 @@ def run(recipe: RecipePath, overrides: Overrides = None,
 @app.command()
 def resume(path: RunPath) -> None:
     """Go on with a run that was stopped; it ends in the same state as if it had not been."""
+    from fedllm.api import resume as go
     from fedllm.cli.tables import show_result
-    from fedllm.runs.run import resume as go
 
     show_result(out, go(path))
 
@@ -154,9 +154,7 @@ def _tool(name: str, args: list[str]) -> None:
     """Run a tool with a command line of its own."""
     import importlib
 
-    import fedllm
-
-    checkout = Path(fedllm.__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "evidence" / "__init__.py").is_file():
         raise RecipeError(f"`fedllm {name}` measures in a checkout of the project, and this is an installed package "
                           "without the folder evidence/; clone the project and run it there")

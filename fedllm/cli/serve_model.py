@@ -20,7 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from fedllm.core.errors import FedLLMError, RecipeError
-from fedllm.models.endpoint import Completion, LocalText
+from fedllm.local.text import LocalText
+from fedllm.models.endpoint import Completion
 from fedllm.models.load import load_model
 from fedllm.spaces import make_space
 

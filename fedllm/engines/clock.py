@@ -7,39 +7,26 @@ client's speed, and the reply's way up. Nothing is measured, so that equal seeds
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fedllm.core.ask import Ask, ClientId, Replies
-from fedllm.core.client import SERVER, Fleet
+from fedllm.core.client import SERVER, ClientInfo, Fleet
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold
+from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-
-if TYPE_CHECKING:
-    from fedllm.engines.in_process import InProcess, Job
+from fedllm.engines.job import Job
+from fedllm.engines.world import World
 
 BOOK = "clock"
 """In the server's own memory, and so in checkpoints: what time it is, and the answers that are under way."""
 
 Gone = str
 """Why there is no reply."""
-
-
-@dataclass
-class Took:
-    """What one answer cost: local steps, and bytes down and up."""
-
-    steps: float = 0.0
-    down: int = 0
-    up: int = 0
-
-    def count(self, way: str, size: int) -> None:
-        """Count a message's bytes."""
-        self.down, self.up = self.down + size * (way == "down"), self.up + size * (way == "up")
 
 
 @dataclass(frozen=True)
@@ -61,11 +48,27 @@ class Flight:
         return {**{k: getattr(self, k) for k in ("phase", "client", "begun", "lands", "tie", "up")}, "reply": reply}
 
 
+class Timed(Protocol):
+    """What a clock needs of the engine whose time it tells."""
+
+    world: World
+    infos: Mapping[ClientId, ClientInfo]
+    record: Record
+    quorum: float | int
+    round: int
+
+    def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | Gone]]: ...
+    def jobs(self, folds: Sequence[Fold], clients: Sequence[ClientId] | None = None) -> Iterator[Job]: ...
+    def cross(self, way: str, job: Job, payload: Payload) -> Payload: ...
+    def land(self, fold: Fold, client: ClientId, reply: Payload | Gone, seconds: float | None = None) -> None: ...
+    def undo(self, client: ClientId) -> None: ...
+
+
 @dataclass
 class Clock:
     """What time it is, who is at work, and how asks pass in virtual time."""
 
-    engine: InProcess
+    engine: Timed
     fleet: Fleet
     now: float = 0.0
     flying: list[Flight] = field(default_factory=list)
@@ -108,7 +111,7 @@ class Clock:
         """Everybody who is asked begins at once; returns when the last of these asks closes."""
         start, free, ends = self.now, dict[ClientId, float](), {id(f): self.now for f in folds}
         held: dict[int, list[Flight]] = {id(f): [] for f in folds}
-        for job, reply in self.engine.answers(self.engine._jobs(folds)):
+        for job, reply in self.engine.answers(self.engine.jobs(folds)):
             fold, flight = job.fold, self._flight(job, reply, free.get(job.client, start))
             free[job.client] = flight.lands
             if fold.ask.enough is None:
@@ -179,7 +182,7 @@ class Clock:
 
     def _begin(self, fold: Fold, clients: Sequence[ClientId]) -> list[Flight]:
         """Their work is done now, all of it in one wave; when it lands is another matter."""
-        jobs = self.engine._jobs([fold], clients)
+        jobs = self.engine.jobs([fold], clients)
         return [self._flight(job, reply, self.now) for job, reply in self.engine.answers(jobs)]
 
     def _flight(self, job: Job, reply: Payload | Gone, begun: float) -> Flight:
@@ -189,7 +192,7 @@ class Clock:
         if isinstance(reply, Gone):  # it did not begin, or keeps its answer to itself
             lands = begun + self.fleet.compute(profile, took.steps)
             return Flight(job.fold.ask.phase, job.client, begun, lands, tie, reply)
-        reply = self.engine._cross("up", job, reply)
+        reply = self.engine.cross("up", job, reply)
         seconds = self.fleet.compute(profile, took.steps)
         if job.client != SERVER:
             seconds += self.fleet.travel(profile, took.down) + self.fleet.travel(profile, took.up)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm.core.ask import Ask, ClientId, Replies
@@ -16,21 +15,11 @@ from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
 from fedllm.engines.client import ClientCall, carry_out, server_info
-from fedllm.engines.clock import BOOK, Clock, Took
+from fedllm.engines.clock import BOOK, Clock
+from fedllm.engines.job import Job
 from fedllm.engines.world import World, held_by
 from fedllm.local.flops import steps_of
 from fedllm.wire import codec
-
-
-@dataclass(frozen=True)
-class Job:
-    """One client's share of one ask."""
-
-    fold: Fold
-    client: ClientId
-    visit: int
-    ends: float | None  # monotonic time after which its answer is late
-    took: Took = field(default_factory=Took)
 
 
 class InProcess:
@@ -89,8 +78,8 @@ class InProcess:
         if self.timed or any(ask.enough is not None or ask.flight is not None for ask in asks):
             return self.clock.send(asks)
         folds = [Fold(ask, self.quorum) for ask in asks]
-        for job, reply in self.answers(self._jobs(folds)):
-            self.land(job.fold, job.client, reply if isinstance(reply, str) else self._cross("up", job, reply))
+        for job, reply in self.answers(self.jobs(folds)):
+            self.land(job.fold, job.client, reply if isinstance(reply, str) else self.cross("up", job, reply))
         return [fold.done() for fold in folds]
 
     def land(self, fold: Fold, client: ClientId, reply: Payload | str, seconds: float | None = None) -> None:
@@ -117,7 +106,7 @@ class InProcess:
         ask = job.fold.ask
         if why := self._absent(job):
             return why
-        msg = self._cross("down", job, ask.msgs[job.client])
+        msg = self.cross("down", job, ask.msgs[job.client])
         self._before[job.client] = dict(self.staged(job.client))
 
         def counted(request: Any) -> Any:
@@ -143,7 +132,7 @@ class InProcess:
             self._staged[client] = dict(self.memory.get(client, {}))
         return self._staged[client]
 
-    def _jobs(self, folds: Sequence[Fold], clients: Sequence[ClientId] | None = None) -> Iterator[Job]:
+    def jobs(self, folds: Sequence[Fold], clients: Sequence[ClientId] | None = None) -> Iterator[Job]:
         """One job for each client that an ask names (or for these `clients` of them)."""
         now = time.monotonic()
         for fold in folds:
@@ -171,7 +160,7 @@ class InProcess:
             return None
         return f"its deadline of {job.fold.ask.deadline} s passed {when}"
 
-    def _cross(self, way: str, job: Job, payload: Payload) -> Payload:
+    def cross(self, way: str, job: Job, payload: Payload) -> Payload:
         """Count a payload's bytes on the wire; an empty one is no message, and the server's own cross no wire."""
         if job.client == SERVER or not payload:
             return payload

@@ -18,7 +18,8 @@ from fedllm.core.payload import Payload
 from fedllm.core.program import Fold
 from fedllm.core.record import Record
 from fedllm.engines.client import carry_out
-from fedllm.engines.in_process import InProcess, Job
+from fedllm.engines.in_process import InProcess
+from fedllm.engines.job import Job
 from fedllm.engines.parcel import Parcel, unwrap, wrap
 from fedllm.engines.ray_pool import Lost, Pool
 from fedllm.engines.vectorized import WAVE, Vectorized
@@ -140,7 +141,7 @@ class Ray(InProcess):
 
     def _share(self, jobs: Sequence[Job]) -> Share:
         clients = {job.client for job in jobs}
-        msgs = [dict(self._cross("down", job, job.fold.ask.msgs[job.client])) for job in jobs]
+        msgs = [dict(self.cross("down", job, job.fold.ask.msgs[job.client])) for job in jobs]
         memories = {c: dict(self.staged(c)) for c in sorted(clients)}
         return Share(self.round, {c: self.infos[c] for c in sorted(clients)},
                      [(job.fold.ask.phase, job.client, job.visit) for job in jobs], wrap((msgs, memories)))

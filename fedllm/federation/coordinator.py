@@ -22,6 +22,7 @@ from fedllm.federation.site import site_profile
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
+from fedllm.report.report import publish
 from fedllm.runs.build import (
     Parts,
     bound,
@@ -182,7 +183,7 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
     parts.engine = functools.partial(Flare, sites=table)
     try:
-        result = Run(parts, room, progress or Quiet()).go()
+        result = Run(parts, room, progress or Quiet(), publish).go()
     finally:
         table.hang_up()
     loads = opening.close()

@@ -14,8 +14,6 @@ from fedllm.core.errors import RecipeError
 from fedllm.runs.device import Device
 
 SETTINGS = "fedllm.json"
-OWN = "each site's own"
-"""Stands in a federation's recipe where a simulation's names the source of its rows."""
 
 
 class SiteSettings(BaseModel):

@@ -8,7 +8,8 @@ from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client
 from fedllm.core.method import Method
 from fedllm.core.payload import Payload
-from fedllm.models.endpoint import Completion, as_text
+from fedllm.local.text import as_text
+from fedllm.models.endpoint import Completion
 
 
 class Asking(Method):

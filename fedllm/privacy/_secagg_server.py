@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from torch import Tensor
@@ -18,17 +18,27 @@ from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import RingSum, decode, mask_
 from fedllm.wire import _keys as keys
 
-if TYPE_CHECKING:
-    from fedllm.privacy.secagg import SecAgg
-
 log = logging.getLogger(__name__)
 OWN = "_secagg/"
+
+
+class Halves(Protocol):
+    """The client's half of a session, and what the layer says of it."""
+
+    keys: str | None
+    advertise: Any
+    share: Any
+    consent: Any
+    unmask: Any
+
+    def needed(self, n: int) -> int: ...
+    def neighbors(self, clients: Sequence[str], seed: bytes) -> Mapping[str, Sequence[str]]: ...
 
 
 class Server:
     """One session: a question of the method, asked so that only the sum of its answers can be read."""
 
-    def __init__(self, layer: SecAgg, ask: Ask, state: Any, lift: bool, f: int) -> None:
+    def __init__(self, layer: Halves, ask: Ask, state: Any, lift: bool, f: int) -> None:
         self.layer, self.ask, self.state, self.lift, self.f = layer, ask, state, lift, f
         self.sid = secrets.token_hex(16)
         self.lost: dict[str, str] = {}

@@ -212,3 +212,14 @@ def join(statements: Sequence[Mapping[str, Any]], also: Sequence[str] = ()) -> d
         return None
     void = [why for s in statements for why in s.get("void", ())] + list(also)
     return {"claim": "none" if void else "private", "void": void, "layers": [dict(s) for s in statements]}
+
+
+def unaccounted(says: Sequence[Mapping[str, Any]], tests_on_clients: bool) -> list[str]:
+    """Releases of a run that no layer can see, and that take away what the layers say.
+
+    Each client's own test metrics go up as they are. Under example-level privacy they are about other rows; a client
+    whose taking part is to stay hidden is told by them.
+    """
+    hidden = any(s.get("unit") == "client" for s in says)
+    return ["evaluate.clients = true: each client's test metrics went up without noise; set it to false for a claim "
+            "about clients"] if hidden and tests_on_clients else []

@@ -11,6 +11,7 @@ import yaml
 
 from fedllm.core.errors import RunError
 from fedllm.report import charts
+from fedllm.report.card import model_card
 from fedllm.report.facts import (
     HEADLINE,
     Facts,
@@ -31,16 +32,18 @@ STYLE = (Path(__file__).parent / "report.css").read_text
 SCRIPT = (Path(__file__).parent / "report.js").read_text
 
 
-def write_report(path: str | Path) -> Path:
-    """Write `report.html`, `privacy_statement.md` and `model_card.md` of a finished run afresh, from its record."""
-    from fedllm.report.card import model_card
+def publish(folder: RunFolder, result: Result) -> None:
+    """Write `report.html`, `privacy_statement.md` and `model_card.md` of a finished run into its folder."""
+    folder.write_text("report.html", report_html(folder, result))
+    folder.write_text("privacy_statement.md", privacy_statement(folder, result))
+    folder.write_text("model_card.md", model_card(folder, result))
 
+
+def write_report(path: str | Path) -> Path:
+    """Write what `publish` writes afresh, from the record of the finished run in this folder."""
     folder = RunFolder.open(Path(path))
-    result = Result.load(folder.path)
     try:
-        folder.write_text("report.html", report_html(folder, result))
-        folder.write_text("privacy_statement.md", privacy_statement(folder, result))
-        folder.write_text("model_card.md", model_card(folder, result))
+        publish(folder, Result.load(folder.path))
     except OSError as error:
         raise RunError(f"{folder.path} cannot be written: {error.strerror or error}") from None
     return folder.path / "report.html"

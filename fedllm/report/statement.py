@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedllm.report.facts import Facts, read_facts, size
@@ -17,17 +17,6 @@ TESTS = ("score", "exam")
 FIELDS = ("unit", "adjacency", "sampling", "rate", "mechanism", "takes_part", "noise_multiplier", "clip", "releases",
           "threshold", "identities", "sessions", "hides", "encrypted_share")
 """What of a layer's words the statement repeats, in this order."""
-
-
-def unaccounted(says: Iterable[Mapping[str, Any]], tests_on_clients: bool) -> list[str]:
-    """Releases of a run that no layer can see, and that take away what the layers say.
-
-    Each client's own test metrics go up as they are. Under example-level privacy they are about other rows; a client
-    whose taking part is to stay hidden is told by them.
-    """
-    hidden = any(s.get("unit") == "client" for s in says)
-    return ["evaluate.clients = true: each client's test metrics went up without noise; set it to false for a claim "
-            "about clients"] if hidden and tests_on_clients else []
 
 
 def privacy_statement(folder: RunFolder, result: Result) -> str:

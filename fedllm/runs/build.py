@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-import fedllm
 from fedllm.core.client import Fleet
 from fedllm.core.errors import CompositionError, DataError, RecipeError
 from fedllm.core.layer import Facts, Layer
 from fedllm.core.method import Method
 from fedllm.core.record import Record
 from fedllm.core.select import Selector
+from fedllm.core.version import VERSION
 from fedllm.data.federation import Federation
 from fedllm.data.load import load_federation
 from fedllm.engines import ENGINES, Vectorized
@@ -269,7 +269,7 @@ def resolved(parts: Parts) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The packages that decide a run's bits. Our own is asked of the code: its distribution has another name."""
-    return {"fedllm": fedllm.__version__} | {p: importlib.metadata.version(p) for p in PACKAGES}
+    return {"fedllm": VERSION} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
 def _plain(part: Any) -> dict[str, Any]:

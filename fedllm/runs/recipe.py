@@ -13,6 +13,8 @@ from fedllm.data.load import DataSpec
 from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
 
+OWN = "each site's own"
+"""Stands in a federation's recipe where a simulation's names the source of its rows."""
 Count = Annotated[int, Field(ge=1)]
 
 

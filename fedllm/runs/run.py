@@ -12,9 +12,7 @@ from fedllm.core.client import SERVER
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.core.payload import digest
 from fedllm.core.record import Event, Record
-from fedllm.federation.settings import OWN
-from fedllm.privacy.accountant import BudgetSpent, join
-from fedllm.report.statement import privacy_statement, unaccounted
+from fedllm.privacy.accountant import BudgetSpent, join, unaccounted
 from fedllm.runs import judge as judging
 from fedllm.runs.beside import Beside, beside, run_baselines
 from fedllm.runs.build import FAR, Parts, build, cohort_size, resolved
@@ -24,7 +22,7 @@ from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.progress import Quiet, progress_bars
-from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.recipe import OWN, Recipe, load_recipe
 from fedllm.runs.result import Result
 from fedllm.runs.seal import figures_digest, sealed
 from fedllm.runs.spread import spread
@@ -32,24 +30,22 @@ from fedllm.runs.store import Frozen, freeze
 from fedllm.runs.tape import Tape
 
 log = logging.getLogger(__name__)
-RUNS = Path("runs")
+
+Publish = Callable[[RunFolder, Result], None]
+"""Writes what people see of a finished run into its folder."""
 
 
-def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = RUNS, **overrides: Any) -> Result:
-    """Run a recipe (a path, a mapping or a `Recipe`) and come back with its `Result`.
-
-    `overrides` are keys of the recipe (`rounds=3`, `local={"lr": 1e-3}`, or `**{"local.lr": 1e-3}`). The run's folder
-    is made under `root`. Raises RecipeError, DataError, ModelError or CompositionError before any work is done,
-    ClientError when a client's code fails, and RunError when the run cannot go on; `resume` then takes it up.
-    """
+def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, overrides: Mapping[str, Any],
+          publish: Publish) -> Result:
+    """A new run, from its first test to its end."""
     parts = build(load_recipe(recipe, overrides))
     folder = RunFolder.create(fresh_path(Path(root), parts.recipe.name), resolved(parts))
     with spread(parts), progress_bars() as progress:
-        return Run(parts, folder, progress).go()
+        return Run(parts, folder, progress, publish).go()
 
 
-def resume(path: str | Path) -> Result:
-    """Go on with a run that was stopped at any moment; it ends as if it had never stopped."""
+def go_on(path: str | Path, publish: Publish) -> Result:
+    """A run that was stopped at any moment, to its end."""
     folder = RunFolder.open(Path(path))
     if (folder.path / "result.json").exists():
         return Result.load(folder.path)
@@ -59,14 +55,14 @@ def resume(path: str | Path) -> Result:
                        f"`fedllm serve {path} --federation FOLDER` goes on with it")
     parts = build(recipe)
     with spread(parts), progress_bars() as progress:
-        return Run(parts, folder, progress).go()
+        return Run(parts, folder, progress, publish).go()
 
 
 class Run:
     """One run and its folder."""
 
-    def __init__(self, parts: Parts, folder: RunFolder, progress: Quiet) -> None:
-        self.parts, self.folder, self.progress = parts, folder, progress
+    def __init__(self, parts: Parts, folder: RunFolder, progress: Quiet, publish: Publish) -> None:
+        self.parts, self.folder, self.progress, self.publish = parts, folder, progress, publish
         found = folder.load()
         self.at, self.kept = found or (0, {})
         self.events = EventLog(folder.path / "events.jsonl", self.kept.get("events", 0))
@@ -251,13 +247,8 @@ class Run:
         return join(said, unaccounted(said, self.parts.recipe.evaluate.clients))
 
     def _publish(self, result: Result) -> None:
-        """Report and model card first: a folder with a `result.json` is complete."""
-        from fedllm.report.card import model_card
-        from fedllm.report.report import report_html
-
-        self.folder.write_text("report.html", report_html(self.folder, result))
-        self.folder.write_text("privacy_statement.md", privacy_statement(self.folder, result))
-        self.folder.write_text("model_card.md", model_card(self.folder, result))
+        """What people see first: a folder with a `result.json` is complete."""
+        self.publish(self.folder, result)
         self.folder.write_json("result.json", result.as_json())
 
     def _baselines(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedllm.api import run
 from fedllm.core.errors import FedLLMError, PayloadError, RunError
 from fedllm.core.payload import pack
 from fedllm.engines.far.door import Door
@@ -21,7 +22,6 @@ from fedllm.federation.site import open_run, versions
 from fedllm.runs.build import build
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
-from fedllm.runs.run import run
 from fedllm.wire import codec
 
 SITES = ("site-a", "site-b", "site-c")

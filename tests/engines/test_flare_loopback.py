@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 if importlib.util.find_spec("nvflare") is None:
     pytest.skip("nvflare is not installed (pip install 'fedlm[federation]')", allow_module_level=True)
 
+from fedllm.api import run
 from fedllm.federation.nvflare.keys import new_federation
 from fedllm.federation.nvflare.loopback import loopback, until
 from fedllm.federation.nvflare.process import kit_process
-from fedllm.runs.run import run
 
 pytestmark = pytest.mark.timeout(200)
 

@@ -13,10 +13,10 @@ if importlib.util.find_spec("nvflare") is None:
     pytest.skip("nvflare is not installed (pip install 'fedlm[federation]')", allow_module_level=True)
 
 from evidence.bench.federation import SPECS
+from fedllm.api import run
 from fedllm.core.errors import RunError
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.loopback import QUICK, events, loopback, until
-from fedllm.runs.run import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

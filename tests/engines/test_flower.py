@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 if importlib.util.find_spec("flwr") is None:
     pytest.skip("flwr is not installed (pip install 'fedlm[flower]')", allow_module_level=True)
 
+from fedllm.api import run
 from fedllm.cli.main import app
 from fedllm.core.errors import PayloadError, RecipeError, RunError
 from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
@@ -35,7 +36,6 @@ from fedllm.federation.flower.link import FlowerLink
 from fedllm.federation.flower.loopback import flower_loopback
 from fedllm.federation.flower.superlink import FromHere
 from fedllm.federation.nvflare.loopback import events, until
-from fedllm.runs.run import run
 
 SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
 CASES = {

@@ -13,6 +13,7 @@ import torch
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed (pip install 'fedlm[ray]')", allow_module_level=True)
 
+from fedllm.api import run
 from fedllm.core.errors import DataError, RecipeError, RunError
 from fedllm.core.payload import leaves
 from fedllm.engines import ray_pool
@@ -22,7 +23,6 @@ from fedllm.engines.ray_pool import Lost, Pool
 from fedllm.runs.build import build
 from fedllm.runs.course import Course
 from fedllm.runs.recipe import load_recipe
-from fedllm.runs.run import run
 from fedllm.runs.spread import over
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]

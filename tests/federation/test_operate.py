@@ -9,16 +9,16 @@ import urllib.request
 import pytest
 from typer.testing import CliRunner
 
+from fedllm.api import resume
 from fedllm.cli.main import app
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import Federation, _write, revoke_site
 from fedllm.federation.operate import SERVING, Tally, announced, metrics, serving
-from fedllm.federation.settings import OWN, SiteSettings
+from fedllm.federation.settings import SiteSettings
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.layers import make_layer
-from fedllm.runs.recipe import load_recipe
-from fedllm.runs.run import resume
+from fedllm.runs.recipe import OWN, load_recipe
 
 WIRE = {"kind": "wire", "round": 0, "phase": "p", "client": "site-a", "direction": "up", "payload": "x", "bytes": 70}
 EVENTS = [
@@ -74,7 +74,7 @@ def test_prometheus_reads_the_figures(run):
 
 def test_one_process_serves_a_run_and_stop_ends_it(run):
     code = ("import sys, time, pathlib; from fedllm.federation.operate import announced\n"
-            "from fedllm.federation.nvflare.process import stoppable\n"
+            "from fedllm.federation.process import stoppable\n"
             "with stoppable(), announced(pathlib.Path(sys.argv[1])):\n print('here', flush=True); time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)

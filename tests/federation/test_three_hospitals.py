@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedllm.federation.nvflare.process import end_tree
+from fedllm.federation.process import end_tree
 
 TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorials" / "three-hospitals.md"
 

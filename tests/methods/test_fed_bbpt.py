@@ -18,10 +18,10 @@ from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines import ENGINES
 from fedllm.engines.world import World
+from fedllm.local.text import LocalText
 from fedllm.methods._blackbox import miss
 from fedllm.methods._spoken import asked
 from fedllm.methods.registry import make_method
-from fedllm.models.endpoint import LocalText
 from fedllm.models.load import load_model
 from fedllm.spaces import make_space
 

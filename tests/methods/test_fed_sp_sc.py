@@ -17,9 +17,10 @@ from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines import InProcess, Vectorized
 from fedllm.engines.world import World
+from fedllm.local.text import LocalText
 from fedllm.methods.inference.fed_sp_sc import DISCLAIMER, EXTRACT, THINK
 from fedllm.methods.registry import make_method
-from fedllm.models.endpoint import Endpoint, LocalText
+from fedllm.models.endpoint import Endpoint
 from fedllm.models.questions import Thought, numbers, parse, plain, skeleton, vote
 from fedllm.models.similar import embedder, nearest
 from fedllm.wire import codec

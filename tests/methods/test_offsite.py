@@ -149,8 +149,8 @@ def test_engines_agree(gap, name, knobs):
 def test_no_message_holds_what_the_owner_keeps():
     engine, method, state, world = start()
     sent = []
-    cross = engine._cross
-    engine._cross = lambda way, job, payload: sent.append((way, job.client, payload)) or cross(way, job, payload)
+    cross = engine.cross
+    engine.cross = lambda way, job, payload: sent.append((way, job.client, payload)) or cross(way, job, payload)
     state = go(engine, method, state, world)
     out = [(way, p) for way, client, p in sent if client != SERVER]
     assert {way for way, _ in out} == {"up", "down"}

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from evidence.rigs.text import untrained
 from fedllm.cli.serve_model import serving
 from fedllm.core.errors import EndpointError, FedLLMError, RecipeError
-from fedllm.models.endpoint import Completion, Endpoint, LocalText, as_text, total_logprob
+from fedllm.local.text import LocalText, as_text
+from fedllm.models.endpoint import Completion, Endpoint, total_logprob
 from fedllm.models.load import load_model
 from fedllm.spaces import make_space
 from tests.conftest import PLACE

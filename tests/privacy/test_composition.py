@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from evidence.pages.composition import examples, foldings, rows, table
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError
 from fedllm.core.payload import pack
@@ -16,7 +17,7 @@ from fedllm.core.reduce import Mean
 from fedllm.core.rng import numpy_stream
 from fedllm.defenses.median import Median
 from fedllm.methods._factors import Products
-from fedllm.privacy.composition import check_stack, clash, examples, foldings, rows, table
+from fedllm.privacy.composition import check_stack, clash
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_ftrl import DPFTRL
 from fedllm.privacy.dp_sgd import DPSGD
@@ -105,7 +106,7 @@ def test_the_table_covers_every_pair():
     assert examples().keys() == LIVE.keys() and len(rows()) == n * n + 4 * n
     assert table().count("\n") == n * n + 4 * n + 2
     docs = Path(__file__).parents[2] / "docs" / "privacy.md"
-    assert table() in docs.read_text(), "docs/privacy.md holds another table than fedllm.privacy.composition.table()"
+    assert table() in docs.read_text(), "docs/privacy.md holds another table than evidence.pages.composition.table()"
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda r: f"{r.above} / {r.below}")

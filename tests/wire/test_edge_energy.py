@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from evidence.pages.composition import examples
 from evidence.rigs.energy import dealt
 from evidence.rigs.trials import Trial, _chain, _tiny_llama
 from fedllm import run
@@ -21,7 +22,7 @@ from fedllm.engines.world import World
 from fedllm.local import power
 from fedllm.local.spec import LocalSpec
 from fedllm.models.model import Model
-from fedllm.privacy.composition import check_stack, clash, examples
+from fedllm.privacy.composition import check_stack, clash
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.secagg import SecAgg
 from fedllm.runs.build import build, make_layers

@@ -25,7 +25,8 @@ from fedllm.engines.far.door import Door
 from fedllm.engines.far.real_time import RealTime
 from fedllm.engines.far.sites import PROTOCOL, Body, Head, Silence, Sites, Unsent
 from fedllm.engines.far.trip import Answer, Bodies, Trip
-from fedllm.engines.in_process import InProcess, Job
+from fedllm.engines.in_process import InProcess
+from fedllm.engines.job import Job
 from fedllm.engines.world import World
 
 UNHEARD = "flare.unheard"
@@ -82,7 +83,7 @@ class Flare(InProcess):
             reply, sent = trip.answer.result()
             self.hear()
             for _ in range(sent):
-                self._cross("down", job, job.fold.ask.msgs[job.client])
+                self.cross("down", job, job.fold.ask.msgs[job.client])
             yield job, reply
 
     def own(self, job: Job) -> Payload | str:

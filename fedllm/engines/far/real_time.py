@@ -9,29 +9,39 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fedllm.core.ask import Ask, ClientId, Replies
 from fedllm.core.client import SERVER, Fleet
+from fedllm.core.payload import Payload
 from fedllm.core.program import Fold
-from fedllm.engines.clock import Clock
+from fedllm.engines.clock import Clock, Timed
+from fedllm.engines.far.sites import Sites
 from fedllm.engines.far.trip import Bodies, Trip
-
-if TYPE_CHECKING:
-    from fedllm.engines.far.engine import Flare
+from fedllm.engines.job import Job
 
 FORMER = "it was asked before the coordinator was started again, and nobody waits for that answer any longer"
 SILENT = "it was silent for longer than any answer may take"
 VOID = "the round in which it was asked does not count"
 
 
+class Far(Timed, Protocol):
+    """What a clock that waits needs of the engine: the sites, trips to them, and what is the server's own to do."""
+
+    sites: Sites
+
+    def set_off(self, jobs: Sequence[Job], bodies: Bodies) -> list[Trip]: ...
+    def own(self, job: Job) -> Payload | str: ...
+    def hear(self) -> None: ...
+
+
 class RealTime(Clock):
     """A clock that waits; `flying` are trips that are under way, or have landed and are not folded yet."""
 
-    engine: Flare
+    engine: Far
     flying: list[Trip]  # type: ignore[assignment]
 
-    def __init__(self, engine: Flare) -> None:
+    def __init__(self, engine: Far) -> None:
         super().__init__(engine, Fleet())
         self._zero, self._told = time.monotonic(), False
         self._kept: list[Trip] = []  # as they were committed
@@ -90,12 +100,12 @@ class RealTime(Clock):
         return self._set_off([Fold(fold.ask)], clients)  # an empty fold: what is under way holds no sums
 
     def _set_off(self, folds: Sequence[Fold], clients: Sequence[ClientId] | None) -> list[Trip]:
-        trips = self.engine.set_off(list(self.engine._jobs(folds, clients)), self._bodies)
+        trips = self.engine.set_off(list(self.engine.jobs(folds, clients)), self._bodies)
         for trip in trips:
             if trip.client == SERVER:
                 trip.arrive((self.engine.own(trip.job), 0))
             else:
-                self.engine._cross("down", trip.job, trip.job.fold.ask.msgs[trip.client])
+                self.engine.cross("down", trip.job, trip.job.fold.ask.msgs[trip.client])
         return trips
 
     def _next(self, flying: Sequence[Trip], ends: float | None) -> list[Trip]:  # type: ignore[override]
@@ -111,9 +121,9 @@ class RealTime(Clock):
         if not trip.booked:  # of a round that failed it may land once more
             trip.booked = True
             for _ in range(sent - 1):
-                self.engine._cross("down", trip.job, trip.job.fold.ask.msgs[trip.client])
+                self.engine.cross("down", trip.job, trip.job.fold.ask.msgs[trip.client])
             if not isinstance(reply, str):
-                self.engine._cross("up", trip.job, reply)
+                self.engine.cross("up", trip.job, reply)
         self.engine.land(fold, trip.client, reply, round(trip.lands - trip.begun, 6))
 
     def _late(self, fold: Fold, trip: Trip, why: str) -> None:  # type: ignore[override]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedllm.core.ask import ClientId
 from fedllm.core.payload import Payload
 from fedllm.engines.far.sites import Head
-from fedllm.engines.in_process import Job
+from fedllm.engines.job import Job
 from fedllm.wire import codec
 
 Answer = tuple[Payload | str, int]

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from fedllm.federation.flower.keys import KIT
 from fedllm.federation.flower.wire import QUIET, check_flower, read
-from fedllm.federation.nvflare.process import end_tree, stoppable
+from fedllm.federation.process import end_tree, stoppable
 from fedllm.federation.settings import SiteSettings
 
 log = logging.getLogger(__name__)

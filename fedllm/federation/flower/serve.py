@@ -21,7 +21,7 @@ from fedllm.federation.flower.join import watched
 from fedllm.federation.flower.keys import FlowerFederation
 from fedllm.federation.flower.link import FlowerLink
 from fedllm.federation.flower.wire import check_flower, fab, gentle, hasten_pulls, keep_alive, read, runtime
-from fedllm.federation.nvflare.process import end_tree
+from fedllm.federation.process import end_tree
 from fedllm.runs.result import Result
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ WAITS = Patience(probe=6.0, grace=90.0)
 
 def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: float = 600.0,
                  patience: Patience | None = None) -> Result:
-    """Begin the run in a folder, or go on with it: a SuperLink for as long as it takes. `federate.serve` calls it."""
+    """Begin the run in a folder, or go on with it: a SuperLink for as long as it takes."""
     keys = FlowerFederation(federation)
     with superlink(keys) as nodes:
         return carry_out_flower(keys, nodes, run, needed, wait, patience)

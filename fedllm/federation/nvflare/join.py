@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import RecipeError
-from fedllm.federation.nvflare.process import kit_process, stoppable
+from fedllm.federation.nvflare.process import kit_process
+from fedllm.federation.process import stoppable
 from fedllm.federation.settings import SiteSettings
 
 log = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ import psutil
 from fedllm.engines.far.sites import Patience
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import new_federation
-from fedllm.federation.nvflare.process import end_tree
+from fedllm.federation.process import end_tree
 from fedllm.federation.settings import SETTINGS
 from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import OWN, load_recipe
 from fedllm.runs.result import Result
 
 SITES = ("site-a", "site-b", "site-c")
@@ -101,7 +101,7 @@ class Loopback:
 
     def run_folder(self, recipe: Mapping[str, Any]) -> Path:
         """A run's folder, not begun yet."""
-        checked = load_recipe(recipe, {"data.source": federate.OWN})
+        checked = load_recipe(recipe, {"data.source": OWN})
         path = fresh_path(self.folder / "far", checked.name)
         return RunFolder.create(path, {**checked.model_dump(mode="json"), "versions": versions()}).path
 

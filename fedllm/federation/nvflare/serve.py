@@ -1,4 +1,4 @@
-"""The coordinator's side: `serve` starts NVFlare's server, submits the run as a job, and waits for its result."""
+"""The coordinator's side on NVFlare: starts its server, submits the run as a job, and waits for its result."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.engines.far.sites import Patience
-from fedllm.federation import operate
-from fedllm.federation.coordinator import FAILED, check_recipe
+from fedllm.federation.coordinator import FAILED
 from fedllm.federation.nvflare.keys import ADMIN, NODES, Federation
 from fedllm.federation.nvflare.process import kit_process
-from fedllm.federation.settings import OWN
-from fedllm.runs.build import versions
-from fedllm.runs.folder import RunFolder, fresh_path
-from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result
 
 log = logging.getLogger(__name__)
@@ -31,40 +27,11 @@ RESTARTS, PAUSE = 3, 5.0
 """Times in a row that a process that died is started again though the run came no round further; seconds before it."""
 
 
-def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",
-          needed: int | None = None, wait: float = 600.0, patience: Patience | None = None,
-          metrics: int | None = None, **overrides: Any) -> Result:
-    """Run a recipe in a real federation and come back with its result.
-
-    `federation` is the folder made by `fedllm keys new`; `needed` sites (all of them by default) must have joined
-    within `wait` seconds; `metrics` is a port of this machine for Prometheus. Raises RecipeError before anything starts
-    and RunError when the run cannot go on.
-    """
-    checked = load_recipe(recipe, {"data.source": OWN, **overrides})
-    check_recipe(checked)
-    folder = RunFolder.create(fresh_path(Path(root), checked.name),
-                              {**checked.model_dump(mode="json"), "versions": versions()})
-    return resume_serving(folder.path, federation, needed=needed, wait=wait, patience=patience, metrics=metrics)
-
-
-def resume_serving(run: str | Path, federation: str | Path, *, needed: int | None = None, wait: float = 600.0,
-                   patience: Patience | None = None, metrics: int | None = None) -> Result:
-    """Go on with a federation's run, whatever was killed; it ends in the state of an undisturbed run."""
-    room, keys = RunFolder.open(Path(run).resolve()), Federation(Path(federation).resolve())
-    if (room.path / "result.json").exists():
-        return Result.load(room.path)
+def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: float = 600.0,
+                 patience: Patience | None = None) -> Result:
+    """Begin the run in a folder, or go on with it, with a server that is started again when it dies."""
+    keys = Federation(federation)
     needed = len(keys.spec["sites"]) if needed is None else needed
-    figures = contextlib.nullcontext() if metrics is None else operate.metrics(room.path, metrics)
-    with operate.announced(room.path), figures:
-        if load_recipe(room.path / "recipe.yaml").engine.kind == "flower":
-            from fedllm.federation.flower.serve import serve_folder
-
-            return serve_folder(room.path, keys.folder, needed, wait, patience)
-        return _served(room.path, keys, needed, wait, patience)
-
-
-def _served(run: Path, keys: Federation, needed: int, wait: float, patience: Patience | None) -> Result:
-    """The run's result, with a server that is started again when it dies."""
     for _ in _starts(run, f"NVFlare's server (see {keys.kit('server') / 'process.log'})"):
         with server(keys) as process:
             try:

@@ -1,0 +1,47 @@
+"""The coordinator's side: `serve` runs a recipe with the sites that have joined, over the transport of their keys."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm.engines.far.sites import Patience
+from fedllm.federation import operate
+from fedllm.federation.coordinator import check_recipe
+from fedllm.runs.build import versions
+from fedllm.runs.folder import RunFolder, fresh_path
+from fedllm.runs.recipe import OWN, Recipe, load_recipe
+from fedllm.runs.result import Result
+
+
+def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",
+          needed: int | None = None, wait: float = 600.0, patience: Patience | None = None,
+          metrics: int | None = None, **overrides: Any) -> Result:
+    """Run a recipe in a real federation and come back with its result.
+
+    `federation` is the folder made by `fedllm keys new`; `needed` sites (all of them by default) must have joined
+    within `wait` seconds; `metrics` is a port of this machine for Prometheus. Raises RecipeError before anything starts
+    and RunError when the run cannot go on.
+    """
+    checked = load_recipe(recipe, {"data.source": OWN, **overrides})
+    check_recipe(checked)
+    folder = RunFolder.create(fresh_path(Path(root), checked.name),
+                              {**checked.model_dump(mode="json"), "versions": versions()})
+    return resume_serving(folder.path, federation, needed=needed, wait=wait, patience=patience, metrics=metrics)
+
+
+def resume_serving(run: str | Path, federation: str | Path, *, needed: int | None = None, wait: float = 600.0,
+                   patience: Patience | None = None, metrics: int | None = None) -> Result:
+    """Go on with a federation's run, whatever was killed; it ends in the state of an undisturbed run."""
+    room = RunFolder.open(Path(run).resolve())
+    if (room.path / "result.json").exists():
+        return Result.load(room.path)
+    if load_recipe(room.path / "recipe.yaml").engine.kind == "flower":
+        from fedllm.federation.flower.serve import serve_folder
+    else:
+        from fedllm.federation.nvflare.serve import serve_folder
+    figures = contextlib.nullcontext() if metrics is None else operate.metrics(room.path, metrics)
+    with operate.announced(room.path), figures:
+        return serve_folder(room.path, Path(federation).resolve(), needed, wait, patience)
