@@ -106,6 +106,13 @@ def tensor_bytes(payload: Payload) -> int:
     return sum(v.numel() * v.element_size() for v in payload.values() if isinstance(v, Tensor))
 
 
+def length(payload: Payload) -> float:
+    """L2 norm over all floating-point tensors, as fp32 counts it: infinite where one holds an infinity, or NaN."""
+    norms = [torch.linalg.vector_norm(v.detach().float()) for v in payload.values()
+             if isinstance(v, Tensor) and v.is_floating_point() and v.numel()]
+    return float(torch.linalg.vector_norm(torch.stack([n.cpu() for n in norms]))) if norms else 0.0
+
+
 def non_finite(payload: Payload) -> str | None:
     """The first key whose value holds a NaN or an infinity, or None."""
     for key, v in payload.items():

@@ -80,7 +80,7 @@ class InProcess:
         folds = [Fold(ask, self.quorum) for ask in asks]
         for job, reply in self.answers(self.jobs(folds)):
             self.land(job.fold, job.client, reply if isinstance(reply, str) else self.cross("up", job, reply))
-        return [fold.done() for fold in folds]
+        return [self.close(fold) for fold in folds]
 
     def land(self, fold: Fold, client: ClientId, reply: Payload | str, seconds: float | None = None) -> None:
         """Fold a reply that has come, or book why there is none."""
@@ -88,13 +88,17 @@ class InProcess:
         if isinstance(reply, str):
             self.record.emit("missing", round=self.round, phase=fold.ask.phase, client=client, why=reply, **told)
             return fold.miss(client, reply)
-        before = len(fold.answered)
-        fold.take(client, reply, seconds)
-        if len(fold.answered) == before:
+        if not fold.take(client, reply, seconds):
             self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client,
                              why=fold.missing[client], **told)
         elif told:
             self.record.emit("answered", round=self.round, phase=fold.ask.phase, client=client, **told)
+
+    def close(self, fold: Fold) -> Replies:
+        """What came of an ask; whose reply the others' outvote is written down."""
+        for client, why in fold.outvoted().items():
+            self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client, why=why)
+        return fold.done()
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
         """Each job's reply, or why there is none; in the order of the jobs."""

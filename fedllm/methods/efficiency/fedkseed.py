@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from fedllm.methods._seeds import Seeds
 
 class Pools(Sum):
     """Weighted mean of the clients' sums of scalars by candidate, whether they sent all K or only those they drew."""
+
+    ragged: ClassVar[bool] = True
 
     def lift(self, reply: Payload) -> Payload:
         g = reply.get("G")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from fedllm.methods._seeds import Seeds
 @dataclass(frozen=True)
 class Histories(Sum):
     """By candidate the clients' weighted sum of scalars, and over all of them how many there were and how large."""
+
+    ragged: ClassVar[bool] = True
 
     clip: float
 

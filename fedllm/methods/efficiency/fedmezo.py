@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -22,6 +22,8 @@ RATES = ("round", "five", "diff", "random", "frozen")
 @dataclass(frozen=True)
 class Moves(Sum):
     """Weighted mean of the clients' moves: vectors, or made here from a seed and the scalars along its directions."""
+
+    ragged: ClassVar[bool] = True
 
     law: Literal["gaussian", "rademacher"]
 
