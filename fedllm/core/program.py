@@ -121,6 +121,7 @@ class Fold:
         self.piles: dict[Any, Pile] = {}
         self.each: dict[ClientId, Payload] = {}
         self.taken: list[ClientId] = []
+        self._lengths: dict[tuple[int, ...], float] = {}
         self.missing: dict[ClientId, str] = {}
         self.notes: dict[ClientId, Payload] = {}
         self.seconds: dict[ClientId, float] = {}
@@ -173,10 +174,18 @@ class Fold:
         for name, note in notes.items():
             if not any(KINDS[kind][1](note) for kind in NOTES):
                 raise PayloadError(f"'note/{str(name)[:80]}' is {type(note).__name__}, allowed is {' or '.join(NOTES)}")
-        far = self.farthest * max(1.0, length(self.ask.msgs.get(client, {})))
+        far = self.farthest * max(1.0, self._told(client))
         if not (long := length({k: v for k, v in reply.items() if k.partition("/")[2] not in notes})) <= far:
             raise PayloadError(f"its tensors are {long:.3g} long, allowed is {far:.3g}")
         return notes
+
+    def _told(self, client: ClientId) -> float:
+        """How long the client's message is; messages that hold the same tensors are measured once."""
+        msg = self.ask.msgs.get(client, {})
+        key = tuple(map(id, msg.values()))
+        if key not in self._lengths:
+            self._lengths[key] = length(msg)
+        return self._lengths[key]
 
     def _fold(self, reply: Payload) -> Pile:
         if self.reducer is None:
@@ -198,8 +207,8 @@ class Fold:
         for sign, pile in self.piles.items():
             if sign != most:
                 key, shape = min(sign ^ most, key=lambda one: (one not in sign, one))
-                out |= dict.fromkeys(pile.clients, f"reply refused: '{str(key)[:80]}' {shape or ''} is not as in the "
-                                                   "other replies")
+                out |= dict.fromkeys(pile.clients, "reply refused: its names or shapes are not as in the other replies "
+                                                   f"('{str(key)[:80]}' {shape or ''})")
         return out
 
     def done(self) -> Replies:
