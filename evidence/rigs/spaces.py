@@ -18,7 +18,7 @@ from fedllm.spaces.space import Space
 
 
 
-def two_streams(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 10,
+def two_streams(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 15,
                 local: Mapping[str, Any] | None = None) -> Metrics:
     """Topic classification, eight clients by Dirichlet(0.1) over eight labels: all weights of a pre-trained encoder and
     its head are trained; `fedlora_wu` has a personal LoRA over them, other methods have them alone.
@@ -27,7 +27,23 @@ def two_streams(method: str, seed: int, *, knobs: Mapping[str, Any] | None = Non
     """
     of = {"sigma": "full", "tau": {"name": "lora", "rank": 4, "alpha": 8.0, "targets": "all-linear"}}
     space = make_space("streams", of=of, personal=("tau",)) if method == "fedlora_wu" else make_space("full")
-    return topic_run(method, seed, space, knobs, rounds, {"lr": 1e-3, "steps": 10, "batch_size": 16, **(local or {})})
+    return topic_run(method, seed, space, knobs, rounds, {"lr": 2e-3, "steps": 10, "batch_size": 16, **(local or {})})
+
+
+def small_to_large(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 30,
+                   local: Mapping[str, Any] | None = None) -> Metrics:
+    """The same with Dirichlet(1) and a whole model that no client can hold, where the method sends slices of it.
+
+    For `fedbrb` also `over_static`: its loss on the IID test above that of clients which always have the same slice
+    (HeteroFL's), on the same work.
+    """
+    spec = {"lr": 2e-3, "steps": 10, "batch_size": 16, **(local or {})}
+    out = topic_run(method, seed, make_space("full"), knobs, rounds, spec, 1.0)
+    if method == "fedbrb":
+        still = {**(knobs or {}), "rolling": "static", "broadcast_weight": 0.0}
+        static = topic_run(method, seed, make_space("full"), still, rounds, spec, 1.0)
+        out |= {"over_static": out["global_loss"] - static["global_loss"], "static_loss": static["global_loss"]}
+    return out
 
 
 def topic_run(method: str, seed: int, space: Space, knobs: Mapping[str, Any] | None, rounds: int,
@@ -47,4 +63,4 @@ def topic_run(method: str, seed: int, space: Space, knobs: Mapping[str, Any] | N
     return out
 
 
-RIGS: dict[str, Callable[..., Metrics]] = {"two_streams": two_streams}
+RIGS: dict[str, Callable[..., Metrics]] = {"two_streams": two_streams, "small_to_large": small_to_large}
