@@ -1,4 +1,4 @@
-"""Claims on what is trained: two streams of which one stays at home, and slices for clients that cannot hold the model."""
+"""Claims on what is trained: two streams of which one stays at home, and slices where nobody can hold the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from fedllm.local.spec import LocalSpec
 from fedllm.models.model import Model
 from fedllm.spaces import make_space
 from fedllm.spaces.space import Space
-
 
 
 def two_streams(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 15,

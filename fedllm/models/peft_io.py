@@ -112,8 +112,8 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
     if (folder / SPACE).exists():
         made = _json(folder / SPACE)
         if made["space"] != space:
-            raise ModelError(f"space.start_from = {str(folder)!r} holds trainables of space {made['space']!r}, space.name "
-                             f"is {space!r}; use {made['space']!r}")
+            raise ModelError(f"space.start_from = {str(folder)!r} holds trainables of space {made['space']!r}, "
+                             f"space.name is {space!r}; use {made['space']!r}")
         return dict(made["knobs"])
     config = _config(folder)
     kind = of_peft(config.get("peft_type") or "none")

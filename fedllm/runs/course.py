@@ -124,7 +124,8 @@ class Course:
             stream = next((s for s in frozen if f"/{s}/" in f"/{path}"), None)
             if stream and isinstance(leaf, Tensor) and path in before and not leaf.equal(before[path]):
                 raise CompositionError(f"stream '{stream}' is frozen and method '{type(self.method).__name__}' changed "
-                                       f"'{path}'; take it out of space.frozen, or use a method that trains by gradients")
+                                       f"'{path}'; take it out of space.frozen, or use a method that trains by "
+                                       "gradients")
 
 
 def watched(program: Program, terms: ClientsSpec, losses: list[float]) -> Program:

@@ -48,7 +48,7 @@ class Result:
 
     @property
     def adapter_path(self) -> Path | None:
-        """The served adapter (PEFT), the merged model where PEFT has no such adapter, or trainables that are neither."""
+        """The served adapter (PEFT), the merged model where PEFT has no such one, or trainables that are neither."""
         return next((p for n in ("adapter", "model", "trainables") if (p := self.folder / n).is_dir()), None)
 
     @property

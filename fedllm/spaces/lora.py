@@ -141,8 +141,8 @@ class LoRA(Space):
         """The linear maps that get factors; none of them may be trained whole too."""
         found = find_linears(net, self.targets, "lora")
         if both := [p for p in found if self.trains(f"{p}.weight")]:
-            raise ModelError(f"lora: '{both[0]}' is among space.targets = {self.targets!r} and in space.modules_to_save "
-                             f"= {list(self.modules_to_save)}; a module has factors or is trained whole, so name it in "
+            raise ModelError(f"lora: '{both[0]}' is among space.targets = {self.targets!r} and in "
+                             f"space.modules_to_save = {list(self.modules_to_save)}; a module has factors or is trained whole, so name it in "
                              "one of the two")
         return found
 

@@ -33,10 +33,11 @@ def space_classes() -> dict[str, type[Space]]:
     for entry in importlib.metadata.entry_points(group=GROUP):
         kind = spaces_in(importlib.import_module(entry.module))
         if len(kind) != 1:
-            raise RecipeError(f"entry point {entry.name!r} of {GROUP}: {entry.module} must hold just one space, a frozen "
-                              f"dataclass; it holds {[k.__name__ for k in kind]}")
+            raise RecipeError(f"entry point {entry.name!r} of {GROUP}: {entry.module} must hold just one space, a "
+                              f"frozen dataclass; it holds {[k.__name__ for k in kind]}")
         if (stem := entry.module.rpartition(".")[2]) in found:
-            raise RecipeError(f"entry point {entry.name!r} of {GROUP}: there is a space {stem!r} already; rename its file")
+            raise RecipeError(f"entry point {entry.name!r} of {GROUP}: there is a space {stem!r} already; rename its "
+                              "file")
         found[stem] = kind[0]
     return dict(sorted(found.items()))
 

@@ -82,8 +82,8 @@ class Slice:
 class Covered(Sum):
     """The mean of every entry over the replies that hold it, weighted by `n`; what nobody holds does not change.
 
-    Replies hold `delta/...` cut to a slice, `at/...` as `Slice.places` says it, and `n`; other numbers are averaged. The
-    result has `delta/...` in full size, 0 where nobody was, and `cover/...`, the weight behind each entry. Lifted on a
+    Replies hold `delta/...` cut to a slice, `at/...` as `Slice.places` says it, and `n`; other numbers are averaged.
+    The result has `delta/...` in full size, 0 where nobody was, and `cover/...`, the weight behind each entry. Lifted on a
     client a reply is twice the size of all trainables: its part of the sum, and of the weights.
     """
 
@@ -126,7 +126,7 @@ def _fitting(total: Mapping[str, Tensor], shapes: Mapping[str, Any], view: Slice
     """Where in `total` each tensor of a reply belongs; PayloadError for a reply that does not fit."""
     if odd := sorted(total.keys() ^ shapes.keys()) or sorted(n for n, t in total.items() if
                                                              tuple(t.shape) != tuple(shapes[n])):
-        raise PayloadError(f"a reply is cut from other trainables than the replies before it, for example in '{odd[0]}'")
+        raise PayloadError(f"a reply is cut from other trainables than those before it, for example in '{odd[0]}'")
     if odd := sorted(delta.keys() - total.keys()):
         raise PayloadError(f"a reply says no shape for '{odd[0]}'")
     places = {n: view.at(n, shapes[n]) for n in view.mine(delta)}
@@ -167,8 +167,8 @@ def blocks(net: nn.Module, theta: Mapping[str, Tensor], count: int) -> list[Slic
             inner = "attention" in path or "attn" in path or "o_proj" in path
             columns[name] = _parts(name, t.shape[1], min(heads, groups) if inner else t.shape[1], count)
     if not rows or not columns:
-        raise ModelError(f"{type(net).__name__} has no attention heads and feed-forward neurons that could be dealt out "
-                         "among the trainables; use the space 'full' or 'layers' on a model with separate projections")
+        raise ModelError(f"{type(net).__name__} has no attention heads and feed-forward neurons that could be dealt "
+                         "out among the trainables; use the space 'full' or 'layers' on a model with separate projections")
     return [Slice(None, {n: p[g] for n, p in rows.items()}, {n: p[g] for n, p in columns.items()})
             for g in range(count)]
 

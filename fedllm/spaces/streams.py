@@ -60,8 +60,8 @@ class Streams(Space):
         if both := set(self.personal) & set(self.frozen):
             raise RecipeError(f"Streams.frozen = {list(self.frozen)!r}: {min(both)!r} is personal too; choose one")
         if not set(self.made) - set(self.frozen):
-            raise RecipeError(f"Streams.frozen = {list(self.frozen)!r} leaves nothing to train; one stream at least must "
-                              "not be frozen")
+            raise RecipeError(f"Streams.frozen = {list(self.frozen)!r} leaves nothing to train; one stream at least "
+                              "must not be frozen")
 
     made: ClassVar[Mapping[str, Space]]
     """The spaces by their stream's name."""
@@ -95,12 +95,12 @@ class Streams(Space):
             touched = [p for p, f in forwards(net).items() if f is not before[p]]
             if clash := [p for p in touched if p in owner and p not in over]:
                 raise ModelError(f"space.of: streams '{owner[clash[0]]}' and '{s}' both change the module '{clash[0]}', "
-                                 f"and '{space.stem}' would undo what lies beneath it; give them different modules, or "
-                                 "list last the one that adds to a module's output (lora, ia3, adapter)")
+                                 f"and '{space.stem}' would undo what lies beneath it; give them different modules, "
+                                 "or list last the one that adds to a module's output (lora, ia3, adapter)")
             owner |= dict.fromkeys(touched, s)
         if len(ahead := [s for s, space in self.made.items() if space.virtual]) > 1:
-            raise ModelError(f"space.of: streams '{ahead[0]}' and '{ahead[1]}' both put virtual tokens before the text; "
-                             "give only one of them")
+            raise ModelError(f"space.of: streams '{ahead[0]}' and '{ahead[1]}' both put virtual tokens before the "
+                             "text; give only one of them")
         return stackable
 
     def prepare(self, stack: Stack, trees: Sequence[Mapping[str, Tensor]]) -> None:

@@ -104,28 +104,28 @@ def test_one_that_cannot_be_merged_is_saved_as_it_is_and_merging_is_refused(brou
     result = fedllm.run(recipe, root=tmp_path)
     assert result.adapter_path.name == "trainables" and not (result.folder / "model").exists()
     assert "works in fedllm alone" in (result.folder / "model_card.md").read_text()
-    with pytest.raises(ModelError, match="'loose' cannot be merged into the model's weights: its gains are loose"):
+    with pytest.raises(ModelError, match=r"'loose' cannot be merged into the model's weights: its gains are loose"):
         export(result.folder, tmp_path / "merged", merge=True)
     assert (export(result.folder, tmp_path / "out") / "trainables.safetensors").is_file()
     go_on = recipe | {"space": {"name": "loose", "start_from": str(tmp_path / "out")}, "name": "on", "rounds": 0}
     assert fedllm.run(go_on, root=tmp_path).evaluation["global"]["loss"] == result.evaluation["global"]["loss"]
-    with pytest.raises(ModelError, match="holds trainables of space 'loose', space.name is 'lora'; use 'loose'"):
+    with pytest.raises(ModelError, match=r"holds trainables of space 'loose', space.name is 'lora'; use 'loose'"):
         fedllm.run(recipe | {"space": {"name": "lora", "start_from": str(tmp_path / "out")}}, root=tmp_path)
 
 
 def test_what_is_brought_must_be_one_space_of_a_new_name(brought):
     brought(nothing="x = 1\n")
-    with pytest.raises(RecipeError, match="entry point 'nothing' of fedllm.spaces: nothing must hold just one space"):
+    with pytest.raises(RecipeError, match=r"entry point 'nothing' of fedllm.spaces: nothing must hold just one space"):
         space_classes()
 
 
 def test_a_name_that_is_taken_is_refused(brought):
     brought(lora=example())
-    with pytest.raises(RecipeError, match="there is a space 'lora' already; rename its file"):
+    with pytest.raises(RecipeError, match=r"there is a space 'lora' already; rename its file"):
         space_classes()
 
 
 @pytest.mark.parametrize("page", ["streams", "slices"])
 def test_the_pages_examples_run(page):
     text = (ROOT / f"docs/rooms/{page}.md").read_text()
-    exec(compile(text.split("```python\n", 1)[1].split("```", 1)[0], page, "exec"), {"__name__": page})  # noqa: S102
+    exec(compile(text.split("```python\n", 1)[1].split("```", 1)[0], page, "exec"), {"__name__": page})

@@ -27,7 +27,8 @@ def test_take_and_put():
 
 
 @pytest.mark.parametrize(("view", "why"), [
-    (Slice(rows={"a": [4]}), "rows of 'a' are not all among its 4"), (Slice(rows={"a": [-1]}), "not all among its 4"),
+    (Slice(rows={"a": [4]}), "rows of 'a' are not all among its 4"),
+    (Slice(rows={"a": [-1]}), "not all among its 4"),
     (Slice(columns={"a": [3]}), "columns of 'a' are not all among its 3"), (Slice(rows={"a": [1, 1]}), "name one twice"),
     (Slice(columns={"b": [0]}), "columns of 'b' are not all among its 0"), (Slice(("d",)), "names 'd', which is not"),
     (Slice(rows={"d": [0]}), "names 'd', which is not"), (Slice(("b",), rows={"a": [0]}), "names 'a', which is not"),
@@ -71,7 +72,8 @@ def test_a_reply_that_does_not_fit_changes_nothing():
     before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in acc.items()}
     good = said(OTHER, 5.0, 3)
     for bad, why in (({"at/rows/a": torch.tensor([1, 9])}, "rows of 'a' are not all among its 4"),
-                     ({"at/shape/a": [9, 3]}, "cut from other trainables"), ({"delta/a": torch.ones(1, 2)}, "its slice"),
+                     ({"at/shape/a": [9, 3]}, "cut from other trainables"),
+                     ({"delta/a": torch.ones(1, 2)}, "its slice"),
                      ({"at/rows/z": torch.tensor([0])}, "names 'z'"), ({"more": 1.0}, "names differ")):
         with pytest.raises(PayloadError, match=why):
             mean.add(acc, {**good, **bad})

@@ -12,8 +12,8 @@ from fedllm.core.ask import on_client
 from fedllm.core.errors import CompositionError, ModelError, RecipeError
 from fedllm.core.method import Star
 from fedllm.core.payload import pack, part
-from fedllm.core.reduce import Mean
 from fedllm.core.program import drive
+from fedllm.core.reduce import Mean
 from fedllm.engines import ENGINES
 from fedllm.local.flops import cost_of
 from fedllm.methods.registry import make_method
@@ -179,7 +179,7 @@ def test_a_personal_stream_is_not_put_on_the_wire(engine, key):
 
 
 def test_nor_does_the_server_send_one():
-    with pytest.raises(CompositionError, match="'tau' is personal .* under 'theta/tau/"):
+    with pytest.raises(CompositionError, match=r"'tau' is personal .* under 'theta/tau/"):
         begin("fedavg", space="streams", space_knobs=WU).go(1)
 
 

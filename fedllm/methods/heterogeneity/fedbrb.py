@@ -24,8 +24,8 @@ class FedBRB(Method):
 
     card = Card(
         title="FedBRB: block-wise rolling and weighted broadcast",
-        paper="Xu et al., FedBRB: An Effective Solution to the Small-to-Large Scenario in Device-Heterogeneity Federated "
-              "Learning, IEEE TMC 2026, arXiv 2402.17202",
+        paper="Xu et al., FedBRB: An Effective Solution to the Small-to-Large Scenario in Device-Heterogeneity "
+              "Federated Learning, IEEE TMC 2026, arXiv 2402.17202",
         topic="heterogeneity",
         sends="down: a block of every layer and what is not cut (embeddings, norms, head), and its number; up: their "
               "change, which rows and columns they are, the shapes of all",
