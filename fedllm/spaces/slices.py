@@ -83,8 +83,8 @@ class Covered(Sum):
     """The mean of every entry over the replies that hold it, weighted by `n`; what nobody holds does not change.
 
     Replies hold `delta/...` cut to a slice, `at/...` as `Slice.places` says it, and `n`; other numbers are averaged.
-    The result has `delta/...` in full size, 0 where nobody was, and `cover/...`, the weight behind each entry. Lifted on a
-    client a reply is twice the size of all trainables: its part of the sum, and of the weights.
+    The result has `delta/...` in full size, 0 where nobody was, and `cover/...`, the weight behind each entry. Lifted
+    on a client a reply is twice the size of all trainables: its part of the sum, and of the weights.
     """
 
     def lift(self, reply: Payload) -> Payload:
@@ -168,7 +168,8 @@ def blocks(net: nn.Module, theta: Mapping[str, Tensor], count: int) -> list[Slic
             columns[name] = _parts(name, t.shape[1], min(heads, groups) if inner else t.shape[1], count)
     if not rows or not columns:
         raise ModelError(f"{type(net).__name__} has no attention heads and feed-forward neurons that could be dealt "
-                         "out among the trainables; use the space 'full' or 'layers' on a model with separate projections")
+                         "out among the trainables; use the space 'full' or 'layers' on a model with separate "
+                         "projections")
     return [Slice(None, {n: p[g] for n, p in rows.items()}, {n: p[g] for n, p in columns.items()})
             for g in range(count)]
 

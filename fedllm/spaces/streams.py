@@ -94,11 +94,11 @@ class Streams(Space):
             stackable &= space.install(net, View(stack, s))  # type: ignore[arg-type]
             touched = [p for p, f in forwards(net).items() if f is not before[p]]
             if clash := [p for p in touched if p in owner and p not in over]:
-                raise ModelError(f"space.of: streams '{owner[clash[0]]}' and '{s}' both change the module '{clash[0]}', "
+                raise ModelError(f"space.of: streams '{owner[clash[0]]}' and '{s}' both change the module '{clash[0]}' "
                                  f"and '{space.stem}' would undo what lies beneath it; give them different modules, "
                                  "or list last the one that adds to a module's output (lora, ia3, adapter)")
             owner |= dict.fromkeys(touched, s)
-        if len(ahead := [s for s, space in self.made.items() if space.virtual]) > 1:
+        if len(ahead := [s for s, space in self.made.items() if type(space).before is not Space.before]) > 1:
             raise ModelError(f"space.of: streams '{ahead[0]}' and '{ahead[1]}' both put virtual tokens before the "
                              "text; give only one of them")
         return stackable

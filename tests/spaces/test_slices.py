@@ -29,7 +29,8 @@ def test_take_and_put():
 @pytest.mark.parametrize(("view", "why"), [
     (Slice(rows={"a": [4]}), "rows of 'a' are not all among its 4"),
     (Slice(rows={"a": [-1]}), "not all among its 4"),
-    (Slice(columns={"a": [3]}), "columns of 'a' are not all among its 3"), (Slice(rows={"a": [1, 1]}), "name one twice"),
+    (Slice(columns={"a": [3]}), "columns of 'a' are not all among its 3"),
+    (Slice(rows={"a": [1, 1]}), "name one twice"),
     (Slice(columns={"b": [0]}), "columns of 'b' are not all among its 0"), (Slice(("d",)), "names 'd', which is not"),
     (Slice(rows={"d": [0]}), "names 'd', which is not"), (Slice(("b",), rows={"a": [0]}), "names 'a', which is not"),
     (Slice(rows={"a": []}), "not all among")])

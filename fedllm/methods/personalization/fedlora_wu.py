@@ -47,8 +47,8 @@ class FedLoRAWu(Star):
         if {n.partition("/")[0] for n in model.initial()} != {"sigma", "tau"} or model.space.personal != ("tau",):
             raise CompositionError(
                 f"method 'fedlora_wu' and space '{type(model.space).__name__}' do not fit together: it needs two "
-                "streams of which tau is personal; use space: {name: streams, of: {sigma: full, tau: {name: lora, rank: 4}}, "
-                "personal: [tau]}")
+                "streams of which tau is personal; use space: {name: streams, of: {sigma: full, tau: {name: lora, "
+                "rank: 4}}, personal: [tau]}")
 
     def init(self, model) -> State:
         self.check(model)
