@@ -142,8 +142,8 @@ class LoRA(Space):
         found = find_linears(net, self.targets, "lora")
         if both := [p for p in found if self.trains(f"{p}.weight")]:
             raise ModelError(f"lora: '{both[0]}' is among space.targets = {self.targets!r} and in "
-                             f"space.modules_to_save = {list(self.modules_to_save)}; a module has factors or is trained "
-                             "whole, so name it in one of the two")
+                             f"space.modules_to_save = {list(self.modules_to_save)}; a module has factors or is "
+                             "trained whole, so name it in one of the two")
         return found
 
     def _saved(self, net: nn.Module) -> dict[str, nn.Parameter]:

@@ -60,6 +60,14 @@ def test_a_model_without_the_target_modules(recipe, tmp_path):
         fedllm.run(recipe, root=tmp_path, space={"name": "lora", "targets": ["query_key_value"]})
 
 
+@pytest.mark.parametrize(("clients", "says"), [
+    ({"ranks": [2, 4]}, r"clients\.ranks = \[2, 4\]: method 'fedavg' trains the space's own rank at every client"),
+    ({"profiles": {"client-1": {"rank": 2}}}, r"clients\.profiles\.client-1\.rank = 2: .* use one of .*flexlora")])
+def test_ranks_that_the_method_would_not_look_at(recipe, tmp_path, clients, says):
+    with pytest.raises(RecipeError, match=says):
+        fedllm.run(recipe | {"clients": clients, "method": "fedavg"}, root=tmp_path)
+
+
 @pytest.fixture
 def spoiled(monkeypatch):
     """FedAvg whose client number `which` (the first) answers with `spoil(reply)`."""
