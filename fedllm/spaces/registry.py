@@ -66,4 +66,4 @@ def make_space(name: str, **knobs: Any) -> Space:
 
 def of_peft(kind: str) -> type[Space] | None:
     """The space that reads PEFT's adapters of this kind ("LORA"), or None."""
-    return next((c for c in space_classes().values() if c.peft == kind), None)
+    return next((c for c in space_classes().values() if vars(c).get("peft") == kind), None)

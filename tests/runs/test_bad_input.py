@@ -5,7 +5,7 @@ import json
 import pytest
 
 import fedllm
-from fedllm.core.errors import ClientError, DataError, ModelError
+from fedllm.core.errors import ClientError, DataError, ModelError, RecipeError
 from fedllm.methods.baselines.fedavg import FedAvg
 from fedllm.runs.folder import RunFolder
 
