@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedllm.core.method import Method, State
-from fedllm.core.payload import leaves
+from fedllm.core.payload import leaves, pack
 from fedllm.models.load import resolve
 from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
@@ -66,16 +66,20 @@ def write_clients(folder: RunFolder, model: Model, memory: Mapping[str, Mapping[
         if not kept:
             continue
         with folder.replacing(f"clients/{safe(client)}") as temp:
-            _write_memory(temp, model, kept, names)
+            _write_memory(temp, model, kept, names, folder.path / "model")
     return sum(bool(kept) for kept in memory.values())
 
 
-def _write_memory(folder: Path, model: Model, kept: Mapping[str, Any], names: set[str]) -> None:
+def _write_memory(folder: Path, model: Model, kept: Mapping[str, Any], names: set[str], served: Path) -> None:
+    """A personal stream that PEFT has becomes an adapter of the served model, over which it was trained."""
     rest: dict[str, Any] = {}
     for key, value in kept.items():
         if isinstance(value, Mapping) and set(value) == names:
             (folder / key).mkdir()
             write_tree(folder / key, model, value, None)
+        elif key in model.space.personal and served.is_dir() and model.task == "generation" and (
+                form_of(model, stream := pack(**{key: value})) == "adapter"):
+            save_adapter(folder / key, model, stream, str(served.resolve()))
         else:
             rest[key] = value
     flat = dict(leaves(rest))

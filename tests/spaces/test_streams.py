@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fedllm
@@ -228,8 +229,13 @@ def test_a_run_from_recipe_to_model(recipe, tmp_path):
     result = fedllm.run(recipe, root=tmp_path)
     assert result.adapter_path.name == "model" and fedllm.plan(recipe).up > 0
     AutoModelForCausalLM.from_pretrained(result.adapter_path)
-    saved = sorted(p.name for p in (result.folder / "clients").glob("*/*"))
-    assert "memory.safetensors" in saved
+    folders = sorted((result.folder / "clients").iterdir())
+    assert folders and all((f / "tau" / "adapter_config.json").is_file() for f in folders)
+    model = load_model(recipe["model"], "generation", make_space("streams", **WU))
+    sigma = {n: p.detach() for n, p in AutoModelForCausalLM.from_pretrained(result.adapter_path).named_parameters()}
+    tau = {n: t for n, t in load_file(folders[0] / "tau" / "adapter_model.safetensors").items()}
+    theirs = AutoPeftModelForCausalLM.from_pretrained(folders[0] / "tau")  # over the served model, not over the first
+    assert torch.allclose(logits_of(model, pack(sigma=sigma, tau=tau)), peft_logits(theirs), atol=1e-5)
     assert json.loads((result.folder / "result.json").read_text())["method"] == "fedlora_wu"
     with pytest.raises(CompositionError, match="needs two streams of which tau is personal"):
         fedllm.run(recipe | {"space": "lora"}, root=tmp_path)

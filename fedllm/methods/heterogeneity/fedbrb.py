@@ -30,8 +30,8 @@ class FedBRB(Method):
         sends="down: a block of every layer and what is not cut (embeddings, norms, head), and its number; up: their "
               "change, which rows and columns they are, the shapes of all",
         needs="spaces that train a transformer's own weights (full, layers); n_blocks that divides heads and neurons",
-        claim=Claim("where each client holds a quarter of every layer's width, the whole model ends with a lower loss on "
-                    "the IID test than with slices that are always the same (HeteroFL's), on the same work",
+        claim=Claim("where each client holds a quarter of every layer's width, the whole model ends with a lower loss "
+                    "on the IID test than with slices that are always the same (HeteroFL's), on the same work",
                     rig="small_to_large", metric="over_static", holds="<", threshold=0.0),
         also={"bytes": Claim("a client's reply is at most 0.55 of FedAvg's, embeddings, norms and head included, which "
                              "are not cut", rig="small_to_large", metric="up_bytes", baseline="fedavg",
