@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Sum:
     `lift` may run on the client: secure aggregation, homomorphic encryption, trees of servers and asynchronous
     buffers can compute any `Sum`, because all that they need is `lift` there, `+` here, and `done` at the end.
     """
+
+    divides: ClassVar[bool] = False
+    """Whether `done` divides one entry of the sum by another: noise or a dropped entry then does more than blur it."""
 
     def lift(self, reply: Payload) -> Payload:
         """What this reply contributes to the sum; tensors and numbers only."""

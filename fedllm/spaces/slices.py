@@ -87,6 +87,8 @@ class Covered(Sum):
     on a client a reply is twice the size of all trainables: its part of the sum, and of the weights.
     """
 
+    divides = True
+
     def lift(self, reply: Payload) -> Payload:
         return self.add({}, reply)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import fedllm
 from fedllm.core.errors import CompositionError, ModelError, PayloadError
 from fedllm.core.payload import pack, zeros_like
 from fedllm.methods.registry import make_method
@@ -175,6 +176,21 @@ def test_sums_hide_who_had_which_block():
     state = drive(run.method.round(run.state, run.world.infos()), run.engine, [layer], [layer.init()])
     assert gap(state["theta"], plain.state["theta"]) < 1e-4
     assert gap(plain.state["theta"], run.world.model.initial()) > 1e-3
+
+
+@pytest.mark.parametrize("layer", ["dp_fedavg", "median", "codec_quant", "thgs_secagg"])
+def test_layers_that_would_spoil_the_division_are_refused(recipe, tmp_path, layer):
+    knobs = {"noise_multiplier": 1.0} if layer == "dp_fedavg" else {}
+    recipe |= {"space": "full", "method": {"name": "fedbrb", "n_blocks": 2}, "layers": [{"name": layer, **knobs}]}
+    with pytest.raises(CompositionError, match="divides what is summed by the weight of who had it"):
+        fedllm.run(recipe, root=tmp_path)
+
+
+def test_a_run_of_fedbrb_from_recipe_to_model(recipe, tmp_path):
+    recipe |= {"space": "full", "method": {"name": "fedbrb", "n_blocks": 2}, "rounds": 2, "layers": ["secagg"]}
+    result = fedllm.run(recipe, root=tmp_path)
+    assert result.reports["FedBRB"] == {"rounds_in_which_each_block_was_trained": [2, 2]}
+    assert result.adapter_path.name == "model" and not result.skipped
 
 
 def test_what_fedbrb_cannot_cut_is_refused():
