@@ -126,11 +126,6 @@ class Space(Knobs):
         """Its name in recipes: the stem of its file."""
         return type(self).__module__.rpartition(".")[2]
 
-    @property
-    def stems(self) -> tuple[str, ...]:
-        """Every space that is in it."""
-        return (self.stem,)
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -162,7 +157,8 @@ def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str, some:
     that the model has; and for an output head that shares its weights with the embeddings.
     """
     heads = output_heads(net)
-    linears = {p: m for p, m in net.named_modules() if linear_size(m) and not p.endswith(("classifier", "score"))}
+    linears = {p: m for p, m in net.named_modules() if linear_size(m)
+               and p.rsplit(".", 1)[-1] not in ("classifier", "score")}
     if targets == "all-linear":
         return _some({p: m for p, m in linears.items() if p not in heads}, targets, needs, linears)
     wanted = [targets] if isinstance(targets, str) else list(targets)

@@ -75,10 +75,6 @@ class Streams(Space):
         return sum(space.virtual for space in self.made.values())
 
     @property
-    def stems(self) -> tuple[str, ...]:
-        return tuple(space.stem for space in self.made.values())
-
-    @property
     def stays(self) -> str:  # type: ignore[override]
         return next((f"of stream '{s}', {space.stays}" for s, space in self.made.items() if space.stays), "")
 

@@ -30,9 +30,9 @@ class FedLoRAWu(Star):
         also={"alone": Claim("and has a lower loss on it than a model that the client trains alone", rig="two_streams",
                              metric="local_loss", baseline="local_only", relative="difference", holds="<",
                              threshold=0.0)},
-        evidence="Authors' code read; it reports the best test accuracy over rounds, we the last, and averages over all "
-                 "clients, the unselected with their last, where we average over those asked. That its accuracy is "
-                 "above that of training alone does not hold here: 0.85 against 0.86 over five seeds; nor that taking "
+        evidence="Authors' code read; it reports the best test accuracy over rounds, we the last, and averages over "
+                 "all clients, the unselected with their last, we over those asked. That its accuracy is above that of "
+                 "training alone does not hold here: 0.85 against 0.86 over five seeds; nor that taking "
                  "turns beats training both at once (`order: joint`).",
     )
     personal_share: float = knob(0.4, "share of a round's steps that train tau, rounded", ge=0, lt=1)
