@@ -123,6 +123,9 @@ class Method(Knobs):
     by_arrival: ClassVar[bool] = False
     """Whether the result depends on who answers first: virtual time repeats that by the seed, real time does not."""
 
+    reads_ranks: ClassVar[bool] = False
+    """Whether clients train the rank that their profiles declare; others train the space's own everywhere."""
+
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
 

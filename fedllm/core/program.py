@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,10 +66,12 @@ def _send(asks: Sequence[Ask], engine: Engine, layers: Sequence[Layer],
                      states[1:])
 
 
-def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any) -> Payload:
+def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any,
+          check: Callable[[Payload], None] = lambda payload: None) -> Payload:
     """The client half: climb from the wire to whoever asked, through the layers below it.
 
-    `stack` is the method followed by its layers. Only functions marked `@on_client` can be called.
+    `stack` is the method followed by its layers. Only functions marked `@on_client` can be called. `check` looks at
+    what the function is told and at what it answers, as no layer has changed it yet, and raises where that may not be.
     """
     owner, _, name = phase.partition(".")
     at = next((i for i, part in enumerate(stack) if type(part).__name__ == owner), None)
@@ -85,7 +87,10 @@ def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any) -> Payloa
 
     def climb(i: int, msg: Payload) -> Payload:
         if i == at:
-            return fn(msg, client)
+            check(msg)
+            reply = fn(msg, client)
+            check(reply)
+            return reply
         return stack[i].client(fn, msg, client, lambda m: climb(i - 1, m))
 
     return climb(len(stack) - 1, msg)

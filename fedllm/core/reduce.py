@@ -33,6 +33,8 @@ class Sum:
     """
 
     ragged: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
+    """Whether `done` divides one entry of the sum by another: noise or a dropped entry then does more than blur it."""
 
     def lift(self, reply: Payload) -> Payload:
         """What this reply contributes to the sum; tensors and numbers only."""

@@ -93,6 +93,13 @@ class ClientCall:
         finally:
             self._submit, self._closed = before
 
+    def keep(self, payload: Mapping[str, Any]) -> None:
+        """Raise where a payload that crosses the wire holds a tensor of a stream that is personal."""
+        if self.id != SERVER and (found := self.model.withheld(payload)):
+            raise CompositionError(f"stream '{found[1]}' is personal and cannot be put on the wire, where "
+                                   f"'{self._key[3]}' puts it under '{found[0]}'; keep it in client.memory, or take it "
+                                   "out of space.personal")
+
     def _open_rows(self) -> None:
         if self._closed:
             raise CompositionError(self._closed)
@@ -123,7 +130,8 @@ class ClientCall:
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
         plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
                        steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)
-        return self._submit(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms)))
+        still = (*freeze, *(f"{s}/*" for s in self.model.space.frozen))
+        return self._submit(Fit(self.id, self.model, theta, base, rows, plan, spec, still, tuple(terms)))
 
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""

@@ -120,7 +120,7 @@ class InProcess:
         call = ClientCall(self.infos[job.client], self.world, self.staged(job.client), self.round, ask.phase,
                           job.visit, counted, held_by(job.client, self.stack, self.world.model))
         try:
-            reply = serve(self.stack, ask.phase, msg, call)
+            reply = serve(self.stack, ask.phase, msg, call, call.keep)
         except Withheld as why:
             return str(why)
         except FedLLMError:

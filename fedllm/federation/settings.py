@@ -84,8 +84,9 @@ class SiteSettings(BaseModel):
 
     def forbids(self, recipe: Any, layers: Sequence[Any]) -> str | None:
         """Why this site takes no part in a run of this recipe with these layers, or None."""
-        if self.spaces is not None and recipe.space.name not in self.spaces:
-            return f"space.name = '{recipe.space.name}': this site trains {', '.join(self.spaces) or 'nothing'} only"
+        odd = [] if self.spaces is None else [s for s in trained(recipe) if s not in self.spaces]
+        if odd:
+            return f"space.name = '{odd[0]}': this site trains {', '.join(self.spaces or ()) or 'nothing'} only"
         if missing := [n for n in self.layers if n not in [layer.name for layer in recipe.layers]]:
             return f"layers: this site takes part under {', '.join(missing)} only"
         if self.most_rounds is not None and recipe.rounds > self.most_rounds:
@@ -111,3 +112,11 @@ class SiteSettings(BaseModel):
             if (size := tensor_bytes(payload)) > self.most_bytes:
                 return f"the reply has {size} bytes of tensors, this site allows {self.most_bytes}"
         return None
+
+
+def trained(recipe: Any) -> list[str]:
+    """Ids of the spaces that a recipe trains: its own, or those of its streams."""
+    of = recipe.space.knobs.get("of")
+    if not isinstance(of, Mapping):
+        return [recipe.space.name]
+    return [str(s.get("name")) if isinstance(s, Mapping) else str(s) for s in of.values()]

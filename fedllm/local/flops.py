@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedllm.local.requests import Fit, Generate, Probe, Request, Sensitivity
 from fedllm.models.model import Model
-from fedllm.spaces.space import PEFT, linear_size, output_heads
+from fedllm.spaces.space import linear_size, output_heads
 
 FORWARD = 1 / 3
 """Of a training step in time: a forward pass takes 2 operations a weight and token, the backward 4 more."""
@@ -83,7 +83,8 @@ def work_of(request: Request) -> Work:
 def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:
     """What a pass of this model with these trainables costs; a net without linear maps costs what is trained."""
     net, modules = model.net, {p: i for i, (p, _) in enumerate(model.net.named_modules())}
-    owners = {n: _owner(n.removeprefix(PEFT), modules) for n in theta}
+    placed = {model.space.place(n) for n in theta}
+    owners = {n: _owner(model.space.place(n), modules) for n in theta}
     first = min((modules[p] for p in owners.values()), default=len(modules))
     heads, sizes = output_heads(net), {"body": 0.0, "head": 0.0}
     back, grad = dict(sizes), dict(sizes)
@@ -92,10 +93,10 @@ def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:
             part, two = "head" if path in heads else "body", 2.0 * size[0] * size[1]
             sizes[part] += two
             back[part] += two * (modules[path] > first)  # the gradient flows down to the first that is trained
-            grad[part] += two * (f"{path}.weight" in theta)
+            grad[part] += two * (f"{path}.weight" in placed)
     own = {n for n, _ in net.named_parameters(remove_duplicate=False)}
     for name, t in theta.items():  # factors, bottlenecks and the like, which are no weights of the network
-        if t.dim() > 1 and name not in own and model.space.multiplies:
+        if t.dim() > 1 and model.space.place(name) not in own and model.space.multiplied(name):
             for x in (sizes, back, grad):
                 x["head" if owners[name] in heads else "body"] += 2.0 * t.numel()
     if not sizes["body"] + sizes["head"]:

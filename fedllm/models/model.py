@@ -85,6 +85,29 @@ class Model:
         fresh = tree_to(self.space.start(self.net, torch_stream(self.seed, "start"), rank), "cpu")
         return fresh if self.start is None else fitted_to(self.start, fresh)
 
+    def withheld(self, payload: Mapping[str, Any]) -> tuple[str, str] | None:
+        """(key, stream) of a personal stream's tensor in a payload, by its name; None where there is none.
+
+        A name that other streams have too is a personal one's where the key's path says so (`delta/tau/<name>`).
+        """
+        personal = self.space.personal
+        for key in payload if personal else ():
+            *path, name = key.split("/")
+            mine = [s for s in self._streams.get(name, ()) if s in personal]
+            if mine and (said := [s for s in mine if s in path] or (
+                    mine if len(mine) == len(self._streams[name]) else [])):
+                return key, said[0]
+        return None
+
+    @functools.cached_property
+    def _streams(self) -> dict[str, list[str]]:
+        """Names within streams -> the streams that have such a trainable."""
+        out: dict[str, list[str]] = {}
+        for full in self.initial():
+            stream, _, name = full.partition("/")
+            out.setdefault(name, []).append(stream)
+        return out
+
     @functools.cached_property
     def words(self) -> Tensor:
         """The token embeddings [V, d], as they are stored, in host memory."""

@@ -41,6 +41,9 @@ def _usage(result: Result, base: str) -> list[str]:
         if (result.folder / "modules").is_dir():
             return ["One backbone serves a module for each task; they lie in `modules/`."]
         return ["The run serves no single model; what each client has lies in `clients/`."]
+    if served.name == "trainables":
+        return ["What was trained is no PEFT adapter and no change of the base's weights, so it works in fedllm alone: "
+                "start a recipe of the same space from it (`space.start_from: trainables`)."]
     if served.name == "model":
         return ["```python", "from transformers import AutoModelForCausalLM",
                 'model = AutoModelForCausalLM.from_pretrained("model")', "```"]

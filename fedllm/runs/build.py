@@ -25,7 +25,7 @@ from fedllm.engines import ENGINES, Vectorized
 from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method
+from fedllm.methods.registry import make_method, method_class, modules
 from fedllm.models.load import load_model, load_tokenizer
 from fedllm.models.model import Model, Task
 from fedllm.privacy.composition import check_stack
@@ -34,7 +34,7 @@ from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
-from fedllm.spaces.registry import SPACES, make_space
+from fedllm.spaces.registry import make_space, space_class
 from fedllm.spaces.space import Space
 from fedllm.wire.edge_energy import EdgeEnergy
 
@@ -72,6 +72,7 @@ def build(recipe: Recipe) -> Parts:
                           "`fedllm serve`. In a simulation allowed are in_process, vectorized, ray")
     torch.set_num_threads(recipe.engine.threads)
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
+    check_ranks(recipe, method)
     make_recipe_space(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers, selector = make_layers(recipe)
@@ -86,6 +87,18 @@ def build(recipe: Recipe) -> Parts:
     method.init(world.model)  # some methods find only here that the model's space does not suit them
     check_deadlines(recipe, method, world)
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
+
+
+def check_ranks(recipe: Recipe, method: Method) -> None:
+    """RecipeError for declared ranks that the method would not look at."""
+    own = next((c for c, p in recipe.clients.profiles.items() if p.get("rank") is not None), None)
+    if method.reads_ranks or not (recipe.clients.ranks or own):
+        return
+    key, value = ("clients.ranks", recipe.clients.ranks) if recipe.clients.ranks else (
+        f"clients.profiles.{own}.rank", recipe.clients.profiles[str(own)]["rank"])
+    able = [name for name in modules() if method_class(name).reads_ranks]
+    raise RecipeError(f"{key} = {value}: method '{recipe.method.name}' trains the space's own rank at every client, so "
+                      f"it would have no effect; leave it out, or use one of {', '.join(able)}")
 
 
 def make_layers(recipe: Recipe) -> tuple[list[Layer], Selector]:
@@ -182,8 +195,7 @@ def _part(path: str, make: Callable[[], T]) -> T:
 def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
     """The space, and the folder of the adapter that it starts from (`space.start_from`), if any."""
     knobs, start = recipe.space.knobs, None
-    own = SPACES[recipe.space.name].knobs() if recipe.space.name in SPACES else {}
-    options = own.get("start_from", {}).get("options") or ()
+    options = space_class(recipe.space.name).knobs().get("start_from", {}).get("options") or ()
     if "start_from" in knobs and knobs["start_from"] not in options:
         from fedllm.models.peft_io import knobs_of
 

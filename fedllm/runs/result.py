@@ -48,8 +48,8 @@ class Result:
 
     @property
     def adapter_path(self) -> Path | None:
-        """The served adapter (PEFT) or, for a space that PEFT does not have, the merged model."""
-        return next((p for n in ("adapter", "model") if (p := self.folder / n).is_dir()), None)
+        """The served adapter (PEFT), the merged model where PEFT has no such one, or trainables that are neither."""
+        return next((p for n in ("adapter", "model", "trainables") if (p := self.folder / n).is_dir()), None)
 
     @property
     def report_path(self) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft import PrefixTuningConfig
@@ -22,6 +23,8 @@ class Prefix(Space):
     """`length` virtual positions in every layer; one tensor [P, layers * 2 * kv_heads * head_dim], as PEFT keeps it."""
 
     multiplies: ClassVar[bool] = False
+    stays: ClassVar[str] = "it puts virtual tokens before the text"
+    peft: ClassVar[str] = "PREFIX_TUNING"
     length: int = knob(16, "number of virtual positions", ge=1)
     std: float = knob(0.02, "standard deviation of the start", gt=0)
 
@@ -44,6 +47,10 @@ class Prefix(Space):
         kv = p.view(k, length, layers, 2, heads, dim).permute(2, 3, 0, 4, 1, 5)  # [L, 2, K, h, P, d]
         kv = kv.to(net.dtype).repeat_interleave(each, 2)  # [L, 2, N, h, P, d]
         return Prompt(length, cache=[(layer[0], layer[1]) for layer in kv])
+
+    @classmethod
+    def peft_knobs(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"length": config["num_virtual_tokens"]}
 
     def peft_config(self, net: nn.Module, task: str) -> PrefixTuningConfig:
         layers, heads, dim = kv_shape(net)

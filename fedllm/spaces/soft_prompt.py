@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PromptTuningConfig
@@ -21,6 +22,8 @@ class SoftPrompt(Space):
     """`length` virtual tokens, started from the embeddings of random real tokens or at random."""
 
     multiplies: ClassVar[bool] = False
+    stays: ClassVar[str] = "it puts virtual tokens before the text"
+    peft: ClassVar[str] = "PROMPT_TUNING"
     length: int = knob(16, "number of virtual tokens", ge=1)
     start_from: Literal["vocabulary", "random"] = knob("vocabulary", "where the virtual tokens start",
                                                        options=("vocabulary", "random"))
@@ -45,6 +48,10 @@ class SoftPrompt(Space):
     @property
     def virtual(self) -> int:
         return self.length
+
+    @classmethod
+    def peft_knobs(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"length": config["num_virtual_tokens"]}
 
     def peft_config(self, net: nn.Module, task: str) -> PromptTuningConfig:
         return PromptTuningConfig(num_virtual_tokens=self.length, token_dim=net.config.hidden_size,

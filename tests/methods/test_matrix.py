@@ -26,6 +26,9 @@ METHODS = {
     "fed_gfpt": {"space": "soft_prompt", "search_steps": 4, "n_candidates": 3, "batch": 4, "phi": 2},
     "zoopfl": {"task": "classification", "pretrain_rounds": 1, "pretrain_steps": 5, "code_dim": 4, "embed_dim": 2,
                "h": 0.05},
+    "fedlora_wu": {"space": "streams", "local": {"steps": 3}, "space_knobs": {
+        "of": {"sigma": "full", "tau": {"name": "lora", "rank": 2}}, "personal": ("tau",)}},
+    "fedbrb": {"space": "full", "n_blocks": 2},
     "fwdllm": {"perturbations": 2, "most": 1, "lr": 1e-2, "candidates": 3},
 }
 SPACE_FREE = ("fedavg", "fedprox", "scaffold", "fedadam", "local_only", "centralized")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import fedllm
-from fedllm.core.errors import ClientError, DataError, ModelError
+from fedllm.core.errors import ClientError, DataError, ModelError, RecipeError
 from fedllm.methods.baselines.fedavg import FedAvg
 from fedllm.runs.folder import RunFolder
 
@@ -58,6 +58,14 @@ def test_broken_rows_name_file_and_line(recipe, tmp_path):
 def test_a_model_without_the_target_modules(recipe, tmp_path):
     with pytest.raises(ModelError, match="it has"):
         fedllm.run(recipe, root=tmp_path, space={"name": "lora", "targets": ["query_key_value"]})
+
+
+@pytest.mark.parametrize(("clients", "says"), [
+    ({"ranks": [2, 4]}, r"clients\.ranks = \[2, 4\]: method 'fedavg' trains the space's own rank at every client"),
+    ({"profiles": {"client-1": {"rank": 2}}}, r"clients\.profiles\.client-1\.rank = 2: .* use one of .*flexlora")])
+def test_ranks_that_the_method_would_not_look_at(recipe, tmp_path, clients, says):
+    with pytest.raises(RecipeError, match=says):
+        fedllm.run(recipe | {"clients": clients, "method": "fedavg"}, root=tmp_path)
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ class SiteRun:
         call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),
                           submit, held_by(self.info.id, self.stack, self.world.model))
         try:
-            reply = serve(stack, str(head["phase"]), msg, call)
+            reply = serve(stack, str(head["phase"]), msg, call, call.keep)
             go_on()
         except GivenUp:
             self.memory.drop(attempt, visit)

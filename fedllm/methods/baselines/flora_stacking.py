@@ -30,6 +30,8 @@ class FloraStacking(Star):
         evidence="Repository of the authors read. It throws the learned factors away each round: its loss is not below "
                  "FedIT's on our rig.",
     )
+    reads_ranks = True
+
     downlink: Literal["stack", "dense"] = knob("stack", "what clients merge: last round's factors, or the whole drift",
                                                options=("stack", "dense"))
 

@@ -34,6 +34,8 @@ class FlexLoRA(Star):
         evidence="Authors' code read; it multiplies B A out and splits U S | V^T, which is `us_v`. The SVD here works "
                  "on the stacked factors and gives the same singular values.",
     )
+    reads_ranks = True
+
     split: Literal["balanced", "us_v"] = knob("balanced", "how S is shared out: sqrt(S) to each factor, or all to B",
                                               options=("balanced", "us_v"))
 

@@ -55,6 +55,8 @@ class HetLoRA(Star):
         evidence="From two re-implementations and memory of the paper, whose setting is gamma 0.99, ranks 5 to 50. No "
                  "claim on loss: on our rig it is above FlexLoRA's, and above homogeneous rank 1 in the dossier.",
     )
+    reads_ranks = True
+
     gamma: float = knob(0.99, "share of the ranks that the regularizer leaves alone", gt=0, lt=1)
     lambda_reg: float = knob(1e-3, "weight of the regularizer on the tail", ge=0)
     prune: bool = knob(True, "cut the tail when training made it smaller")
