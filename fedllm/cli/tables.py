@@ -28,9 +28,11 @@ def show_result(console: Console, result: Result) -> None:
     if result.ended:
         console.print(f"[yellow]ended before round {result.rounds + 1}[/yellow]: {escape(result.ended)}")
     where = Table.grid(padding=(0, 2))
+    tests = result.bytes.get("evaluation")
+    tested = f"; to test: {size(tests['up'])} up, {size(tests['down'])} down" if tests else ""
     for name, value in (("model", result.adapter_path or f"{result.folder}/clients (each client its own)"),
                         ("report", result.report_path), ("record", result.folder),
-                        ("sent", f"{size(result.bytes['up'])} up, {size(result.bytes['down'])} down"),
+                        ("sent", f"{size(result.bytes['up'])} up, {size(result.bytes['down'])} down" + tested),
                         ("took", f"{duration(result.seconds)}, {size(result.peak_memory_bytes)} of memory"),
                         ("state", result.state_digest)):
         where.add_row(f"[dim]{name}[/dim]", escape(str(value)))
@@ -99,7 +101,9 @@ def show_plan(console: Console, plan: Plan) -> None:
     for phase, sizes in plan.by_phase.items():
         table.add_row(phase, size(sizes["up"]), size(sizes["down"]))
     table.add_section()
-    table.add_row("in all", size(plan.up), size(plan.down), style="bold")
+    table.add_row("rounds, in all", size(plan.up), size(plan.down), style="bold")
+    if plan.evaluation["by_phase"]:
+        table.add_row("tests, beside them", size(plan.evaluation["up"]), size(plan.evaluation["down"]))
     console.print(table)
     extra = f", baselines {duration(plan.seconds_baselines)} more" if plan.seconds_baselines else ""
     privacy = "\n        ".join(map(privacy_line, plan.privacy)) or "no layer that accounts for it"

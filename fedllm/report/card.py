@@ -15,7 +15,7 @@ def model_card(folder: RunFolder, result: Result) -> str:
     r = facts.recipe
     card = method_class(result.method).card
     base = r["model"]["name"]
-    served = result.adapter_path
+    served, tests = result.adapter_path, result.bytes.get("evaluation")
     rows = sum(c["n"] for c in facts.clients)
     lines = ["---", f"base_model: {base}", "tags: [federated-learning, fedllm]",
              *(["library_name: peft"] if served and served.name == "adapter" else []), "---", "",
@@ -26,7 +26,8 @@ def model_card(folder: RunFolder, result: Result) -> str:
              "## How it was made", "",
              f"* method: `{result.method}`, {card.paper}", f"* trained: `{r['space']}`", f"* local: `{r['local']}`",
              f"* data: source `{r['data']['source']}`, task {r['data']['task']}",
-             f"* traffic: {size(result.bytes['up'])} up, {size(result.bytes['down'])} down, framing included",
+             f"* traffic: {size(result.bytes['up'])} up, {size(result.bytes['down'])} down, framing included"
+             + (f"; to test: {size(tests['up'])} up, {size(tests['down'])} down" if tests else ", tests too"),
              f"* time: {duration(result.seconds)}, peak memory {size(result.peak_memory_bytes)}",
              f"* final state: `{result.state_digest}`",
              f"* versions: {', '.join(f'{k} {v}' for k, v in r['versions'].items())}", "", "## Privacy", "",

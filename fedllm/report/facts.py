@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fedllm.core.record import is_test
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result
 
@@ -29,9 +30,9 @@ class Facts:
     evaluations: list[Mapping[str, Any]] = field(default_factory=list)
     trouble: list[Mapping[str, Any]] = field(default_factory=list)
     client_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Client -> bytes "up" and "down"."""
-    messages: dict[tuple[str, str], int] = field(default_factory=dict)
-    """(phase, direction) -> how many crossed the wire."""
+    """Client -> bytes "up" and "down" of the rounds."""
+    messages: dict[tuple[bool, str, str], int] = field(default_factory=dict)
+    """(whether to test, phase, direction) -> how many crossed the wire."""
     clients: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
 
@@ -43,8 +44,9 @@ def read_facts(folder: RunFolder) -> Facts:
     for event in folder.events():
         kind = event["kind"]
         if kind == "wire":
-            sizes[event["client"]][event["direction"]] += event["bytes"]
-            key = (event["phase"], event["direction"])
+            test = is_test(event["phase"], event.get("purpose"))
+            sizes[event["client"]][event["direction"]] += 0 if test else event["bytes"]
+            key = (test, event["phase"], event["direction"])
             facts.messages[key] = facts.messages.get(key, 0) + 1
         elif kind == "round":
             facts.rounds.append(event)

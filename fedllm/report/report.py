@@ -101,13 +101,19 @@ def _figures(facts: Facts, result: Result) -> str:
         cards.append((f"global test, {label(name)}", number(after[name], name), was))  # type: ignore[index]
     per_round = result.bytes["up"] / max(1, result.rounds) / max(1, len(facts.clients))
     cards += [("sent up", size(result.bytes["up"]), f"{size(per_round)} a client and round"),
-              ("sent down", size(result.bytes["down"]), "tests included"),
+              ("sent down", size(result.bytes["down"]), _tests(result)),
               ("time", duration(result.seconds),
                f"{result.joules:.0f} J by {result.joules_from}" if result.joules else ""),
               ("peak memory", size(result.peak_memory_bytes), "resident, whole process")]
     return "<div class='figures'>" + "".join(
         f"<div class='figure'><span>{escape(t)}</span><strong>{escape(v)}</strong><small>{escape(s)}</small></div>"
         for t, v, s in cards) + "</div>"
+
+
+def _tests(result: Result) -> str:
+    """What tests cost beside the rounds; runs of version 0.1.0 counted both as one."""
+    of_tests = result.bytes.get("evaluation")
+    return f"tests: {size(of_tests['up'])} up, {size(of_tests['down'])} down" if of_tests else "tests included"
 
 
 def _table(result: Result) -> str:
@@ -165,9 +171,12 @@ def _samples(facts: Facts) -> str:
 
 
 def _bytes(facts: Facts, result: Result) -> str:
-    chart = charts.traffic(result.bytes["by_phase"])
-    says = (f"Counted exactly, framing included: {result.bytes['up']:,} bytes up and {result.bytes['down']:,} down. "
-            "A phase is the client function that was asked for; scoring is testing on clients' own rows.")
+    phases = dict(result.bytes["by_phase"])
+    for phase, sizes in result.bytes.get("evaluation", {}).get("by_phase", {}).items():
+        phases[f"test: {phase}"] = sizes
+    chart = charts.traffic(phases)
+    says = (f"Counted exactly, framing included: {result.bytes['up']:,} bytes up and {result.bytes['down']:,} down "
+            f"({_tests(result)}). A phase is the client function that was asked for.")
     return _section("On the wire", says, f"<div class='card'>{chart}</div>" if chart else None)
 
 

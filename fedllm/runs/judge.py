@@ -39,7 +39,7 @@ class Judge:
 
     def __init__(self, parts: Parts, method: Method, record: Record | None = None) -> None:
         self.parts, self.method, self.examiner = parts, method, Examiner()
-        self.engine = parts.engine_over((method, self.examiner), record or Record(lambda event: None))
+        self.engine = parts.engine_over((method, self.examiner), (record or Record(lambda event: None)).testing())
         # A client that misses a round is still tested, and a test takes no virtual time.
         self.engine.infos = {c: replace(i, profile=replace(i.profile, availability=1.0, dropout=0.0))
                              for c, i in self.engine.infos.items()}

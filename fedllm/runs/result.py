@@ -23,7 +23,7 @@ class Result:
     evaluation: Mapping[str, Any]
     """`before` and `baselines` (each with `global` and `clients`), `global`, `clients`."""
     bytes: Mapping[str, Any]
-    """`up`, `down` and `by_phase`, on the wire."""
+    """`up`, `down` and `by_phase` of the rounds, on the wire; under `evaluation` the same of what was sent to test."""
     seconds: float
     peak_memory_bytes: int
     state_digest: str
