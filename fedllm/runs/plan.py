@@ -108,7 +108,7 @@ def plan_parts(parts: Parts) -> Plan:
     asked = max((len(c) for c in cohorts), default=0)
     small, steps = _slice(parts, asked), _mean_steps(parts)
     more = max(3, min(12, round(steps / 4)))
-    probed = _probe(small, small.method, small.layers, steps, more)
+    probed = _probe(small, small.method, small.layers, steps, more, asked < len(parts.world.infos()))
     share = asked / max(1, len(small.world.federation.clients)) * _availability(parts)
     total: Bytes = defaultdict(float)
     for r in range(recipe.rounds):
@@ -170,8 +170,8 @@ def _world(world: World, federation: Federation, profiles: Mapping[str, Any], st
 
 
 def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
-           more: int) -> Probed:
-    """Rounds 0, 1 and 2 at one step, and round 2 once more at `more` steps."""
+           more: int, misses: bool = False) -> Probed:
+    """Rounds 0, 1 and 2 at one step, and round 2 once more at `more` steps; `misses`: clients may miss rounds."""
     few, many = _with_steps(small, 1), _with_steps(small, more)
     course, seen = Course(few, method, layers), _Counter()
     course.record.sink = seen
@@ -186,7 +186,7 @@ def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
         per_step[key] = (again.bytes[key] - probes[2].bytes[key]) / (more - 1)
     slope = max(0.0, again.seconds - min(probes[1].seconds, probes[2].seconds)) / (more - 1)
     quick = min(probes[1].seconds, probes[2].seconds)
-    back = _returning(course, few, seen)
+    back = _returning(course, few, seen) if misses else {}
     return Probed([p.bytes for p in probes], per_step, max(0.0, probes[0].seconds - quick), quick + slope * (steps - 1),
                   course, back)
 
