@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedllm.methods.registry import method_class
-from fedllm.report.facts import HEADLINE, comparison, duration, label, mean_metric, number, read_facts, size
+from fedllm.report.facts import compared, duration, label, mean_metric, number, read_facts, size
 from fedllm.report.statement import summary
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result
@@ -52,11 +52,11 @@ def _usage(result: Result, base: str) -> list[str]:
 
 
 def _results(result: Result) -> list[str]:
-    rows = [(name, g, c) for name, g, c in comparison(result) if g or c]
-    names = [n for n in HEADLINE if any(n in (g or {}) for _, g, _ in rows)]
+    rows, names = compared(result)
     if not names:
         return ["No test was given."]
-    head = [f"global: {label(n)}" for n in names] + [f"own tests: {label(n)}" for n in names]
+    told = [label(n, result.metrics) for n in names]
+    head = [f"global: {t}" for t in told] + [f"own tests: {t}" for t in told]
     table = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for name, g, c in rows:
         cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]

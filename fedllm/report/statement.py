@@ -80,10 +80,10 @@ def seen(facts: Facts, result: Result) -> list[Sequence[str]]:
     of_tests = result.bytes.get("evaluation", {}).get("by_phase", {})  # tests run next to the wire, below every layer
     booked = [(is_test(phase), phase, sizes) for phase, sizes in result.bytes["by_phase"].items()]
     for test, phase, sizes in [*booked, *((True, phase, sizes) for phase, sizes in of_tests.items())]:
-        control = phase.partition(".")[0] in own
-        up = ("test metrics of each client" if test else f"keys, shares or counts of {own[phase.partition(".")[0]]}" if control
+        layer = own.get(phase.partition(".")[0])
+        up = ("test metrics of each client" if test else f"keys, shares or counts of {layer}" if layer
               else f"sums only, by {hides}" if hides else "each client's reply")
-        down = "the model that is tested" if test else "keys, shares or requests" if control else "the method's message"
+        down = "the model that is tested" if test else "keys, shares or requests" if layer else "the method's message"
         for party, way, what in (("server", "up", up), ("clients", "down", down)):
             if sizes[way]:
                 rows.append((party, phase, str(facts.messages.get((test, phase, way), 0)), size(sizes[way]), what))

@@ -39,6 +39,8 @@ from fedllm.spaces.space import Space
 from fedllm.wire.edge_energy import EdgeEnergy
 
 T = TypeVar("T")
+STANDARD = {"exact_match": "max", "accuracy": "max", "loss": "min"}
+"""Metrics that every method may return, and which way is better."""
 FAR = ("flare", "flower")
 """Engines whose clients are other organisations."""
 PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -72,6 +74,9 @@ def build(recipe: Recipe) -> Parts:
                           "`fedllm serve`. In a simulation allowed are in_process, vectorized, ray")
     torch.set_num_threads(recipe.engine.threads)
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
+    check_metrics(method)
+    if not overrides(method, "round"):  # it answers and examines: there is nothing to go round for
+        recipe = recipe.model_copy(update={"rounds": 0})
     make_recipe_space(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers, selector = make_layers(recipe)
@@ -202,6 +207,18 @@ def compose(method: Method, layers: list[Layer]) -> None:
                 and "on_server" not in f.__dict__}
     check_stack(method, layers, reducers)
     method.check_layers(layers)
+
+
+def check_metrics(method: Method) -> None:
+    """CompositionError for a metric without a direction, or under a name that means something else already."""
+    for name, way in method.metrics.items():
+        if way not in ("max", "min") or name == "n":
+            raise CompositionError(f"method '{type(method).__name__}' declares metrics[{name!r}] = {way!r}; allowed "
+                                   "are 'max' and 'min', for any name but 'n'")
+        if STANDARD.get(name, way) != way:
+            raise CompositionError(f"method '{type(method).__name__}' declares metrics[{name!r}] = {way!r}, and "
+                                   f"'{name}' is a metric of every method, of which {STANDARD[name]!r} is better; give "
+                                   "its own another name")
 
 
 def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:

@@ -49,6 +49,8 @@ class Plan:
     cohort: int
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """`up`, `down` and `by_phase` of what is sent to test."""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """The method's own metrics: name -> "max" or "min"."""
     privacy: Sequence[Mapping[str, Any]] = ()
     """Of each layer that accounts for privacy: `epsilon` at `delta` of the whole run, the `noise_multiplier` that it
     takes, and `rounds_that_fit` into the budget, if there is one."""
@@ -131,7 +133,7 @@ def plan_parts(parts: Parts) -> Plan:
     facts = make_facts(recipe, rows, parts.world.local)
     privacy = [says for layer in parts.layers if (says := layer.foresee(facts))]
     return Plan(sent["up"], sent["down"], sent["by_phase"], spent, extra, round(PEAK * meter.peak()), recipe.rounds,
-                asked, summed(of_tests), privacy)
+                asked, summed(of_tests), dict(parts.method.metrics), privacy)
 
 
 def _tests(recipe: Recipe) -> int:

@@ -46,6 +46,9 @@ class Result:
     """What the method, layers and the selector say beside the figures, by their class: staleness, energy, who was
     asked how often."""
 
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """The method's own metrics: name -> "max" or "min", whichever is better."""
+
     @property
     def adapter_path(self) -> Path | None:
         """The served adapter (PEFT) or, for a space that PEFT does not have, the merged model."""

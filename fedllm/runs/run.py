@@ -231,7 +231,7 @@ class Run:
         result = Result(
             folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
             seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
-            virtual=course.virtual(), reports=course.report(),
+            virtual=course.virtual(), reports=course.report(), metrics=dict(parts.method.metrics),
             state_digest=digest(course.state), skipped=self.skipped, ended=ended, **spent)
         self._write(lambda: self.folder.write_json("samples.json", shown))
         figures = figures_digest(result.as_json())
