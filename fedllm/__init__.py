@@ -58,7 +58,8 @@ _HOMES = {
 __all__ = [
     "Answered", "Ask", "Card", "Claim", "Client", "ClientError", "ClientInfo", "CompositionError", "DataError",
     "EndpointError", "FedLLMError", "Federation", "Layer", "Mean", "Method", "ModelError", "PayloadError", "Plan",
-    "Profile", "QuorumError", "Recipe", "RecipeError", "Reducer", "Replies", "Result", "RunError", "Shard", "Star", "Sum", "ask",
+    "Profile", "QuorumError", "Recipe", "RecipeError", "Reducer", "Replies", "Result", "RunError", "Shard", "Star",
+    "Sum", "ask",
     "drive", "export", "knob", "load_federation", "on_client", "plan", "replay", "resume", "run",
 ]
 

@@ -44,7 +44,7 @@ def test_a_run_is_asked_from_its_last_state(asking, tmp_path, capsys):
 
 
 def test_what_cannot_be_asked_is_refused(asking, recipe, tmp_path, capsys):
-    with pytest.raises(RecipeError, match="'fedavg' trains a model and answers no questions.*fed_sp_sc"):
+    with pytest.raises(RecipeError, match=r"'fedavg' trains a model and answers no questions.*fed_sp_sc"):
         fedllm.ask({**asking, "method": "fedavg"}, SAME)
     with pytest.raises(RecipeError, match="question = '  '"):
         fedllm.ask(asking, "  ")
@@ -75,6 +75,6 @@ def test_no_question_takes_longer_than_it_may():
     from fedllm.core.program import drive
 
     started, heard = time.monotonic(), Heard()
-    with pytest.raises(RunError, match="timeout = 0.3 s"):
+    with pytest.raises(RunError, match=r"timeout = 0\.3 s"):
         drive(within(method.answer("q", ["c0", "c1"]), started + 0.3, 0.3, heard), run.engine)
     assert time.monotonic() - started < 2 and set(heard.answered) == {"c0", "c1"}
