@@ -42,6 +42,8 @@ def _usage(result: Result, base: str) -> list[str]:
         if (result.folder / "modules").is_dir():
             return ["One backbone serves a module for each task; they lie in `modules/`."]
         return ["The run serves no single model; what each client has lies in `clients/`."]
+    if base == "policy":
+        return ["`model/policy.safetensors` holds the policy's linear maps, to be put between tanh in their order."]
     if served.name == "model":
         return ["```python", "from transformers import AutoModelForCausalLM",
                 'model = AutoModelForCausalLM.from_pretrained("model")', "```"]

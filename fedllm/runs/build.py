@@ -29,7 +29,9 @@ from fedllm.methods.registry import make_method
 from fedllm.models.load import load_model, load_tokenizer
 from fedllm.models.model import Model, Task
 from fedllm.privacy.composition import check_stack
+from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.layers import make_layer
+from fedllm.runs.metrics import check_metrics
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
 from fedllm.selectors.registry import make_selector
@@ -39,8 +41,6 @@ from fedllm.spaces.space import Space
 from fedllm.wire.edge_energy import EdgeEnergy
 
 T = TypeVar("T")
-STANDARD = {"exact_match": "max", "accuracy": "max", "loss": "min"}
-"""Metrics that every method may return, and which way is better."""
 FAR = ("flare", "flower")
 """Engines whose clients are other organisations."""
 PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -87,6 +87,7 @@ def build(recipe: Recipe) -> Parts:
     ids = list(federation.clients)
     method.check_clients(ids, cohort_size(recipe.clients.per_round, len(ids)))
     world = make_world(recipe, federation)
+    check_acting(recipe, method)
     method.check(world.model)
     method.init(world.model)  # some methods find only here that the model's space does not suit them
     check_deadlines(recipe, method, world)
@@ -163,6 +164,8 @@ def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str]
                  device: str | None = None) -> Model:
     """The recipe's model with this space; `device` in the place of the recipe's."""
     m = recipe.model
+    if acts(recipe):
+        return policy_of(recipe, space, device or m.device)
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
                       fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code)
 
@@ -207,18 +210,6 @@ def compose(method: Method, layers: list[Layer]) -> None:
                 and "on_server" not in f.__dict__}
     check_stack(method, layers, reducers)
     method.check_layers(layers)
-
-
-def check_metrics(method: Method) -> None:
-    """CompositionError for a metric without a direction, or under a name that means something else already."""
-    for name, way in method.metrics.items():
-        if way not in ("max", "min") or name == "n":
-            raise CompositionError(f"method '{type(method).__name__}' declares metrics[{name!r}] = {way!r}; allowed "
-                                   "are 'max' and 'min', for any name but 'n'")
-        if STANDARD.get(name, way) != way:
-            raise CompositionError(f"method '{type(method).__name__}' declares metrics[{name!r}] = {way!r}, and "
-                                   f"'{name}' is a metric of every method, of which {STANDARD[name]!r} is better; give "
-                                   "its own another name")
 
 
 def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:

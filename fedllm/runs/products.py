@@ -16,6 +16,7 @@ from fedllm.models.load import resolve
 from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
 from fedllm.models.peft_io import save_adapter
+from fedllm.models.policy import POLICY
 from fedllm.runs.folder import RunFolder
 
 BASE = "base_delta.safetensors"
@@ -33,7 +34,7 @@ def write_served(folder: RunFolder, model: Model, method: Method, state: State) 
     theta, base = method.served(state) if method.serves else ({}, None)
     if not theta:
         return None
-    kind = "adapter" if model.space.peft_config(model.net, model.task) is not None else "model"
+    kind = "adapter" if model.name != POLICY and model.space.peft_config(model.net, model.task) is not None else "model"
     with folder.replacing(kind) as temp:
         write_tree(temp, model, theta, base)
     return kind
@@ -41,6 +42,9 @@ def write_served(folder: RunFolder, model: Model, method: Method, state: State) 
 
 def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
     """One set of trainables in this folder, as an adapter where PEFT has the space and merged where not."""
+    if model.name == POLICY:
+        save_file({n: t.detach().cpu().contiguous() for n, t in theta.items()}, folder / "policy.safetensors")
+        return
     if model.space.peft_config(model.net, model.task) is None:
         save_merged(folder, model, theta, base)
         return

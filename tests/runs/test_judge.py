@@ -9,8 +9,9 @@ from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, RunError
 from fedllm.core.method import Method
 from fedllm.methods.registry import method_class, modules
-from fedllm.runs.build import Parts, check_metrics
+from fedllm.runs.build import Parts
 from fedllm.runs.judge import Judge
+from fedllm.runs.metrics import check_metrics
 from fedllm.runs.recipe import Recipe
 from tests.methods.conftest import begin
 from tests.methods.test_matrix import METHODS
