@@ -31,9 +31,15 @@ class FedMARL(Star):
         topic="agents",
         sends="down: the policy; up: its change and the mean return of the round; no observation, action or reward",
         needs="environments (data.source env:NAME), model.name policy, space full",
-        claim=Claim("prototype", rig="grid_worlds", metric="return", baseline="local_only", relative="difference",
-                    holds=">", threshold=0.0, wins=4),
-        evidence="Written from a dossier; the survey has no algorithm of its own.",
+        claim=Claim("where all walls are the same and slips differ, the mean policy returns more than policies trained "
+                    "alone on as many episodes", rig="grid_worlds", metric="return", baseline="local_only",
+                    relative="difference", holds=">", threshold=0.0, wins=4, options={"own": False}),
+        also={"elsewhere": Claim("with walls of each client's own, it returns more over everybody's worlds than "
+                                 "policies trained alone", rig="grid_worlds", metric="elsewhere",
+                                 baseline="local_only", relative="difference", holds=">", threshold=0.03, wins=4)},
+        evidence="Written from a dossier; the survey has no algorithm of its own. AT HOME, with walls of each client's "
+                 "own, policies trained alone return more in every seed (0.75 against 0.52): one policy that sees its "
+                 "place alone cannot tell worlds apart. Averaging helps where worlds agree.",
     )
     metrics: ClassVar = {"return": "max", "cut": "min"}
     learns_from = "environments"
