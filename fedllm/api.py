@@ -1,4 +1,4 @@
-"""What `import fedllm` runs: a recipe from its first test to its report, or on from where it was killed."""
+"""What `import fedllm` runs: a recipe from its first test to its report, or on from where it was killed; `ask`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.report.report import publish
+from fedllm.runs.asking import PATIENCE, Answered, Session, check_question
 from fedllm.runs.recipe import Recipe
 from fedllm.runs.result import Result
 from fedllm.runs.run import begin, go_on
@@ -22,6 +23,19 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = R
     ClientError when a client's code fails, and RunError when the run cannot go on; `resume` then takes it up.
     """
     return begin(recipe, root, overrides, publish)
+
+
+def ask(source: str | Path | Mapping[str, Any] | Recipe, *questions: str, timeout: float = PATIENCE,
+        **overrides: Any) -> list[Answered]:
+    """Put questions to the answering method of a run (its folder) or of a recipe, whose rounds are gone through first.
+
+    Each `Answered` names the clients that it rests on, and what it cost on the wire. `timeout` is in seconds, for each
+    question. Nothing is written. Raises RecipeError for a method that answers no questions, RunError when time is up.
+    """
+    for question in questions:
+        check_question(question)
+    session = Session(source, overrides, timeout)
+    return [session.ask(question) for question in questions]
 
 
 def resume(path: str | Path) -> Result:

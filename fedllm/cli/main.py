@@ -1,4 +1,4 @@
-"""The command line: `fedllm run`, `resume`, `plan`, `methods`, `replay`, `report`, `export`, `chat`, and the tools."""
+"""The command line: `fedllm run`, `resume`, `plan`, `methods`, `replay`, `report`, `export`, `chat`, `ask`, tools."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +17,17 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.panel import Panel
 
+from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.federate import app as federation
+from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import FedLLMError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Train, tune, prompt and test large language models across clients whose data must not move.")
 app.add_typer(federation)  # serve, join, keys
 app.add_typer(audit, name="audit")
+app.command()(ask)
 out, err = Console(), Console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
@@ -167,18 +170,6 @@ def _tool(name: str, args: list[str]) -> None:
     sys.argv = [f"fedllm {name}", *args]
     if code := tool.main():
         raise typer.Exit(code)
-
-
-def _lines() -> Iterator[str]:
-    while line := _ask("you> "):
-        yield line
-
-
-def _ask(prompt: str) -> str:
-    try:
-        return input(prompt if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
 
 
 def _parsed(overrides: list[str] | None) -> dict[str, Any]:

@@ -142,6 +142,20 @@ class Client(Protocol):
         `only` keeps those whose columns say this."""
         ...
 
+    def env(self, rng: np.random.Generator) -> Any:
+        """The client's environment (`reset`, `step`, ends after `max_steps`); `rng` seeds its episodes."""
+        ...
+
+    def rollout(self, theta: Tree, episodes: int, *, rng: np.random.Generator | None = None, greedy: bool = False,
+                on: Sequence[Any] | None = None) -> list[Any]:
+        """`Episode`s of the policy `theta` in the client's environment (or in each of `on`); in a vectorized simulation
+        all clients act in one forward a step."""
+        ...
+
+    def improve(self, theta: Tree, seen: Any, actions: Any, weights: Any, *, steps: int = 1) -> Any:
+        """Policy-gradient steps: descend - mean_n w_n log pi(a_n | o_n); returns a `Fitted`."""
+        ...
+
     def through(self, change: Callable[[Any], Any], closed: str = "") -> Any:
         """For layers: a context in which `change` sees, changes or refuses every request that the client makes."""
         ...

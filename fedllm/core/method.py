@@ -129,6 +129,13 @@ class Method(Knobs):
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
 
+    learns_from: ClassVar[Literal["rows", "environments"]] = "rows"
+    """What its clients must hold."""
+
+    metrics: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
+    """The method's own metrics, by name, with the direction that is better: what `score` and `examine` return beside,
+    or in place of, loss, accuracy and exact match."""
+
     def check(self, model: Any) -> None:
         """Raise CompositionError or ModelError when this method cannot work with the model's space or task."""
 
@@ -167,9 +174,15 @@ class Method(Knobs):
         return None
 
     def evaluate(self, state: State, clients: Sequence[ClientInfo], on: str) -> Program:
-        """Each client scores the model that it would use; `on` names the rows ("local" or "global")."""
+        """Each client scores the model that it would use; `on` names the rows ("local" or "global"). Asked of `SERVER`
+        with "global", it is the served model's own figure, by the same function."""
         theta, base = self.served(state)
         return (yield Ask(self.score, {c.id: pack(theta=theta, base=base, on=on) for c in clients}))
+
+    def examine(self, state: State, clients: Sequence[ClientInfo], rows: Sequence[Any]) -> Program:
+        """The server's figures on these rows (the global test), under the names of `metrics`; for methods whose figure
+        is no score of one model. Where a method has none, the server is tested by the very `score` that clients are."""
+        raise NotImplementedError
 
     @on_client()
     def score(self, msg: Payload, client: Client) -> Payload:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 Row = Mapping[str, Any]
 """One example. Generation rows have `prompt` and `response` (text); classification rows have `text` and `label`
-(an int in [0, number of labels)). `category`, where present, is a string used for skew and per-category scores."""
+(an int in [0, number of labels)); an environment's row holds its name and parameters.
+`category`, where present, is a string used for skew and per-category scores."""
 
-Task = Literal["generation", "classification"]
+Task = Literal["generation", "classification", "environment"]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fedllm.data.cluster import Embed
 from fedllm.data.federation import Federation, Row, Shard, Task
 from fedllm.data.grouped import PREFIX, grouped_clients
 from fedllm.data.partition import FILE, Grouped, partitioner
+from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.data.templates import classify, label_names, raw_label, template
 
@@ -58,8 +59,8 @@ class DataSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
     source: str | list[str] = "office"
-    """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`, or
-    `grouped:FOLDER` (written by `fedllm group`)."""
+    """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`,
+    `grouped:FOLDER` (written by `fedllm group`), or `env:NAME`, an environment."""
     split: str = "train"
     """Split of a Hub or saved dataset."""
     subset: str | None = None
@@ -86,6 +87,13 @@ class DataSpec(BaseModel):
     """Most rows of the global test, drawn at random."""
     office: OfficeSpec | None = None
     """Knobs of the office; only with `source: office`."""
+    environment: EnvironmentSpec | None = None
+    """Who acts where; only with `source: env:NAME`, an environment in the place of rows."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether clients act in an environment, and hold no rows of text."""
+        return isinstance(self.source, str) and self.source.startswith(SCENE)
 
     @field_validator("test", "public")
     @classmethod
@@ -108,6 +116,11 @@ class DataSpec(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DataSpec:
+        if self.acts:
+            return self._alone("environment", "the environment is all that its clients have; its parameters")
+        if self.environment is not None or self.task == "environment":
+            raise ValueError(f"data.environment, data.task = {self.task!r}: data.source is {self.source!r}; an "
+                             "environment is asked for by data.source = 'env:NAME' alone")
         other = {"generation": "labels", "classification": "template"}[self.task]
         if getattr(self, other) is not None:
             raise ValueError(f"data.{other} = {getattr(self, other)!r} is of no use to data.task = {self.task!r}")
@@ -115,12 +128,15 @@ class DataSpec(BaseModel):
             if self.office is not None:
                 raise ValueError(f"data.office: data.source is {self.source!r}; allowed with these knobs is 'office'")
             return self
+        return self._alone("office", "the office makes its own rows, clients and tests; its knobs")
+
+    def _alone(self, section: str, why: str) -> DataSpec:
+        """This spec, if all but its source and this section is left as it is."""
         # Compared by value, not by what was set: a resolved recipe writes every default out.
-        plain = DataSpec.model_construct(office=self.office)
+        plain = DataSpec.model_construct(**{"source": self.source, section: getattr(self, section)})
         unused = [name for name in DataSpec.model_fields if getattr(self, name) != getattr(plain, name)]
         if unused:
-            raise ValueError(f"data.{', data.'.join(unused)}: the office makes its own rows, clients and tests; its "
-                             "knobs are in data.office")
+            raise ValueError(f"data.{', data.'.join(unused)}: {why} are in data.{section}")
         return self
 
 
@@ -146,6 +162,8 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         from fedllm.data.office import office_federation
 
         return office_federation(**(spec.office or OfficeSpec()).model_dump(), seed=seed)
+    if spec.acts:
+        return environments(str(spec.source), spec.environment or EnvironmentSpec(), seed)
     if isinstance(spec.source, str) and spec.source.startswith(PREFIX):
         return _grouped(spec, seed)
     tables = read_tables(spec.source, spec.split, spec.subset)

@@ -18,9 +18,12 @@ from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
 from fedllm.engines.world import World
+from fedllm.environments.env import Bounded
+from fedllm.environments.registry import bounded
 from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
+from fedllm.local.policy import Episode, Improve, Rollout, run_improves, run_rollouts
 from fedllm.local.requests import (
     Embed,
     Fit,
@@ -41,7 +44,7 @@ from fedllm.models.model import Model
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
-    Sensitivity: run_sensitivities, Outputs: run_outputs}
+    Sensitivity: run_sensitivities, Outputs: run_outputs, Rollout: run_rollouts, Improve: run_improves}
 
 
 def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
@@ -223,6 +226,25 @@ class ClientCall:
             hits = [same_answer(s, r["response"]) for s, r in zip(said, rows, strict=True)]
             metrics["exact_match"] = sum(hits) / len(hits)
         return metrics
+
+    def env(self, rng: np.random.Generator) -> Bounded:
+        """The client's environment; its episodes are seeded by `rng`."""
+        return bounded(self.data[0], rng)
+
+    def rollout(self, theta: Tree, episodes: int, *, rng: np.random.Generator | None = None, greedy: bool = False,
+                on: Sequence[Mapping[str, Any]] | None = None) -> list[Episode]:
+        """So many episodes in the client's environment, or in each of those of the rows `on`; without `rng` their
+        seeds are the same whoever asks and whenever, for tests."""
+        rows = [self.data[0]] if on is None else list(on)
+        draw = rng or np.random.default_rng(0)
+        seeds = draw.integers(2**31, size=len(rows) * episodes).tolist()
+        envs = [bounded(row, draw) for row in rows for _ in range(episodes)]
+        return self._submit(Rollout(self.id, self.model, theta, None, envs, seeds, greedy))
+
+    def improve(self, theta: Tree, seen: np.ndarray, actions: np.ndarray, weights: np.ndarray, *,
+                steps: int = 1) -> Fitted:
+        """Policy-gradient steps on what was done, by the recipe's optimizer."""
+        return self._submit(Improve(self.id, self.model, theta, None, seen, actions, weights, self.local, steps))
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""

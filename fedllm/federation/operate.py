@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from fedllm.core.errors import RunError
+from fedllm.core.record import is_test
 from fedllm.federation.flower.keys import KIT
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
@@ -65,7 +66,8 @@ class Tally:
     def _count(self, event: dict[str, Any]) -> None:
         kind, client = event["kind"], str(event.get("client", ""))
         if kind == "wire":
-            self.bytes[event["direction"]] += int(event["bytes"])
+            if not is_test(event["phase"], event.get("purpose")):
+                self.bytes[event["direction"]] += int(event["bytes"])
             self.sites.setdefault(client, "here")
         elif kind == "round":
             self.rounds, self.seconds, self.stopped = int(event["round"]) + 1, float(event["seconds"]), ""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from fedllm.local.policy import Improve, Rollout
 from fedllm.local.requests import Fit, Generate, Probe, Request, Sensitivity
 from fedllm.models.model import Model
 from fedllm.spaces.space import linear_size, output_heads
@@ -63,17 +64,25 @@ def steps_of(request: Request, batch_size: int) -> float:
     """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
     if isinstance(request, Fit):
         return float(len(request.plan))
+    if isinstance(request, Rollout):
+        return request.most / batch_size * FORWARD
+    if isinstance(request, Improve):
+        return request.steps * len(request.actions) / batch_size
     rows = len(request.prompts) if isinstance(request, Generate) else len(request.rows)  # type: ignore[attr-defined]
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
     return rows / batch_size * (1.0 if isinstance(request, Sensitivity) else FORWARD)
 
 
 def work_of(request: Request) -> Work:
-    """The work in a request; a generation is counted as if it used all the tokens that it may."""
+    """The work in a request; a generation, or an episode, is counted as if it were as long as it may be."""
     cost, passes = cost_of(request.model, request.theta), len(request.thetas) if isinstance(request, Probe) else 1
     if isinstance(request, Generate):
         new = request.max_new_tokens
         return cost.of([(len(p) + new, new) for p in request.prompts], train=False)
+    if isinstance(request, Rollout):
+        return cost.of([(1, 1)] * request.most, train=False)
+    if isinstance(request, Improve):
+        return cost.of([(1, 1)] * (request.steps * len(request.actions)), train=True)
     rows = [request.rows[i] for at in request.plan for i in at] if isinstance(request, Fit) else (
         request.rows)  # type: ignore[attr-defined]
     done = cost.of([(len(e.ids), e.n_target) for e in rows], isinstance(request, Fit | Sensitivity))

@@ -157,6 +157,6 @@ class Offsite(Method):
         return state["rest"] | self.plugged(state), None
 
     def evaluate(self, state: State, clients, on: str) -> Program:
-        """Clients score what they have: the emulator with A."""
-        theta = {**state["E"], **state["A"]}
-        return (yield Ask(self.score, {c.id: pack(theta=theta, on=on) for c in clients}))
+        """Clients score what they have: the emulator with A; the server the whole model."""
+        theta, whole = {**state["E"], **state["A"]}, self.served(state)[0]
+        return (yield Ask(self.score, {c.id: pack(theta=whole if c.id == SERVER else theta, on=on) for c in clients}))

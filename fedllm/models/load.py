@@ -44,7 +44,7 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
-    place = _device(device)
+    place = place_of(device)
     tokenizer = load_tokenizer(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -62,7 +62,8 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
     return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
 
 
-def _device(name: str) -> torch.device:
+def place_of(name: str) -> torch.device:
+    """The device behind a name; ModelError where it is not there."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if cards else "cpu")

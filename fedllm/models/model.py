@@ -20,7 +20,7 @@ from fedllm.models.blocks import quicken
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 
-Task = Literal["generation", "classification"]
+Task = Literal["generation", "classification", "environment"]
 
 
 class HeadedEncoder(nn.Module):

@@ -29,7 +29,9 @@ from fedllm.methods.registry import make_method, method_class, modules
 from fedllm.models.load import load_model, load_tokenizer
 from fedllm.models.model import Model, Task
 from fedllm.privacy.composition import check_stack
+from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.layers import make_layer
+from fedllm.runs.metrics import check_metrics
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
 from fedllm.selectors.registry import make_selector
@@ -73,6 +75,9 @@ def build(recipe: Recipe) -> Parts:
     torch.set_num_threads(recipe.engine.threads)
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
     check_ranks(recipe, method)
+    check_metrics(method)
+    if not overrides(method, "round"):  # it answers and examines: there is nothing to go round for
+        recipe = recipe.model_copy(update={"rounds": 0})
     make_recipe_space(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers, selector = make_layers(recipe)
@@ -83,6 +88,7 @@ def build(recipe: Recipe) -> Parts:
     ids = list(federation.clients)
     method.check_clients(ids, cohort_size(recipe.clients.per_round, len(ids)))
     world = make_world(recipe, federation)
+    check_acting(recipe, method)
     method.check(world.model)
     method.init(world.model)  # some methods find only here that the model's space does not suit them
     check_deadlines(recipe, method, world)
@@ -171,6 +177,8 @@ def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str]
                  device: str | None = None) -> Model:
     """The recipe's model with this space; `device` in the place of the recipe's."""
     m = recipe.model
+    if acts(recipe):
+        return policy_of(recipe, space, device or m.device)
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
                       fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code)
 

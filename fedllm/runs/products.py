@@ -16,6 +16,7 @@ from fedllm.models.load import resolve
 from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
 from fedllm.models.peft_io import save_adapter, save_trainables
+from fedllm.models.policy import POLICY
 from fedllm.runs.folder import RunFolder
 
 BASE = "base_delta.safetensors"
@@ -42,6 +43,9 @@ def write_served(folder: RunFolder, model: Model, method: Method, state: State) 
 
 def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
     """One set of trainables in this folder, in the form that `form_of` says."""
+    if model.name == POLICY:
+        save_file({n: t.detach().cpu().contiguous() for n, t in theta.items()}, folder / "policy.safetensors")
+        return
     if (form := form_of(model, theta)) == "model":
         return save_merged(folder, model, theta, base)
     if form == "trainables":
@@ -54,6 +58,8 @@ def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Ma
 def form_of(model: Model, theta: Mapping[str, Tensor]) -> str:
     """What becomes of trainables: an `adapter` where PEFT has the space, else a `model` with them in its weights, else
     the `trainables` as they are."""
+    if model.name == POLICY:
+        return "model"
     if model.space.to_peft(model.net, model.task, theta) is not None:
         return "adapter"
     return "trainables" if model.space.stays else "model"

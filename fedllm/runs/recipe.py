@@ -62,7 +62,9 @@ class ModelSpec(Section):
     """Which model, and how it is held in memory."""
 
     name: str = "embedded"
-    """embedded, minilm, a folder saved with save_pretrained, or a Hub id."""
+    """embedded, minilm, a folder saved with save_pretrained, or a Hub id; policy where clients act in environments."""
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Widths of a policy's hidden layers (name policy); none: one linear map."""
     at_clients: str | None = None
     """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"

@@ -23,7 +23,7 @@ class Result:
     evaluation: Mapping[str, Any]
     """`before` and `baselines` (each with `global` and `clients`), `global`, `clients`."""
     bytes: Mapping[str, Any]
-    """`up`, `down` and `by_phase`, on the wire."""
+    """`up`, `down` and `by_phase` of the rounds, on the wire; under `evaluation` the same of what was sent to test."""
     seconds: float
     peak_memory_bytes: int
     state_digest: str
@@ -45,6 +45,9 @@ class Result:
     reports: Mapping[str, Any] = field(default_factory=dict)
     """What the method, layers and the selector say beside the figures, by their class: staleness, energy, who was
     asked how often."""
+
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """The method's own metrics: name -> "max" or "min", whichever is better."""
 
     @property
     def adapter_path(self) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Any
 from fedllm.core.client import SERVER
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.core.payload import digest
-from fedllm.core.record import Event, Record
+from fedllm.core.record import Event, Record, is_test
 from fedllm.privacy.accountant import BudgetSpent, join, unaccounted
 from fedllm.runs import judge as judging
 from fedllm.runs.beside import Beside, beside, run_baselines
@@ -120,7 +120,10 @@ class Run:
         course.engine.memory = kept["memory"]
         self.dirty = set(kept["memory"])
         for way, phase, size in kept["bytes"]:
-            self.record.bytes[way, phase] = size
+            as_one = "tests" not in kept and is_test(phase)  # a run begun before tests were booked apart
+            (self.record.tests if as_one else self.record.bytes)[way, phase] = size
+        for way, phase, size in kept.get("tests", ()):
+            self.record.tests[way, phase] = size
         self.record.emit("resumed", round=self.at)
 
     def _begin(self) -> None:
@@ -191,6 +194,7 @@ class Run:
                 "failed_in_a_row": course.failed_in_a_row, "skipped": self.skipped, "before": self.before,
                 "answers_before": self.answers_before, "events": self.events.sync(), "chain": self.events.head,
                 "bytes": [(*key, size) for key, size in self.record.bytes.items()],
+                "tests": [(*key, size) for key, size in self.record.tests.items()],
                 "spent": (self.meter.seconds(), self.meter.peak(), self.meter.joules())}
             self.folder.save(round, value, pin=round == 0 and self.tape is not None)
             self.dirty.clear()
@@ -227,7 +231,7 @@ class Run:
         result = Result(
             folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
             seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
-            virtual=course.virtual(), reports=course.report(),
+            virtual=course.virtual(), reports=course.report(), metrics=dict(parts.method.metrics),
             state_digest=digest(course.state), skipped=self.skipped, ended=ended, **spent)
         self._write(lambda: self.folder.write_json("samples.json", shown))
         figures = figures_digest(result.as_json())

@@ -76,6 +76,6 @@ class DatasetGrouper(Star):
     @on_client()
     def score(self, msg, client):
         theta = part(msg, "theta")
-        if msg.get("tune"):
+        if msg.get("tune") and client.n:  # the server has no rows of its own to tune on
             theta = client.fit(theta, steps=msg["tune"]).theta
         return client.score(theta, base=part(msg, "base") or None, on=msg["on"])
