@@ -84,8 +84,8 @@ class World:
         """
         if self.model.tokenizer is None or (rows and isinstance(rows[0], Encoded)):
             return list(rows)  # type: ignore[arg-type]
-        return encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
-                           answers or self.completion_only)
+        return self.model.read(encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
+                                           answers or self.completion_only, self.model.images))
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, kept for the next caller with equal arguments (the last few results only)."""

@@ -13,9 +13,10 @@ import yaml
 
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result
+from fedllm.tasks.registry import metrics
 
-HEADLINE = ("exact_match", "accuracy", "loss")
-"""Metrics, the most telling first."""
+HEADLINE = tuple(metrics())
+"""Metrics of all tasks, the most telling of each first, `loss` last."""
 TROUBLE = ("left_out", "missing", "refused", "checkpoint_failed", "replies_lost", "stopped", "resumed",
            "budget_spent")
 
@@ -62,9 +63,9 @@ def _json(path: Path) -> list[Any]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def headline(metrics: Mapping[str, Any] | None) -> str | None:
+def headline(found: Mapping[str, Any] | None) -> str | None:
     """The most telling metric that is there."""
-    return next((name for name in HEADLINE if name in (metrics or {})), None)
+    return next((name for name in HEADLINE if name in (found or {})), None)
 
 
 def comparison(result: Result) -> list[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]]:
@@ -89,7 +90,17 @@ def number(value: float | None, name: str = "") -> str:
     """A metric as people read it: shares in percent, losses with three digits."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f} %" if name in ("exact_match", "accuracy") else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:.3f}"
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric lies between 0 and 1 and is shown in percent."""
+    return name in metrics() and metrics()[name].share
+
+
+def falls(name: str) -> bool:
+    """Whether less is better; what no task knows is a gain."""
+    return name in metrics() and metrics()[name].best == "min"
 
 
 def size(count: float) -> str:

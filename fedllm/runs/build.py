@@ -27,7 +27,7 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.models.load import load_model, load_tokenizer
-from fedllm.models.model import Model, Task
+from fedllm.models.model import Model
 from fedllm.privacy.composition import check_stack
 from fedllm.runs.layers import make_layer
 from fedllm.runs.profiles import make_profiles
@@ -154,7 +154,7 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
                  recipe.data.completion_only, recipe.rounds, make_fleet(recipe))
 
 
-def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str] = (),
+def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] = (),
                  device: str | None = None) -> Model:
     """The recipe's model with this space; `device` in the place of the recipe's."""
     m = recipe.model
@@ -261,7 +261,7 @@ def resolved(parts: Parts) -> dict[str, Any]:
     if start is not None:
         full["space"]["start_from"] = start
     full["local"] = _plain(parts.world.local)
-    if parts.world.federation.task == "classification":
+    if "labels" in parts.world.model.rules.takes:
         full["data"]["labels"] = list(parts.world.federation.labels)
     full["versions"] = {"python": platform.python_version(), **versions()}
     return full

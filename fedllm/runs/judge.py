@@ -16,12 +16,12 @@ from fedllm.core.payload import Payload, pack, part
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-from fedllm.engines.client import same_answer
 from fedllm.local.generate import run_generates
 from fedllm.local.requests import Generate
 from fedllm.runs.build import Parts, overrides
 from fedllm.runs.course import Course
 from fedllm.runs.progress import Quiet
+from fedllm.tasks.generation import same_answer
 
 Metrics = dict[str, Any]
 
@@ -109,7 +109,7 @@ def sample_rows(parts: Parts) -> list[int]:
     """Indices of the test rows whose answers are kept: drawn at random, since tests often come in order."""
     world, want = parts.world, parts.recipe.evaluate.samples
     count = len(world.federation.test)
-    if world.model.task != "generation" or not want or not count:
+    if not world.model.rules.speaks or not want or not count:
         return []
     return sorted(numpy_stream(world.seed, "samples").choice(count, min(want, count), replace=False).tolist())
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
-from fedllm.spaces.space import PEFT, Space, Stack, find_linears, linear_size, patch
+from fedllm.spaces.space import CAUSAL, PEFT, Space, Stack, find_linears, linear_size, patch
 
 SCALED = ("k_proj", "v_proj", "key", "value", "down_proj", "output.dense", "c_attn", "c_proj")
 FEEDFORWARD = ("down_proj", "output.dense", "c_proj")
@@ -52,7 +52,7 @@ class IA3(Space):
     def peft_config(self, net: nn.Module, task: str) -> IA3Config:
         sites = list(self._sites(net))
         return IA3Config(target_modules=sites, feedforward_modules=[p for p in sites if self._input_side(p)],
-                         task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION")
+                         task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION")
 
 
 def _scaled(frozen: Any, name: str, input_side: bool, stack: Stack) -> Any:

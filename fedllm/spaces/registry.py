@@ -9,6 +9,7 @@ from typing import Any
 from fedllm.core.errors import RecipeError
 from fedllm.spaces.adapter import Adapter
 from fedllm.spaces.bias import Bias
+from fedllm.spaces.feature_attention import FeatureAttention
 from fedllm.spaces.full import Full
 from fedllm.spaces.head import Head
 from fedllm.spaces.ia3 import IA3
@@ -22,7 +23,7 @@ from fedllm.spaces.st_adapter import STAdapter
 
 SPACES: dict[str, type[Space]] = {
     cls.__module__.rsplit(".", 1)[-1]: cls
-    for cls in (Adapter, Bias, Full, Head, IA3, Layers, LoRA, Mask, Prefix, SoftPrompt, STAdapter)
+    for cls in (Adapter, Bias, FeatureAttention, Full, Head, IA3, Layers, LoRA, Mask, Prefix, SoftPrompt, STAdapter)
 }
 
 
