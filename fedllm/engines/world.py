@@ -83,7 +83,7 @@ class World:
         With `answers` the response alone counts, whatever of a row is learned in training.
         """
         if self.model.tokenizer is None or (rows and isinstance(rows[0], Encoded)):
-            return list(rows)  # type: ignore[arg-type]
+            return self.model.read(rows)  # type: ignore[arg-type]
         return self.model.read(encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
                                            answers or self.completion_only, self.model.images))
 

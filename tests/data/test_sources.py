@@ -65,7 +65,7 @@ def test_saved_datasets_are_read_by_split_with_their_class_names(tmp_path):
     datasets.DatasetDict({"train": data, "dev": data}).save_to_disk(str(tmp_path / "many"))
     for folder in ("one", "many"):
         (table,) = read_tables(str(tmp_path / folder))
-        assert list(table.rows) == [{"text": "a", "label": 1}]
+        assert list(table.rows) == [{"text": "a", "label": "yes"}]
         assert table.classes == {"label": ("no", "yes")}
     with pytest.raises(DataError, match=r"'tain'.*train, dev.*did you mean 'train'"):
         read_tables(str(tmp_path / "many"), split="tain")
