@@ -25,6 +25,9 @@ from fedllm.models.model import Model
 from fedllm.spaces import make_space
 
 SIZE, CLASSES, NOISE = 16, 12, 0.7
+LOOKS = {"photo": ((1.0, 1.0, 1.0), 0.0), "warm": ((1.4, 0.8, 0.5), 0.1), "cold": ((0.5, 0.8, 1.4), 0.1),
+         "faded": ((0.6, 0.6, 0.6), 0.2)}
+"""What a domain multiplies colors by, and adds."""
 NAMES = tuple(f"thing-{i}" for i in range(CLASSES))
 END = CLASSES + 5
 
@@ -32,9 +35,8 @@ END = CLASSES + 5
 def pictures(rng: np.random.Generator, kinds: np.ndarray, labels: np.ndarray, domain: str) -> np.ndarray:
     """[N, 3, 16, 16] float32: the class's picture, moved, in the look of a domain, with noise."""
     x = np.stack([np.roll(kinds[y], rng.integers(0, 4, 2), (1, 2)) for y in labels])
-    look = {"photo": lambda p: p, "faded": lambda p: 0.5 * p + 0.4, "gray": lambda p: np.repeat(p.mean(1, keepdims=True), 3, 1),
-            "tinted": lambda p: p * np.array([1.4, 0.6, 0.8])[:, None, None] + 0.2}[domain]
-    return (look(x) + rng.normal(0, NOISE, x.shape)).astype(np.float32)
+    gain, shift = LOOKS[domain]
+    return (x * np.array(gain)[:, None, None] + shift + rng.normal(0, NOISE, x.shape)).astype(np.float32)
 
 
 def prompts() -> torch.Tensor:
@@ -59,14 +61,15 @@ def world_of(seed: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     """The classes' pictures, and a CLIP trained on noisy photos of them: once, then read from the cache."""
     rng = numpy_stream(seed, "pictures")
     kinds = F.interpolate(torch.from_numpy(rng.normal(0, 1, (CLASSES, 3, 5, 5))), SIZE, mode="bicubic").numpy()
-    path = cache_dir() / f"pictures-{seed}-v1.safetensors"
+    path = cache_dir() / f"pictures-{seed}-v2.safetensors"
     if path.is_file():
         return kinds, load_file(path)
     clip = small_clip(seed)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3)
-    for _ in range(150):
+    for _ in range(200):
         y = rng.integers(0, CLASSES, 48)
-        x = torch.from_numpy(pictures(rng, kinds, y, "photo"))
+        gain = rng.uniform(0.5, 1.3, (48, 3, 1, 1)).astype(np.float32)  # it knows more than one light
+        x = torch.from_numpy(gain * pictures(rng, kinds, y, "photo"))
         f = F.normalize(clip.get_image_features(pixel_values=x).pooler_output, dim=-1)
         t = F.normalize(clip.get_text_features(input_ids=prompts()).pooler_output, dim=-1)
         loss = F.cross_entropy(clip.logit_scale.exp() * f @ t.T, torch.from_numpy(y))
@@ -82,7 +85,7 @@ def world_of(seed: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
 
 
 def picture_world(seed: int, space: str, cached: bool = True, steps: int = 5) -> World:
-    """Four clients of 3 classes and 48 pictures each, tinted or gray; the test is faded, a look that no client has."""
+    """Four clients of 3 classes and 48 pictures each, warm or cold; the test is faded, a look that no client has."""
     kinds, weights = world_of(seed)
     rng = numpy_stream(seed, "picture clients")
     clip = small_clip(seed)
@@ -92,7 +95,7 @@ def picture_world(seed: int, space: str, cached: bool = True, steps: int = 5) ->
         return [Encoded(np.zeros(1, np.int32), int(y), 1, {"pixels": x})
                 for x, y in zip(pictures(rng, kinds, labels, domain), labels, strict=True)]
 
-    shards = {f"client-{k}": Shard(rows(3 * k + rng.integers(0, 3, 48), ("tinted", "gray")[k % 2]))  # type: ignore[arg-type]
+    shards = {f"client-{k}": Shard(rows(3 * k + rng.integers(0, 3, 48), ("warm", "cold")[k % 2]))  # type: ignore[arg-type]
               for k in range(4)}
     test = rows(rng.integers(0, CLASSES, 240), "faded")
     model = Model(DualEncoder(clip, prompts(), cached=cached), None, "image_text", make_space(space), labels=NAMES,
