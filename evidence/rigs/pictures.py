@@ -1,4 +1,4 @@
-"""Pictures in four domains and a small CLIP that has seen one of them: clients with disjoint classes, a domain apart."""
+"""Pictures in four looks, and a small CLIP that has seen one: clients with disjoint classes, tested on a look apart."""
 
 from __future__ import annotations
 

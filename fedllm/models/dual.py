@@ -47,7 +47,8 @@ class DualEncoder(nn.Module):
     they are read (`Model.read`). `cached=False` makes them anew in each step.
     """
 
-    def __init__(self, clip: Any, prompts: Tensor, mask: Tensor | None = None, cached: bool = True) -> None:
+    def __init__(self, clip: Any, prompts: Tensor, mask: Tensor | None = None, *, labels: Sequence[str] = (),
+                 cached: bool = True) -> None:
         super().__init__()
         self.clip, self.config, self.cached = clip, clip.config, cached
         scale = clip.logit_scale.detach()  # a parameter of no module that has a stacked form: it stays as it is
@@ -57,7 +58,9 @@ class DualEncoder(nn.Module):
         self.register_buffer("prompt_mask", torch.ones_like(prompts) if mask is None else mask, persistent=False)
         self.clip.eval().requires_grad_(False)
         with torch.no_grad():
-            self.width = self._text(self.prompts[:1], self.prompt_mask[:1]).shape[-1]
+            classes = self._text(self.prompts, self.prompt_mask)
+        _told_apart(classes, labels)
+        self.width = classes.shape[-1]
         self.attend = Attend(self.width).to(self.dtype)
         self._classes: Tensor | None = None
 
@@ -123,6 +126,15 @@ def class_prompts(tokenizer: Any, labels: Sequence[str], family: str) -> tuple[T
                     return_tensors="pt", **({"max_length": 64} if full else {}))
     mask = torch.ones_like(got["input_ids"]) if full else got["attention_mask"]
     return got["input_ids"], mask
+
+
+def _told_apart(classes: Tensor, labels: Sequence[str]) -> None:
+    """A ModelError where two classes look the same to the text tower: no training of the rest could tell them apart."""
+    same = (torch.cdist(classes.double(), classes.double()) < 1e-6).triu(1).nonzero()
+    if len(same):
+        a, b = (repr(labels[i]) if labels else int(i) for i in same[0].tolist())
+        raise ModelError(f"the model gives the same text features to the classes {a} and {b}: their names are the same "
+                         "to its tokenizer, or the tokenizer does not put the end-of-text token where the model looks")
 
 
 def inside(tower: Sequence[str], names: Iterable[str]) -> bool:

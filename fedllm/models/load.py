@@ -76,7 +76,7 @@ def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, toke
         if getattr(body, "get_image_features", None) is None:
             raise ModelError(f"model {name!r} is a {type(body).__name__}; data.task = {task!r} needs an image-text "
                              "model (CLIP, SigLIP)")
-        return DualEncoder(body, *class_prompts(tokenizer, labels, body.config.model_type))
+        return DualEncoder(body, *class_prompts(tokenizer, labels, body.config.model_type), labels=labels)
     if "pooler" in dict(body.named_children()):
         body.pooler = None  # its output is not used: pooling is ours
     return HeadedEncoder(body, width, "each" if rules.net == "tokens" else pooling)

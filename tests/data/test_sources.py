@@ -102,7 +102,7 @@ def test_missing_files_empty_lists_empty_folders_and_other_encodings_are_refused
         read_tables(str(tmp_path / "gone.jsonl"))
     with pytest.raises(DataError, match="empty list"):
         read_tables([])
-    with pytest.raises(DataError, match="no saved dataset, no folders of pictures .* and no file with one of"):
+    with pytest.raises(DataError, match=r"no saved dataset, no folders of pictures .* and no file with one of"):
         read_tables(str(tmp_path))
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 import fedllm
 from fedllm.core.errors import CompositionError, DataError, ModelError
@@ -31,6 +32,8 @@ from tests.conftest import WORDS, word_tokenizer
 from tests.methods.conftest import Run, gap
 
 CPU = torch.device("cpu")
+END = len(WORDS) + 4
+"""The token in which a text tower ends, and which it looks at."""
 COLORS = {"red": (220, 20, 20), "green": (20, 200, 40), "blue": (30, 30, 220)}
 
 
@@ -38,9 +41,18 @@ def clip(dtype=torch.float64):
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     return CLIPModel(CLIPConfig(
-        text_config={**tower, "vocab_size": len(WORDS) + 4, "max_position_embeddings": 16, "eos_token_id": 2,
+        text_config={**tower, "vocab_size": END + 1, "max_position_embeddings": 16, "eos_token_id": END,
                      "bos_token_id": 1, "pad_token_id": 0},
         vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=12)).to(dtype)
+
+
+def ending():
+    """The word tokenizer with an end of its own, put after every text."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <end>", special_tokens=[("<s>", 1), ("<end>", END)])
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +61,7 @@ def clip_folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny_clip")
     clip(torch.float32).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    ending().save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     return str(folder)
 
@@ -84,7 +96,7 @@ def begin(space="feature_attention", engine="vectorized", dtype=torch.float64, c
         return [Encoded(np.zeros(1, np.int32), int(rng.integers(3)), 1,
                         {"pixels": rng.normal(0, 1, (3, 16, 16)).astype(np.float32)}) for _ in range(n)]
 
-    prompts = torch.tensor([[1, 4, 5, 6 + c, 2] for c in range(3)])
+    prompts = torch.tensor([[1, 4, 5, 6 + c, END] for c in range(3)])
     model = Model(DualEncoder(clip(dtype), prompts, cached=cached), None, "image_text", make_space(space, **knobs),
                   labels=tuple(COLORS), fast_kernels=False)
     federation = Federation({f"c{i}": Shard(rows(n), rows(2)) for i, n in enumerate(sizes)}, rows(4), "image_text",
@@ -206,7 +218,6 @@ def test_a_run_on_pictures_by_fields(painted, clip_folder, tmp_path):
     before, after = result.evaluation["before"]["global"], result.evaluation["global"]
     assert after["loss"] < before["loss"] and {"accuracy", "loss", "n"} == set(after)
     assert (result.adapter_path / "attend.safetensors").is_file()
-    assert AutoImageProcessor.from_pretrained(clip_folder) is not None
 
 
 def test_an_image_that_cannot_be_read_names_file_and_row(painted):
@@ -217,18 +228,20 @@ def test_an_image_that_cannot_be_read_names_file_and_row(painted):
         with pytest.raises(DataError, match=rf"list\.jsonl, row 5 \(line 5\): the image '.*4\.png' .*{said}"):
             load_federation(spec, 0)
     (painted / "pictures" / "4.png").unlink()
-    with pytest.raises(DataError, match=r"row 5 \(line 5\): the image '.*4\.png' cannot be read: there is no such file"):
+    with pytest.raises(DataError, match=r"row 5 \(line 5\): the image '.*4\.png' cannot be read: there is no"):
         load_federation(spec, 0)
-    with pytest.raises(DataError, match="row 1 .* has no field 'image'; it has file, y"):
+    with pytest.raises(DataError, match=r"row 1 .* has no field 'image'; it has file, y"):
         load_federation({**spec, "fields": {"label": "y"}}, 0)
 
 
 def test_models_that_do_not_see_are_refused(painted, tiny_bert_folder, clip_folder):
     data = {"source": str(painted / "list.jsonl"), "task": "image_text", "fields": FIELDS}
-    with pytest.raises(ModelError, match="cannot be loaded|needs an image-text model"):
+    with pytest.raises(ModelError, match=r"cannot be loaded|needs an image-text model"):
         fedllm.run({"model": tiny_bert_folder, "data": data}, root=painted / "runs")
     with pytest.raises(CompositionError, match="space = 'feature_attention' works"):
         fedllm.run({"model": clip_folder, "method": "fedclip", "data": data, "space": "full"}, root=painted / "runs")
+    with pytest.raises(ModelError, match="same text features to the classes 'red' and 'green'"):
+        DualEncoder(clip(), torch.tensor([[1, 4, 5, END]] * 3), labels=tuple(COLORS))
     with pytest.raises(ModelError, match="weighs the image features of an image-text model"):
         load_model(tiny_bert_folder, "classification", make_space("feature_attention"), labels=("a", "b")).initial()
     model = load_model(clip_folder, "image_text", make_space("feature_attention"), labels=tuple(COLORS))

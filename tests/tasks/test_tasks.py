@@ -34,7 +34,8 @@ def rows_of(task, count=48):
             "tokens": {"tokens": text.split(), "tags": ["O", f"B-{color}", f"I-{color}", "O", "O"]},
             "masked_words": {"text": text},
             "regression": {"text": text, "target": {"red": -1.0, "green": 0.0, "blue": 2.0}[color]},
-            "preference": {"prompt": text, "chosen": "yes", "rejected": "no no"},
+            "preference": {"prompt": text, "chosen": ("no", "yes")[color == "red"],
+                           "rejected": ("yes", "no")[color == "red"]},
         }[task])
     return out
 
@@ -149,7 +150,7 @@ def test_a_preference_has_both_responses_after_one_prompt():
     ("regression", {"target": "tall"}, r"row 1 \(line 1\): 'target' is 'tall'; it must be a finite number"),
     ("regression", {"target": float("nan")}, r"'target' is nan; it must be a finite number"),
     ("regression", {"target": True}, r"'target' is True"),
-    ("preference", {"rejected": "yes"}, r"'chosen' and 'rejected' are the same text"),
+    ("preference", {"rejected": "yes", "chosen": "yes"}, r"'chosen' and 'rejected' are the same text"),
     ("preference", {"chosen": 3}, r"'chosen' is 3; it must be a string"),
     ("masked_words", {"text": None}, r"'text' is None; it must be a string"),
 ])
@@ -181,12 +182,12 @@ def test_unknown_tags_and_labels(write):
 
 def test_labels_by_name_here_and_by_number_there(write):
     source = write([{"text": "a", "label": "calm"}, {"text": "b", "label": 1}])
-    with pytest.raises(DataError, match=r"'label' is one of the names calm, urgent in .*row 1 .* and a number in .*row 2"):
+    with pytest.raises(DataError, match=r"'label' is one of the names calm, urgent in .*row 1 .* a number in .*2"):
         load_federation({"source": source, "task": "classification", "labels": ["calm", "urgent"]}, 0)
 
 
 def test_a_masked_model_has_no_place_for_virtual_tokens(tiny_masked_folder, write, tmp_path):
-    with pytest.raises(CompositionError, match="'SoftPrompt' puts virtual tokens before the text, and data.task = 'masked"):
+    with pytest.raises(CompositionError, match=r"'SoftPrompt' puts virtual tokens before the text, and data\.task"):
         fedllm.run({"model": tiny_masked_folder, "space": "soft_prompt", "data": {
             "source": write(rows_of("masked_words")), "task": "masked_words"}}, root=tmp_path)
 

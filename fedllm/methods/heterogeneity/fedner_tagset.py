@@ -19,7 +19,7 @@ from fedllm.tasks.tokens import ALLOWED, OUTSIDE, TARGET, entity_type
 
 @dataclass(frozen=True)
 class FedNERTagset(Star):
-    """Client k annotates the types T_k alone, and writes every other entity as O; the server's tagger knows them all."""
+    """Client k annotates the types T_k alone and writes every other entity as O; one tagger learns all types."""
 
     card = Card(
         title="FedNER: distilling heterogeneous tag sets",

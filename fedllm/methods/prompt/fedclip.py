@@ -25,13 +25,14 @@ class FedCLIP(Star):
         topic="prompt learning: vision-language",
         sends="both ways: the attention, 2 (d^2 + d) numbers",
         needs="data.task: image_text; the space feature_attention",
-        claim=Claim("on a domain that no client has, clients with disjoint classes come to a lower loss than the frozen "
-                    "model has by itself", rig="pictures", metric="over_zero_shot", holds="<", threshold=0.0, wins=5),
+        claim=Claim("on a domain that no client has, clients with disjoint classes come to a lower loss than the "
+                    "frozen model has by itself", rig="pictures", metric="over_zero_shot", holds="<", threshold=0.0,
+                    wins=5),
         also={"payload": Claim("a client uploads less than a tenth of what full fine-tuning by FedAvg does",
                                rig="pictures", metric="upload_of_full", holds="<", threshold=0.1)},
         evidence="From the released code, by the dossier. The loss is cross-entropy over the class prompts, where the "
-                 "code contrasts the rows of a batch (whose repeated captions it then calls negatives). W2 starts at 0, "
-                 "so that the first round begins at the frozen model itself.",
+                 "code contrasts the rows of a batch (whose repeated captions it then calls negatives). W2 starts at "
+                 "0, so that the first round begins at the frozen model itself.",
     )
 
     def check(self, model: Any) -> None:
