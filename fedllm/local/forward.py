@@ -117,7 +117,7 @@ def run_embeds(requests: Sequence[Embed], limits: Limits) -> list[np.ndarray]:
 
     def work(model: Model, batch: Batch) -> Tensor:
         h = model.hidden(batch)
-        if isinstance(model.net, HeadedEncoder):
+        if isinstance(model.net, HeadedEncoder) and model.net.pooling != "each":
             return model.net.pool(h, batch.mask).float()
         m = batch.mask.to(h.dtype)[..., None]
         return ((h * m).sum(1) / m.sum(1)).float()

@@ -201,7 +201,7 @@ class Model:
 
     def outputs(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Class logits [N, classes] of texts that are given as embeddings [N, T, d], padded on the right."""
-        if not isinstance(self.net, HeadedEncoder):
+        if not isinstance(self.net, HeadedEncoder) or self.net.pooling == "each":
             raise ModelError("class logits of embeddings need a classification model (data.task = 'classification')")
         self.stack.rows = len(embeds)
         h = self.net.body(inputs_embeds=embeds.to(self.net.dtype), attention_mask=mask.long()).last_hidden_state
@@ -209,6 +209,8 @@ class Model:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
+        if isinstance(self.net, DualEncoder):
+            raise ModelError("an image-text model has no hidden states of tokens; its class logits are what it gives")
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         encoder = self.rules.net != "causal"
         body = self.net.body if isinstance(self.net, HeadedEncoder) else self.net.base_model

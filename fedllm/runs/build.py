@@ -133,6 +133,9 @@ def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
     """The federation with the canaries that the recipe plants."""
     if not recipe.data.canaries:
         return federation
+    if recipe.data.task not in ("generation", "classification"):
+        raise RecipeError(f"data.canaries = {recipe.data.canaries} and data.task = {recipe.data.task!r}: canaries are "
+                          "rows of the tasks generation and classification")
     from fedllm.data.canaries import planted
 
     return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
