@@ -124,6 +124,10 @@ class Client(Protocol):
         """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
         ...
 
+    def logits(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> list[np.ndarray]:
+        """What the head says of each of these training rows: [classes], or [T, classes] where tokens have classes."""
+        ...
+
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""
         ...

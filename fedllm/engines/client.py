@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from fedllm.engines.world import World
 from fedllm.environments.env import Bounded
 from fedllm.environments.registry import bounded
 from fedllm.local.fit import run_fits
-from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
+from fedllm.local.forward import run_embeds, run_logits, run_losses, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.policy import Episode, Improve, Rollout, run_improves, run_rollouts
 from fedllm.local.requests import (
@@ -30,6 +29,7 @@ from fedllm.local.requests import (
     Fitted,
     Generate,
     Limits,
+    Logits,
     Losses,
     Outputs,
     Probe,
@@ -41,10 +41,12 @@ from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.models.model import Model
+from fedllm.tasks.generation import same_answer
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
-    Sensitivity: run_sensitivities, Outputs: run_outputs, Rollout: run_rollouts, Improve: run_improves}
+    Sensitivity: run_sensitivities, Outputs: run_outputs, Logits: run_logits, Rollout: run_rollouts,
+    Improve: run_improves}
 
 
 def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
@@ -184,6 +186,16 @@ class ClientCall:
         """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
         return self._submit(Outputs(self.id, self.model, {}, None, texts))
 
+    def logits(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> list[np.ndarray]:
+        """What the head says of each of these training rows (None: all): [classes], or [T, classes] where tokens have
+        classes; no gradient."""
+        if self.model.rules.net not in ("pooled", "tokens", "dual"):
+            raise CompositionError(f"data.task = {self.model.task!r} has no classes; client.logits is for "
+                                   "classification, tokens, regression and image_text")
+        self._open_rows()
+        mine = self._world.encoded(self.id, "train")
+        return self._submit(Logits(self.id, self.model, theta, base, mine if rows is None else [mine[i] for i in rows]))
+
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""
         mine = self._world.encoded(self.id, "train")
@@ -217,11 +229,9 @@ class ClientCall:
             rows, encoded = [rows[i] for i in kept], [encoded[i] for i in kept]
         if not rows:
             return {"n": 0}
-        got = self._submit(Losses(self.id, self.model, theta, base, encoded))
-        metrics = {"loss": got.mean, "n": len(rows)}
-        if self.model.task == "classification":
-            metrics["accuracy"] = float(got.correct.sum() / max(1.0, got.count.sum()))
-        elif self._world.exact_match:
+        got, rules = self._submit(Losses(self.id, self.model, theta, base, encoded, tested=True)), self.model.rules
+        metrics = {"loss": got.mean, "n": len(rows), **rules.measured(got.figures, self.model.labels)}
+        if rules.speaks and self._world.exact_match:
             said = self._continue([e.prompt for e in encoded], theta, base, self._world.max_new_tokens)
             hits = [same_answer(s, r["response"]) for s, r in zip(said, rows, strict=True)]
             metrics["exact_match"] = sum(hits) / len(hits)
@@ -249,11 +259,6 @@ class ClientCall:
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""
         return self._world.once(fn, *args)
-
-
-def same_answer(said: str, wanted: str) -> bool:
-    """Equal up to white space."""
-    return re.sub(r"\s+", " ", said).strip() == re.sub(r"\s+", " ", wanted).strip()
 
 
 def server_info() -> ClientInfo:

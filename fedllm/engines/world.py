@@ -83,9 +83,9 @@ class World:
         With `answers` the response alone counts, whatever of a row is learned in training.
         """
         if self.model.tokenizer is None or (rows and isinstance(rows[0], Encoded)):
-            return list(rows)  # type: ignore[arg-type]
-        return encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
-                           answers or self.completion_only)
+            return self.model.read(rows)  # type: ignore[arg-type]
+        return self.model.read(encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
+                                           answers or self.completion_only, self.model.images))
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, kept for the next caller with equal arguments (the last few results only)."""

@@ -25,6 +25,7 @@ from fedllm.methods.registry import make_method, modules
 from fedllm.runs.build import compose, make_layers, make_recipe_space, recipe_model, versions
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.tasks.registry import task_of
 
 
 def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, dict[str, Any]]:
@@ -108,7 +109,7 @@ def _own_rows(recipe: Recipe, site: str, settings: SiteSettings) -> Federation:
     """This site's rows as one client, held back for its test as the same client's would be in a simulation."""
     if not Path(settings.data).exists():
         raise DataError(f"this site's data ({settings.data}) does not exist")
-    if recipe.data.task == "classification" and not recipe.data.labels:
+    if "labels" in task_of(recipe.data.task).takes and not recipe.data.labels:
         raise RecipeError("data.labels is empty; in a real federation the recipe names the labels, since no site "
                           "knows the others'")
     found = load_federation(recipe.data.model_copy(update={"client_test": 0.0}), recipe.seed)

@@ -98,7 +98,7 @@ def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:
     heads, sizes = output_heads(net), {"body": 0.0, "head": 0.0}
     back, grad = dict(sizes), dict(sizes)
     for path, module in net.named_modules():
-        if size := linear_size(module):
+        if (size := linear_size(module)) and not path.startswith(model.resting):
             part, two = "head" if path in heads else "body", 2.0 * size[0] * size[1]
             sizes[part] += two
             back[part] += two * (modules[path] > first)  # the gradient flows down to the first that is trained

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.data.encode import Encoded
-from fedllm.local.requests import Embed, Limits, Losses, Outputs, Probe, Request, RowLosses, same
+from fedllm.local.requests import Embed, Limits, Logits, Losses, Outputs, Probe, Request, RowLosses, same
 from fedllm.models.batch import Batch, collate
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces.space import stack_lanes, tree_to
@@ -38,6 +38,12 @@ def lanes_of(requests: Sequence[Losses | Embed]) -> list[Lane]:
 def sweep(requests: Sequence[Losses | Embed], limits: Limits,
           work: Callable[[Model, Batch], Tensor]) -> list[np.ndarray]:
     """`work(model, batch)` gives one vector a row; returns them in each request's row order: [rows, width]."""
+    return [np.stack(rows) if rows else np.zeros((0, 3)) for rows in swept(requests, limits, work)]
+
+
+def swept(requests: Sequence[Losses | Embed], limits: Limits,
+          work: Callable[[Model, Batch], Tensor]) -> list[list[np.ndarray]]:
+    """`work(model, batch)` gives something for each row; returns it in each request's row order."""
     out: list[list[np.ndarray | None]] = [[None] * len(r.rows) for r in requests]
     for lot in lots_of_lanes(lanes_of(requests), limits):
         model, base = lot[0].request.model, lot[0].request.base
@@ -51,7 +57,7 @@ def sweep(requests: Sequence[Losses | Embed], limits: Limits,
             for k, rows in enumerate(part):
                 for j, (i, row, _) in enumerate(rows):
                     out[i][row] = got[k * batch.rows + j]
-    return [np.stack(rows) if rows else np.zeros((0, 3)) for rows in out]  # type: ignore[arg-type]
+    return out  # type: ignore[return-value]
 
 
 def lots_of_lanes(lanes: Sequence[Lane], limits: Limits) -> Iterator[list[Lane]]:
@@ -83,8 +89,20 @@ def _chunks(lot: Sequence[Lane], batch_tokens: int) -> Iterator[tuple[int, list[
 
 def run_losses(requests: Sequence[Losses], limits: Limits) -> list[RowLosses]:
     """Row losses of every request."""
-    got = sweep(requests, limits, lambda model, batch: torch.stack([x.double() for x in model.row_losses(batch)], 1))
-    return [RowLosses(g[:, 0], g[:, 1], g[:, 2]) for g in got]
+
+    def work(model: Model, batch: Batch) -> Tensor:
+        if requests[0].tested:
+            return model.figures(batch)
+        return torch.stack([x.double() for x in model.row_losses(batch)], 1)
+
+    return [RowLosses(g[:, 0], g[:, 1], g[:, 2], g) for g in sweep(requests, limits, work)]
+
+
+def run_logits(requests: Sequence[Logits], limits: Limits) -> list[list[np.ndarray]]:
+    """Logits of every request's rows, each as long as its row."""
+    got = swept(requests, limits, lambda model, batch: model.class_logits(batch))
+    return [[z[: len(row.ids)] if z.ndim > 1 else z for z, row in zip(zs, r.rows, strict=True)]
+            for zs, r in zip(got, requests, strict=True)]
 
 
 def run_probes(requests: Sequence[Probe], limits: Limits) -> list[list[RowLosses]]:
@@ -99,7 +117,7 @@ def run_embeds(requests: Sequence[Embed], limits: Limits) -> list[np.ndarray]:
 
     def work(model: Model, batch: Batch) -> Tensor:
         h = model.hidden(batch)
-        if isinstance(model.net, HeadedEncoder):
+        if isinstance(model.net, HeadedEncoder) and model.net.pooling != "each":
             return model.net.pool(h, batch.mask).float()
         m = batch.mask.to(h.dtype)[..., None]
         return ((h * m).sum(1) / m.sum(1)).float()

@@ -49,7 +49,12 @@ class Request:
         ragged = self.model.space.ragged
         shapes = tuple((n, t.dtype, t.dim() if ragged else t.shape) for n, t in self.theta.items())
         lane = None if self.model.stackable else id(self)
-        return (type(self), id(self.model), same(self.base), shapes, lane)
+        return (type(self), id(self.model), same(self.base), shapes, lane, self.form)
+
+    @property
+    def form(self) -> Hashable:
+        """What its rows hold beside text: rows whose parts differ in shape cannot lie in one batch."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class Fit(Request):
     """Clip each example's gradient and add noise; batches may then be empty."""
 
     @property
+    def form(self) -> Hashable:
+        return form_of(self.rows)
+
+    @property
     def group(self) -> Hashable:
         steps = len(self.plan) if self.spec.schedule != "constant" else None
         private = self.private and self.private.key
@@ -73,9 +82,19 @@ class Fit(Request):
 
 @dataclass(frozen=True)
 class Losses(Request):
-    """Loss of `theta` on each row, without a gradient."""
+    """Loss of `theta` on each row, without a gradient; `tested` asks for the task's own figures too."""
 
     rows: Sequence[Encoded]
+    tested: bool = field(default=False, kw_only=True)
+
+    @property
+    def form(self) -> Hashable:
+        return (self.tested, form_of(self.rows))
+
+
+@dataclass(frozen=True)
+class Logits(Losses):
+    """What the task's head says of each row: [classes], or [T, classes] where every token has a class."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,10 @@ class Sensitivity(Request):
     """The mean over the rows of |d loss(row) / d w|, for every trainable w."""
 
     rows: Sequence[Encoded]
+
+    @property
+    def form(self) -> Hashable:
+        return form_of(self.rows)
 
 
 @dataclass(frozen=True)
@@ -135,16 +158,23 @@ class Fitted:
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Per row: summed loss, number of targets, number predicted right (classification)."""
+    """Per row: summed loss, number of targets, number predicted right."""
 
     total: np.ndarray
     count: np.ndarray
     correct: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    figures: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+    """Of a test: what the task's metrics sum up [rows, 3 or more]."""
 
     @property
     def mean(self) -> float:
         """Mean loss per target over all rows."""
         return float(self.total.sum() / max(1.0, self.count.sum()))
+
+
+def form_of(rows: Sequence[Encoded]) -> Hashable:
+    """The form of one client's rows (`Encoded.form`), which is the same for all of them."""
+    return rows[0].form if rows else None
 
 
 def same(tree: Mapping[str, Tensor] | None) -> tuple[int, ...]:

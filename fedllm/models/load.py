@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from fedllm.core.errors import ModelError
-from fedllm.models.model import HeadedEncoder, Model, Task
+from fedllm.models.dual import DualEncoder, class_prompts
+from fedllm.models.model import HeadedEncoder, Model, Pooling
 from fedllm.spaces.space import Space
+from fedllm.tasks.registry import task_of
 
 EMBEDDED = Path(__file__).parent / "embedded"
+PLAIN = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+"""Networks that are taken as transformers builds them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -35,7 +40,7 @@ def load_tokenizer(name: str) -> Any:
     return _load(AutoTokenizer, name)
 
 
-def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
+def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
                dtype: str = "float32", pooling: Literal["mean", "cls", "last"] = "mean", fast_kernels: bool = True,
                device: str = "auto", trust_remote_code: bool = False) -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
@@ -49,17 +54,32 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
-    if task == "generation":
-        net = _load(AutoModelForCausalLM, name, **options)
-    else:
-        if not labels:
-            raise ModelError("a classification model needs the data's labels")
-        body = _load(AutoModel, name, **options)
-        if "pooler" in dict(body.named_children()):
-            body.pooler = None  # its output is not used: pooling is ours
-        net = HeadedEncoder(body, len(labels), pooling).to(DTYPES[dtype])
+    images = None
+    if task_of(task).net == "dual":
+        images = _load(AutoImageProcessor, name)
+    net = load_net(name, task, labels, pooling, tokenizer, **options).to(DTYPES[dtype])
     net.to(place)
-    return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
+    return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
+                 images=images)
+
+
+def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, tokenizer: Any,
+             **options: Any) -> nn.Module:
+    """The network that a task wants, with these weights; a head that they do not have is new."""
+    rules = task_of(task)
+    if rules.net in PLAIN:
+        return _load(PLAIN[rules.net], name, **options)
+    body, width = _load(AutoModel, name, **options), rules.outputs or len(labels)
+    if not width:
+        raise ModelError(f"a model for data.task = {task!r} needs the data's labels")
+    if rules.net == "dual":
+        if getattr(body, "get_image_features", None) is None:
+            raise ModelError(f"model {name!r} is a {type(body).__name__}; data.task = {task!r} needs an image-text "
+                             "model (CLIP, SigLIP)")
+        return DualEncoder(body, *class_prompts(tokenizer, labels, body.config.model_type), labels=labels)
+    if "pooler" in dict(body.named_children()):
+        body.pooler = None  # its output is not used: pooling is ours
+    return HeadedEncoder(body, width, "each" if rules.net == "tokens" else pooling)
 
 
 def place_of(name: str) -> torch.device:

@@ -11,10 +11,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fedllm.core.errors import ModelError
-from fedllm.models.load import resolve
+from fedllm.models.dual import DualEncoder
+from fedllm.models.load import load_net
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.models.peft_io import HEAD
 from fedllm.spaces.registry import of_peft
@@ -42,12 +43,12 @@ def save_merged(folder: Path, model: Model, theta: Mapping[str, Tensor], base: M
 
 def fresh_net(model: Model) -> nn.Module:
     """The base network without any patch of ours, loaded anew."""
-    where = resolve(model.name)
-    if not isinstance(model.net, HeadedEncoder):
-        return AutoModelForCausalLM.from_pretrained(where, dtype=model.net.dtype)
-    body = AutoModel.from_pretrained(where, dtype=model.net.dtype)
-    net = HeadedEncoder(body, len(model.labels), model.net.pooling)
-    net.classifier.load_state_dict(copy.deepcopy(model.net.classifier.state_dict()))
+    pooling = model.net.pooling if isinstance(model.net, HeadedEncoder) else "mean"
+    net = load_net(model.name, model.task, model.labels, pooling, model.tokenizer, dtype=model.net.dtype)
+    if isinstance(net, HeadedEncoder):
+        net.classifier.load_state_dict(copy.deepcopy(model.net.classifier.state_dict()))
+    if isinstance(net, DualEncoder):
+        net.attend.load_state_dict(copy.deepcopy(model.net.attend.state_dict()))
     return net
 
 
@@ -66,7 +67,8 @@ def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], to
         raise ModelError(f"a {kind} adapter cannot be merged into the weights: "
                          f"{space.stays if space else 'no space of ours is of its kind'}; export it as it is with "
                          "--peft")
-    loader = AutoModel if (adapter / HEAD).exists() else AutoModelForCausalLM
+    masked = any(str(kind).endswith("ForMaskedLM") for kind in AutoConfig.from_pretrained(where).architectures or ())
+    loader = AutoModel if (adapter / HEAD).exists() else AutoModelForMaskedLM if masked else AutoModelForCausalLM
     net = loader.from_pretrained(where)
     weights = dict(net.named_parameters(remove_duplicate=False))
     with torch.no_grad():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,18 +17,22 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
-from fedllm.models.batch import IGNORE, Batch
+from fedllm.data.encode import Encoded
+from fedllm.models.batch import Batch
 from fedllm.models.blocks import quicken
+from fedllm.models.dual import CHUNK, TEXT, VISION, DualEncoder, inside
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
+from fedllm.tasks.registry import task_of
+from fedllm.tasks.task import wide
 
-Task = Literal["generation", "classification", "environment"]
+Pooling = Literal["mean", "cls", "last", "each"]
 
 
 class HeadedEncoder(nn.Module):
-    """An encoder body, a pooling of its last hidden states, and a linear classifier."""
+    """An encoder body, a pooling of its last hidden states ("each": none), and a linear head."""
 
-    def __init__(self, body: nn.Module, labels: int, pooling: Literal["mean", "cls", "last"]) -> None:
+    def __init__(self, body: nn.Module, labels: int, pooling: Pooling) -> None:
         super().__init__()
         self.body, self.pooling = body, pooling
         self.classifier = nn.Linear(body.config.hidden_size, labels)
@@ -40,7 +46,9 @@ class HeadedEncoder(nn.Module):
         return self.body.dtype
 
     def pool(self, h: Tensor, mask: Tensor) -> Tensor:
-        """[N, T, d], [N, T] -> [N, d]."""
+        """[N, T, d], [N, T] -> [N, d], or as they are."""
+        if self.pooling == "each":
+            return h
         if self.pooling == "cls":
             return h[:, 0]
         if self.pooling == "last":
@@ -55,17 +63,22 @@ RowLoss = Callable[["Model", Batch], tuple[Tensor, Tensor, Tensor]]
 class Model:
     """What client code and servers see of a model: its space, its tokenizer, and losses for stacked lanes."""
 
-    def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase | None, task: Task, space: Space, *,
+    def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase | None, task: str, space: Space, *,
                  labels: Sequence[str] = (), seed: int = 0, fast_kernels: bool = True, name: str = "",
-                 loss: RowLoss | None = None) -> None:
-        """`loss` takes the place of the task's own (see `row_losses`), for nets that are no language model."""
-        self.net, self.tokenizer, self.task, self.space = net, tokenizer, task, space
+                 loss: RowLoss | None = None, images: Any = None) -> None:
+        """`loss` takes the place of the task's own (see `row_losses`), for nets that are no language model; `images`
+        is an image processor, for those that see."""
+        self.net, self.tokenizer, self.task, self.space, self.images = net, tokenizer, task, space, images
+        self.rules = task_of(task)
         self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
-        self.loss: RowLoss = loss or (Model._classify if task == "classification" else Model._next_tokens)
+        self.loss = loss
         self.net.eval().requires_grad_(False)
         if self.device.type == "cuda":
             repeatable()
-        self.stack = Stack(causal=task == "generation")
+        if self.rules.net in ("masked", "dual") and space.virtual:
+            raise CompositionError(f"space '{type(space).__name__}' puts virtual tokens before the text, and data.task "
+                                   f"= {task!r} has no place for them; 'lora' works")
+        self.stack = Stack(causal=self.rules.net == "causal")
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self.fused = self._head_is_plain()
         if fast_kernels:
@@ -79,6 +92,8 @@ class Model:
             from fedllm.spaces.head import classifier_start
 
             classifier_start(self.net.classifier, torch_stream(self.seed, "classifier"))
+        if isinstance(self.net, DualEncoder):
+            self.net.attend.start(torch_stream(self.seed, "attention"))
 
     def initial(self, rank: int | None = None) -> Tree:
         """The starting trainables (fp32 or wider), in host memory; the same for the same seed."""
@@ -145,50 +160,83 @@ class Model:
         return lanes[0] / lanes[1].clamp(min=1)
 
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """For each row [N]: summed loss, how many targets it sums over, how many of them were predicted right.
-
-        The last is counted for classification only (zeros for generation, whose exact match is a generation).
-        """
+        """For each row [N]: summed loss, how many targets it sums over, how many of them were predicted right."""
         self.stack.rows = batch.ids.shape[0]
         with fast(batch.ids.device, batch.ids.shape[1], self.fast_kernels):
-            return self.loss(self, batch)
+            return self.loss(self, batch) if self.loss else self.rules.row_losses(self, batch)
 
-    def _next_tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        h = self.hidden(batch)[:, :-1]
-        rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        y = batch.labels[:, 1:][rows, cols]
+    def figures(self, batch: Batch) -> Tensor:
+        """For each row what the task's metrics sum up [N, 3 or more], fp64: the row losses come first."""
+        self.stack.rows = batch.ids.shape[0]
+        with fast(batch.ids.device, batch.ids.shape[1], self.fast_kernels):
+            if self.loss:
+                return torch.stack([x.double() for x in self.loss(self, batch)], 1)
+            return self.rules.figures(self, batch)
+
+    def word_losses(self, h: Tensor, rows: Tensor, cols: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy [M] of the words `y` [M] through the head at h[rows, cols]."""
         head = self.net.get_output_embeddings()
         if self.fused and not self._head_is_trained():
-            ce = frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
-        else:  # a stacked head wants all lanes' rows together
-            ce = F.cross_entropy(_wide(self.logits_of(h)[rows, cols]), y, reduction="none")
-        n = batch.ids.shape[0]
-        total = ce.new_zeros(n).index_add(0, rows, ce)
-        return total, torch.bincount(rows, minlength=n).to(ce.dtype), ce.new_zeros(n)
+            return frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
+        # a stacked head wants all lanes' rows together
+        return F.cross_entropy(wide(self.logits_of(h)[rows, cols]), y, reduction="none")
 
-    def _classify(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        z = self.class_logits(batch)
-        good = batch.labels != IGNORE
-        ce = F.cross_entropy(z, batch.labels, ignore_index=IGNORE, reduction="none")
-        return ce, good.to(ce.dtype), ((z.argmax(-1) == batch.labels) & good).to(ce.dtype)
+    def word_logits(self, batch: Batch) -> Tensor:
+        """[N, T, V] of a masked language model, through its head as it applies it."""
+        self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
+        return self.net(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
 
     def class_logits(self, batch: Batch) -> Tensor:
-        """[N, classes] in fp32 or better."""
-        return _wide(self.net.classifier(self.net.pool(self.hidden(batch), batch.mask)))
+        """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
+        if isinstance(self.net, DualEncoder):
+            return wide(self.net.logits(self.stack, batch))
+        return wide(self.net.classifier(self.net.pool(self.hidden(batch), batch.mask)))
+
+    @functools.cached_property
+    def seen_once(self) -> bool:
+        """Whether pictures become features when they are read, since no trainable lies in what makes them."""
+        return isinstance(self.net, DualEncoder) and self.net.cached and not inside(VISION, self.initial())
+
+    @property
+    def resting(self) -> tuple[str, ...]:
+        """Modules that no row passes through in a step: their work is done once, or for the classes alone."""
+        return (*TEXT, *(VISION if self.seen_once else ())) if isinstance(self.net, DualEncoder) else ()
+
+    def read(self, rows: Sequence[Encoded]) -> list[Encoded]:
+        """Rows as steps take them: pictures of a frozen tower become `features` here, once; others count its tokens."""
+        if not isinstance(self.net, DualEncoder):
+            return list(rows)
+        out = list(rows)
+        seen = [i for i, row in enumerate(rows) if "pixels" in row.parts]
+        if not self.seen_once:
+            for i in seen:
+                out[i] = replace(rows[i], ids=np.zeros(self.net.vision_tokens, np.int32))
+            return out
+        for i in range(0, len(seen), CHUNK):
+            at = seen[i : i + CHUNK]
+            pixels = torch.from_numpy(np.stack([rows[j].parts["pixels"] for j in at])).to(self.device)
+            with torch.no_grad(), self.using([{}]):
+                made = self.net.images(pixels).cpu().numpy()
+            for j, features in zip(at, made, strict=True):
+                rest = {n: p for n, p in rows[j].parts.items() if n != "pixels"}
+                out[j] = replace(rows[j], parts={**rest, "features": features})
+        return out
 
     def outputs(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Class logits [N, classes] of texts that are given as embeddings [N, T, d], padded on the right."""
-        if not isinstance(self.net, HeadedEncoder):
+        if not isinstance(self.net, HeadedEncoder) or self.net.pooling == "each":
             raise ModelError("class logits of embeddings need a classification model (data.task = 'classification')")
         self.stack.rows = len(embeds)
         h = self.net.body(inputs_embeds=embeds.to(self.net.dtype), attention_mask=mask.long()).last_hidden_state
-        return _wide(self.net.classifier(self.net.pool(h, mask)))
+        return wide(self.net.classifier(self.net.pool(h, mask)))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
+        if isinstance(self.net, DualEncoder):
+            raise ModelError("an image-text model has no hidden states of tokens; its class logits are what it gives")
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
-        encoder = isinstance(self.net, HeadedEncoder)
-        body = self.net.body if encoder else self.net.base_model
+        encoder = self.rules.net != "causal"
+        body = self.net.body if isinstance(self.net, HeadedEncoder) else self.net.base_model
         prompt = self.space.before(self.net, self.stack, batch.ids.shape[0])
         feed: dict[str, Any] = {} if encoder else {"use_cache": False}
         if encoder or (prompt is None and not _right_padded(batch)):
@@ -213,16 +261,12 @@ class Model:
 
     def _head_is_plain(self) -> bool:
         """Whether the logits are just a linear map of the last hidden states (no soft cap, no scaling)."""
-        if self.task != "generation" or not isinstance(self.net.get_output_embeddings(), nn.Linear):
+        if self.rules.net != "causal" or not isinstance(self.net.get_output_embeddings(), nn.Linear):
             return False
         ids = torch.arange(2, 6, device=self.device)[None]
         with torch.no_grad():
             z = self.net(input_ids=ids).logits
             return torch.allclose(z, self.logits_of(self.net.base_model(input_ids=ids).last_hidden_state), atol=1e-4)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _right_padded(batch: Batch) -> bool:

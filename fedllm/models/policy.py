@@ -6,11 +6,9 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedllm.core.errors import CompositionError
 from fedllm.core.rng import torch_stream
-from fedllm.models.batch import Batch
 from fedllm.models.load import DTYPES, place_of
 from fedllm.models.model import Model
 from fedllm.spaces.space import Space
@@ -36,9 +34,4 @@ def make_policy(observation: int, actions: int, hidden: Sequence[int], space: Sp
             layer.bias.zero_()
         net[-1].weight.zero_()
     return Model(net.to(DTYPES[dtype]).to(place_of(device)), None, "environment", space, seed=seed,
-                 fast_kernels=False, name=POLICY, loss=_no_rows)
-
-
-def _no_rows(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    raise CompositionError("model.name = 'policy' acts in environments and has no loss on rows; use a method that acts "
-                           "(fed_marl), or a language model")
+                 fast_kernels=False, name=POLICY)

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedllm.report.facts import SHARES, Facts, headline, label
+from fedllm.report.facts import Facts, falls, headline, is_share, label
 
 BLUE, GRAY, GREEN, AMBER = "#3b7dd8", "#9aa4b1", "#2a9d6f", "#d98b2b"
 CONFIG = {"displaylogo": False, "responsive": True, "displayModeBar": False}
@@ -47,11 +47,11 @@ def testing(facts: Facts, baselines: Mapping[str, Any], own: Mapping[str, str]) 
     for (key, text), color in zip((("local_only", "local only"), ("centralized", "centralized")), (AMBER, GREEN),
                                   strict=True):
         if (value := ((baselines.get(key) or {}).get("global") or {}).get(name)) is not None:
-            side = "bottom right" if own.get(name, "min" if name == "loss" else "max") == "min" else "bottom left"
+            side = "bottom right" if falls(name, own) else "bottom left"  # where the curve is not
             figure.add_hline(y=value, line={"color": color, "dash": "dash", "width": 2}, annotation_text=text,
                              annotation_position=side, annotation_font_color=color)
     figure.update_xaxes(title="rounds done")
-    share = name in SHARES
+    share = is_share(name)
     figure.update_yaxes(title=f"global test: {label(name, own)}", rangemode="tozero",
                         tickformat=".0%" if share else None, range=[0, 1.05] if share else None)
     return html(figure)
@@ -69,7 +69,7 @@ def per_client(before: Mapping[str, Any], after: Mapping[str, Any], local: Mappi
     for title, metrics, color in (("before", before, GRAY), ("local only", local, AMBER), ("federated", after, BLUE)):
         if metrics:
             figure.add_bar(x=clients, y=[metrics.get(c, {}).get(name) for c in clients], name=title, marker_color=color)
-    figure.update_yaxes(title=f"own test: {label(name, own)}", tickformat=".0%" if name in SHARES else None)
+    figure.update_yaxes(title=f"own test: {label(name, own)}", tickformat=".0%" if is_share(name) else None)
     figure.update_xaxes(type="category")
     return html(figure, 380)
 

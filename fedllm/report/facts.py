@@ -14,11 +14,10 @@ import yaml
 from fedllm.core.record import is_test
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result
+from fedllm.tasks.registry import metrics
 
-HEADLINE = ("exact_match", "accuracy", "loss")
-"""Metrics that every method has, the most telling first."""
-SHARES = ("exact_match", "accuracy")
-"""Metrics that are read in percent."""
+HEADLINE = tuple(metrics())
+"""Metrics of all tasks, the most telling of each first, `loss` last."""
 TROUBLE = ("left_out", "missing", "refused", "checkpoint_failed", "replies_lost", "stopped", "resumed",
            "budget_spent")
 
@@ -66,14 +65,14 @@ def _json(path: Path) -> list[Any]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def shown(own: Mapping[str, str], *metrics: Mapping[str, Any] | None) -> list[str]:
+def shown(own: Mapping[str, str], *found: Mapping[str, Any] | None) -> list[str]:
     """The metrics that are there, the most telling first: a method's own (`own`: name -> direction) before the rest."""
-    return [n for n in (*own, *(h for h in HEADLINE if h not in own)) if any(n in (m or {}) for m in metrics)]
+    return [n for n in (*own, *(h for h in HEADLINE if h not in own)) if any(n in (m or {}) for m in found)]
 
 
-def headline(metrics: Mapping[str, Any] | None, own: Mapping[str, str]) -> str | None:
+def headline(found: Mapping[str, Any] | None, own: Mapping[str, str]) -> str | None:
     """The most telling metric that is there."""
-    return next(iter(shown(own, metrics)), None)
+    return next(iter(shown(own, found)), None)
 
 
 def compared(result: Result) -> tuple[list[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]], list[str]]:
@@ -104,7 +103,17 @@ def number(value: float | None, name: str = "") -> str:
     """A metric as people read it: shares in percent, losses with three digits."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:.3f}"
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric lies between 0 and 1 and is shown in percent."""
+    return name in metrics() and metrics()[name].share
+
+
+def falls(name: str, own: Mapping[str, str]) -> bool:
+    """Whether less is better; what neither the method (`own`) nor a task says is a gain."""
+    return (own.get(name) or (metrics()[name].best if name in metrics() else "max")) == "min"
 
 
 def size(count: float) -> str:

@@ -27,7 +27,7 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method, method_class, modules
 from fedllm.models.load import load_model, load_tokenizer
-from fedllm.models.model import Model, Task
+from fedllm.models.model import Model
 from fedllm.privacy.composition import check_stack
 from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.layers import make_layer
@@ -152,6 +152,9 @@ def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
     """The federation with the canaries that the recipe plants."""
     if not recipe.data.canaries:
         return federation
+    if recipe.data.task not in ("generation", "classification"):
+        raise RecipeError(f"data.canaries = {recipe.data.canaries} and data.task = {recipe.data.task!r}: canaries are "
+                          "rows of the tasks generation and classification")
     from fedllm.data.canaries import planted
 
     return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
@@ -173,7 +176,7 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
                  recipe.data.completion_only, recipe.rounds, make_fleet(recipe))
 
 
-def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str] = (),
+def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] = (),
                  device: str | None = None) -> Model:
     """The recipe's model with this space; `device` in the place of the recipe's."""
     m = recipe.model
@@ -281,7 +284,7 @@ def resolved(parts: Parts) -> dict[str, Any]:
     if start is not None:
         full["space"]["start_from"] = start
     full["local"] = _plain(parts.world.local)
-    if parts.world.federation.task == "classification":
+    if "labels" in parts.world.model.rules.takes:
         full["data"]["labels"] = list(parts.world.federation.labels)
     full["versions"] = {"python": platform.python_version(), **versions()}
     return full

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fedllm.core.errors import CompositionError
 from fedllm.core.method import Method
+from fedllm.tasks.registry import metrics
 
-STANDARD = {"exact_match": "max", "accuracy": "max", "loss": "min"}
-"""Metrics that every method may return, and which way is better."""
+STANDARD = {name: metric.best for name, metric in metrics().items()}
+"""Metrics of all tasks, which every method may return, and which way is better."""
 
 
 def check_metrics(method: Method) -> None:
@@ -17,5 +18,5 @@ def check_metrics(method: Method) -> None:
                                    "are 'max' and 'min', for any name but 'n'")
         if STANDARD.get(name, way) != way:
             raise CompositionError(f"method '{type(method).__name__}' declares metrics[{name!r}] = {way!r}, and "
-                                   f"'{name}' is a metric of every method, of which {STANDARD[name]!r} is better; give "
+                                   f"'{name}' is a metric of a task, of which {STANDARD[name]!r} is better; give "
                                    "its own another name")

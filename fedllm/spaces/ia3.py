@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.params import saved_params
-from fedllm.spaces.space import PEFT, Space, Stack, find_linears, linear_size, patch, set_params
+from fedllm.spaces.space import CAUSAL, PEFT, Space, Stack, find_linears, linear_size, patch, set_params
 from fedllm.spaces.stacked import install_params
 
 SCALED = ("k_proj", "v_proj", "key", "value", "down_proj", "output.dense", "c_attn", "c_proj")
@@ -84,7 +84,7 @@ class IA3(Space):
     def peft_config(self, net: nn.Module, task: str) -> IA3Config:
         sites = list(self._sites(net))
         return IA3Config(target_modules=sites, feedforward_modules=[p for p in sites if self._input_side(p)],
-                         task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION")
+                         task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION")
 
 
 def _scaled(frozen: Any, name: str, input_side: bool, stack: Stack) -> Any:

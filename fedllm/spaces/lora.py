@@ -17,7 +17,7 @@ from fedllm.core.errors import ModelError, RecipeError
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.params import saved_params, with_ties
-from fedllm.spaces.space import PEFT, Space, Stack, find_linears, linear_size, patch, set_params
+from fedllm.spaces.space import CAUSAL, PEFT, Space, Stack, find_linears, linear_size, patch, set_params
 from fedllm.spaces.stacked import install_params
 
 
@@ -100,7 +100,7 @@ class LoRA(Space):
         alpha = self.alpha if self.scaling != "shared" else self.scale(self.rank) * self.rank
         return LoraConfig(
             r=self.rank, lora_alpha=alpha, use_rslora=self.scaling == "rslora", target_modules=paths, lora_dropout=0.0,
-            modules_to_save=saved or None, task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION",
+            modules_to_save=saved or None, task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION",
             fan_in_fan_out=isinstance(net.get_submodule(paths[0]), Conv1D))
 
     def to_peft(self, net: nn.Module, task: str, theta: Mapping[str, Tensor]) -> tuple[LoraConfig, Tree]:

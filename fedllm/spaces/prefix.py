@@ -13,7 +13,7 @@ from torch import nn
 from fedllm.core.errors import ModelError
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
-from fedllm.spaces.space import Prompt, Space, Stack
+from fedllm.spaces.space import CAUSAL, Prompt, Space, Stack
 
 NAME = "prompt_embeddings"
 
@@ -56,7 +56,7 @@ class Prefix(Space):
         layers, heads, dim = kv_shape(net)
         return PrefixTuningConfig(num_virtual_tokens=self.length, num_layers=layers, num_attention_heads=heads,
                                   token_dim=heads * dim, num_transformer_submodules=1, prefix_projection=False,
-                                  task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION")
+                                  task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION")
 
 
 def kv_shape(net: nn.Module) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
-from fedllm.spaces.space import Prompt, Space, Stack
+from fedllm.spaces.space import CAUSAL, Prompt, Space, Stack
 
 NAME = "prompt_embeddings"
 
@@ -57,4 +57,4 @@ class SoftPrompt(Space):
         return PromptTuningConfig(num_virtual_tokens=self.length, token_dim=net.config.hidden_size,
                                   num_transformer_submodules=1, num_layers=net.config.num_hidden_layers,
                                   num_attention_heads=net.config.num_attention_heads,
-                                  task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION")
+                                  task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION")

@@ -18,6 +18,8 @@ from fedllm.core.errors import ModelError
 from fedllm.core.method import Knobs
 from fedllm.core.payload import Tree
 
+CAUSAL = ("generation", "preference")
+"""Tasks whose network is a causal language model, which PEFT saves as such."""
 PEFT = "base_model.model."
 """The prefix that PEFT gives to the names of an adapted model's tensors in a saved adapter."""
 

@@ -1,16 +1,15 @@
-"""Makes rows of the task from a user's fields: prompt and response by a template, or text and label."""
+"""Makes prompt and response from a user's fields: format strings over columns, by name or written out."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from fedllm.core.errors import DataError, RecipeError
-from fedllm.data.federation import Row
-from fedllm.data.sources import nearest, value_of
+from fedllm.tasks.row import Row, nearest, value_of
 
 Render = Callable[[Row, str], dict[str, Any]]
 """(row, where the row is) -> the row's `prompt` and `response`."""
@@ -115,31 +114,3 @@ def template(spec: str | Mapping[str, str] | None) -> Render:
         raise RecipeError(f"data.template = {spec!r} is neither a format string with {{placeholders}} nor one of "
                           f"{', '.join(NAMED)}{nearest(spec, NAMED)}")
     return Template(spec)
-
-
-def label_names(values: Iterable[Any]) -> tuple[str, ...]:
-    """The labels' names in sorted order (numbers by size), so that the index does not hang on the rows' order."""
-    names = {str(value) for value in values}
-    numeric = all(name.removeprefix("-").isdecimal() for name in names)
-    return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))
-
-
-def raw_label(row: Row, where: str) -> int | str:
-    """The row's label as the user wrote it; a DataError where it is no int and no string."""
-    label = value_of(row, "label", where)
-    if not isinstance(label, int | str):
-        raise DataError(f"{where}: 'label' is {label!r}; a label must be a string or a whole number")
-    return label
-
-
-def classify(row: Row, labels: tuple[str, ...], where: str) -> dict[str, Any]:
-    """The row's text, and its label as an index in [0, len(labels)): by name, or a number that is an index already."""
-    text, label = value_of(row, "text", where), raw_label(row, where)
-    if not isinstance(text, str):
-        raise DataError(f"{where}: 'text' is {text!r}; it must be a string")
-    name = str(label)
-    if name in labels:
-        return {"text": text, "label": labels.index(name)}
-    if name.isdecimal() and int(name) < len(labels):
-        return {"text": text, "label": int(name)}
-    raise DataError(f"{where}: 'label' is {label!r}; the labels are {', '.join(labels)}{nearest(name, labels)}")
