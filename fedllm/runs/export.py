@@ -17,7 +17,7 @@ from fedllm.runs.build import build
 from fedllm.runs.products import BASE
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.result import Result
-from fedllm.spaces.registry import space_class
+from fedllm.spaces.registry import make_space
 
 PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_statement.md"}
 """What goes along with a model, and under which name model hubs look for it."""
@@ -38,9 +38,10 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
         raise RunError(f"{goal} exists and is not empty; give another folder with --out")
     try:
         if merge and served.name == "trainables":
-            made = json.loads((served / SPACE).read_text())["space"]
-            raise ModelError(f"space '{made}' cannot be merged into the model's weights: {space_class(made).stays}; "
-                             "export what it trained as it is with --peft")
+            made = json.loads((served / SPACE).read_text())
+            why = make_space(made["space"], **made["knobs"]).stays  # streams have theirs from what they hold
+            raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what it "
+                             "trained as it is with --peft")
         if merge and served.name == "adapter":
             _merge(served, goal)
         else:
