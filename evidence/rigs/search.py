@@ -17,7 +17,6 @@ from fedllm.data.federation import Federation, Shard
 from fedllm.engines import Vectorized
 from fedllm.engines.world import World
 from fedllm.methods.registry import make_method
-from fedllm.models import retrieval as rt
 from fedllm.models.load import load_tokenizer
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
@@ -74,11 +73,6 @@ def _any_model() -> Model:
                         num_attention_heads=2)
     return Model(HeadedEncoder(BertModel(config), 1, "mean"), tokenizer, "classification", make_space("head"),
                  labels=("any",))
-
-
-def perfect(grades: dict[str, float]) -> float:
-    """nDCG of the best order: 1."""
-    return rt.ndcg(sorted(grades, key=lambda d: -grades[d]), grades, 10)
 
 
 RIGS = {"federated_search": federated_search}

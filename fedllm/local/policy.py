@@ -70,7 +70,7 @@ def run_rollouts(requests: Sequence[Rollout], limits: Limits) -> list[list[Episo
     draws = [np.random.default_rng([requests[lane].seeds[j], 1]) for lane, j, _ in at]
     now = [env.reset(requests[lane].seeds[j]) for lane, j, env in at]
     traces: list[list[tuple[np.ndarray, int, float]]] = [[] for _ in at]
-    live = [i for i in range(len(at))]
+    live = list(range(len(at)))
     stacked = tree_to(stack_lanes([r.theta for r in requests]), model.device)
     dtype = next(iter(stacked.values())).dtype
     while live:
@@ -81,6 +81,7 @@ def run_rollouts(requests: Sequence[Rollout], limits: Limits) -> list[list[Episo
         with torch.no_grad(), model.using([r.theta for r in requests], requests[0].base, stacked):
             z = logits(model, torch.from_numpy(x.reshape(k * e, -1)).to(model.device, dtype))
         p = z.double().softmax(-1).view(k, e, -1).cpu().numpy()
+        going = []
         for i in live:
             lane, j, env = at[i]
             mine = p[lane, j]
@@ -89,8 +90,8 @@ def run_rollouts(requests: Sequence[Rollout], limits: Limits) -> list[list[Episo
             to, reward, over = env.step(action)
             traces[i].append((now[i], action, reward))
             now[i] = to
-            draws[i] = draws[i] if not over else None  # type: ignore[call-overload]
-        live = [i for i in live if draws[i] is not None]
+            going += [] if over else [i]
+        live = going
     out: list[list[Episode]] = [[] for _ in requests]
     for (lane, _, env), trace in zip(at, traces, strict=True):
         seen, actions, rewards = zip(*trace, strict=True)

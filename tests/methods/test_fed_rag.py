@@ -14,7 +14,6 @@ from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
 from fedllm.methods.registry import make_method
 from fedllm.models import retrieval as rt
-from fedllm.wire import codec
 from tests.methods.conftest import begin
 
 pytest.importorskip("bm25s")
@@ -110,7 +109,7 @@ def test_engines_agree(knobs):
         a, b = ask(one, query), ask(other, query)
         assert [p.id for p in a.passages] == [p.id for p in b.passages]
         assert np.allclose([p.worth for p in a.passages], [p.worth for p in b.passages], atol=1e-10)
-    assert other.engine.memory["c1"]["vectors"].shape == (2, 16) and codec.size({"v": 1.0})
+    assert other.engine.memory["c1"]["vectors"].shape == (2, 16)
 
 
 def test_generation_reads_the_passages():
