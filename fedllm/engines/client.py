@@ -229,9 +229,9 @@ class ClientCall:
             rows, encoded = [rows[i] for i in kept], [encoded[i] for i in kept]
         if not rows:
             return {"n": 0}
-        got, rules = self._submit(Losses(self.id, self.model, theta, base, encoded, tested=True)), self.model.rules
-        metrics = {"loss": got.mean, "n": len(rows), **rules.measured(got.figures, self.model.labels)}
-        if rules.speaks and self._world.exact_match:
+        got = self._submit(Losses(self.id, self.model, theta, base, encoded, tested=True))
+        metrics = {"loss": got.mean, "n": len(rows), **self.model.measured(got.figures)}
+        if self.model.rules.speaks and self._world.exact_match:
             said = self._continue([e.prompt for e in encoded], theta, base, self._world.max_new_tokens)
             hits = [same_answer(s, r["response"]) for s, r in zip(said, rows, strict=True)]
             metrics["exact_match"] = sum(hits) / len(hits)

@@ -24,7 +24,7 @@ from fedllm.models.dual import CHUNK, TEXT, VISION, DualEncoder, inside
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 from fedllm.tasks.registry import task_of
-from fedllm.tasks.task import wide
+from fedllm.tasks.task import Task, wide
 
 Pooling = Literal["mean", "cls", "last", "each"]
 
@@ -172,6 +172,11 @@ class Model:
             if self.loss:
                 return torch.stack([x.double() for x in self.loss(self, batch)], 1)
             return self.rules.figures(self, batch)
+
+    def measured(self, figures: np.ndarray) -> dict[str, float]:
+        """The task's metrics; none of those that need figures which a loss of the net's own does not give."""
+        own = self.loss is None or type(self.rules).figures is Task.figures
+        return self.rules.measured(figures, self.labels) if own else {}
 
     def word_losses(self, h: Tensor, rows: Tensor, cols: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy [M] of the words `y` [M] through the head at h[rows, cols]."""
