@@ -36,6 +36,8 @@ class Profile:
     """What it computes on, by a name of `core.energy.DEVICES`."""
     link: str | None = None
     """How it reaches the server, by a name of `core.energy.LINKS`; bandwidth and latency follow where not declared."""
+    model: str | None = None
+    """The model that it holds, by a name of the recipe's `models`, a model's id or a folder; None: the recipe's own."""
     modality: str = "text"
     privacy: str | None = None
 
@@ -76,6 +78,9 @@ class Client(Protocol):
     n: int
     profile: Profile
     model: Any
+    """The model that it holds; requests go to it, and rows are tokenized as it reads them."""
+    models: Mapping[str, Any]
+    """The recipe's `models` by name: models with spaces and tokenizers of their own, or endpoints (`complete`)."""
     data: Any
     local: Any
     """How the recipe has it train: `local.optimizer`, `local.count(n)` steps a round on n rows, ..."""
@@ -144,6 +149,16 @@ class Client(Protocol):
 
     def through(self, change: Callable[[Any], Any], closed: str = "") -> Any:
         """For layers: a context in which `change` sees, changes or refuses every request that the client makes."""
+        ...
+
+    def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+                 ) -> list[Any]:
+        """What the model says after each prompt (`Completion`: text, its log-probability, tokens read and said); an
+        endpoint answers this request and no other."""
+        ...
+
+    def holding(self, name: str) -> Client:
+        """This very client with the model of this name for its own: its requests go there, its rows are read so."""
         ...
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:

@@ -123,6 +123,9 @@ class Method(Knobs):
     by_arrival: ClassVar[bool] = False
     """Whether the result depends on who answers first: virtual time repeats that by the seed, real time does not."""
 
+    mixes: ClassVar[bool] = False
+    """Whether clients may hold models of other designs than the server's: what crosses are no trainables."""
+
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
 
@@ -140,8 +143,16 @@ class Method(Knobs):
         """Raise CompositionError when the method is not what it says without other layers."""
 
     def at_client(self, model: Any) -> Any:
-        """The model that clients hold, where it is not the server's (which `SERVER` always holds)."""
+        """What a client sees of the model that it holds, where it is not all of it (`SERVER` always sees its own)."""
         return model
+
+    def asks_for(self) -> Sequence[str]:
+        """Names of the recipe's `models` that it uses; a run whose recipe lacks one is refused when it is built."""
+        return ()
+
+    def public_at(self) -> Sequence[Literal["clients", "server"]]:
+        """Who needs public rows (`data.public`): a run without is refused, and only `clients` have them sent to sites."""
+        return ()
 
     def init(self, model: Any) -> State:
         """The server's state before the first round; `model.initial()` gives the starting trainables."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,11 @@ from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
 from fedllm.engines.world import World
 from fedllm.local.fit import run_fits
+from fedllm.local.flops import book
 from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import (
+    Complete,
     Embed,
     Fit,
     Fitted,
@@ -37,11 +42,15 @@ from fedllm.local.requests import (
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
+from fedllm.local.text import run_completes
+from fedllm.models.endpoint import Completion, Usage
 from fedllm.models.model import Model
+from fedllm.models.sealed import Sealed
+from fedllm.models.shelf import Shelf
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
-    Sensitivity: run_sensitivities, Outputs: run_outputs}
+    Sensitivity: run_sensitivities, Outputs: run_outputs, Complete: run_completes}
 
 
 def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
@@ -68,6 +77,32 @@ class ClientCall:
         self._key = (world.seed, round, info.id, step, visit)
         self._streams: dict[str, np.random.Generator] = {}
         self._closed = ""
+        self._called = info.profile.model
+        self.used: dict[str, Usage] = {}
+        """What was asked of each model that has a name, by name."""
+
+    @property
+    def models(self) -> Shelf:
+        """The recipe's models beside the main one, by name; what is asked of an endpoint is a request like any other."""
+        return Shelf({name: functools.partial(self._named, name) for name in self._world.models})
+
+    def _named(self, name: str) -> Any:
+        model = self._world.models[name]
+        return model if isinstance(model, Model | Sealed) else Told(self.holding(name))
+
+    def holding(self, name: str) -> ClientCall:
+        """The same client with another of the models for its own: requests go there, and rows are read as it does."""
+        twin = copy.copy(self)  # streams, memory and ledger are the very same
+        twin.model, twin._called = self._world.models[name], name
+        twin._submit = lambda request: self._submit(request)  # what looks through us sees it too
+        return twin
+
+    def _ask(self, request: Request) -> Any:
+        """The answer, booked where the model has a name."""
+        answer = self._submit(request)
+        if self._called:
+            book(self.used.setdefault(self._called, Usage()), request, answer)
+        return answer
 
     @property
     def local(self) -> LocalSpec:
@@ -97,6 +132,9 @@ class ClientCall:
         if self._closed:
             raise CompositionError(self._closed)
 
+    def _encoded(self, part: str) -> list[Encoded]:
+        return self._world.encoded(self.id, part, self.model)
+
     @property
     def data(self) -> Sequence[Mapping[str, Any]]:
         """The client's own training rows."""
@@ -106,7 +144,7 @@ class ClientCall:
     @property
     def public(self) -> Sequence[Encoded]:
         """The federation's public rows, tokenized."""
-        return self._world.encoded(self.id, "public")
+        return self._encoded("public")
 
     def rng(self, owner: str) -> np.random.Generator:
         """This owner's stream for the present round and phase."""
@@ -119,16 +157,16 @@ class ClientCall:
         """Train on the client's rows (or `on` others) as the recipe's `local` says; names that match a pattern in
         `freeze` stay."""
         spec = self.local
-        rows = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
+        rows = self._encoded("train") if on is None else self._world.tokenized(on, model=self.model)
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
         plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
                        steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)
-        return self._submit(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms)))
+        return self._ask(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms)))
 
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
         self._open_rows()
-        spec, rows = self._world.local, self._world.encoded(self.id, "train")
+        spec, rows = self._world.local, self._encoded("train")
         shared = numpy_stream(self._world.seed, self.round, "batch order")
         return batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared, steps=steps)
 
@@ -142,15 +180,15 @@ class ClientCall:
         return got.total / np.maximum(1.0, got.count)
 
     def _row_losses(self, theta: Tree, rows: Sequence[int] | None, base: Tree | None) -> RowLosses:
-        mine = self._world.encoded(self.id, "train")
+        mine = self._encoded("train")
         chosen = mine if rows is None else [mine[i] for i in rows]
-        return self._submit(Losses(self.id, self.model, theta, base, chosen))
+        return self._ask(Losses(self.id, self.model, theta, base, chosen))
 
     @property
     def tokens(self) -> Sequence[Encoded]:
         """The client's own training rows, tokenized."""
         self._open_rows()
-        return self._world.encoded(self.id, "train")
+        return self._encoded("train")
 
     def held_out(self, on: str = "local") -> Sequence[Mapping[str, Any]]:
         """The client's held-out rows, or those of the simulation's global test (`on="global"`)."""
@@ -161,22 +199,22 @@ class ClientCall:
         """Row losses of each of these trainables on the same training rows (or `on` others), in one forward."""
         if not thetas:
             return []
-        mine = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
+        mine = self._encoded("train") if on is None else self._world.tokenized(on, model=self.model)
         chosen = mine if rows is None else [mine[i] for i in rows]
-        return self._submit(Probe(self.id, self.model, thetas[0], base, chosen, tuple(thetas)))
+        return self._ask(Probe(self.id, self.model, thetas[0], base, chosen, tuple(thetas)))
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Rows as the model reads them."""
-        return self._world.tokenized(rows, answers=True)
+        return self._world.tokenized(rows, True, self.model)
 
     def outputs(self, texts: Sequence[Tensor]) -> Tensor:
         """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
-        return self._submit(Outputs(self.id, self.model, {}, None, texts))
+        return self._ask(Outputs(self.id, self.model, {}, None, texts))
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""
-        mine = self._world.encoded(self.id, "train")
-        return self._submit(Sensitivity(self.id, self.model, theta, base, [mine[i] for i in rows]))
+        mine = self._encoded("train")
+        return self._ask(Sensitivity(self.id, self.model, theta, base, [mine[i] for i in rows]))
 
     def generate(self, prompts: Sequence[str], theta: Tree | None = None, *, base: Tree | None = None,
                  max_new_tokens: int | None = None, temperature: float = 0.0) -> list[str]:
@@ -187,26 +225,31 @@ class ClientCall:
     def _continue(self, ids: Sequence[np.ndarray], theta: Tree, base: Tree | None, new: int,
                   temperature: float = 0.0) -> list[str]:
         seed = seed_of(*self._key, "generate")
-        said = self._submit(Generate(self.id, self.model, theta, base, ids, new, temperature, seed))
+        said = self._ask(Generate(self.id, self.model, theta, base, ids, new, temperature, seed))
         return [self.model.tokenizer.decode(s, skip_special_tokens=True) for s in said]
+
+    def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, *,
+                 theta: Tree | None = None, base: Tree | None = None) -> list[Completion]:
+        """What the model (an endpoint too) says after each prompt, with its log-probability and what it cost."""
+        return self._ask(Complete(self.id, self.model, theta or {}, base, prompts, max_new_tokens, temperature, seed))
 
     def embed(self, texts: Sequence[str], theta: Tree | None = None) -> np.ndarray:
         """Mean-pooled last hidden states, fp32 [len(texts), hidden]."""
         rows = prompt_ids(texts, self.model.tokenizer, self._world.local.max_length)
-        return self._submit(Embed(self.id, self.model, theta or {}, None, [Encoded(r, 0, 0) for r in rows]))
+        return self._ask(Embed(self.id, self.model, theta or {}, None, [Encoded(r, 0, 0) for r in rows]))
 
     def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local",
               only: Mapping[str, str] | None = None) -> dict[str, float]:
         """Metrics on the client's held-out rows, or on the simulation's global test (`on="global"`); `only` keeps the
         rows whose columns say this."""
         who = SERVER if on == "global" else self.id
-        rows, encoded = self._world.rows(who, "test"), self._world.encoded(who, "test")
+        rows, encoded = self._world.rows(who, "test"), self._world.encoded(who, "test", self.model)
         if only:
             kept = [i for i, row in enumerate(rows) if all(str(row.get(k, "")) == v for k, v in only.items())]
             rows, encoded = [rows[i] for i in kept], [encoded[i] for i in kept]
         if not rows:
             return {"n": 0}
-        got = self._submit(Losses(self.id, self.model, theta, base, encoded))
+        got = self._ask(Losses(self.id, self.model, theta, base, encoded))
         metrics = {"loss": got.mean, "n": len(rows)}
         if self.model.task == "classification":
             metrics["accuracy"] = float(got.correct.sum() / max(1.0, got.count.sum()))
@@ -219,6 +262,18 @@ class ClientCall:
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""
         return self._world.once(fn, *args)
+
+
+@dataclass(frozen=True)
+class Told:
+    """An endpoint as a client function sees it among the models: what it is asked is the client's request."""
+
+    holder: ClientCall
+
+    def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+                 ) -> list[Completion]:
+        """Continue each prompt."""
+        return self.holder.complete(prompts, max_new_tokens, temperature, seed)
 
 
 def same_answer(said: str, wanted: str) -> bool:

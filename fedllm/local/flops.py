@@ -14,8 +14,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fedllm.local.requests import Fit, Generate, Probe, Request, Sensitivity
+from fedllm.data.encode import Encoded
+from fedllm.local.generate import prompt_ids
+from fedllm.local.requests import Complete, Fit, Generate, Probe, Request, Sensitivity
+from fedllm.local.text import room
+from fedllm.models.endpoint import Usage
 from fedllm.models.model import Model
+from fedllm.models.sealed import opened
 from fedllm.spaces.space import PEFT, linear_size, output_heads
 
 FORWARD = 1 / 3
@@ -63,21 +68,50 @@ def steps_of(request: Request, batch_size: int) -> float:
     """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
     if isinstance(request, Fit):
         return float(len(request.plan))
-    rows = len(request.prompts) if isinstance(request, Generate) else len(request.rows)  # type: ignore[attr-defined]
+    said = isinstance(request, Generate | Complete)
+    rows = len(request.prompts) if said else len(request.rows)  # type: ignore[attr-defined]
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
     return rows / batch_size * (1.0 if isinstance(request, Sensitivity) else FORWARD)
 
 
 def work_of(request: Request) -> Work:
-    """The work in a request; a generation is counted as if it used all the tokens that it may."""
+    """The work in a request; a generation is counted as if it used all the tokens that it may. What an endpoint does is
+    no work of the client's device, and stands in its ledger of tokens."""
+    if isinstance(request, Complete):
+        return _said(request)
     cost, passes = cost_of(request.model, request.theta), len(request.thetas) if isinstance(request, Probe) else 1
     if isinstance(request, Generate):
         new = request.max_new_tokens
         return cost.of([(len(p) + new, new) for p in request.prompts], train=False)
-    rows = [request.rows[i] for at in request.plan for i in at] if isinstance(request, Fit) else (
-        request.rows)  # type: ignore[attr-defined]
-    done = cost.of([(len(e.ids), e.n_target) for e in rows], isinstance(request, Fit | Sensitivity))
+    done = cost.of([(len(e.ids), e.n_target) for e in _rows(request)], isinstance(request, Fit | Sensitivity))
     return Work(passes * done.tokens, passes * done.flops)
+
+
+def book(ledger: Usage, request: Request, answer: Any) -> None:
+    """Add what a request took to the ledger of its model: rows or prompts, tokens read, tokens said."""
+    if isinstance(request, Complete):
+        return ledger.book(answer)
+    if isinstance(request, Generate):
+        ledger.completion_tokens += sum(map(len, answer))
+    passes = len(request.thetas) if isinstance(request, Probe) else 1
+    read = request.prompts if isinstance(request, Generate) else _rows(request)
+    ledger.calls += passes * len(read)
+    ledger.prompt_tokens += passes * sum(len(r.ids) if isinstance(r, Encoded) else len(r) for r in read)
+
+
+def _rows(request: Any) -> Sequence[Any]:
+    """The rows that a request reads; those of a fit as often as it reads them."""
+    return [request.rows[i] for at in request.plan for i in at] if isinstance(request, Fit) else request.rows
+
+
+def _said(request: Complete) -> Work:
+    """A model of ours continues each prompt, and then reads its answer once more to say how likely it is."""
+    model, new = opened(request.model), request.max_new_tokens
+    if not isinstance(model, Model):
+        return Work()
+    rows = [(len(p) + new, new) for p in prompt_ids(request.prompts, model.tokenizer, room(model, new))]
+    once = cost_of(model, request.theta).of(rows, train=False)
+    return once + once
 
 
 def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:

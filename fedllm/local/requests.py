@@ -107,6 +107,20 @@ class Generate(Request):
 
 
 @dataclass(frozen=True)
+class Complete(Request):
+    """Continue each prompt as text and say how likely the answer is; `model` may be an endpoint."""
+
+    prompts: Sequence[str]
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    seed: int = 0
+
+    @property
+    def group(self) -> Hashable:
+        return type(self), id(self.model)
+
+
+@dataclass(frozen=True)
 class Embed(Request):
     """Mean-pooled last hidden states of each row."""
 

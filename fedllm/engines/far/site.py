@@ -16,7 +16,7 @@ from fedllm.core.program import serve
 from fedllm.engines.client import ClientCall, carry_out
 from fedllm.engines.far.pieces import PIECE_OPS, Pieces
 from fedllm.engines.far.sites import PROTOCOL, Body, Head
-from fedllm.engines.world import World, held_by
+from fedllm.engines.world import World, method_on
 from fedllm.local.requests import Request
 from fedllm.wire import codec
 
@@ -100,7 +100,7 @@ class SiteRun:
 
         limits = replace(self.world.limits, go_on=go_on)
         call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),
-                          submit, held_by(self.info.id, self.stack, self.world.model))
+                          submit, self.world.model_of(self.info.id, method_on(self.stack)))
         try:
             reply = serve(stack, str(head["phase"]), msg, call)
             go_on()
