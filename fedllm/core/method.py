@@ -123,8 +123,9 @@ class Method(Knobs):
     by_arrival: ClassVar[bool] = False
     """Whether the result depends on who answers first: virtual time repeats that by the seed, real time does not."""
 
-    mixes: ClassVar[bool] = False
-    """Whether clients may hold models of other designs than the server's: what crosses are no trainables."""
+    mixes: ClassVar[Literal["", "models", "text"]] = ""
+    """Whether clients may hold models of other designs than the server's, since no trainables cross: any `models` of
+    ours, or whatever continues `text` (an endpoint). "": all hold the one model."""
 
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
@@ -151,7 +152,7 @@ class Method(Knobs):
         return ()
 
     def public_at(self) -> Sequence[Literal["clients", "server"]]:
-        """Who needs public rows (`data.public`): a run without is refused, and only `clients` have them sent to sites."""
+        """Who needs public rows (`data.public`): a run without is refused. Sites get them where `clients` need them."""
         return ()
 
     def init(self, model: Any) -> State:

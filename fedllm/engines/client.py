@@ -83,7 +83,7 @@ class ClientCall:
 
     @property
     def models(self) -> Shelf:
-        """The recipe's models beside the main one, by name; what is asked of an endpoint is a request like any other."""
+        """The recipe's models beside the main one, by name; an endpoint among them is asked by requests like any."""
         return Shelf({name: functools.partial(self._named, name) for name in self._world.models})
 
     def _named(self, name: str) -> Any:

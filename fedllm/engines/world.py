@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from fedllm.core.client import SERVER, ClientInfo, Fleet, Profile
-from fedllm.core.errors import CompositionError, DataError
+from fedllm.core.errors import CompositionError, DataError, ModelError
 from fedllm.core.method import Method
 from fedllm.core.payload import digest, leaves
 from fedllm.data.encode import Encoded, encode_rows
 from fedllm.data.federation import Federation, Row
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
+from fedllm.models.endpoint import Endpoint
 from fedllm.models.model import Model
 from fedllm.models.shelf import Shelf
 
@@ -81,7 +82,7 @@ class World:
 
     def encoded(self, client: str, part: str, model: Any = None) -> list[Encoded]:
         """Tokenized rows as this model (None: the main one) reads them, made once for each tokenizer."""
-        model = model or self.model
+        model = _reader(model or self.model)
         key = (client, part, id(model.tokenizer))
         if key not in self._encoded:
             rows = self.rows(client, part)
@@ -101,11 +102,11 @@ class World:
 
         With `answers` the response alone counts, whatever of a row is learned in training.
         """
-        model = model or self.model
+        model = _reader(model or self.model)
         if model.tokenizer is None or (rows and isinstance(rows[0], Encoded)):
-            if self._reader and any(self._reader.get(id(r), id(model.tokenizer)) != id(model.tokenizer) for r in rows):
-                raise CompositionError(f"model '{model.name}' is given rows that were tokenized for another model; give "
-                                       "it the rows themselves, or those of `client.holding(name)`")
+            if any(self._reader.get(id(r), own := id(model.tokenizer)) != own for r in rows if self._reader):
+                raise CompositionError(f"model '{model.name}' is given rows that were tokenized for another model; "
+                                       "give it the rows themselves, or those of `client.holding(name)`")
             return list(rows)  # type: ignore[arg-type]
         return encode_rows(rows, model.tokenizer, model.task, self.local.max_length, answers or self.completion_only)
 
@@ -128,6 +129,14 @@ class World:
         while len(self._seen) > KEPT:
             self._seen.popitem(last=False)
         return self._seen[same][0]
+
+
+def _reader(model: Any) -> Any:
+    """The model itself; ModelError for an endpoint, which no row is tokenized for."""
+    if isinstance(model, Endpoint):
+        raise ModelError(f"{model.base_url} ('{model.model}') is an endpoint: it continues text (client.complete), and "
+                         "rows can be neither trained on nor scored there")
+    return model
 
 
 def method_on(stack: Sequence[Any]) -> Method | None:

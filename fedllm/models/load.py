@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fedllm.core.errors import ModelError
 from fedllm.models.model import HeadedEncoder, Model, Task
@@ -60,6 +60,12 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
         net = HeadedEncoder(body, len(labels), pooling).to(DTYPES[dtype])
     net.to(place)
     return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
+
+
+def speaks(name: str) -> bool:
+    """Whether the model's folder says that it continues text; one that says nothing may."""
+    kinds = _load(AutoConfig, name).architectures
+    return not kinds or any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds)
 
 
 def _device(name: str) -> torch.device:

@@ -70,12 +70,12 @@ class Judge:
         rows, clients = self.parts.world.federation.test, self.parts.world.infos()
         answer: Any = getattr(self.method, "answer")  # noqa: B009 (only some methods have it)
         self.engine.begin(round)
-        right = 0
+        right = answered = 0
         for row in rows:
             got = drive(answer(row["prompt"], clients, state=state or None), self.engine)
-            said = got if isinstance(got, str) else str(got.answer)
-            right += same_answer(said, row["response"])
-        return {"exact_match": right / len(rows), "n": len(rows)}
+            said = got if isinstance(got, str) else str(got.answer or "")
+            right, answered = right + same_answer(said, row["response"]), answered + bool(said.strip())
+        return {"exact_match": right / len(rows), "answered": answered, "n": len(rows)}
 
     def _each(self, state: State, on: str, round: int) -> dict[str, Metrics]:
         self.engine.begin(round)
