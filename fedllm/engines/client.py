@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
+import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +18,17 @@ from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
+from fedllm.engines.holder import Holder
 from fedllm.engines.world import World
 from fedllm.local.fit import run_fits
-from fedllm.local.flops import book
-from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
+from fedllm.local.forward import run_embeds, run_losses, run_measures, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
+from fedllm.local.moments import check_moments
+from fedllm.local.objective import Objective, Side, check_side
+from fedllm.local.objectives.registry import make_objective
+from fedllm.local.objectives.task import Task
 from fedllm.local.requests import (
+    Booked,
     Complete,
     Embed,
     Fit,
@@ -33,6 +36,7 @@ from fedllm.local.requests import (
     Generate,
     Limits,
     Losses,
+    Measure,
     Outputs,
     Probe,
     Request,
@@ -43,14 +47,13 @@ from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.local.text import run_completes
-from fedllm.models.endpoint import Completion, Usage
+from fedllm.models.batch import Batch
 from fedllm.models.model import Model
-from fedllm.models.sealed import Sealed
-from fedllm.models.shelf import Shelf
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
-    Sensitivity: run_sensitivities, Outputs: run_outputs, Complete: run_completes}
+    Sensitivity: run_sensitivities, Outputs: run_outputs, Measure: run_measures, Complete: run_completes,
+    Booked: lambda requests, limits: [None] * len(requests)}
 
 
 def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
@@ -64,7 +67,7 @@ def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
             f"local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
 
 
-class ClientCall:
+class ClientCall(Holder):
     """One client during one call of one of its functions."""
 
     def __init__(self, info: ClientInfo, world: World, memory: MutableMapping[str, Any], round: int, phase: str,
@@ -76,38 +79,13 @@ class ClientCall:
         step = phase.rpartition(".")[2]  # the function, without whose it is: methods compare on the same batches
         self._key = (world.seed, round, info.id, step, visit)
         self._streams: dict[str, np.random.Generator] = {}
-        self._closed = ""
-        self._called = info.profile.model
-        self.used: dict[str, Usage] = {}
-        """What was asked of each model that has a name, by name."""
-
-    @property
-    def models(self) -> Shelf:
-        """The recipe's models beside the main one, by name; an endpoint among them is asked by requests like any."""
-        return Shelf({name: functools.partial(self._named, name) for name in self._world.models})
-
-    def _named(self, name: str) -> Any:
-        model = self._world.models[name]
-        return model if isinstance(model, Model | Sealed) else Told(self.holding(name))
-
-    def holding(self, name: str) -> ClientCall:
-        """The same client with another of the models for its own: requests go there, and rows are read as it does."""
-        twin = copy.copy(self)  # streams, memory and ledger are the very same
-        twin.model, twin._called = self._world.models[name], name
-        twin._submit = lambda request: self._submit(request)  # what looks through us sees it too
-        return twin
-
-    def _ask(self, request: Request) -> Any:
-        """The answer, booked where the model has a name."""
-        answer = self._submit(request)
-        if self._called:
-            book(self.used.setdefault(self._called, Usage()), request, answer)
-        return answer
+        self._closed, self._stepped = "", 0
+        self._called, self.used = info.profile.model, {}
 
     @property
     def local(self) -> LocalSpec:
         """How the recipe has this client train in this round."""
-        return self._world.local.at(self.round, self._world.rounds)
+        return self._world.local.at(self.round, self._world.rounds, self.n, self._stepped)
 
     @property
     def pace(self) -> float | None:
@@ -153,15 +131,26 @@ class ClientCall:
         return self._streams[owner]
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Term] = (),
-            steps: int | None = None, on: Sequence[Row] | None = None) -> Fitted:
+            steps: int | None = None, on: Sequence[Row] | None = None, objective: Objective | str | None = None,
+            side: Side | None = None, moments: Tree | Literal[False] | None = False) -> Fitted:
         """Train on the client's rows (or `on` others) as the recipe's `local` says; names that match a pattern in
-        `freeze` stay."""
-        spec = self.local
+        `freeze` stay. `objective` (with its `side`, an entry a row) takes the place of the task's own loss; with
+        `moments` (None at first) the optimizer goes on where it was."""
         rows = self._encoded("train") if on is None else self._world.tokenized(on, model=self.model)
+        spec = self._world.local.at(self.round, self._world.rounds, self.n or len(rows), self._stepped)
+        goal = make_objective(objective) if isinstance(objective, str) else objective or Task()
+        check_side(goal, side or {}, len(rows))
+        beside = {n: self._world.tokenized(v, True, self.model) if len(v) and isinstance(v[0], Mapping) else v
+                  for n, v in (side or {}).items()}
+        if moments:
+            trained = {n: t for n, t in theta.items() if not any(fnmatch.fnmatch(n, f) for f in freeze)}
+            check_moments(moments, trained, spec)
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
         plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
                        steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)
-        return self._ask(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms)))
+        self._stepped += len(plan)
+        return self._ask(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms),
+                             objective=goal, side=beside, moments=moments if moments or moments is False else None))
 
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
@@ -203,6 +192,18 @@ class ClientCall:
         chosen = mine if rows is None else [mine[i] for i in rows]
         return self._ask(Probe(self.id, self.model, thetas[0], base, chosen, tuple(thetas)))
 
+    def measure(self, theta: Tree, rows: Sequence[Any], fn: Callable[[Model, Batch], Tensor], *,
+                base: Tree | None = None) -> np.ndarray:
+        """`fn(model, batch)`, a vector for each of these rows [rows, width], without a gradient; of text rows the
+        answer alone counts as target. Clients that give the same function share a forward."""
+        if not len(rows):
+            return np.zeros((0, 0))
+        return self._ask(Measure(self.id, self.model, theta, base, self._world.tokenized(rows, True, self.model), fn))
+
+    def book(self, *, tokens: int, steps: float, flops: float = 0.0) -> None:
+        """Count work that this function does by itself, before it does it: `steps` as local steps, of `fit`'s size."""
+        self._ask(Booked(self.id, self.model, {}, None, tokens, steps, flops))
+
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Rows as the model reads them."""
         return self._world.tokenized(rows, True, self.model)
@@ -227,11 +228,6 @@ class ClientCall:
         seed = seed_of(*self._key, "generate")
         said = self._ask(Generate(self.id, self.model, theta, base, ids, new, temperature, seed))
         return [self.model.tokenizer.decode(s, skip_special_tokens=True) for s in said]
-
-    def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, *,
-                 theta: Tree | None = None, base: Tree | None = None) -> list[Completion]:
-        """What the model (an endpoint too) says after each prompt, with its log-probability and what it cost."""
-        return self._ask(Complete(self.id, self.model, theta or {}, base, prompts, max_new_tokens, temperature, seed))
 
     def embed(self, texts: Sequence[str], theta: Tree | None = None) -> np.ndarray:
         """Mean-pooled last hidden states, fp32 [len(texts), hidden]."""
@@ -262,18 +258,6 @@ class ClientCall:
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""
         return self._world.once(fn, *args)
-
-
-@dataclass(frozen=True)
-class Told:
-    """An endpoint as a client function sees it among the models: what it is asked is the client's request."""
-
-    holder: ClientCall
-
-    def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
-                 ) -> list[Completion]:
-        """Continue each prompt."""
-        return self.holder.complete(prompts, max_new_tokens, temperature, seed)
 
 
 def same_answer(said: str, wanted: str) -> bool:

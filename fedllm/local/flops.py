@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedllm.data.encode import Encoded
 from fedllm.local.generate import prompt_ids
-from fedllm.local.requests import Complete, Fit, Generate, Probe, Request, Sensitivity
+from fedllm.local.requests import Booked, Complete, Fit, Generate, Outputs, Probe, Request, Sensitivity
 from fedllm.local.text import room
 from fedllm.models.endpoint import Usage
 from fedllm.models.model import Model
@@ -66,8 +66,10 @@ class Cost:
 
 def steps_of(request: Request, batch_size: int) -> float:
     """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
-    if isinstance(request, Fit):
-        return float(len(request.plan))
+    if isinstance(request, Booked):
+        return request.steps
+    if isinstance(request, Fit):  # what goes beside a row passes through the model too
+        return float(len(request.plan) * (1 + len(request.alongside)))
     said = isinstance(request, Generate | Complete)
     rows = len(request.prompts) if said else len(request.rows)  # type: ignore[attr-defined]
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
@@ -77,18 +79,25 @@ def steps_of(request: Request, batch_size: int) -> float:
 def work_of(request: Request) -> Work:
     """The work in a request; a generation is counted as if it used all the tokens that it may. What an endpoint does is
     no work of the client's device, and stands in its ledger of tokens."""
+    if isinstance(request, Booked):
+        return Work(request.tokens, request.flops)
     if isinstance(request, Complete):
         return _said(request)
     cost, passes = cost_of(request.model, request.theta), len(request.thetas) if isinstance(request, Probe) else 1
     if isinstance(request, Generate):
         new = request.max_new_tokens
         return cost.of([(len(p) + new, new) for p in request.prompts], train=False)
+    if isinstance(request, Outputs):
+        return cost.of([(len(x), 1) for x in request.rows], train=False)
     done = cost.of([(len(e.ids), e.n_target) for e in _rows(request)], isinstance(request, Fit | Sensitivity))
     return Work(passes * done.tokens, passes * done.flops)
 
 
 def book(ledger: Usage, request: Request, answer: Any) -> None:
     """Add what a request took to the ledger of its model: rows or prompts, tokens read, tokens said."""
+    if isinstance(request, Booked):
+        ledger.prompt_tokens += request.tokens
+        return
     if isinstance(request, Complete):
         return ledger.book(answer)
     if isinstance(request, Generate):
@@ -101,7 +110,9 @@ def book(ledger: Usage, request: Request, answer: Any) -> None:
 
 def _rows(request: Any) -> Sequence[Any]:
     """The rows that a request reads; those of a fit as often as it reads them."""
-    return [request.rows[i] for at in request.plan for i in at] if isinstance(request, Fit) else request.rows
+    if isinstance(request, Fit):
+        return [v[i] for at in request.plan for i in at for v in (request.rows, *request.alongside)]
+    return request.rows
 
 
 def _said(request: Complete) -> Work:
