@@ -164,7 +164,8 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     profiles = make_profiles(recipe, list(federation.clients))
     return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe), *shelves(recipe, model, profiles))
+                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe), 
+                 *shelves(recipe, model.task, model.labels, lambda: model, profiles))
 
 
 def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str] = (),

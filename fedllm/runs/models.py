@@ -29,20 +29,26 @@ def anything(key: str, spec: NamedModel) -> None:
     """The guard of a simulation: its recipe is one's own."""
 
 
-def shelves(recipe: Recipe, main: Model, profiles: Mapping[str, Profile], device: str | None = None,
+def shelves(recipe: Recipe, task: Task, labels: Sequence[str], main: Callable[[], Model],
+            profiles: Mapping[str, Profile], *, device: str | None = None, own: Mapping[str, str] | None = None,
             guard: Guard = anything) -> tuple[Shelf, Shelf]:
-    """(models by name, models as clients' profiles call them); nothing is loaded before it is asked for."""
-    make = functools.partial(_made, recipe, main.task, main.labels, device, guard)
-    named = Shelf({n: functools.partial(make, f"models.{n}", spec) for n, spec in recipe.models.items()})
+    """(models by name, models as clients' profiles call them); nothing is loaded before it is asked for.
+
+    `own` are names of this machine's own folders and ids, which no recipe brought and no `guard` sees.
+    """
+    make = functools.partial(_made, recipe, task, labels, device)
+    named = Shelf({n: functools.partial(make, guard, f"models.{n}", spec) for n, spec in recipe.models.items()})
     held: dict[str, Callable[[], Any]] = {}
     for name in {p.model for p in profiles.values()} - {None}:
         assert name is not None
-        if name in named:
+        if name in (own or {}):
+            held[name] = functools.partial(make, anything, f"this site's model '{name}'", NamedModel(name=own[name]))
+        elif name in named:
             held[name] = functools.partial(named.__getitem__, name)
         elif name == recipe.model.name:
-            held[name] = lambda: main
+            held[name] = main
         else:
-            held[name] = functools.partial(make, f"clients.models: '{name}'", NamedModel(name=name))
+            held[name] = functools.partial(make, guard, f"clients.models: '{name}'", NamedModel(name=name))
     return named, Shelf(held)
 
 
@@ -70,7 +76,7 @@ def check_models(recipe: Recipe, method: Method, world: World) -> None:
         if isinstance(model, Endpoint):
             model.reach()
     for name in sorted(world.held):
-        check_held(recipe, method, name, world.held[name], world.model)
+        check_held(recipe, method, name, world.held[name])
 
 
 def need_named(recipe: Recipe, method: Method) -> None:
@@ -81,10 +87,10 @@ def need_named(recipe: Recipe, method: Method) -> None:
                                    f"{unknown(name, recipe.models)}")
 
 
-def check_held(recipe: Recipe, method: Method, name: str, model: Any, main: Any) -> None:
+def check_held(recipe: Recipe, method: Method, name: str, model: Any) -> None:
     """CompositionError when clients cannot hold this model under this method."""
-    if model is main:
-        return
+    if name == recipe.model.name:
+        return method.check(model)
     ours = isinstance(model, Model | Sealed)
     if method.mixes != "text" and (not ours or not method.mixes):
         what = f"another model than model.name = '{recipe.model.name}'" if ours else "an endpoint, which only says text"

@@ -46,6 +46,10 @@ class Memory(Protocol):
     def drop(self, attempt: str, visit: str) -> None: ...
 
 
+class Lacks(FedLLMError):
+    """The site cannot open the run without something that the message did not bring; the text names it."""
+
+
 class GivenUp(Withheld):
     """This work is of no use any longer."""
 
@@ -118,7 +122,8 @@ class SiteHost:
     """Answers everything that the server may say to a site's process; no message ever raises."""
 
     def __init__(self, open_run: Callable[[Head], tuple[SiteRun, dict[str, Any]]]) -> None:
-        """`open_run` makes the run that a message describes, or raises FedLLMError with the reason to refuse it."""
+        """`open_run` makes the run that a message describes (what came with it is under `body`), or raises FedLLMError
+        with the reason to refuse it."""
         self.open_run = open_run
         self.run: SiteRun | None = None
         self.loads = 0
@@ -160,7 +165,7 @@ class SiteHost:
 
     def _serve(self, head: Head, body: Body) -> Said:
         if head["op"] == "open":
-            return self._open(head), b""
+            return self._open({**head, "body": body}), b""
         if self.run is None:
             return {"closed": True, "boot": BOOT}, b""
         if head["op"] == "ask":
@@ -174,7 +179,10 @@ class SiteHost:
         """Load the model once; told the same again it says the same again."""
         if self.run is None or self._opened != head["incarnation"]:
             self.run = None
-            self.run, self._said = self.open_run(head)
+            try:
+                self.run, self._said = self.open_run(head)
+            except Lacks as what:
+                return {"lacks": str(what), "boot": BOOT}
             self.loads += 1
             self._opened = str(head["incarnation"])
         return {**self._said, "boot": BOOT}
