@@ -78,7 +78,7 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
     take_part = join_flower if is_flower_kit(kit) else take_part
     try:
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
-                  threads=threads, model=model, endpoints=endpoint or [], public=None if public is None else str(public),
+                  threads=threads, model=model, endpoints=endpoint or [], public=str(public) if public else None,
                   profile={} if rank is None else {"rank": rank})
     except FedLLMError as error:
         raise _refuse(error) from None
