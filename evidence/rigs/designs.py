@@ -20,16 +20,18 @@ from fedllm.models.model import Model
 from fedllm.models.shelf import Shelf
 from fedllm.spaces import make_space
 
-COARSE, CLIENTS, SHARE = 4, 6, 0.3
-STEPS, DIGEST, OWN = 20, 10, 40
+COARSE, CLIENTS, SHARE = 4, 4, 0.4
+STEPS, DIGEST, OWN = 20, 30, 40
 """Local steps of a round, those towards the consensus, and those before the first round."""
+PUBLIC = 400
+OURS = {"digest_steps": DIGEST, "own_steps": OWN, "alignment": PUBLIC}
 
 
 def designs(method: str, seed: int, *, skew: str = "subclass", knobs: Mapping[str, Any] | None = None,
             rounds: int = 6) -> Metrics:
     """Encoders of one and of two blocks, by turns; 400 public rows of all kinds.
 
-    `subclass`: six clients know all of four labels, each by a topic of its own. `label`: eight clients by
+    `subclass`: four clients know all of four labels, each by a topic of its own. `label`: eight clients by
     Dirichlet(0.1) over eight labels. `accuracy` is the clients' mean on the IID test, `bytes_spread` by how much what
     a client sends and gets in a round differs between the designs. A method that does not digest gets as many steps.
     """
@@ -41,7 +43,7 @@ def designs(method: str, seed: int, *, skew: str = "subclass", knobs: Mapping[st
     own = method == "fedmd"
     spec = LocalSpec(optimizer="adamw", lr=2e-3, batch_size=16, steps=STEPS if own else STEPS + DIGEST)
     world = World(two, fed, spec, seed, profiles, held=Shelf({"one block": lambda: one}))
-    run = Trial(method, world, {**({"digest_steps": DIGEST, "own_steps": OWN} if own else {}), **(knobs or {})})
+    run = Trial(method, world, {**(OURS if own else {}), **(knobs or {})})
     run.rounds(rounds if own else rounds + round(OWN / (STEPS + DIGEST)))
     scores = run.scores("global").values()
     first = [e for e in run.engine.record.events if e["kind"] == "wire" and e["round"] == 0]
@@ -72,13 +74,13 @@ def _subclasses(seed: int) -> Federation:
                                                                   strict=True)]
 
     shards = {f"client-{k}": Shard(rows(80, k)) for k in range(CLIENTS)}
-    return Federation(shards, rows(600), "classification", CLASSES[:COARSE], rows(400))
+    return Federation(shards, rows(600), "classification", CLASSES[:COARSE], rows(PUBLIC))
 
 
 def _labels(seed: int) -> Federation:
     """The topics' federation under label skew, of whose test rows half are public."""
     fed = topic_federation(seed)
-    return replace(fed, test=fed.test[400:], public=fed.test[:400])
+    return replace(fed, test=fed.test[PUBLIC:], public=fed.test[:PUBLIC])
 
 
 RIGS = {"designs": designs}

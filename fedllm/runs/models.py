@@ -21,6 +21,8 @@ from fedllm.runs.recipe import Named, NamedModel, Recipe
 from fedllm.spaces.registry import make_space
 
 BUILT_IN = ("embedded", "minilm")
+NONE = ("any",)
+"""The labels of an encoder that is there for its vectors."""
 Guard = Callable[[str, NamedModel], None]
 """Raises the reason why this machine does not load or ask a model, given its key and its spec."""
 
@@ -92,6 +94,9 @@ def check_held(recipe: Recipe, method: Method, name: str, model: Any) -> None:
     if name == recipe.model.name:
         return method.check(model)
     ours = isinstance(model, Model | Sealed)
+    if ours and (model.task != recipe.data.task or model.labels == NONE):
+        kind = "its vectors" if model.labels == NONE else model.task
+        raise ModelError(f"clients cannot hold '{name}': it is there for {kind}, and data.task is '{recipe.data.task}'")
     if method.mixes != "text" and (not ours or not method.mixes):
         what = f"another model than model.name = '{recipe.model.name}'" if ours else "an endpoint, which only says text"
         able = [n for n in modules() if (mixes := method_class(n).mixes) and (ours or mixes == "text")]
@@ -124,6 +129,6 @@ def _loaded(recipe: Recipe, spec: NamedModel, task: Task, labels: Sequence[str],
     own = spec.space or (Named(name="head") if wanted == "embedding" else recipe.space)
     space = make_space(own.name, **{k: v for k, v in own.knobs.items() if k != "start_from"})
     kind: Task = "generation" if wanted == "generation" else "classification"
-    return load_model(name, kind, space, labels=labels if wanted == "classification" else ("any",), seed=recipe.seed,
+    return load_model(name, kind, space, labels=labels if wanted == "classification" else NONE, seed=recipe.seed,
                       dtype=spec.dtype or m.dtype, pooling=spec.pooling or m.pooling, fast_kernels=m.fast_kernels,
                       device=device or m.device, trust_remote_code=m.trust_remote_code)

@@ -230,7 +230,7 @@ class Run:
             evaluation["baselines"] = self._baselines()
         self._write(lambda: write_served(self.folder, parts.world.model, parts.method, course.state))
         mine = {c: m for c, m in course.engine.memory.items() if c != SERVER}
-        self._write(lambda: write_clients(self.folder, parts.world.model, mine))
+        self._write(lambda: write_clients(self.folder, parts.world.model_of, mine))
         result = Result(
             folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
             seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),

@@ -30,7 +30,7 @@ def rig(tmp_path_factory, tiny_bert_folder, wide_bert_folder, tiny_llama_folder)
         for name in ("data/site-a", "data/site-b", "data/site-c", "test"):
             path = folder / f"{name}.jsonl"
             write(path, [{"text": r["prompt"], "label": r["label"]} for r in map(json.loads, path.open())])
-        write(folder / "public.jsonl", [{"text": f"{'red' if i % 2 else 'blue'} {'cat dog bird'.split()[i % 3]} word",
+        write(folder / "public.jsonl", [{"text": f"{'red' if i % 2 else 'blue'} {['cat', 'dog', 'bird'][i % 3]} word",
                                          "label": ["even", "odd"][i % 2]} for i in range(40)])
         rig.join("site-a")
         rig.join("site-b", "--model", wide_bert_folder)

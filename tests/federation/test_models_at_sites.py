@@ -160,7 +160,7 @@ def test_text_goes_to_no_endpoint_that_the_site_did_not_open(folder, spec, line,
     settle(line, "site-a", endpoints=[])
     with pytest.raises(RunError, match=r"site-a: refused by the site: .*method.endpoint = 'http"):
         drive(folder, {**spec, "data": {**spec["data"], "task": "generation", "labels": None},
-                       "method": {"name": "fed_bbpt", "endpoint": url}}, line, "three")
+                       "method": {"name": "fed_bbpt", "endpoint": url, "words": ["red", "blue"]}}, line, "three")
 
 
 def test_a_federation_in_which_nothing_counted_is_failed(folder, spec, line, monkeypatch):

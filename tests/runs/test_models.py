@@ -44,7 +44,7 @@ def mixed(films, tiny_bert_folder, wide_bert_folder):
             "method": {"name": "fedmd", "alignment": 12, "transfer_steps": 3, "own_steps": 2, "digest_steps": 3},
             "space": {"name": "lora", "rank": 2}, "local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 5},
             "data": {"source": films, "task": "classification", "public": 0.2, "client_test": 0.2,
-                     "partition": {"kind": "quantity", "clients": 4, "alpha": 2.0}}}
+                     "partition": {"kind": "quantity", "clients": 4, "skew": 0.5}}}
 
 
 def course(spec, engine, dtype="float64", rounds=2):
@@ -267,10 +267,11 @@ def test_a_name_that_the_method_needs_and_the_recipe_lacks(named, monkeypatch):
     ("clients.models", ["./nowhere"], ModelError, "clients.models: './nowhere': model './nowhere' cannot be loaded"),
     ("clients.models", ["small"], CompositionError, "'fedavg' cannot join clients that hold 'small', another mod"),
     ("clients.models", ["teacher"], CompositionError, "'teacher', an endpoint, which only says text; methods that can"),
-    ("clients.models", ["retriever"], ModelError, "is an encoder, which says nothing, and the task is 'generation'"),
+    ("clients.models", ["retriever"], ModelError, "cannot hold 'retriever': it is there for its vectors, and data.task"),
     ("models.more", {"name": "a", "endpoint": {}}, RecipeError, "models.more.*give either name or endpoint"),
     ("models.more", {"nam": "a"}, RecipeError, "models.more.nam: unknown key; did you mean 'name'"),
     ("models.more", {"endpoint": {"base_url": "ftp://x"}}, RecipeError, "models.more.endpoint.*must start with http"),
+    ("models.retriever.task", "generation", ModelError, "models.retriever: .* is an encoder, which says nothing"),
     ("models.more", "./nowhere", ModelError, "models.more: model './nowhere' cannot be loaded")])
 def test_what_cannot_be_is_refused_when_the_run_is_built(named, key, value, error, says):
     with pytest.raises(error, match=says):
