@@ -79,8 +79,8 @@ def edit(raw: MutableMapping[str, Any], key: str, value: Any) -> None:
     for i, step in enumerate(steps[:-1]):
         path = ".".join(steps[: i + 1])
         child = at[_index(at, step, path)] if isinstance(at, list) else at.get(step)
-        if isinstance(child, str) and ((i == 0 and step in SHORT) or (i == 1 and steps[0] == "layers")):
-            child = {SHORT.get(step, "name"): child}
+        if isinstance(child, str) and ((i == 0 and step in SHORT) or (i == 1 and steps[0] in ("layers", "models"))):
+            child = {"name" if i else SHORT[step]: child}
         if child is not None and not isinstance(child, dict | list):
             raise RecipeError(f"{key}: '{path}' is {child!r} and holds no keys")
         child = {} if child is None else child.copy()

@@ -267,7 +267,7 @@ def test_a_name_that_the_method_needs_and_the_recipe_lacks(named, monkeypatch):
     ("clients.models", ["./nowhere"], ModelError, "clients.models: './nowhere': model './nowhere' cannot be loaded"),
     ("clients.models", ["small"], CompositionError, "'fedavg' cannot join clients that hold 'small', another mod"),
     ("clients.models", ["teacher"], CompositionError, "'teacher', an endpoint, which only says text; methods that can"),
-    ("clients.models", ["retriever"], ModelError, "cannot hold 'retriever': it is there for its vectors, and data.task"),
+    ("clients.models", ["retriever"], ModelError, "cannot hold 'retriever': it is there for its vectors, and"),
     ("models.more", {"name": "a", "endpoint": {}}, RecipeError, "models.more.*give either name or endpoint"),
     ("models.more", {"nam": "a"}, RecipeError, "models.more.nam: unknown key; did you mean 'name'"),
     ("models.more", {"endpoint": {"base_url": "ftp://x"}}, RecipeError, "models.more.endpoint.*must start with http"),
