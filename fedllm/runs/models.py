@@ -129,6 +129,7 @@ def _loaded(recipe: Recipe, spec: NamedModel, task: Task, labels: Sequence[str],
     own = spec.space or (Named(name="head") if wanted == "embedding" else recipe.space)
     space = make_space(own.name, **{k: v for k, v in own.knobs.items() if k != "start_from"})
     kind: Task = "generation" if wanted == "generation" else "classification"
-    return load_model(name, kind, space, labels=labels if wanted == "classification" else NONE, seed=recipe.seed,
+    known = {"classification": labels, "embedding": NONE}.get(wanted, ())
+    return load_model(name, kind, space, labels=known, seed=recipe.seed,
                       dtype=spec.dtype or m.dtype, pooling=spec.pooling or m.pooling, fast_kernels=m.fast_kernels,
                       device=device or m.device, trust_remote_code=m.trust_remote_code)

@@ -159,7 +159,7 @@ def test_text_goes_to_no_endpoint_that_the_site_did_not_open(folder, spec, line,
         drive(folder, far, line, "two")
     settle(line, "site-a", endpoints=[])
     with pytest.raises(RunError, match=r"site-a: refused by the site: .*method.endpoint = 'http"):
-        drive(folder, {**spec, "data": {**spec["data"], "task": "generation", "labels": None},
+        drive(folder, {**spec, "data": {**spec["data"], "task": "generation", "labels": None, "public": 0.0},
                        "method": {"name": "fed_bbpt", "endpoint": url, "words": ["red", "blue"]}}, line, "three")
 
 
