@@ -52,7 +52,7 @@ def test_three_real_sites_of_three_designs_are_the_simulation(rig, spec, wide_be
     here = run({**spec, "clients": {"profiles": there}}, root=rig.folder / "here")
     far = rig.run(spec)
     assert far.evaluation["clients"] == here.evaluation["clients"] and far.state_digest == here.state_digest
-    assert far.skipped == [] and far.evaluation["global"] == here.evaluation["global"]
+    assert far.skipped == []  # the global test is the coordinator's, and each model is at its site
     phases = dict(far.bytes["by_phase"])
     sent = phases.pop("Opening.public")["down"]
     data = PublicRows.of(file_rows(load_recipe(spec), spec["data"]["public"])).data
