@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedllm.core.client import Profile
@@ -32,7 +33,7 @@ def anything(key: str, spec: NamedModel) -> None:
 
 
 def shelves(recipe: Recipe, task: Task, labels: Sequence[str], main: Callable[[], Model],
-            profiles: Mapping[str, Profile], *, device: str | None = None, own: Mapping[str, str] | None = None,
+            profiles: Mapping[str, Profile], *, device: str | None = None, own: Mapping[str, str] = MappingProxyType({}),
             guard: Guard = anything) -> tuple[Shelf, Shelf]:
     """(models by name, models as clients' profiles call them); nothing is loaded before it is asked for.
 
@@ -43,7 +44,7 @@ def shelves(recipe: Recipe, task: Task, labels: Sequence[str], main: Callable[[]
     held: dict[str, Callable[[], Any]] = {}
     for name in {p.model for p in profiles.values()} - {None}:
         assert name is not None
-        if name in (own or {}):
+        if name in own:
             held[name] = functools.partial(make, anything, f"this site's model '{name}'", NamedModel(name=own[name]))
         elif name in named:
             held[name] = functools.partial(named.__getitem__, name)
