@@ -33,8 +33,8 @@ def anything(key: str, spec: NamedModel) -> None:
 
 
 def shelves(recipe: Recipe, task: Task, labels: Sequence[str], main: Callable[[], Model],
-            profiles: Mapping[str, Profile], *, device: str | None = None, own: Mapping[str, str] = MappingProxyType({}),
-            guard: Guard = anything) -> tuple[Shelf, Shelf]:
+            profiles: Mapping[str, Profile], *, device: str | None = None,
+            own: Mapping[str, str] = MappingProxyType({}), guard: Guard = anything) -> tuple[Shelf, Shelf]:
     """(models by name, models as clients' profiles call them); nothing is loaded before it is asked for.
 
     `own` are names of this machine's own folders and ids, which no recipe brought and no `guard` sees.
