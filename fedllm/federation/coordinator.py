@@ -152,7 +152,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     if len(labels) != 1 or len(tasks) != 1:
         raise RunError(f"the sites disagree on the task: labels {labels}, tasks {tasks}")
     method = make_method(recipe.method.name, **recipe.method.knobs)
-    layers, selector = make_layers(recipe)
+    layers, selector = make_layers(recipe, named=any("model" in s["profile"] for s in said.values()))
     compose(method, layers)
     local = LocalSpec.make(recipe.local, "local")
     layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)

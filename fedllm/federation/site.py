@@ -39,7 +39,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     _same_versions(head["versions"], settings)
     recipe = _recipe(head["recipe"], settings)
     method = make_method(recipe.method.name, **recipe.method.knobs)
-    layers, _ = make_layers(recipe)
+    layers, _ = make_layers(recipe, named=settings.model is not None)
     compose(method, layers)
     if why := settings.forbids(recipe, layers):
         raise RecipeError(why)

@@ -33,7 +33,7 @@ from fedllm.runs.layers import make_layer
 from fedllm.runs.models import check_models, check_names, shelves
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
-from fedllm.runs.used import ModelUsage
+from fedllm.runs.used import usage_of
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
 from fedllm.spaces.registry import SPACES, make_space
@@ -93,21 +93,15 @@ def build(recipe: Recipe) -> Parts:
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
 
 
-def make_layers(recipe: Recipe) -> tuple[list[Layer], Selector]:
-    """The recipe's layers and its selector, which stands below them if it hears of clients; meters come last."""
+def make_layers(recipe: Recipe, named: bool = False) -> tuple[list[Layer], Selector]:
+    """The recipe's layers and its selector, which stands below them if it hears of clients; meters come last.
+    `named`: some client holds a model of which the recipe does not know."""
     layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
               for i, n in enumerate(recipe.layers)]
     selector = _part("select", lambda: make_selector(recipe.select.name, recipe.select.knobs))
-    meter = [*usage_of(recipe, layers), *energy_meter(recipe)]
+    meter = [*usage_of(recipe, layers, named), *energy_meter(recipe)]
     selector.check_stack([*layers, *meter])
     return [*layers, *([selector] if selector.hears else []), *meter], selector
-
-
-def usage_of(recipe: Recipe, layers: Sequence[Layer]) -> list[Layer]:
-    """The ledger of models that have a name; counts are read from rows without noise, which no promise of privacy
-    covers."""
-    named = recipe.models or recipe.clients.models or any("model" in p for p in recipe.clients.profiles.values())
-    return [ModelUsage()] if named and all(x.algebra.kind != "dp" for x in layers) else []
 
 
 def energy_meter(recipe: Recipe) -> list[Layer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from fedllm.core.ask import Ask, Program
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload
+from fedllm.runs.recipe import Recipe
 
 TOLD = ("calls", "prompt_tokens", "completion_tokens")
 NOTE = "used/"
@@ -49,6 +50,14 @@ class ModelUsage(Layer):
         for name, told in state["round"].items():
             _add(total, name, told)
         return _named(total)
+
+
+def usage_of(recipe: Recipe, layers: Sequence[Layer], named: bool) -> list[Layer]:
+    """The ledger of models that have a name; counts are read from rows without noise, which no promise of privacy
+    covers."""
+    named = named or recipe.models or recipe.clients.models or any(
+        "model" in p for p in recipe.clients.profiles.values())
+    return [ModelUsage()] if named and all(x.algebra.kind != "dp" for x in layers) else []
 
 
 def _add(ledger: MutableMapping[str, list[float]], name: str, told: list[float]) -> None:

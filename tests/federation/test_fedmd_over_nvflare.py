@@ -57,6 +57,8 @@ def test_three_real_sites_of_three_designs_are_the_simulation(rig, spec, wide_be
     sent = phases.pop("Opening.public")["down"]
     data = PublicRows.of(file_rows(load_recipe(spec), spec["data"]["public"])).data
     assert phases == here.bytes["by_phase"] and sent == 2 * len(data)  # site-c has a copy of its own
+    mine, theirs = (sorted(r.reports["ModelUsage"].values(), key=str) for r in (here, far))  # by other names
+    assert mine == theirs
     assert all(s["loads"] == 1 for s in json.loads((far.folder / "sites.json").read_text()).values())
 
 
