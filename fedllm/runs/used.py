@@ -55,8 +55,8 @@ class ModelUsage(Layer):
 def usage_of(recipe: Recipe, layers: Sequence[Layer], named: bool) -> list[Layer]:
     """The ledger of models that have a name; counts are read from rows without noise, which no promise of privacy
     covers."""
-    named = named or recipe.models or recipe.clients.models or any(
-        "model" in p for p in recipe.clients.profiles.values())
+    dealt = recipe.clients.models or any("model" in p for p in recipe.clients.profiles.values())
+    named = named or bool(recipe.models or dealt)
     return [ModelUsage()] if named and all(x.algebra.kind != "dp" for x in layers) else []
 
 
