@@ -61,6 +61,11 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
          allow: Annotated[list[str] | None, typer.Option(help="Method that may run here (repeat); default: all "
                                                               "installed.")] = None,
          models: Annotated[list[str] | None, typer.Option(help="Folder that models may be read from.")] = None,
+         model: Annotated[str | None, typer.Option(help="Model that this site holds: a name of the recipe's models, a "
+                                                        "folder, or an id; default: the recipe's.")] = None,
+         endpoint: Annotated[list[str] | None, typer.Option(help="Address of a text endpoint that this site's text may "
+                                                                 "be put to.")] = None,
+         public: Annotated[Path | None, typer.Option(help="A copy of the run's public rows.")] = None,
          rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
          policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
                                                           "docs/federation.md.")] = None,
@@ -73,7 +78,8 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
     take_part = join_flower if is_flower_kit(kit) else take_part
     try:
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
-                  threads=threads, profile={} if rank is None else {"rank": rank})
+                  threads=threads, model=model, endpoints=endpoint or [], public=str(public) if public else None,
+                  profile={} if rank is None else {"rank": rank})
     except FedLLMError as error:
         raise _refuse(error) from None
 

@@ -25,6 +25,8 @@ def show_result(console: Console, result: Result) -> None:
     show_samples(console, result)
     if result.skipped:
         console.print(f"[yellow]skipped rounds[/yellow] (too few answers): {[k + 1 for k in result.skipped]}")
+    if result.failed:
+        console.print(f"[bold red]failed[/bold red]: {escape(result.failed)}")
     if result.ended:
         console.print(f"[yellow]ended before round {result.rounds + 1}[/yellow]: {escape(result.ended)}")
     where = Table.grid(padding=(0, 2))

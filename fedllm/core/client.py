@@ -36,6 +36,8 @@ class Profile:
     """What it computes on, by a name of `core.energy.DEVICES`."""
     link: str | None = None
     """How it reaches the server, by a name of `core.energy.LINKS`; bandwidth and latency follow where not declared."""
+    model: str | None = None
+    """The model that it holds, by a name of the recipe's `models`, a model's id or a folder; None: the recipe's own."""
     modality: str = "text"
     privacy: str | None = None
 
@@ -76,6 +78,9 @@ class Client(Protocol):
     n: int
     profile: Profile
     model: Any
+    """The model that it holds; requests go to it, and rows are tokenized as it reads them."""
+    models: Mapping[str, Any]
+    """The recipe's `models` by name: models with spaces and tokenizers of their own, or endpoints (`complete`)."""
     data: Any
     local: Any
     """How the recipe has it train: `local.optimizer`, `local.count(n)` steps a round on n rows, ..."""
@@ -91,8 +96,21 @@ class Client(Protocol):
         ...
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Any] = (),
-            steps: int | None = None, on: Sequence[Any] | None = None) -> Any:
-        """Train `theta` on the client's rows (or `on` others) as the recipe's `local` says; returns a `Fitted`."""
+            steps: int | None = None, on: Sequence[Any] | None = None, objective: Any = None,
+            side: Mapping[str, Sequence[Any]] | None = None, moments: Any = False) -> Any:
+        """Train `theta` on the client's rows (or `on` others) as the recipe's `local` says; returns a `Fitted`.
+
+        `objective` (local/objectives/) takes the place of the task's own loss, `side` holds what it needs beside each
+        row. `moments=client.memory.get("adam")` goes on with an optimizer's state; `Fitted.moments` is the next one.
+        """
+        ...
+
+    def measure(self, theta: Tree, rows: Sequence[Any], fn: Callable[..., Any], *, base: Tree | None = None) -> Any:
+        """`fn(model, batch)` -> a vector for each of these rows [rows, width]; no gradient."""
+        ...
+
+    def book(self, *, tokens: int, steps: float, flops: float = 0.0) -> None:
+        """Count work that a function does by itself and not by a request: whoever descends on its own says so here."""
         ...
 
     def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:
@@ -162,6 +180,16 @@ class Client(Protocol):
 
     def through(self, change: Callable[[Any], Any], closed: str = "") -> Any:
         """For layers: a context in which `change` sees, changes or refuses every request that the client makes."""
+        ...
+
+    def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+                 ) -> list[Any]:
+        """What the model says after each prompt (`Completion`: text, its log-probability, tokens read and said); an
+        endpoint answers this request and no other."""
+        ...
+
+    def holding(self, name: str) -> Client:
+        """This very client with the model of this name for its own: its requests go there, its rows are read so."""
         ...
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:

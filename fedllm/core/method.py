@@ -126,6 +126,10 @@ class Method(Knobs):
     reads_ranks: ClassVar[bool] = False
     """Whether clients train the rank that their profiles declare; others train the space's own everywhere."""
 
+    mixes: ClassVar[Literal["", "models", "text"]] = ""
+    """Whether clients may hold models of other designs than the server's, since no trainables cross: any `models` of
+    ours, or whatever continues `text` (an endpoint). "": all hold the one model."""
+
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
 
@@ -150,8 +154,16 @@ class Method(Knobs):
         """Raise CompositionError when the method is not what it says without other layers."""
 
     def at_client(self, model: Any) -> Any:
-        """The model that clients hold, where it is not the server's (which `SERVER` always holds)."""
+        """What a client sees of the model that it holds, where it is not all of it (`SERVER` always sees its own)."""
         return model
+
+    def asks_for(self) -> Sequence[str]:
+        """Names of the recipe's `models` that it uses; a run whose recipe lacks one is refused when it is built."""
+        return ()
+
+    def public_at(self) -> Sequence[Literal["clients", "server"]]:
+        """Who needs public rows (`data.public`): a run without is refused. Sites get them where `clients` need them."""
+        return ()
 
     def init(self, model: Any) -> State:
         """The server's state before the first round; `model.initial()` gives the starting trainables."""

@@ -17,7 +17,7 @@ from fedllm.core.rng import numpy_stream
 from fedllm.engines.client import ClientCall, carry_out, server_info
 from fedllm.engines.clock import BOOK, Clock
 from fedllm.engines.job import Job
-from fedllm.engines.world import World, held_by
+from fedllm.engines.world import World, method_on
 from fedllm.local.flops import steps_of
 from fedllm.wire import codec
 
@@ -118,7 +118,7 @@ class InProcess:
             return submit(request)
 
         call = ClientCall(self.infos[job.client], self.world, self.staged(job.client), self.round, ask.phase,
-                          job.visit, counted, held_by(job.client, self.stack, self.world.model))
+                          job.visit, counted, self.world.model_of(job.client, method_on(self.stack)))
         try:
             reply = serve(self.stack, ask.phase, msg, call, call.keep)
         except Withheld as why:

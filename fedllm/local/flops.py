@@ -14,9 +14,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from fedllm.data.encode import Encoded
+from fedllm.local.generate import prompt_ids
 from fedllm.local.policy import Improve, Rollout
-from fedllm.local.requests import Fit, Generate, Probe, Request, Sensitivity
+from fedllm.local.requests import Booked, Complete, Fit, Generate, Outputs, Probe, Request, Sensitivity
+from fedllm.local.text import room
+from fedllm.models.endpoint import Usage
 from fedllm.models.model import Model
+from fedllm.models.sealed import opened
 from fedllm.spaces.space import linear_size, output_heads
 
 FORWARD = 1 / 3
@@ -62,19 +67,27 @@ class Cost:
 
 def steps_of(request: Request, batch_size: int) -> float:
     """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
-    if isinstance(request, Fit):
-        return float(len(request.plan))
+    if isinstance(request, Booked):
+        return request.steps
+    if isinstance(request, Fit):  # what goes beside a row passes through the model too
+        return float(len(request.plan) * (1 + len(request.alongside)))
     if isinstance(request, Rollout):
         return request.most / batch_size * FORWARD
     if isinstance(request, Improve):
         return request.steps * len(request.actions) / batch_size
-    rows = len(request.prompts) if isinstance(request, Generate) else len(request.rows)  # type: ignore[attr-defined]
+    said = isinstance(request, Generate | Complete)
+    rows = len(request.prompts) if said else len(request.rows)  # type: ignore[attr-defined]
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
     return rows / batch_size * (1.0 if isinstance(request, Sensitivity) else FORWARD)
 
 
 def work_of(request: Request) -> Work:
-    """The work in a request; a generation, or an episode, is counted as if it were as long as it may be."""
+    """The work in a request; a generation, or an episode, is counted as if it were as long as it may be. What an
+    endpoint does is no work of the client's device, and stands in its ledger of tokens."""
+    if isinstance(request, Booked):
+        return Work(request.tokens, request.flops)
+    if isinstance(request, Complete):
+        return _said(request)
     cost, passes = cost_of(request.model, request.theta), len(request.thetas) if isinstance(request, Probe) else 1
     if isinstance(request, Generate):
         new = request.max_new_tokens
@@ -83,10 +96,42 @@ def work_of(request: Request) -> Work:
         return cost.of([(1, 1)] * request.most, train=False)
     if isinstance(request, Improve):
         return cost.of([(1, 1)] * (request.steps * len(request.actions)), train=True)
-    rows = [request.rows[i] for at in request.plan for i in at] if isinstance(request, Fit) else (
-        request.rows)  # type: ignore[attr-defined]
-    done = cost.of([(len(e.ids), e.n_target) for e in rows], isinstance(request, Fit | Sensitivity))
+    if isinstance(request, Outputs):
+        return cost.of([(len(x), 1) for x in request.rows], train=False)
+    done = cost.of([(len(e.ids), e.n_target) for e in _rows(request)], isinstance(request, Fit | Sensitivity))
     return Work(passes * done.tokens, passes * done.flops)
+
+
+def book(ledger: Usage, request: Request, answer: Any) -> None:
+    """Add what a request took to the ledger of its model: rows or prompts, tokens read, tokens said."""
+    if isinstance(request, Booked):
+        ledger.prompt_tokens += request.tokens
+        return
+    if isinstance(request, Complete):
+        return ledger.book(answer)
+    if isinstance(request, Generate):
+        ledger.completion_tokens += sum(map(len, answer))
+    passes = len(request.thetas) if isinstance(request, Probe) else 1
+    read = request.prompts if isinstance(request, Generate) else _rows(request)
+    ledger.calls += passes * len(read)
+    ledger.prompt_tokens += passes * sum(len(r.ids) if isinstance(r, Encoded) else len(r) for r in read)
+
+
+def _rows(request: Any) -> Sequence[Any]:
+    """The rows that a request reads; those of a fit as often as it reads them."""
+    if isinstance(request, Fit):
+        return [v[i] for at in request.plan for i in at for v in (request.rows, *request.alongside)]
+    return request.rows
+
+
+def _said(request: Complete) -> Work:
+    """A model of ours continues each prompt, and then reads its answer once more to say how likely it is."""
+    model, new = opened(request.model), request.max_new_tokens
+    if not isinstance(model, Model):
+        return Work()
+    rows = [(len(p) + new, new) for p in prompt_ids(request.prompts, model.tokenizer, room(model, new))]
+    once = cost_of(model, request.theta).of(rows, train=False)
+    return once + once
 
 
 def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:

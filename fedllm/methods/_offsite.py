@@ -72,6 +72,9 @@ class Offsite(Method):
         spread = [i * (middle - 1) // (n - 1) for i in range(n)] if n > 1 else [middle // 2]
         return [*spread, *range(middle, depth)]
 
+    def public_at(self):
+        return ("server",) if self.prealign_steps or self.align_steps else ()
+
     def at_client(self, model: Model) -> Model:
         """The emulator with A on it."""
         known = vars(model.net.config).get(KEPT)

@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 
 from fedllm.core.errors import ModelError
 from fedllm.models.dual import DualEncoder, class_prompts
@@ -80,6 +87,12 @@ def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, toke
     if "pooler" in dict(body.named_children()):
         body.pooler = None  # its output is not used: pooling is ours
     return HeadedEncoder(body, width, "each" if rules.net == "tokens" else pooling)
+
+
+def speaks(name: str) -> bool:
+    """Whether the model's folder says that it continues text; one that says nothing may."""
+    kinds = _load(AutoConfig, name).architectures
+    return not kinds or any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds)
 
 
 def place_of(name: str) -> torch.device:

@@ -24,6 +24,7 @@ from fedllm.models.dual import CHUNK, TEXT, VISION, DualEncoder, inside
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 from fedllm.tasks.registry import task_of
+from fedllm.tasks.row import IGNORE
 from fedllm.tasks.task import Task, wide
 
 Pooling = Literal["mean", "cls", "last", "each"]
@@ -190,6 +191,16 @@ class Model:
         """[N, T, V] of a masked language model, through its head as it applies it."""
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         return self.net(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+
+    def target_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every target, row by row: whose it is [M], the logits that predict it [M, V or C], and itself [M]."""
+        self.stack.rows = batch.ids.shape[0]
+        if isinstance(self.net, HeadedEncoder):
+            rows = (batch.labels != IGNORE).nonzero()[:, 0]
+            return rows, self.class_logits(batch)[rows], batch.labels[rows]
+        rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        z = self.logits_of(self.hidden(batch)[:, :-1])[rows, cols]  # a stacked head wants all lanes' rows together
+        return rows, wide(z), batch.labels[:, 1:][rows, cols]
 
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""

@@ -75,6 +75,8 @@ def _limits(facts: object, result: Result, recipe: dict) -> list[str]:
                else "had no privacy layer.")]
     if result.skipped:
         said.append(f"* Rounds without enough answers: {', '.join(str(k + 1) for k in result.skipped)}.")
+    if result.failed:
+        said.insert(0, f"* The run failed: {result.failed}. What it left is where it began.")
     if result.ended:
         said.append(f"* The run ended before round {result.rounds + 1} of {recipe['rounds']}: {result.ended}.")
     return said

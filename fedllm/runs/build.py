@@ -32,8 +32,10 @@ from fedllm.privacy.composition import check_stack
 from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.layers import make_layer
 from fedllm.runs.metrics import check_metrics
+from fedllm.runs.models import check_models, check_names, shelves
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
+from fedllm.runs.used import usage_of
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
 from fedllm.spaces.registry import make_space, space_class
@@ -79,6 +81,7 @@ def build(recipe: Recipe) -> Parts:
     if not overrides(method, "round"):  # it answers and examines: there is nothing to go round for
         recipe = recipe.model_copy(update={"rounds": 0})
     make_recipe_space(recipe)
+    check_names(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers, selector = make_layers(recipe)
     compose(method, layers)
@@ -87,11 +90,13 @@ def build(recipe: Recipe) -> Parts:
     layers = bound(layers, recipe, {c: len(s.train) for c, s in federation.clients.items()}, local)
     ids = list(federation.clients)
     method.check_clients(ids, cohort_size(recipe.clients.per_round, len(ids)))
+    need_public(recipe, method, len(federation.public))
     world = make_world(recipe, federation)
     check_acting(recipe, method)
     method.check(world.model)
     method.init(world.model)  # some methods find only here that the model's space does not suit them
     check_deadlines(recipe, method, world)
+    check_models(recipe, method, world)
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
 
 
@@ -107,12 +112,13 @@ def check_ranks(recipe: Recipe, method: Method) -> None:
                       f"it would have no effect; leave it out, or use one of {', '.join(able)}")
 
 
-def make_layers(recipe: Recipe) -> tuple[list[Layer], Selector]:
-    """The recipe's layers and its selector, which stands below them if it hears of clients; a meter comes last."""
+def make_layers(recipe: Recipe, named: bool = False) -> tuple[list[Layer], Selector]:
+    """The recipe's layers and its selector, which stands below them if it hears of clients; meters come last.
+    `named`: some client holds a model of which the recipe does not know."""
     layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
               for i, n in enumerate(recipe.layers)]
     selector = _part("select", lambda: make_selector(recipe.select.name, recipe.select.knobs))
-    meter = energy_meter(recipe)
+    meter = [*usage_of(recipe, layers, named), *energy_meter(recipe)]
     selector.check_stack([*layers, *meter])
     return [*layers, *([selector] if selector.hears else []), *meter], selector
 
@@ -171,9 +177,11 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
         from fedllm.models.peft_io import load_adapter
 
         model.start = load_adapter(start, model)
-    return World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
+    profiles = make_profiles(recipe, list(federation.clients))
+    return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe))
+                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe), 
+                 *shelves(recipe, model.task, model.labels, lambda: model, profiles))
 
 
 def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] = (),
@@ -184,6 +192,14 @@ def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] 
         return policy_of(recipe, space, device or m.device)
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
                       fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code)
+
+
+def need_public(recipe: Recipe, method: Method, rows: int) -> None:
+    """CompositionError when the method works on public rows and there are none."""
+    if not rows and (at := method.public_at()):
+        raise CompositionError(f"method '{recipe.method.name}' works on public rows at the {' and the '.join(at)}, and "
+                               "the data has none; give data.public: a file, or (in a simulation) a fraction to set "
+                               "aside")
 
 
 def make_fleet(recipe: Recipe) -> Fleet | None:

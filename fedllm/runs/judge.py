@@ -76,6 +76,18 @@ class Judge:
                            + (f"it gave {bad}" if bad else f"it lacks {lacking}"))
         return {"n": rows, **got}
 
+    def _answered(self, state: State, round: int) -> Metrics:
+        """For a method that answers questions: each test row is one."""
+        rows, clients = self.parts.world.federation.test, self.parts.world.infos()
+        answer: Any = getattr(self.method, "answer")  # noqa: B009 (only some methods have it)
+        self.engine.begin(round)
+        right = answered = 0
+        for row in rows:
+            got = drive(answer(row["prompt"], clients, state=state or None), self.engine)
+            said = got if isinstance(got, str) else str(got.answer or "")
+            right, answered = right + same_answer(said, row["response"]), answered + bool(said.strip())
+        return {"exact_match": right / len(rows), "answered": answered, "n": len(rows)}
+
     def _each(self, state: State, on: str, round: int) -> dict[str, Metrics]:
         self.engine.begin(round)
         return self._replies(self.method.evaluate(state, self.parts.world.infos(), on))

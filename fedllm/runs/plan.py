@@ -158,7 +158,7 @@ def _slice(parts: Parts, asked: int) -> Parts:
     want = max(1, min(PROBED, asked, len(infos)))
     chosen = {infos[(2 * i + 1) * len(infos) // (2 * want)].id for i in range(want)}
     clients = {c: replace(s, test=s.test[:CLIENT_ROWS]) for c, s in federation.clients.items() if c in chosen}
-    small = Federation(clients, federation.test[:TEST_ROWS], federation.task, federation.labels)
+    small = replace(federation, clients=clients, test=federation.test[:TEST_ROWS])
     profiles = {c.id: replace(c.profile, availability=1.0) for c in infos}
     recipe = parts.recipe.model_copy(
         update={"clients": parts.recipe.clients.model_copy(update={"per_round": 1.0, "quorum": 1, "deadline": None})})

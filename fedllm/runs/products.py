@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,18 @@ def form_of(model: Model, theta: Mapping[str, Tensor]) -> str:
     return "trainables" if model.space.stays else "model"
 
 
-def write_clients(folder: RunFolder, model: Model, memory: Mapping[str, Mapping[str, Any]]) -> int:
-    """`clients/<id>/` for each client with a memory: adapters where it holds trainables, plain tensors otherwise."""
-    names = set(model.initial())
+def write_clients(folder: RunFolder, model_of: Callable[[str], Any], memory: Mapping[str, Mapping[str, Any]]) -> int:
+    """`clients/<id>/` for each client with a memory: adapters where it holds trainables of its model, plain tensors
+    otherwise."""
+    known: dict[int, set[str]] = {}
     for client, kept in memory.items():
         if not kept:
             continue
         with folder.replacing(f"clients/{safe(client)}") as temp:
-            _write_memory(temp, model, kept, names, folder.path / "model")
+            model = model_of(client)
+            if id(model) not in known:
+                known[id(model)] = set(model.initial()) if isinstance(model, Model) else set()
+            _write_memory(temp, model, kept, known[id(model)], folder.path / "model")
     return sum(bool(kept) for kept in memory.values())
 
 
@@ -80,10 +84,10 @@ def _write_memory(folder: Path, model: Model, kept: Mapping[str, Any], names: se
     """A personal stream that PEFT has becomes an adapter of the served model, over which it was trained."""
     rest: dict[str, Any] = {}
     for key, value in kept.items():
-        if isinstance(value, Mapping) and set(value) == names:
+        if names and isinstance(value, Mapping) and set(value) == names:
             (folder / key).mkdir()
             write_tree(folder / key, model, value, None)
-        elif key in model.space.personal and served.is_dir() and model.task == "generation" and (
+        elif names and key in model.space.personal and served.is_dir() and model.task == "generation" and (
                 form_of(model, stream := pack(**{key: value})) == "adapter"):
             save_adapter(folder / key, model, stream, str(served.resolve()))
         else:

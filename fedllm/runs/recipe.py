@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
@@ -92,6 +92,33 @@ class Named(BaseModel):
         return dict(self.model_extra or {})
 
 
+class NamedModel(Section):
+    """A model beside the main one: a folder, an id or an endpoint."""
+
+    name: str | None = None
+    """embedded, minilm, a folder saved with save_pretrained, or a Hub id."""
+    endpoint: dict[str, Any] | None = None
+    """In its place: an OpenAI-compatible API (base_url, model, api, api_key_env, timeout, ...)."""
+    space: Annotated[Named, _short("name")] | None = None
+    """What of it is trained; None: as the recipe's `space` (of an encoder for its vectors: its head)."""
+    sealed: bool = False
+    """A black box: it answers, and nothing of it can be read or trained."""
+    task: Literal["generation", "classification", "embedding"] | None = None
+    """What it is for; None: the data's task, or embedding for an encoder beside language models."""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """None: as the main model's."""
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """None: as the main model's."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> NamedModel:
+        if (self.name is None) == (self.endpoint is None):
+            raise ValueError("give either name or endpoint")
+        if self.endpoint is not None and (self.space or self.sealed or self.task or self.dtype or self.pooling):
+            raise ValueError("an endpoint has no space, sealed, task, dtype or pooling: it continues text")
+        return self
+
+
 class Data(DataSpec):
     """Where rows come from, what they become, who holds which, and which tokens are learned."""
 
@@ -114,8 +141,11 @@ class ClientsSpec(Section):
     """Seconds after which an answer no longer counts."""
     ranks: list[Count] | None = None
     """LoRA ranks, dealt to the clients in order and over again."""
+    models: Names | None = None
+    """Models that clients hold in the place of the main one, dealt in order and over again: names of `models`, ids or
+    folders."""
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What single clients declare: rank, speed, memory_bytes, bandwidth, latency, availability, dropout, device,
+    """What single clients declare: rank, model, speed, memory_bytes, bandwidth, latency, availability, dropout, device,
     link, modality, privacy."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that a client answers when asked, where its profile does not say."""
@@ -206,6 +236,8 @@ class Recipe(Section):
     name: str = "run"
     """Name of the run, and of its folder."""
     model: Annotated[ModelSpec, _short("name")] = Field(default_factory=ModelSpec)
+    models: dict[str, Annotated[NamedModel, _short("name")]] = Field(default_factory=dict)
+    """Further models by name, for client functions (`client.models["teacher"]`) and for clients to hold."""
     data: Annotated[Data, _short("source")] = Field(default_factory=Data)
     method: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="fedavg"))
     space: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="lora"))

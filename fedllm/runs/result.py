@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import DidNothing, RunError
 from fedllm.runs.store import read_json
 
 
@@ -35,6 +35,8 @@ class Result:
     """Rounds that too few clients answered."""
     ended: str = ""
     """Why the run ended before the recipe's last round: the next one would have broken a budget. Empty: it did not."""
+    failed: str = ""
+    """Why the run counts as failed though it came to its end: no round counted, or no question was answered."""
     joules: float | None = None
     """Energy of this machine's processor packages and cards, where it counts them."""
     joules_from: str = ""
@@ -70,3 +72,12 @@ class Result:
         if not path.is_file():
             raise RunError(f"{folder} holds no finished run; `fedllm resume {folder}` goes on with it")
         return cls(Path(folder), **read_json(path))
+
+
+def finished(folder: str | Path) -> Result:
+    """The result of a run that came to its end; DidNothing when it did nothing on the way there."""
+    result = Result.load(folder)
+    if result.failed:
+        raise DidNothing(f"the run did nothing: {result.failed}. Its record and report are in {result.folder}, and "
+                         "there is nothing to resume: mend the cause and run the recipe again")
+    return result

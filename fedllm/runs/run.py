@@ -23,7 +23,7 @@ from fedllm.runs.meter import Meter
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.progress import Quiet, progress_bars
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
-from fedllm.runs.result import Result
+from fedllm.runs.result import Result, finished
 from fedllm.runs.seal import figures_digest, sealed
 from fedllm.runs.spread import spread
 from fedllm.runs.store import Frozen, freeze
@@ -48,7 +48,7 @@ def go_on(path: str | Path, publish: Publish) -> Result:
     """A run that was stopped at any moment, to its end."""
     folder = RunFolder.open(Path(path))
     if (folder.path / "result.json").exists():
-        return Result.load(folder.path)
+        return finished(folder.path)
     recipe = load_recipe(folder.path / "recipe.yaml")
     if recipe.data.source == OWN:
         raise RunError(f"{path} is a run of a real federation: "
@@ -73,6 +73,7 @@ class Run:
         self.frozen: dict[str, Frozen] = {}
         self.dirty: set[str] = set()
         self.skipped: list[int] = list(self.kept.get("skipped", []))
+        self.why_skipped = ""
         self.before: dict[str, Any] = self.kept.get("before", {})
         self.answers_before: list[str] = self.kept.get("answers_before", [])
         self.beside: Beside | None = None
@@ -81,7 +82,7 @@ class Run:
             self._restore()
 
     def go(self) -> Result:
-        """From wherever the run stands to its end."""
+        """From wherever the run stands to its end; DidNothing when no round on the way counted."""
         total = self.parts.recipe.rounds
         self.progress.rounds(total, self.at)
         self.beside = beside(self.parts, self.folder)
@@ -99,7 +100,7 @@ class Run:
                     log.warning("the run ends before round %d: %s", round, spent)
                     total, ended = round, str(spent)
                     break
-            return self._finish(total, ended)
+            result = self._finish(total, ended)
         except FedLLMError as error:
             self.record.emit("stopped", why=str(error))
             raise
@@ -109,6 +110,7 @@ class Run:
             if self.tape:
                 self.tape.close()
             self.events.close()
+        return finished(self.folder.path) if result.failed else result
 
     def _saw(self, event: Event) -> None:
         self.events.append(event)
@@ -150,6 +152,10 @@ class Run:
         """What may not be meant."""
         parts = self.parts
         said = list(parts.method.cautions(cohort_size(parts.recipe.clients.per_round, len(self.course.clients))))
+        for name, spec in parts.recipe.models.items():
+            if spec.endpoint is not None:
+                said.append(f"models.{name} is an endpoint at {spec.endpoint.get('base_url', 'its default address')}: "
+                            "whatever text clients put to it leaves them")
         if parts.recipe.engine.kind in FAR and parts.method.by_arrival:
             said.append(f"method '{parts.recipe.method.name}' goes by who answers first, so that another run of this "
                         "recipe may end in another state")
@@ -165,6 +171,7 @@ class Run:
         self.dirty.update(touched)
         if "skipped" in facts:
             self.skipped.append(round)
+            self.why_skipped = str(facts["skipped"])
             log.warning("round %d is skipped: %s", round, facts["skipped"])
         if self.tape:
             self.tape.close()
@@ -227,14 +234,18 @@ class Run:
             evaluation["baselines"] = self._baselines()
         self._write(lambda: write_served(self.folder, parts.world.model, parts.method, course.state))
         mine = {c: m for c, m in course.engine.memory.items() if c != SERVER}
-        self._write(lambda: write_clients(self.folder, parts.world.model, mine))
+        self._write(lambda: write_clients(self.folder, parts.world.model_of, mine))
         result = Result(
             folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
             seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
             virtual=course.virtual(), reports=course.report(), metrics=dict(parts.method.metrics),
-            state_digest=digest(course.state), skipped=self.skipped, ended=ended, **spent)
+            state_digest=digest(course.state), skipped=self.skipped, ended=ended, failed=self._failed(total, final),
+            **spent)
         self._write(lambda: self.folder.write_json("samples.json", shown))
         figures = figures_digest(result.as_json())
+        if result.failed:
+            self.record.emit("did_nothing", why=result.failed)
+            log.error("the run did nothing: %s", result.failed)
         self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds, figures=figures,
                          sealed=sealed(self.folder.path))
         result = replace(result, audit={"events": self.events.count, "head": self.events.head})
@@ -243,6 +254,16 @@ class Run:
                            f"`fedllm resume {self.folder.path}`")
         self._write(lambda: self._publish(result))
         return result
+
+    def _failed(self, total: int, final: Mapping[str, Any]) -> str:
+        """Why this run has done nothing; empty when it has done something."""
+        said = (final.get("global") or {}).get("answered")
+        if self.judge.answering and said == 0:
+            return f"none of the {final['global']['n']} questions of the test got an answer"
+        if total and len(self.skipped) == total:
+            why = self.why_skipped or next((e["skipped"] for e in reversed(self.folder.events()) if "skipped" in e), "")
+            return f"all of its {total} rounds were skipped, the last because {why}"
+        return ""
 
     def _privacy(self) -> dict[str, Any] | None:
         """What the layers say of the privacy that the run has spent; None where none of them says anything."""

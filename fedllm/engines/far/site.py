@@ -16,7 +16,7 @@ from fedllm.core.program import serve
 from fedllm.engines.client import ClientCall, carry_out
 from fedllm.engines.far.pieces import PIECE_OPS, Pieces
 from fedllm.engines.far.sites import PROTOCOL, Body, Head
-from fedllm.engines.world import World, held_by
+from fedllm.engines.world import World, method_on
 from fedllm.local.requests import Request
 from fedllm.wire import codec
 
@@ -44,6 +44,10 @@ class Memory(Protocol):
     def answered(self, attempt: str, visit: str) -> Body | None: ...
     def keep(self, attempt: str, visit: str, reply: Body) -> None: ...
     def drop(self, attempt: str, visit: str) -> None: ...
+
+
+class Lacks(FedLLMError):
+    """The site cannot open the run without something that the message did not bring; the text names it."""
 
 
 class GivenUp(Withheld):
@@ -100,7 +104,7 @@ class SiteRun:
 
         limits = replace(self.world.limits, go_on=go_on)
         call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),
-                          submit, held_by(self.info.id, self.stack, self.world.model))
+                          submit, self.world.model_of(self.info.id, method_on(self.stack)))
         try:
             reply = serve(stack, str(head["phase"]), msg, call, call.keep)
             go_on()
@@ -118,7 +122,8 @@ class SiteHost:
     """Answers everything that the server may say to a site's process; no message ever raises."""
 
     def __init__(self, open_run: Callable[[Head], tuple[SiteRun, dict[str, Any]]]) -> None:
-        """`open_run` makes the run that a message describes, or raises FedLLMError with the reason to refuse it."""
+        """`open_run` makes the run that a message describes (what came with it is under `body`), or raises FedLLMError
+        with the reason to refuse it."""
         self.open_run = open_run
         self.run: SiteRun | None = None
         self.loads = 0
@@ -160,7 +165,7 @@ class SiteHost:
 
     def _serve(self, head: Head, body: Body) -> Said:
         if head["op"] == "open":
-            return self._open(head), b""
+            return self._open({**head, "body": body}), b""
         if self.run is None:
             return {"closed": True, "boot": BOOT}, b""
         if head["op"] == "ask":
@@ -174,7 +179,10 @@ class SiteHost:
         """Load the model once; told the same again it says the same again."""
         if self.run is None or self._opened != head["incarnation"]:
             self.run = None
-            self.run, self._said = self.open_run(head)
+            try:
+                self.run, self._said = self.open_run(head)
+            except Lacks as what:
+                return {"lacks": str(what), "boot": BOOT}
             self.loads += 1
             self._opened = str(head["incarnation"])
         return {**self._said, "boot": BOOT}
