@@ -91,8 +91,21 @@ class Client(Protocol):
         ...
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Any] = (),
-            steps: int | None = None, on: Sequence[Any] | None = None) -> Any:
-        """Train `theta` on the client's rows (or `on` others) as the recipe's `local` says; returns a `Fitted`."""
+            steps: int | None = None, on: Sequence[Any] | None = None, objective: Any = None,
+            side: Mapping[str, Sequence[Any]] | None = None, moments: Any = False) -> Any:
+        """Train `theta` on the client's rows (or `on` others) as the recipe's `local` says; returns a `Fitted`.
+
+        `objective` (local/objectives/) takes the place of the task's own loss, `side` holds what it needs beside each
+        row. `moments=client.memory.get("adam")` goes on with an optimizer's state; `Fitted.moments` is the next one.
+        """
+        ...
+
+    def measure(self, theta: Tree, rows: Sequence[Any], fn: Callable[..., Any], *, base: Tree | None = None) -> Any:
+        """`fn(model, batch)` -> a vector for each of these rows [rows, width]; no gradient."""
+        ...
+
+    def book(self, *, tokens: int, steps: float, flops: float = 0.0) -> None:
+        """Count work that a function does by itself and not by a request: whoever descends on its own says so here."""
         ...
 
     def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:

@@ -20,10 +20,16 @@ Payload = Mapping[str, Any]
 Tree = dict[str, Tensor]
 
 
+class Kept(dict[str, Tensor]):
+    """A tree that stays where it was made: `pack` refuses it. An optimizer's moments tell as much as gradients do."""
+
+
 def pack(**parts: Any) -> dict[str, Any]:
     """One payload from named trees and scalars: `pack(theta=tree, n=5)` has keys `theta/<name>` and `n`."""
     out: dict[str, Any] = {}
     for name, value in parts.items():
+        if isinstance(value, Kept):
+            raise PayloadError(f"'{name}' is an optimizer's state, which stays at its client: keep it in client.memory")
         if isinstance(value, Mapping):
             out.update({f"{name}/{key}": leaf for key, leaf in value.items()})
         elif value is not None:

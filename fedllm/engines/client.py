@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,15 +20,21 @@ from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
 from fedllm.engines.world import World
 from fedllm.local.fit import run_fits
-from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
+from fedllm.local.forward import run_embeds, run_losses, run_measures, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
+from fedllm.local.moments import check_moments
+from fedllm.local.objective import Objective, Side, check_side
+from fedllm.local.objectives.registry import make_objective
+from fedllm.local.objectives.task import Task
 from fedllm.local.requests import (
+    Booked,
     Embed,
     Fit,
     Fitted,
     Generate,
     Limits,
     Losses,
+    Measure,
     Outputs,
     Probe,
     Request,
@@ -37,11 +44,13 @@ from fedllm.local.requests import (
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
+from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
-    Sensitivity: run_sensitivities, Outputs: run_outputs}
+    Sensitivity: run_sensitivities, Outputs: run_outputs, Measure: run_measures,
+    Booked: lambda requests, limits: [None] * len(requests)}
 
 
 def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
@@ -67,12 +76,12 @@ class ClientCall:
         step = phase.rpartition(".")[2]  # the function, without whose it is: methods compare on the same batches
         self._key = (world.seed, round, info.id, step, visit)
         self._streams: dict[str, np.random.Generator] = {}
-        self._closed = ""
+        self._closed, self._stepped = "", 0
 
     @property
     def local(self) -> LocalSpec:
         """How the recipe has this client train in this round."""
-        return self._world.local.at(self.round, self._world.rounds)
+        return self._world.local.at(self.round, self._world.rounds, self.n, self._stepped)
 
     @property
     def pace(self) -> float | None:
@@ -115,15 +124,27 @@ class ClientCall:
         return self._streams[owner]
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Term] = (),
-            steps: int | None = None, on: Sequence[Row] | None = None) -> Fitted:
+            steps: int | None = None, on: Sequence[Row] | None = None, objective: Objective | str | None = None,
+            side: Side | None = None, moments: Tree | Literal[False] | None = False) -> Fitted:
         """Train on the client's rows (or `on` others) as the recipe's `local` says; names that match a pattern in
-        `freeze` stay."""
-        spec = self.local
+        `freeze` stay. `objective` (with its `side`, an entry a row) takes the place of the task's own loss; with
+        `moments` (None at first) the optimizer goes on where it was."""
         rows = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
+        spec = self._world.local.at(self.round, self._world.rounds, self.n or len(rows), self._stepped)
+        goal = make_objective(objective) if isinstance(objective, str) else objective or Task()
+        check_side(goal, side or {}, len(rows))
+        beside = {n: self._world.tokenized(v, answers=True) if len(v) and isinstance(v[0], Mapping) else v
+                  for n, v in (side or {}).items()}
+        if moments:
+            trained = {n: t for n, t in theta.items() if not any(fnmatch.fnmatch(n, f) for f in freeze)}
+            check_moments(moments, trained, spec)
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
         plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
                        steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)
-        return self._submit(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms)))
+        self._stepped += len(plan)
+        return self._submit(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms),
+                                objective=goal, side=beside,
+                                moments=moments if moments or moments is False else None))
 
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
@@ -164,6 +185,18 @@ class ClientCall:
         mine = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
         chosen = mine if rows is None else [mine[i] for i in rows]
         return self._submit(Probe(self.id, self.model, thetas[0], base, chosen, tuple(thetas)))
+
+    def measure(self, theta: Tree, rows: Sequence[Any], fn: Callable[[Model, Batch], Tensor], *,
+                base: Tree | None = None) -> np.ndarray:
+        """`fn(model, batch)`, a vector for each of these rows [rows, width], without a gradient; of text rows the
+        answer alone counts as target. Clients that give the same function share a forward."""
+        if not len(rows):
+            return np.zeros((0, 0))
+        return self._submit(Measure(self.id, self.model, theta, base, self._world.tokenized(rows, answers=True), fn))
+
+    def book(self, *, tokens: int, steps: float, flops: float = 0.0) -> None:
+        """Count work that this function does by itself, before it does it: `steps` as local steps, of `fit`'s size."""
+        self._submit(Booked(self.id, self.model, {}, None, tokens, steps, flops))
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Rows as the model reads them."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fedllm.local.requests import Fit, Generate, Probe, Request, Sensitivity
+from fedllm.local.requests import Booked, Fit, Generate, Outputs, Probe, Request, Sensitivity
 from fedllm.models.model import Model
 from fedllm.spaces.space import PEFT, linear_size, output_heads
 
@@ -61,8 +61,10 @@ class Cost:
 
 def steps_of(request: Request, batch_size: int) -> float:
     """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
-    if isinstance(request, Fit):
-        return float(len(request.plan))
+    if isinstance(request, Booked):
+        return request.steps
+    if isinstance(request, Fit):  # what goes beside a row passes through the model too
+        return float(len(request.plan) * (1 + len(request.alongside)))
     rows = len(request.prompts) if isinstance(request, Generate) else len(request.rows)  # type: ignore[attr-defined]
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
     return rows / batch_size * (1.0 if isinstance(request, Sensitivity) else FORWARD)
@@ -70,12 +72,16 @@ def steps_of(request: Request, batch_size: int) -> float:
 
 def work_of(request: Request) -> Work:
     """The work in a request; a generation is counted as if it used all the tokens that it may."""
+    if isinstance(request, Booked):
+        return Work(request.tokens, request.flops)
     cost, passes = cost_of(request.model, request.theta), len(request.thetas) if isinstance(request, Probe) else 1
     if isinstance(request, Generate):
         new = request.max_new_tokens
         return cost.of([(len(p) + new, new) for p in request.prompts], train=False)
-    rows = [request.rows[i] for at in request.plan for i in at] if isinstance(request, Fit) else (
-        request.rows)  # type: ignore[attr-defined]
+    if isinstance(request, Outputs):
+        return cost.of([(len(x), 1) for x in request.rows], train=False)
+    rows = [v[i] for at in request.plan for i in at for v in (request.rows, *request.alongside)] if isinstance(
+        request, Fit) else request.rows  # type: ignore[attr-defined]
     done = cost.of([(len(e.ids), e.n_target) for e in rows], isinstance(request, Fit | Sensitivity))
     return Work(passes * done.tokens, passes * done.flops)
 

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.core.errors import CompositionError
 from fedllm.data.encode import Encoded
-from fedllm.local.requests import Embed, Limits, Losses, Outputs, Probe, Request, RowLosses, same
+from fedllm.local.requests import Embed, Limits, Losses, Measure, Outputs, Probe, Request, RowLosses, same
 from fedllm.models.batch import Batch, collate
+from fedllm.models.kernels import fast
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces.space import stack_lanes, tree_to
 
@@ -92,6 +94,21 @@ def run_probes(requests: Sequence[Probe], limits: Limits) -> list[list[RowLosses
     each = [Losses(r.client, r.model, theta, r.base, r.rows) for r in requests for theta in r.thetas]
     got = iter(run_losses(each, limits))
     return [[next(got) for _ in r.thetas] for r in requests]
+
+
+def run_measures(requests: Sequence[Measure], limits: Limits) -> list[np.ndarray]:
+    """`fn(model, batch)`, a vector for each row, of every request [rows, width]; CompositionError for another shape."""
+    fn = requests[0].fn
+
+    def work(model: Model, batch: Batch) -> Tensor:
+        with fast(model.device, batch.ids.shape[1], model.fast_kernels):
+            got = fn(model, batch)
+        if got.dim() != 2 or len(got) != len(batch.ids):
+            raise CompositionError(f"client.measure: {fn.__qualname__} gave shape {tuple(got.shape)} for "
+                                   f"{len(batch.ids)} rows; allowed is one vector a row, [{len(batch.ids)}, width]")
+        return got
+
+    return sweep(requests, limits, work)
 
 
 def run_embeds(requests: Sequence[Embed], limits: Limits) -> list[np.ndarray]:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from fedllm.core.payload import Tree
+from fedllm.core.payload import Kept, Tree
 from fedllm.data.encode import Encoded
+from fedllm.local.objective import Objective, Side
+from fedllm.local.objectives.task import Task
 from fedllm.local.private import Private
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
@@ -63,12 +66,30 @@ class Fit(Request):
     terms: tuple[Term, ...] = ()
     private: Private | None = None
     """Clip each example's gradient and add noise; batches may then be empty."""
+    objective: Objective = field(default_factory=Task)
+    side: Side = field(default_factory=dict)
+    """What the objective needs beside each of `rows`."""
+    moments: Tree | Literal[False] | None = False
+    """The optimizer's state to go on from (`Fitted.moments`); None: it starts afresh and is told; False: and is not."""
 
     @property
     def group(self) -> Hashable:
         steps = len(self.plan) if self.spec.schedule != "constant" else None
         private = self.private and self.private.key
-        return (*super().group, self.spec, self.freeze, tuple(t.key for t in self.terms), steps, private)
+        done = int(self.moments["step"]) if self.moments else 0  # Adam corrects its bias by it, alike for all lanes
+        return (*super().group, self.spec, self.freeze, tuple(t.key for t in self.terms), steps, private,
+                self.objective.key, done)
+
+    @property
+    def alongside(self) -> list[Sequence[Encoded]]:
+        """The tokenized rows that pass through the model beside the rows themselves."""
+        return [v for v in self.side.values() if len(v) and isinstance(v[0], Encoded)]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, with those of what goes beside it."""
+        every = (self.rows, *self.alongside)
+        return np.array([sum(len(v[i].ids) for v in every) for i in range(len(self.rows))], int)
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,17 @@ class Losses(Request):
     """Loss of `theta` on each row, without a gradient."""
 
     rows: Sequence[Encoded]
+
+
+@dataclass(frozen=True)
+class Measure(Losses):
+    """`fn(model, batch)`, a vector for each row, without a gradient."""
+
+    fn: Callable[..., Tensor] = None  # type: ignore[assignment]
+
+    @property
+    def group(self) -> Hashable:
+        return (*super().group, self.fn)
 
 
 @dataclass(frozen=True)
@@ -121,6 +153,15 @@ class Outputs(Request):
 
 
 @dataclass(frozen=True)
+class Booked(Request):
+    """Work that a client function does by itself: nothing is run, and it is counted like any other."""
+
+    tokens: int = 0
+    steps: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What training gave: the trainables, the mean training loss, and how much work it was."""
 
@@ -131,6 +172,8 @@ class Fitted:
     tokens: int
     lr_sum: float
     """Sum of the learning rates used, step by step (SCAFFOLD divides by it)."""
+    moments: Kept = field(default_factory=Kept)
+    """The optimizer's state at the end, where the fit was given one or None (`local/moments.py`)."""
 
 
 @dataclass(frozen=True)

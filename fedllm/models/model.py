@@ -149,6 +149,16 @@ class Model:
         ce = F.cross_entropy(z, batch.labels, ignore_index=IGNORE, reduction="none")
         return ce, good.to(ce.dtype), ((z.argmax(-1) == batch.labels) & good).to(ce.dtype)
 
+    def target_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every target, row by row: whose it is [M], the logits that predict it [M, V or C], and itself [M]."""
+        self.stack.rows = batch.ids.shape[0]
+        if self.task == "classification":
+            rows = (batch.labels != IGNORE).nonzero()[:, 0]
+            return rows, self.class_logits(batch)[rows], batch.labels[rows]
+        rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        z = self.logits_of(self.hidden(batch)[:, :-1])[rows, cols]  # a stacked head wants all lanes' rows together
+        return rows, _wide(z), batch.labels[:, 1:][rows, cols]
+
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes] in fp32 or better."""
         return _wide(self.net.classifier(self.net.pool(self.hidden(batch), batch.mask)))
