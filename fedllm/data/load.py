@@ -18,6 +18,7 @@ from fedllm.data.cluster import Embed
 from fedllm.data.federation import Federation, Row, Shard, Task
 from fedllm.data.grouped import PREFIX, grouped_clients
 from fedllm.data.partition import FILE, Grouped, partitioner
+from fedllm.data.preference import preferring
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.data.templates import classify, label_names, raw_label, template
 
@@ -71,7 +72,8 @@ class DataSpec(BaseModel):
     task: Task = "generation"
     """What rows are for: `generation` (prompt and response) or `classification` (text and label)."""
     fields: dict[str, str] = Field(default_factory=dict)
-    """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}."""
+    """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}; rows with
+    `chosen` and `rejected` in the place of `response` are preferences."""
     template: str | dict[str, str] | None = None
     """Makes prompt and response: plain, question_answer, alpaca, text, chat, or format strings over columns."""
     labels: list[str] | None = None
@@ -185,7 +187,7 @@ def _grouped(spec: DataSpec, seed: int) -> Federation:
         raise RecipeError("data.limit and a fraction for data.public need all rows in memory; with a grouped source "
                           "use data.partition.clients and max_rows, and a file for data.public")
     labels = tuple(spec.labels or ())
-    render = template(spec.template)
+    render = preferring(template(spec.template))
 
     def shape(row: Row, where: str) -> Row:
         mapped = map_fields(row, spec.fields, where)
@@ -242,7 +244,7 @@ def _file_names(tables: Sequence[Table]) -> list[str]:
 
 def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...]) -> _Rows:
     """Rows of the task; what `fields` maps and `category` stay with the row, other columns only serve the partition."""
-    render = template(spec.template)
+    render = preferring(template(spec.template))
     lean: list[Row] = []
     wide: list[Row] = []
     for file, table in zip(_file_names(tables), tables, strict=True):
