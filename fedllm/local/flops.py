@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedllm.local.requests import Booked, Fit, Generate, Outputs, Probe, Request, Sensitivity
 from fedllm.models.model import Model
+from fedllm.models.sealed import opened
 from fedllm.spaces.space import PEFT, linear_size, output_heads
 
 FORWARD = 1 / 3
@@ -88,6 +89,7 @@ def work_of(request: Request) -> Work:
 
 def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:
     """What a pass of this model with these trainables costs; a net without linear maps costs what is trained."""
+    model = opened(model)
     net, modules = model.net, {p: i for i, (p, _) in enumerate(model.net.named_modules())}
     owners = {n: _owner(n.removeprefix(PEFT), modules) for n in theta}
     first = min((modules[p] for p in owners.values()), default=len(modules))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from fedllm.core.errors import ModelError
+from fedllm.core.errors import CompositionError, ModelError
+from fedllm.core.rng import seed_of
 from fedllm.models.model import HeadedEncoder, Model, Task
 from fedllm.spaces.space import Space
 
@@ -37,29 +38,50 @@ def load_tokenizer(name: str) -> Any:
 
 def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
                dtype: str = "float32", pooling: Literal["mean", "cls", "last"] = "mean", fast_kernels: bool = True,
-               device: str = "auto", trust_remote_code: bool = False) -> Model:
+               device: str = "auto", trust_remote_code: bool = False,
+               weights: Literal["pretrained", "random"] = "pretrained") -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
 
-    Raises ModelError when the model cannot be loaded or lacks what the space needs, or the device is not there.
+    `weights` "random": the model is built from its config alone, with weights that follow from the seed. Raises
+    ModelError when the model cannot be loaded or lacks what the space needs, or the device is not there, and
+    CompositionError for random weights that would stay as they are.
     """
+    if weights not in ("pretrained", "random"):
+        raise ModelError(f"model.weights = {weights!r} is not allowed; it must be one of ['pretrained', 'random']")
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
     place = _device(device)
     tokenizer = load_tokenizer(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+    made_by = {"weights": weights, "seed": seed, "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
     if task == "generation":
-        net = _load(AutoModelForCausalLM, name, **options)
+        net = bare(AutoModelForCausalLM, name, **made_by)
     else:
         if not labels:
             raise ModelError("a classification model needs the data's labels")
-        body = _load(AutoModel, name, **options)
+        body = bare(AutoModel, name, **made_by)
         if "pooler" in dict(body.named_children()):
             body.pooler = None  # its output is not used: pooling is ours
         net = HeadedEncoder(body, len(labels), pooling).to(DTYPES[dtype])
     net.to(place)
-    return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
+    model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
+                  weights=weights)
+    if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
+        raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
+                               f"together: '{min(still)}' would stay random; use space: full")
+    return model
+
+
+def bare(kind: Any, name: str, *, weights: str = "pretrained", seed: int = 0, dtype: torch.dtype = torch.float32,
+         trust_remote_code: bool = False) -> Any:
+    """A network as transformers builds it. Random weights are drawn on the CPU in fp32: the same bits everywhere."""
+    if weights == "pretrained":
+        return _load(kind, name, dtype=dtype, trust_remote_code=trust_remote_code)
+    config = _load(AutoConfig, name, trust_remote_code=trust_remote_code)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, "weights"))
+        return kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
 
 
 def _device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fedllm.core.errors import ModelError
-from fedllm.models.load import resolve
+from fedllm.models.load import bare
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.models.peft_io import HEAD
 from fedllm.spaces.mask import Mask
@@ -78,10 +78,10 @@ def _add_sparse(weights: Mapping[str, Tensor], at: Mapping[str, Tensor], theta: 
 
 def fresh_net(model: Model) -> nn.Module:
     """The base network without any patch of ours, loaded anew."""
-    where = resolve(model.name)
+    made_by = {"weights": model.weights, "seed": model.seed, "dtype": model.net.dtype}
     if not isinstance(model.net, HeadedEncoder):
-        return AutoModelForCausalLM.from_pretrained(where, dtype=model.net.dtype)
-    body = AutoModel.from_pretrained(where, dtype=model.net.dtype)
+        return bare(AutoModelForCausalLM, model.name, **made_by)
+    body = bare(AutoModel, model.name, **made_by)
     net = HeadedEncoder(body, len(model.labels), model.net.pooling)
     net.classifier.load_state_dict(copy.deepcopy(model.net.classifier.state_dict()))
     return net

@@ -57,10 +57,12 @@ class Model:
 
     def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase | None, task: Task, space: Space, *,
                  labels: Sequence[str] = (), seed: int = 0, fast_kernels: bool = True, name: str = "",
-                 loss: RowLoss | None = None) -> None:
-        """`loss` takes the place of the task's own (see `row_losses`), for nets that are no language model."""
+                 loss: RowLoss | None = None, weights: str = "pretrained") -> None:
+        """`weights` says whether the net is as its folder `name` holds it, or was drawn by the seed; `loss` takes
+        the place of the task's own (see `row_losses`), for nets that are no language model."""
         self.net, self.tokenizer, self.task, self.space = net, tokenizer, task, space
         self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
+        self.weights = weights
         self.loss: RowLoss = loss or (Model._classify if task == "classification" else Model._next_tokens)
         self.net.eval().requires_grad_(False)
         if self.device.type == "cuda":

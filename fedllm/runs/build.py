@@ -159,7 +159,8 @@ def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str]
     """The recipe's model with this space; `device` in the place of the recipe's."""
     m = recipe.model
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
-                      fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code)
+                      fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code,
+                      weights=m.weights)
 
 
 def make_fleet(recipe: Recipe) -> Fleet | None:
