@@ -206,7 +206,12 @@ def compose(method: Method, layers: list[Layer]) -> None:
 
 
 def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:
-    """The layers, told what the run will be: the noise for a given epsilon follows from it."""
+    """The layers, told what the run will be: the noise for a given epsilon follows from it.
+
+    RecipeError for a schedule over the run's steps that does not fit the client with the fewest rows.
+    """
+    if rows:
+        _part("local", lambda: local.at(0, recipe.rounds, min(rows.values())))
     facts = make_facts(recipe, rows, local)
     return [_part(f"layers.{i}", functools.partial(layer.bind, facts)) for i, layer in enumerate(layers)]
 
