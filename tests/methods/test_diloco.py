@@ -50,6 +50,6 @@ def test_engines_agree_on_moments_too(begin, gap, dtype, tolerance):
 def test_moments_stay_at_home_and_the_server_keeps_its_own(begin):
     run = begin("diloco", local=ADAM, loopback=True).go(2)
     assert set(run.state) == {"theta", "b"}
-    sizes = {e["bytes"] for e in run.engine.record.events if e["kind"] == "wire" and e["way"] == "up"}
+    sizes = {e["bytes"] for e in run.engine.record.events if e["kind"] == "wire" and e["direction"] == "up"}
     numbers = sum(t.numel() * t.element_size() for t in run.state["theta"].values())
     assert max(sizes) < 1.5 * numbers

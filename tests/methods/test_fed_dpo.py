@@ -15,7 +15,7 @@ from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
 from fedllm.data.load import load_federation
 from fedllm.privacy.dp_sgd import DPSGD
-from tests.methods.conftest import SIZES, WORDS
+from tests.methods.conftest import WORDS
 
 
 def preferring(begin, **options):
@@ -62,7 +62,7 @@ def test_under_dp_sgd_it_is_refused_in_one_sentence(begin):
     run = preferring(begin, layers=(DPSGD(noise_multiplier=1.0),))
     run.engine.begin(0)
     with pytest.raises(CompositionError, match=r"through client\.fit only, and this one reads the rows"):
-        drive(run.method.round(run.state, run.world.infos()), run.engine, run.engine.stack[1:], [DPSGD().init()])
+        drive(run.method.round(run.state, run.world.infos()), run.engine, run.engine.stack[1:], [DPSGD(noise_multiplier=1.0).init()])
 
 
 def test_a_classifier_has_no_answers_to_prefer(begin):
@@ -131,12 +131,13 @@ def write(path, rows):
 
 def test_a_recipe_runs_it_from_a_file_to_an_adapter(recipe, tmp_path):
     rows = [{"prompt": f"say the word {a} {b}", "chosen": f"{b} {a}", "rejected": f"{a} {b}"}
-            for a in ("red", "green", "blue") for b in ("cat", "dog", "bird") for _ in range(5)]
+            for a in ("red", "green", "blue") for b in ("cat", "dog", "bird") for _ in range(8)]
     write(tmp_path / "pairs.jsonl", rows)
     data = {**recipe["data"], "source": str(tmp_path / "pairs.jsonl")}
     result = fedllm.run({**recipe, "data": data, "method": "fed_dpo", "rounds": 2}, root=tmp_path / "runs")
     told = json.loads((result.folder / "result.json").read_text())
-    assert "preference" in json.dumps(told) and result.adapter_path.is_dir()
+    assert 0 <= next(iter(told["evaluation"]["clients"].values()))["preference"] <= 1
+    assert result.adapter_path.is_dir()
 
 
 def test_the_claims_rig_is_seeded_and_starts_at_ln_2():
@@ -144,4 +145,3 @@ def test_the_claims_rig_is_seeded_and_starts_at_ln_2():
 
     one, two = (preferences("fed_dpo", 100, rounds=1) for _ in range(2))
     assert one == two and one["start_error"] < 1e-6 and one["dpo_loss"] < math.log(2)
-    assert len(SIZES) == 4
