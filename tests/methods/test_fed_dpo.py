@@ -61,8 +61,9 @@ def test_it_begins_at_ln_2_and_a_tie_and_learns(begin):
 def test_under_dp_sgd_it_is_refused_in_one_sentence(begin):
     run = preferring(begin, layers=(DPSGD(noise_multiplier=1.0),))
     run.engine.begin(0)
+    states = [layer.init() for layer in run.engine.stack[1:]]
     with pytest.raises(CompositionError, match=r"through client\.fit only, and this one reads the rows"):
-        drive(run.method.round(run.state, run.world.infos()), run.engine, run.engine.stack[1:], [DPSGD(noise_multiplier=1.0).init()])
+        drive(run.method.round(run.state, run.world.infos()), run.engine, run.engine.stack[1:], states)
 
 
 def test_a_classifier_has_no_answers_to_prefer(begin):

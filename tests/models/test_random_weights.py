@@ -65,7 +65,7 @@ def test_classifiers_too(tiny_bert_folder):
 
 def test_what_would_stay_random_and_other_words_are_refused(recipe, tiny_llama_folder, tmp_path):
     random = {"name": tiny_llama_folder, "weights": "random"}
-    for space in ("lora", "bias", "head", "soft_prompt"):
+    for space in ("lora", "layers", "soft_prompt"):
         with pytest.raises(CompositionError, match=r"model\.weights = 'random' and space '\w+' do not fit together: "
                                                    r"'.+' would stay random; use space: full"):
             fedllm.run({**recipe, "model": random, "space": space}, root=tmp_path)
