@@ -152,6 +152,13 @@ def test_clients_with_unequal_rows_stand_at_other_points_of_the_schedule(engine)
     assert gap(one.go(3).state["theta"], other.go(3).state["theta"]) < 1e-10
 
 
+def test_a_plan_and_a_server_that_trains_know_the_schedule_too(recipe, tmp_path):
+    given = {**recipe, "local": {"lr": 0.02, "steps": 3, "warmup": 7, "over_rounds": "linear_steps"}}
+    assert fedllm.plan(given).rounds == 4
+    result = fedllm.run({**given, "method": "centralized", "local": {**given["local"], "steps": None}}, root=tmp_path)
+    assert result.rounds == 4
+
+
 def test_a_schedule_without_an_end_and_a_warmup_that_never_ends_are_refused(recipe, tmp_path):
     spec = LocalSpec(steps=4, warmup=12)
     with pytest.raises(RecipeError, match=r"local.warmup = 12 is not allowed; it must be below the 12 steps of a "):
