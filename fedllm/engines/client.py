@@ -90,7 +90,10 @@ class ClientCall(Holder):
     @property
     def local(self) -> LocalSpec:
         """How the recipe has this client train in this round."""
-        return self._world.local.at(self.round, self._world.rounds, self.n, self._stepped)
+        return self._local(self.n or sum(c.n for c in self._world.infos()))  # the server counts everybody's rows
+
+    def _local(self, rows: int) -> LocalSpec:
+        return self._world.local.at(self.round, self._world.rounds, rows, self._stepped)
 
     @property
     def pace(self) -> float | None:
@@ -149,7 +152,7 @@ class ClientCall(Holder):
         `freeze` stay. `objective` (with its `side`, an entry a row) takes the place of the task's own loss; with
         `moments` (None at first) the optimizer goes on where it was."""
         rows = self._encoded("train") if on is None else self._world.tokenized(on, model=self.model)
-        spec = self._world.local.at(self.round, self._world.rounds, self.n or len(rows), self._stepped)
+        spec = self._local(self.n or len(rows))
         goal = make_objective(objective) if isinstance(objective, str) else objective or Task()
         check_side(goal, side or {}, len(rows))
         beside = {n: self._world.tokenized(v, True, self.model) if len(v) and isinstance(v[0], Mapping) else v

@@ -136,6 +136,7 @@ def _said(request: Complete) -> Work:
 
 def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:
     """What a pass of this model with these trainables costs; a net without linear maps costs what is trained."""
+    model = opened(model)
     net, modules = model.net, {p: i for i, (p, _) in enumerate(model.net.named_modules())}
     placed = {model.space.place(n) for n in theta}
     owners = {n: _owner(model.space.place(n), modules) for n in theta}

@@ -16,7 +16,7 @@ from fedllm.core.method import Method, State, knob
 from fedllm.core.payload import Payload, Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.data.encode import batches
-from fedllm.local.align import View, align
+from fedllm.local.align import View, align, align_work
 from fedllm.local.terms import Proximal, sum_lanes
 from fedllm.models.emulator import KEPT, blocks_of, emulator, renamed
 from fedllm.models.model import Model
@@ -144,6 +144,7 @@ class Offsite(Method):
         spec = replace(client.local, lr=self.align_lr, optimizer="adamw", momentum=0.0)
         rng = client.rng("alignment")
         plan = batches([len(r.ids) for r in client.public], spec.batch_size, rng, rng, steps=msg["steps"])
+        client.book(**align_work(teacher, thin, e, client.public, plan))
         e, loss = align(teacher, View(thin, {**e, **a}, ends[1]), e, client.public, plan, spec, self.gamma)
         return pack(E=e, loss=loss)
 

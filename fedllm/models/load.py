@@ -18,7 +18,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from fedllm.core.errors import ModelError
+from fedllm.core.errors import CompositionError, ModelError
+from fedllm.core.rng import seed_of
 from fedllm.models.dual import DualEncoder, class_prompts
 from fedllm.models.model import HeadedEncoder, Model, Pooling
 from fedllm.spaces.space import Space
@@ -49,25 +50,45 @@ def load_tokenizer(name: str) -> Any:
 
 def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
                dtype: str = "float32", pooling: Literal["mean", "cls", "last"] = "mean", fast_kernels: bool = True,
-               device: str = "auto", trust_remote_code: bool = False) -> Model:
+               device: str = "auto", trust_remote_code: bool = False,
+               weights: Literal["pretrained", "random"] = "pretrained") -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
 
-    Raises ModelError when the model cannot be loaded or lacks what the space needs, or the device is not there.
+    `weights` "random": the model is built from its config alone, with weights that follow from the seed. Raises
+    ModelError when the model cannot be loaded or lacks what the space needs, or the device is not there, and
+    CompositionError for random weights that would stay as they are.
     """
+    if weights not in ("pretrained", "random"):
+        raise ModelError(f"model.weights = {weights!r} is not allowed; it must be one of ['pretrained', 'random']")
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
     place = place_of(device)
     tokenizer = load_tokenizer(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+    made_by = {"weights": weights, "seed": seed, "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
     images = None
     if task_of(task).net == "dual":
         images = _load(AutoImageProcessor, name)
-    net = load_net(name, task, labels, pooling, tokenizer, **options).to(DTYPES[dtype])
+    net = load_net(name, task, labels, pooling, tokenizer, **made_by).to(DTYPES[dtype])
     net.to(place)
-    return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
-                 images=images)
+    model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
+                  weights=weights, images=images)
+    if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
+        raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
+                               f"together: '{min(still)}' would stay random; use space: full")
+    return model
+
+
+def bare(kind: Any, name: str, *, weights: str = "pretrained", seed: int = 0, dtype: torch.dtype = torch.float32,
+         trust_remote_code: bool = False) -> Any:
+    """A network as transformers builds it. Random weights are drawn on the CPU in fp32: the same bits everywhere."""
+    if weights == "pretrained":
+        return _load(kind, name, dtype=dtype, trust_remote_code=trust_remote_code)
+    config = _load(AutoConfig, name, trust_remote_code=trust_remote_code)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, "weights"))
+        return kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
 
 
 def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, tokenizer: Any,
@@ -75,8 +96,8 @@ def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, toke
     """The network that a task wants, with these weights; a head that they do not have is new."""
     rules = task_of(task)
     if rules.net in PLAIN:
-        return _load(PLAIN[rules.net], name, **options)
-    body, width = _load(AutoModel, name, **options), rules.outputs or len(labels)
+        return bare(PLAIN[rules.net], name, **options)
+    body, width = bare(AutoModel, name, **options), rules.outputs or len(labels)
     if not width:
         raise ModelError(f"a model for data.task = {task!r} needs the data's labels")
     if rules.net == "dual":

@@ -44,7 +44,8 @@ def save_merged(folder: Path, model: Model, theta: Mapping[str, Tensor], base: M
 def fresh_net(model: Model) -> nn.Module:
     """The base network without any patch of ours, loaded anew."""
     pooling = model.net.pooling if isinstance(model.net, HeadedEncoder) else "mean"
-    net = load_net(model.name, model.task, model.labels, pooling, model.tokenizer, dtype=model.net.dtype)
+    net = load_net(model.name, model.task, model.labels, pooling, model.tokenizer, dtype=model.net.dtype,
+                   weights=model.weights, seed=model.seed)
     if isinstance(net, HeadedEncoder):
         net.classifier.load_state_dict(copy.deepcopy(model.net.classifier.state_dict()))
     if isinstance(net, DualEncoder):

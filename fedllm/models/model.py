@@ -66,13 +66,14 @@ class Model:
 
     def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase | None, task: str, space: Space, *,
                  labels: Sequence[str] = (), seed: int = 0, fast_kernels: bool = True, name: str = "",
-                 loss: RowLoss | None = None, images: Any = None) -> None:
+                 loss: RowLoss | None = None, images: Any = None, weights: str = "pretrained") -> None:
         """`loss` takes the place of the task's own (see `row_losses`), for nets that are no language model; `images`
-        is an image processor, for those that see."""
+        is an image processor, for those that see; `weights` says whether the net is as its folder `name` holds it, or
+        was drawn by the seed."""
         self.net, self.tokenizer, self.task, self.space, self.images = net, tokenizer, task, space, images
         self.rules = task_of(task)
         self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
-        self.loss = loss
+        self.weights, self.loss = weights, loss
         self.net.eval().requires_grad_(False)
         if self.device.type == "cuda":
             repeatable()

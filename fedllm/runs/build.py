@@ -191,7 +191,8 @@ def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] 
     if acts(recipe):
         return policy_of(recipe, space, device or m.device)
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
-                      fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code)
+                      fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code,
+                      weights=m.weights)
 
 
 def need_public(recipe: Recipe, method: Method, rows: int) -> None:
@@ -244,7 +245,12 @@ def compose(method: Method, layers: list[Layer]) -> None:
 
 
 def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:
-    """The layers, told what the run will be: the noise for a given epsilon follows from it."""
+    """The layers, told what the run will be: the noise for a given epsilon follows from it.
+
+    RecipeError for a schedule over the run's steps that does not fit the client with the fewest rows.
+    """
+    if rows:
+        _part("local", lambda: local.at(0, recipe.rounds, min(rows.values())))
     facts = make_facts(recipe, rows, local)
     return [_part(f"layers.{i}", functools.partial(layer.bind, facts)) for i, layer in enumerate(layers)]
 

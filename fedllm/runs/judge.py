@@ -21,6 +21,7 @@ from fedllm.runs.build import Parts, overrides
 from fedllm.runs.course import Course
 from fedllm.runs.metrics import STANDARD
 from fedllm.runs.progress import Quiet
+from fedllm.tasks.generation import same_answer
 
 Metrics = dict[str, Any]
 

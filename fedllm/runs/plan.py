@@ -167,7 +167,7 @@ def _slice(parts: Parts, asked: int) -> Parts:
 
 
 def _world(world: World, federation: Federation, profiles: Mapping[str, Any], steps: int | None = None) -> World:
-    local = replace(world.local, steps=steps) if steps else world.local
+    local = replace(world.local, steps=steps, warmup=0) if steps else world.local  # no rate is of interest
     return replace(world, federation=federation, profiles=profiles, local=local)
 
 

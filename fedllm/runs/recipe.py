@@ -67,6 +67,8 @@ class ModelSpec(Section):
     """Widths of a policy's hidden layers (name policy); none: one linear map."""
     at_clients: str | None = None
     """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """As the model's folder holds them, or drawn by the recipe's seed from its config alone (with space: full)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the frozen base; trainables are fp32 at least."""
     device: Device = "auto"

@@ -21,14 +21,18 @@ REJECTED = ("rejected_ids", "rejected_mask", "rejected_labels")
 class Preference(Task):
     """A plain fit learns the chosen response; an objective may look at the rejected one, in the row's parts."""
 
-    net, columns = "causal", ("prompt", "chosen", "rejected")
+    net, columns, takes = "causal", ("prompt", "chosen", "rejected"), ("template",)
     metrics: ClassVar = {"preference_accuracy": Metric("max")}
 
     def shape(self, row: Row, where: str, how: Shape) -> dict[str, Any]:
-        made = {name: text_of(row, name, where) for name in self.columns}
-        if made["chosen"] == made["rejected"]:
+        said = {name: text_of(row, name, where) for name in ("chosen", "rejected")}
+        if bad := [name for name, text in said.items() if not text.strip()]:
+            raise DataError(f"{where}: {bad[0]!r} is {said[bad[0]]!r}; a preference row needs text in chosen and in "
+                            "rejected")
+        if said["chosen"] == said["rejected"]:
             raise DataError(f"{where}: 'chosen' and 'rejected' are the same text, so that nothing is preferred")
-        return made
+        made = {name: how.template({**row, "response": text}, where) for name, text in said.items()}
+        return {"prompt": made["chosen"]["prompt"], **{name: m["response"] for name, m in made.items()}}
 
     def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:
         """The chosen response after the prompt, as in generation; the rejected one after the prompt lies in parts."""
@@ -60,6 +64,17 @@ def side(rows: Sequence[Row], which: str, how: How) -> list[Encoded]:
         if not encoded.n_target:
             raise DataError(f"row {i} has nothing to learn: {which!r} gives no token to predict from a token before it")
     return out
+
+
+def chosen(row: Encoded) -> Encoded:
+    """The prompt with the chosen response alone."""
+    return replace(row, parts={}, pads={})
+
+
+def rejected(row: Encoded) -> Encoded:
+    """The prompt with the rejected response alone."""
+    ids, _, labels = (row.parts[name] for name in REJECTED)
+    return Encoded(ids.astype(np.int32), labels, int((labels[1:] != IGNORE).sum()))
 
 
 def _parts(row: Encoded) -> Mapping[str, np.ndarray]:

@@ -96,12 +96,12 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
           **knobs: Any) -> Run:
     """A method on the tiny federation, before its first round."""
     knobs_of_space = {"rank": 4} if space == "lora" else {}
-    net = llama(dtype) if task == "generation" else HeadedEncoder(llama(dtype).model, len(KINDS), "mean").to(dtype)
+    net = llama(dtype) if task != "classification" else HeadedEncoder(llama(dtype).model, len(KINDS), "mean").to(dtype)
     model = Model(net.to(PLACE), tokenizer(), task, make_space(space, **(knobs_of_space | (space_knobs or {}))),
-                  labels=() if task == "generation" else KINDS, fast_kernels=False)
+                  labels=() if task != "classification" else KINDS, fast_kernels=False)
     plain = {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 4, "max_length": 32}
     spec = LocalSpec(**(plain | (local or {})))
-    fed = federation(sizes) if task == "generation" else labelled(sizes)
+    fed = federation(sizes) if task != "classification" else labelled(sizes)
     profiles = {c: Profile(rank=r) for c, r in zip(fed.clients, ranks, strict=False)}
     world = World(model, fed, spec, profiles=profiles, exact_match=False)
     method = make_method(name, **knobs)
