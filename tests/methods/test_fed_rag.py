@@ -114,7 +114,7 @@ def test_engines_agree(knobs):
 
 def test_generation_reads_the_passages():
     got = ask(world(generate=True, max_new_tokens=3).go(1), "the clerk")
-    assert got.answer.endswith("[1][2][3]") and len(got.passages) == 3 and set(got.clients) <= {"c0", "c1"}
+    assert got.answer.endswith("[1][2][3]") and len(got.passages) == 3 and set(got.clients) == {"c0", "c1", "c2"}
 
 
 def test_without_the_extra_words_are_refused(monkeypatch):
@@ -152,7 +152,7 @@ def test_a_run_reports_its_own_metrics(recipe_of_documents, tmp_path):
     assert "ndcg10 (higher is better)" in (result.folder / "report.html").read_text()
     assert "ndcg10 (higher is better)" in (result.folder / "model_card.md").read_text()
     assert fedllm.plan(recipe_of_documents).metrics == result.metrics
-    [got] = fedllm.ask(result.folder, "when does the ward open")
+    [got] = fedllm.ask(result.folder, "ward opens nine")
     assert got.clients == ("c1",) and got.answer == "the ward opens at nine [1]" and got.bytes["up"] > 0
     [none] = fedllm.ask(result.folder, "zebra")
     assert none.answer is None and none.clients == ()
