@@ -40,8 +40,8 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
         if merge and served.name == "trainables":
             made = json.loads((served / SPACE).read_text())
             why = make_space(made["space"], **made["knobs"]).stays  # streams have theirs from what they hold
-            raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what it "
-                             "trained as it is with --peft")
+            raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what "
+                             "it trained as it is with --peft")
         if merge and served.name == "adapter":
             _merge(served, goal)
         else:
