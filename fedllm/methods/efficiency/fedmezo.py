@@ -10,7 +10,7 @@ import torch
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, RecipeError
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part
 from fedllm.core.reduce import Mean, Sum
 from fedllm.local.perturb import LAWS, Directions, flat, unflat
@@ -54,6 +54,7 @@ class FedMeZO(Star):
                              rig="mezo_rates", metric="gain", holds=">", threshold=0.0, seeds=5, wins=4)},
         evidence="Authors' code read. Their strategies know three clients only; here any number. Ours: scalars up.",
     )
+    trial = Trial({"steps": 3, "lr": 1e-2, "delta": 5e-3})
     steps: int = knob(30, "tau, local steps a round", ge=1)
     eps: float = knob(1e-3, "size of the perturbation", gt=0)
     lr: float = knob(1e-5, "eta, the middle rate", gt=0)
