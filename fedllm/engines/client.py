@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.client import SERVER, ClientInfo, Profile
-from fedllm.core.errors import CompositionError, RunError
+from fedllm.core.errors import CompositionError, RunError, Withheld
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
@@ -34,14 +34,16 @@ from fedllm.local.requests import (
     RowLosses,
     Sensitivity,
 )
+from fedllm.local.segments import Backward, Forward, Slopes, run_backwards, run_forwards
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.models.model import Model
+from fedllm.models.segments import Segment
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
-    Sensitivity: run_sensitivities, Outputs: run_outputs}
+    Sensitivity: run_sensitivities, Outputs: run_outputs, Forward: run_forwards, Backward: run_backwards}
 
 
 def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
@@ -55,14 +57,23 @@ def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
             f"local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
 
 
+class Session(dict[str, Any]):
+    """A client's scratch of one round: handed from one of its functions to the next, gone when the round ends."""
+
+    def __missing__(self, key: str) -> Any:
+        raise Withheld(f"'{key}' is not in this round's scratch: nothing put it there, or another process did (a site "
+                       "that was started again; engine ray, whose workers keep none)")
+
+
 class ClientCall:
     """One client during one call of one of its functions."""
 
     def __init__(self, info: ClientInfo, world: World, memory: MutableMapping[str, Any], round: int, phase: str,
-                 visit: int, submit: Callable[[Request], Any], model: Model | None = None) -> None:
+                 visit: int, submit: Callable[[Request], Any], model: Model | None = None,
+                 session: Session | None = None) -> None:
         """`model` is the one that this client holds; None: the world's."""
         self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, model or world.model
-        self.memory, self.round = memory, round
+        self.memory, self.round, self.session = memory, round, Session() if session is None else session
         self._world, self._submit = world, submit
         step = phase.rpartition(".")[2]  # the function, without whose it is: methods compare on the same batches
         self._key = (world.seed, round, info.id, step, visit)
@@ -70,7 +81,7 @@ class ClientCall:
         self._closed = ""
 
     @property
-    def local(self) -> LocalSpec:
+    def training(self) -> LocalSpec:
         """How the recipe has this client train in this round."""
         return self._world.local.at(self.round, self._world.rounds)
 
@@ -118,7 +129,7 @@ class ClientCall:
             steps: int | None = None, on: Sequence[Row] | None = None) -> Fitted:
         """Train on the client's rows (or `on` others) as the recipe's `local` says; names that match a pattern in
         `freeze` stay."""
-        spec = self.local
+        spec = self.training
         rows = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
         plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
@@ -172,6 +183,17 @@ class ClientCall:
     def outputs(self, texts: Sequence[Tensor]) -> Tensor:
         """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
         return self._submit(Outputs(self.id, self.model, {}, None, texts))
+
+    def forward(self, segment: Segment, theta: Tree, x: Tensor, mask: Tensor, *, base: Tree | None = None) -> Tensor:
+        """States [B, T, d] after one segment of the model, of token ids [B, T] or states [B, T, d]."""
+        return self._submit(Forward(self.id, self.model, theta, base, segment, x, mask))
+
+    def backward(self, segment: Segment, theta: Tree, x: Tensor, mask: Tensor, g: Tensor | None = None, *,
+                 labels: Tensor | None = None, base: Tree | None = None) -> Slopes:
+        """The gradients of that forward from `g`, dL/d(its states), or at the last segment from its `labels` [B, T]."""
+        if (g is None) == (labels is None) or (labels is not None and not segment.last):
+            raise CompositionError("backward takes either g or, at the last segment, labels")
+        return self._submit(Backward(self.id, self.model, theta, base, segment, x, mask, g, labels))
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""

@@ -15,6 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedllm.local.requests import Fit, Generate, Probe, Request, Sensitivity
+from fedllm.local.segments import Backward, Forward
+from fedllm.models.batch import IGNORE
 from fedllm.models.model import Model
 from fedllm.spaces.space import PEFT, linear_size, output_heads
 
@@ -63,6 +65,9 @@ def steps_of(request: Request, batch_size: int) -> float:
     """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
     if isinstance(request, Fit):
         return float(len(request.plan))
+    if isinstance(request, Forward):  # a backward computes its forward again
+        whole = 1.0 if isinstance(request, Backward) else FORWARD
+        return len(request.mask) / batch_size * whole * request.segment.share
     rows = len(request.prompts) if isinstance(request, Generate) else len(request.rows)  # type: ignore[attr-defined]
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
     return rows / batch_size * (1.0 if isinstance(request, Sensitivity) else FORWARD)
@@ -70,6 +75,8 @@ def steps_of(request: Request, batch_size: int) -> float:
 
 def work_of(request: Request) -> Work:
     """The work in a request; a generation is counted as if it used all the tokens that it may."""
+    if isinstance(request, Forward):
+        return _through(request)
     cost, passes = cost_of(request.model, request.theta), len(request.thetas) if isinstance(request, Probe) else 1
     if isinstance(request, Generate):
         new = request.max_new_tokens
@@ -78,6 +85,19 @@ def work_of(request: Request) -> Work:
         request.rows)  # type: ignore[attr-defined]
     done = cost.of([(len(e.ids), e.n_target) for e in rows], isinstance(request, Fit | Sensitivity))
     return Work(passes * done.tokens, passes * done.flops)
+
+
+def _through(request: Forward) -> Work:
+    """The work in one segment: its linear maps, its blocks' share of the attention, and the head over the targets."""
+    model, segment, train = request.model, request.segment, isinstance(request, Backward)
+    lengths = request.mask.sum(1)
+    labels = request.labels if isinstance(request, Backward) else None
+    targets = 0 if labels is None else int((labels[:, 1:] != IGNORE).sum())
+    own = {n for n, _ in model.net.named_parameters(remove_duplicate=False)}
+    passes = 1 + train * (1 + any(n in own for n in request.theta))  # forward, gradient of x, gradient of the weights
+    attention = _attention(model.net) * (segment.stop - segment.start) / segment.of * float((lengths**2).sum())
+    tokens = int(lengths.sum())
+    return Work(tokens, passes * segment.operations(model, tokens, targets) + (1 + 2 * train) * attention)
 
 
 def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:

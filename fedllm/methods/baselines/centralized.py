@@ -39,7 +39,7 @@ class Centralized(Method):
 
     @on_client(reduce=Mean())
     def pooled(self, msg, client):
-        local = client.local
+        local = client.training
         steps = [local.count(n) for n in msg["rows"]]  # what each client of the round would have taken
         seen = sum(h * n / math.ceil(n / local.batch_size) for h, n in zip(steps, msg["rows"], strict=True))
         total = sum(steps) if self.match == "steps" else max(1, round(seen / min(local.batch_size, sum(msg["rows"]))))

@@ -42,7 +42,7 @@ class Scaffold(Star):
 
     @on_client(reduce=Mean("uniform"))
     def local(self, msg, client):
-        plain = client.local.optimizer == "sgd" and not client.local.momentum
+        plain = client.training.optimizer == "sgd" and not client.training.momentum
         if not (plain or self.allow_adaptive):
             raise CompositionError("scaffold and a local optimizer that is not plain SGD do not fit together: c_k is "
                                    "no mean gradient then; use local.optimizer = sgd or method.allow_adaptive = true")

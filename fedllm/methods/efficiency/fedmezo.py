@@ -82,13 +82,13 @@ class FedMeZO(Star):
 
     @on_client(reduce=Moves("gaussian"))
     def local(self, msg, client):
-        if self.up == "scalars" and client.local.weight_decay:
+        if self.up == "scalars" and client.training.weight_decay:
             raise CompositionError("fedmezo's scalars do not tell what weight decay did; use weight_decay = 0 or "
                                    "up = weights")
         draw, start = client.rng("fedmezo"), part(msg, "theta")
         seed = int(draw.integers(2**62))
         lr = float(draw.uniform(self.lr - self.delta, self.lr + self.delta)) if self.rates == "random" else msg["lr"]
-        went = walk(client, start, self.law, seed, range(self.steps), self.eps, lr, client.local.weight_decay)
+        went = walk(client, start, self.law, seed, range(self.steps), self.eps, lr, client.training.weight_decay)
         move = went.w - flat(start)
         told = {"move": move} if self.up == "weights" else {
             "seed": seed, "lr": lr, "P": len(move), "g": torch.tensor(went.g)}

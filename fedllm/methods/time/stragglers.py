@@ -62,7 +62,7 @@ class Stragglers(Method):
 
     @on_client(reduce=Mean())
     def local(self, msg, client):
-        theta, steps = part(msg, "theta"), client.local.count(client.n)
+        theta, steps = part(msg, "theta"), client.training.count(client.n)
         if (budget := msg.get("budget")) is not None and client.pace:
             fits = math.floor((budget - on_the_way(theta, client.profile)) / client.pace + 1e-9)
             if fits < 1:

@@ -110,7 +110,7 @@ class Gossip(Method):
             fitted = client.fit(theta)
             half = pack(theta=fitted.theta)
         else:
-            if client.local.optimizer != "sgd" or client.local.momentum:
+            if client.training.optimizer != "sgd" or client.training.momentum:
                 raise CompositionError("gossip with tracking and an optimizer that is not plain SGD do not fit "
                                        "together: z_i is no mean gradient then; use local.optimizer = sgd")
             c = client.memory.get("c") or zeros_like(theta)
