@@ -133,6 +133,8 @@ class Trial:
     """Keys of a recipe that differ in a real federation, for example so that answers come in the simulation's order."""
     rounding: str = ""
     """Why it magnifies fp32 rounding, so that engines are held to one another in fp64 alone."""
+    silent: str = ""
+    """Why a round in which a client is silent is not a round without that client."""
     apart: str = ""
     """Why no common test of rounds can hold for it, so that only tests of its own do."""
 

@@ -68,7 +68,7 @@ def _same_versions(theirs: Mapping[str, str], settings: SiteSettings) -> None:
 def _recipe(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
     """The coordinator's recipe with this site's data, if it asks for nothing that is forbidden here."""
     if raw.get("plugins"):
-        raise RecipeError(f"plugins = {[p.get('file') for p in raw['plugins']]}: a site never loads code from a recipe; "
+        raise RecipeError(f"plugins = {raw['plugins']}: a site never loads code from a recipe; "
                           "install the method here as a package (entry point fedllm.methods), and name it in this "
                           "site's settings (methods)")
     data = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}

@@ -7,6 +7,7 @@ the back the last norm and the head (and the blocks from the last cut on). With 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from fedllm.spaces.space import PEFT, linear_size, output_heads
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks `start` to `stop` of `of`, with the embeddings where it is the first, with norm and head where the last."""
+    """Blocks `start` to `stop` of `of`; the first has the embeddings too, the last the norm and the head."""
 
     start: int
     stop: int
@@ -55,7 +56,7 @@ class Segment:
         return self.first if paths.index(owner) < paths.index(stack) else self.last
 
     def operations(self, model: Model, tokens: int, targets: int) -> float:
-        """Floating-point operations of a forward through the linear maps: 2 a weight and token (the head: and target)."""
+        """Floating-point operations of a forward through its linear maps: 2 a weight and token (head: target)."""
         inside, heads = 0, 0
         for path, module in model.net.named_modules():
             if size := linear_size(module):
@@ -81,10 +82,10 @@ def segments(model: Model, cuts: Sequence[int]) -> list[Segment]:
                          "it takes a language model (task generation) and a space whose trainables lie in its modules")
     depth, marks = len(blocks_of(net)), list(cuts)
     fits = all(isinstance(c, int) and 0 <= c <= depth for c in marks)
-    if not marks or not fits or any(b <= a for a, b in zip(marks, marks[1:], strict=False)):
+    if not marks or not fits or any(b <= a for a, b in itertools.pairwise(marks)):
         raise RecipeError(f"cuts = {marks}: allowed are increasing whole numbers from 0 to {depth}, the model's blocks")
     ends = [0, *marks, depth]
-    found = [Segment(a, b, depth, i == 0, i == len(marks)) for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))]
+    found = [Segment(a, b, depth, i == 0, i == len(marks)) for i, (a, b) in enumerate(itertools.pairwise(ends))]
     _check(model, found)
     return found
 

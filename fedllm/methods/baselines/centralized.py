@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.client import SERVER
-from fedllm.core.method import Card, Claim, Method, State, knob
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import pack, part
 from fedllm.core.reduce import Mean
 
@@ -29,6 +29,7 @@ class Centralized(Method):
                     holds="<=", threshold=0.0, wins=5),
         evidence="A round trains on as many examples as its clients would have, in one go and one after the other.",
     )
+    trial = Trial(silent="it asks no client")
     match: Literal["examples", "steps"] = knob(
         "examples", "what a round has as much of as all its clients together", options=("examples", "steps"))
 
