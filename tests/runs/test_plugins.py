@@ -65,7 +65,7 @@ def test_a_plugin_runs_as_ours_does_and_is_recorded(tmp_path, tiny_llama_folder,
     assert "fedmine" in METHODS and "fedmine" not in modules()
     load_recipe({})
     assert "fedmine" not in METHODS
-    with pytest.raises(RecipeError, match="method.name = 'fedmine' is unknown"):
+    with pytest.raises(RecipeError, match="'fedmine' is unknown"):
         method_class("fedmine")
 
 
