@@ -12,6 +12,7 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import pytest
 import typer
 import yaml
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_LONG = 3
 SHORTENED = {"README.md": 1}
-"""Blocks with `...` in the place of a card, which the tutorial has in full; by page, how many."""
+"""Pages with blocks that have `...` in the place of a card, which the tutorial has in full, and how many."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,14 @@ def test_yaml_is_a_recipe_or_a_policy(found):
 def test_commands_are_those_of_the_command_line(found):
     for block in found:
         for words in commands(block.text):
-            at, context = typer.main.get_command(app), None
+            at = typer.main.get_command(app)
             while isinstance(at, typer.core.TyperGroup):
                 assert words and words[0] in at.commands, f"{block.where}: fedllm {' '.join(words)}"
                 at, words = at.commands[words[0]], words[1:]
-            context = at.make_context("fedllm", list(words))
-            assert context is not None
+            try:
+                at.make_context("fedllm", list(words))
+            except click.MissingParameter:  # the front page shortens `join` to its address
+                assert str(block.page.relative_to(ROOT)) in SHORTENED, block.where
 
 
 def test_few_blocks_are_not_run():

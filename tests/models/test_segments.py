@@ -2,20 +2,20 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, ModelError, QuorumError, RecipeError
 from fedllm.core.method import Method
-from fedllm.core.payload import add, pack, part
+from fedllm.core.payload import add
 from fedllm.core.program import drive
 from fedllm.engines import ENGINES
+from fedllm.engines.client import ClientCall
 from fedllm.local.flops import FORWARD, steps_of, work_of
 from fedllm.local.requests import Limits
-from fedllm.local.segments import Backward, Forward, run_backwards
-from fedllm.models.batch import collate
+from fedllm.local.segments import Backward, Forward, run_backwards, run_forwards
+from fedllm.models.batch import Batch, collate
 from fedllm.models.model import Model
 from fedllm.models.segments import segments
 from fedllm.privacy.dp_sgd import DPSGD
@@ -41,8 +41,7 @@ def unsplit(run, state, rows_of):
 
 
 @pytest.mark.parametrize("engine", ["in_process", "vectorized"])
-@pytest.mark.parametrize("cut", [0, None])
-def test_a_round_is_a_step_of_the_unsplit_model(engine, cut):
+def test_a_round_is_a_step_of_the_unsplit_model(engine):
     """fp64, clients with 5 to 12 rows and batches of unequal length, the middle at the server."""
     run = begin("fedbert_split", engine=engine, space="full", local={"batch_size": 64}, steps=1, cut=0)
     before = dict(run.state)
@@ -59,12 +58,7 @@ def test_a_round_is_a_step_of_the_unsplit_model(engine, cut):
 @pytest.mark.parametrize(("space", "knobs"), [("full", {}), ("lora", {"rank": 4}), ("ia3", {}), ("bias", {})])
 @pytest.mark.parametrize("cuts", [[1], [0, 1], [0, 2]])
 def test_gradients_of_segments_are_the_models(space, knobs, cuts):
-    if space == "bias":
-        pytest.importorskip("transformers")
-        net = gpt2()
-    else:
-        net = llama()
-    m = model(space, net, **knobs)
+    m = model(space, gpt2() if space == "bias" else llama(), **knobs)
     rng = torch.Generator().manual_seed(3)
     lanes = []
     for k, (b, t) in enumerate([(3, 7), (2, 4), (5, 9)]):
@@ -80,8 +74,6 @@ def test_gradients_of_segments_are_the_models(space, knobs, cuts):
         for (name, theta, ids, mask, labels), (loss, slopes) in zip(at, got, strict=True):
             params = {n: t.clone().requires_grad_() for n, t in theta.items()}
             with m.using([theta], None, {n: p[None] for n, p in params.items()}):
-                from fedllm.models.batch import Batch
-
                 want = m.losses(Batch(1, ids, mask, labels))
                 want.sum().backward()
             assert loss == pytest.approx(float(want), abs=1e-10), name
@@ -92,8 +84,6 @@ def test_gradients_of_segments_are_the_models(space, knobs, cuts):
 def through(m, parts, lanes):
     """Each lane's loss and gradients, segment after segment, all lanes in one request group."""
     limits = Limits()
-    from fedllm.local.segments import run_forwards
-
     xs = [[ids] for _, _, ids, _, _ in lanes]
     for seg in parts[:-1]:
         asks = [Forward(c, m, seg.part(m, th), None, seg, x[-1], mask) for (c, th, _, mask, _), x in zip(lanes, xs,
@@ -153,10 +143,7 @@ def test_what_a_segment_costs():
 
 def test_bytes_of_a_step():
     """Up e and dL/dh, down h and dL/de: 4 B T d numbers a step, and nothing that holds an id or a label."""
-    run = begin("fedbert_split", space="full", local={"batch_size": 64}, steps=1)
-    seen = []
-    run.engine.record.sink = lambda event: seen.append(event)
-    run.go(1)
+    run = begin("fedbert_split", space="full", local={"batch_size": 64}, steps=1).go(1)
     sizes = {w: run.engine.record.bytes[w, f"FedBERTSplit.{f}"] for w, f in [
         ("up", "begin"), ("down", "top"), ("up", "top"), ("down", "turn")]}
     batches = [collate([run.world.encoded(c.id, "train")], 0, "cpu").ids.shape for c in run.world.infos()]
@@ -220,10 +207,7 @@ def test_example_level_dp_refuses_segments():
         with client.through(lambda r: layer._private(r, client)):
             client.forward(segments(m, [1])[0], {}, torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3) > 0)
 
-    from fedllm.engines.client import ClientCall
-
     call = ClientCall(run.world.infos()[0], run.world, {}, 0, "P.x", 1, seen.append)
     with pytest.raises(CompositionError):
         probe({}, call)
     assert not seen
-    assert np.isfinite(1.0) and pack(x={}) == {} and part({}, "x") == {}
