@@ -76,7 +76,7 @@ def test_gradients_of_segments_are_the_models(space, knobs, cuts):
             with m.using([theta], None, {n: p[None] for n, p in params.items()}):
                 want = m.losses(Batch(1, ids, mask, labels))
                 want.sum().backward()
-            assert loss == pytest.approx(float(want), abs=1e-10), name
+            assert loss == pytest.approx(float(want.detach()), abs=1e-10), name
             assert gap(slopes, {n: torch.zeros_like(p) if p.grad is None else p.grad
                                 for n, p in params.items()}) < 1e-10
 
@@ -144,7 +144,7 @@ def test_what_a_segment_costs():
 def test_bytes_of_a_step():
     """Up e and dL/dh, down h and dL/de: 4 B T d numbers a step, and nothing that holds an id or a label."""
     run = begin("fedbert_split", space="full", local={"batch_size": 64}, steps=1).go(1)
-    sizes = {w: run.engine.record.bytes[w, f"FedBERTSplit.{f}"] for w, f in [
+    sizes = {(w, f): run.engine.record.bytes[w, f"FedBERTSplit.{f}"] for w, f in [
         ("up", "begin"), ("down", "top"), ("up", "top"), ("down", "turn")]}
     batches = [collate([run.world.encoded(c.id, "train")], 0, "cpu").ids.shape for c in run.world.infos()]
     states = sum(b * t for b, t in batches) * 16 * 8

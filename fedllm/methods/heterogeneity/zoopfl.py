@@ -93,8 +93,7 @@ class ZooPFL(BlackBox):
         """min ||x - s([q(x), 0])||^2 over the embeddings of the client's tokens; nothing is asked of the box."""
         x = client.model.words[torch.from_numpy(np.concatenate([r.ids for r in client.tokens])).long()].float()
         learned = {n: t.clone().requires_grad_() for n, t in part(msg, "theta").items() if n[0] in "qs"}
-        zero = torch.zeros(self.dim)
-        adam = torch.optim.Adam(learned.values(), self.pretrain_lr)
+        zero, adam = torch.zeros(self.dim), torch.optim.Adam(learned.values(), self.pretrain_lr)
         for _ in range(self.pretrain_steps):
             adam.zero_grad()
             loss = (x - around.surgery([x], learned, zero[: self.embed_dim], zero)[0]).pow(2).sum(1).mean()

@@ -72,10 +72,10 @@ class FedBERTSplit(Method):
             if not tops.answered:
                 raise QuorumError(f"fedbert_split: no client answered in step {t + 1} of {self.steps}")
             p = {c: rows[c] / sum(rows[d] for d in tops) for c in tops}  # p_k = n_k / sum n
-            told = pack(middle=middle, g={c: tops[c]["g"] * p[c] for c in tops})
+            told = pack(middle=middle, g={c: tops[c]["g"] for c in tops}, p=p)
             [back] = (yield Ask(self.learn, {SERVER: told}, quorum=1)).values()
             middle = part(back, "middle")
-            turn = yield Ask(self.turn, {c: {"g": g / p[c], "last": t + 1 == self.steps}
+            turn = yield Ask(self.turn, {c: {"g": g, "last": t + 1 == self.steps}
                                          for c, g in part(back, "g").items()})
         out = yield Ask(self.hand_in, {c: {} for c in turn})
         return {**state, "ends": part(out.value, "ends"), "middle": middle}
@@ -114,12 +114,12 @@ class FedBERTSplit(Method):
 
     @on_server
     def learn(self, msg, client) -> Payload:
-        """middle <- middle - lr sum_k p_k g_k, and p_k dL_k/de_k for each client."""
+        """middle <- middle - lr sum_k p_k g_k, and dL_k/de_k for each client."""
         theta, segment, (e, mask) = part(msg, "middle"), self.cuts(client.model)[1], client.session["of"]
         total, back = zeros_like(theta), {}
         for c, g in part(msg, "g").items():
             got = client.backward(segment, theta, e[c], mask[c], g)
-            total, back[c] = add(total, got.theta), got.x
+            total, back[c] = add(total, got.theta, msg[f"p/{c}"]), got.x
         return pack(middle=sub(theta, scale(total, client.training.lr)), g=back)
 
     @on_client()
