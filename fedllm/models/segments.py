@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from fedllm.models.model import Model
 from fedllm.spaces.layers import block_of
 from fedllm.spaces.space import PEFT, linear_size, output_heads
 
+MADE: weakref.WeakKeyDictionary[Model, dict[tuple[int, ...], list[Segment]]] = weakref.WeakKeyDictionary()
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -39,21 +42,24 @@ class Segment:
 
     def part(self, model: Model, theta: Mapping[str, Tensor]) -> Tree:
         """The trainables of `theta` that lie in this segment."""
-        return {n: t for n, t in theta.items() if self._holds(model.net, n)}
+        net: Any = model.net
+        word, head, blocks = net.get_input_embeddings().weight, net.get_output_embeddings(), blocks_of(net)
+        tied = head is not None and head.weight is word
+        words = {n for n, p in net.named_parameters(remove_duplicate=False) if p is word}
+        order = {path: i for i, (path, _) in enumerate(net.named_modules())}
+        stack = next(order[path] for path, m in net.named_modules() if m is blocks)
 
-    def _holds(self, net: Any, name: str) -> bool:
-        if (block := block_of(name)) is not None:
-            return self.start <= block < self.stop
-        name = name.removeprefix(PEFT)
-        words = {n for n, p in net.named_parameters(remove_duplicate=False)
-                 if p is net.get_input_embeddings().weight}
-        head = net.get_output_embeddings()
-        if name in words:
-            return self.first or (self.last and head is not None and head.weight is net.get_input_embeddings().weight)
-        paths = [p for p, _ in net.named_modules()]
-        owner = next((p for p in sorted(paths, key=len, reverse=True) if p and name.startswith(p + ".")), "")
-        stack = next(p for p, m in net.named_modules() if m is blocks_of(net))
-        return self.first if paths.index(owner) < paths.index(stack) else self.last
+        def holds(name: str) -> bool:
+            if (block := block_of(name)) is not None:
+                return self.start <= block < self.stop
+            owner = name.removeprefix(PEFT)
+            if owner in words:
+                return self.first or (self.last and tied)
+            while owner and owner not in order:
+                owner = owner.rpartition(".")[0]
+            return self.first if order[owner] < stack else self.last
+
+        return {n: t for n, t in theta.items() if holds(n)}
 
     def operations(self, model: Model, tokens: int, targets: int) -> float:
         """Floating-point operations of a forward through its linear maps: 2 a weight and token (head: target)."""
@@ -74,9 +80,12 @@ class Segment:
 def segments(model: Model, cuts: Sequence[int]) -> list[Segment]:
     """One segment more than there are cuts; a cut at b lies before block b, at the number of blocks before the norm.
 
-    RecipeError for cuts that are out of range or do not increase, ModelError for a model that cannot be cut.
+    They are made and checked once for the same model and cuts. RecipeError for cuts that are out of range or do not
+    increase, ModelError for a model that cannot be cut.
     """
-    net = model.net
+    net, made = model.net, MADE.setdefault(model, {})
+    if tuple(cuts) in made:
+        return made[tuple(cuts)]
     if model.task != "generation" or not isinstance(net, PreTrainedModel) or model.space.virtual:
         raise ModelError(f"segments: {type(net).__name__} with the space '{type(model.space).__name__}' cannot be cut; "
                          "it takes a language model (task generation) and a space whose trainables lie in its modules")
@@ -87,6 +96,7 @@ def segments(model: Model, cuts: Sequence[int]) -> list[Segment]:
     ends = [0, *marks, depth]
     found = [Segment(a, b, depth, i == 0, i == len(marks)) for i, (a, b) in enumerate(itertools.pairwise(ends))]
     _check(model, found)
+    made[tuple(cuts)] = found
     return found
 
 

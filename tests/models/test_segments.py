@@ -1,12 +1,14 @@
 """Segments: one after the other they are the model, forwards and backwards, for many clients in one step."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
+import fedllm
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import CompositionError, ModelError, QuorumError, RecipeError
+from fedllm.core.errors import ClientError, CompositionError, ModelError, QuorumError, RecipeError
 from fedllm.core.method import Method
 from fedllm.core.payload import add
 from fedllm.core.program import drive
@@ -15,10 +17,13 @@ from fedllm.engines.client import ClientCall
 from fedllm.local.flops import FORWARD, steps_of, work_of
 from fedllm.local.requests import Limits
 from fedllm.local.segments import Backward, Forward, run_backwards, run_forwards
+from fedllm.methods.registry import make_method
 from fedllm.models.batch import Batch, collate
 from fedllm.models.model import Model
 from fedllm.models.segments import segments
 from fedllm.privacy.dp_sgd import DPSGD
+from fedllm.runs.build import compose
+from fedllm.runs.layers import make_layer
 from fedllm.spaces import make_space
 from tests.methods.conftest import begin, gap, llama, tokenizer
 
@@ -194,6 +199,26 @@ def test_scratch_lasts_one_round_and_never_reaches_memory(engine):
         drive(method.round({}, run.world.infos()), driver, [])
         end()
         assert not driver._sessions
+
+
+def test_secure_aggregation_refuses_a_server_that_reads_each_clients_states():
+    with pytest.raises(CompositionError, match=r"SecAgg' lets the server see sums only and 'FedBERTSplit.begin' needs"):
+        compose(make_method("fedbert_split"), [make_layer("secagg", {}, "layers.0")])
+
+
+def test_a_recipe_runs_and_is_metered(tmp_path, tiny_llama_folder):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"say the {w}", "response": w}) + "\n"
+                            for w in ["red", "green", "blue", "one", "two", "cat"] * 4))
+    spec = {"model": tiny_llama_folder, "method": {"name": "fedbert_split", "steps": 2}, "space": "full", "rounds": 2,
+            "data": {"source": str(rows), "partition": {"kind": "iid", "clients": 3}, "test": 0.2}, "energy": {},
+            "local": {"optimizer": "sgd", "lr": 0.1, "batch_size": 4}, "evaluate": {"exact_match": False, "samples": 0},
+            "clients": {"step_seconds": 1.0}}
+    result = fedllm.run(spec, root=tmp_path)
+    assert result.evaluation["global"]["loss"] < result.evaluation["before"]["global"]["loss"]
+    assert result.joules > 0 and result.virtual["seconds"] > 0
+    with pytest.raises(ClientError, match=r"steps by plain SGD on both sides, and local.optimizer is 'adamw'"):
+        fedllm.run(spec, root=tmp_path, **{"local.optimizer": "adamw"})
 
 
 def test_example_level_dp_refuses_segments():
