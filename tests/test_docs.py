@@ -124,12 +124,12 @@ def test_yaml_is_a_recipe_or_a_policy(found):
 def test_commands_are_those_of_the_command_line(found):
     for block in found:
         for words in commands(block.text):
-            at = typer.main.get_command(app)
-            while isinstance(at, typer.core.TyperGroup):
-                assert words and words[0] in at.commands, f"{block.where}: fedllm {' '.join(words)}"
-                at, words = at.commands[words[0]], words[1:]
+            at, words = typer.main.get_command(app), list(words)
+            while isinstance(at, click.Group):
+                context = at.make_context("fedllm", words)
+                _, at, words = at.resolve_command(context, [*context._protected_args, *context.args])
             try:
-                at.make_context("fedllm", list(words))
+                at.make_context("fedllm", words)
             except click.MissingParameter:  # the front page shortens `join` to its address
                 assert str(block.page.relative_to(ROOT)) in SHORTENED, block.where
 
@@ -141,7 +141,7 @@ def test_few_blocks_are_not_run():
 
 def test_a_wrong_command_would_be_found():
     page = ROOT / "docs" / "x.md"
-    with pytest.raises(AssertionError, match="fedllm rum"):
+    with pytest.raises(click.UsageError, match="rum"):
         test_commands_are_those_of_the_command_line([Block(page, 1, "sh", "fedllm rum recipe.yaml\n", "")])
     assert list(commands("for m in a b; do fedllm run x.yaml method=$m; done  # all\n")) == [
         ["run", "x.yaml", "method=$m"]]
