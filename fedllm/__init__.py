@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedllm.core.ask import Ask, Replies, on_client
     from fedllm.core.client import Client, ClientInfo, Profile
     from fedllm.core.layer import Layer
-    from fedllm.core.method import Card, Claim, Method, Star, knob
+    from fedllm.core.method import Card, Claim, Method, Star, Trial, knob
     from fedllm.core.program import drive
     from fedllm.core.reduce import Mean, Reducer, Sum
     from fedllm.data.federation import Federation, Shard
@@ -50,6 +50,7 @@ _HOMES = {
     "Ask": "core.ask", "Replies": "core.ask", "on_client": "core.ask",
     "Client": "core.client", "ClientInfo": "core.client", "Profile": "core.client", "Layer": "core.layer",
     "Card": "core.method", "Claim": "core.method", "Method": "core.method", "Star": "core.method",
+    "Trial": "core.method",
     "knob": "core.method",
     "drive": "core.program", "Mean": "core.reduce", "Reducer": "core.reduce", "Sum": "core.reduce",
     "Federation": "data.federation", "Shard": "data.federation", "load_federation": "data.load",
@@ -59,7 +60,7 @@ __all__ = [
     "Answered", "Ask", "Card", "Claim", "Client", "ClientError", "ClientInfo", "CompositionError", "DataError",
     "EndpointError", "FedLLMError", "Federation", "Layer", "Mean", "Method", "ModelError", "PayloadError", "Plan",
     "Profile", "QuorumError", "Recipe", "RecipeError", "Reducer", "Replies", "Result", "RunError", "Shard", "Star",
-    "Sum", "ask",
+    "Sum", "Trial", "ask",
     "drive", "export", "knob", "load_federation", "on_client", "plan", "replay", "resume", "run",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ RUNS = Path("runs")
 def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = RUNS, **overrides: Any) -> Result:
     """Run a recipe (a path, a mapping or a `Recipe`) and come back with its `Result`.
 
-    `overrides` are keys of the recipe (`rounds=3`, `local={"lr": 1e-3}`, or `**{"local.lr": 1e-3}`). The run's folder
-    is made under `root`. Raises RecipeError, DataError, ModelError or CompositionError before any work is done,
-    ClientError when a client's code fails, and RunError when the run cannot go on; `resume` then takes it up.
+    `overrides` are keys of the recipe (`rounds=3`, `local={"lr": 1e-3}`, or `**{"local.lr": 1e-3}`); `plugins=[FILE]`
+    adds files with parts of one's own. The run's folder is made under `root`. Raises RecipeError, DataError, ModelError
+    or CompositionError before any work is done, ClientError when a client's code fails, and RunError when the run
+    cannot go on; `resume` then takes it up.
     """
     return begin(recipe, root, overrides, publish)
 
@@ -38,6 +39,9 @@ def ask(source: str | Path | Mapping[str, Any] | Recipe, *questions: str, timeou
     return [session.ask(question) for question in questions]
 
 
-def resume(path: str | Path) -> Result:
-    """Go on with a run that was stopped at any moment; it ends as if it had never stopped."""
-    return go_on(path, publish)
+def resume(path: str | Path, *, plugins: Sequence[str | Path] = ()) -> Result:
+    """Go on with a run that was stopped at any moment; it ends as if it had never stopped.
+
+    `plugins` says where the plugin files that the run began with lie now, if they have moved.
+    """
+    return go_on(path, publish, plugins)

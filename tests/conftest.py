@@ -18,6 +18,18 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "s
          "bank", "court", "ward", "bus"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--plugin", action="append", default=[], metavar="FILE", help="A file with a method of one's own, "
+                     "which the tests that hold for all methods then try too.")
+
+
+def pytest_configure(config):
+    if files := config.getoption("--plugin"):
+        from fedllm.runs.plugins import plugged
+
+        plugged([(file, None) for file in files])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)

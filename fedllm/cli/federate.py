@@ -33,7 +33,9 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
           needed: Annotated[int | None, typer.Option(help="Sites that must join; all of them by default.")] = None,
           wait: Annotated[float, typer.Option(help="Seconds to wait for the sites.")] = 600.0,
           metrics: Annotated[int | None, typer.Option(help="Port on this machine for /metrics and /healthz.")] = None,
-          ) -> None:
+          plugin: Annotated[list[Path] | None, typer.Option(
+              "--plugin", metavar="FILE", show_default=False, help="Python file with the coordinator's half of a part "
+              "of your own (repeat); sites must have it installed.")] = None) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.federation import serve as federate
     from fedllm.federation.process import stoppable
@@ -42,10 +44,13 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
     try:
         with stoppable():
             if recipe.is_dir():
+                if plugin:
+                    raise RecipeError("--plugin: a run goes on with the plugins that it began with; leave it out")
                 result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics)
             else:
+                more = {"plugins": [str(file) for file in plugin]} if plugin else {}
                 result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics,
-                                        **dict(parse_override(text) for text in overrides or ()))
+                                        **dict(parse_override(text) for text in overrides or ()), **more)
     except KeyboardInterrupt:
         console.print("stopped; `fedllm serve runs/NAME` goes on where the run stood")
         raise typer.Exit(130) from None

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from fedllm.core.method import Claim
-from fedllm.methods.registry import method_class, modules, source_of
+from fedllm.methods.registry import METHODS, method_class, source_of
 from fedllm.report.facts import compared, duration, label, mean_metric, number, shown, size
 from fedllm.runs.plan import Plan
 from fedllm.runs.result import Result
@@ -124,14 +124,14 @@ def privacy_line(says: Mapping[str, Any]) -> str:
 
 def show_methods(console: Console) -> None:
     """All methods: id, topic, title."""
-    table = Table(title=f"{len(modules())} methods", title_justify="left", title_style="bold")
+    table = Table(title=f"{len(METHODS)} methods", title_justify="left", title_style="bold")
     table.add_column("id", style="bold", no_wrap=True)
     table.add_column("topic")
     table.add_column("what it is")
     wide = console.width >= 120
     if wide:
         table.add_column("sends")
-    for name in modules():
+    for name in sorted(METHODS):
         card = method_class(name).card
         table.add_row(name, card.topic, card.title.partition(": ")[2] or card.title, *([card.sends] if wide else []))
     console.print(table)

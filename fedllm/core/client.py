@@ -82,12 +82,14 @@ class Client(Protocol):
     models: Mapping[str, Any]
     """The recipe's `models` by name: models with spaces and tokenizers of their own, or endpoints (`complete`)."""
     data: Any
-    local: Any
-    """How the recipe has it train: `local.optimizer`, `local.count(n)` steps a round on n rows, ..."""
+    training: Any
+    """How the recipe has it train: `training.optimizer`, `training.count(n)` steps a round on n rows, ..."""
     public: Sequence[Any]
     """The federation's public rows, tokenized: nobody's, and everybody may train on them."""
     memory: MutableMapping[str, Any]
     """Never leaves the client; committed when the round ends."""
+    session: MutableMapping[str, Any]
+    """Scratch of the round: what one of its functions leaves for the next. Never on disk, gone when the round ends."""
     pace: float | None
     """Seconds of one local step here, as the fleet declares it; None where time is not declared but real."""
 
@@ -98,7 +100,7 @@ class Client(Protocol):
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Any] = (),
             steps: int | None = None, on: Sequence[Any] | None = None, objective: Any = None,
             side: Mapping[str, Sequence[Any]] | None = None, moments: Any = False) -> Any:
-        """Train `theta` on the client's rows (or `on` others) as the recipe's `local` says; returns a `Fitted`.
+        """Train `theta` on the client's rows (or `on` others) as `training` says; returns a `Fitted`.
 
         `objective` (local/objectives/) takes the place of the task's own loss, `side` holds what it needs beside each
         row. `moments=client.memory.get("adam")` goes on with an optimizer's state; `Fitted.moments` is the next one.
@@ -144,6 +146,15 @@ class Client(Protocol):
 
     def logits(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> list[np.ndarray]:
         """What the head says of each of these training rows: [classes], or [T, classes] where tokens have classes."""
+        ...
+
+    def forward(self, segment: Any, theta: Tree, x: Any, mask: Any, *, base: Tree | None = None) -> Any:
+        """States [B, T, d] after one segment of the model (`models/segments.py`), of ids [B, T] or states [B, T, d]."""
+        ...
+
+    def backward(self, segment: Any, theta: Tree, x: Any, mask: Any, g: Any = None, *, labels: Any = None,
+                 base: Tree | None = None) -> Any:
+        """The gradients of that forward (`Slopes`) from `g`, dL/d(its states), or at the last segment from labels."""
         ...
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:

@@ -113,10 +113,38 @@ class Card:
     """Further claims, each by a word of its own; `<id>:<word>` is its name in `fedllm claims`."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Small settings under which the tests that hold for all methods run this one, on every engine.
+
+    What is not said is the tests' own. A method that cannot run under the tests' own says here what it needs.
+    """
+
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    """Its own knobs, small."""
+    space: Mapping[str, Any] = field(default_factory=lambda: {"name": "lora", "rank": 4})
+    """The recipe's section `space`."""
+    local: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the recipe's section `local`."""
+    ranks: tuple[int, ...] = ()
+    """LoRA ranks that clients declare."""
+    task: str = "generation"
+    far: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of a recipe that differ in a real federation, for example so that answers come in the simulation's order."""
+    rounding: str = ""
+    """Why it magnifies fp32 rounding, so that engines are held to one another in fp64 alone."""
+    silent: str = ""
+    """Why a round in which a client is silent is not a round without that client."""
+    apart: str = ""
+    """Why no common test of rounds can hold for it, so that only tests of its own do."""
+
+
 class Method(Knobs):
     """A federated method. Training methods have `init` and `round`; inference-time methods have `answer`."""
 
     card: ClassVar[Card]
+    trial: ClassVar[Trial] = Trial()
+
     simulation_only: ClassVar[str] = ""
     """Why no real federation runs it: it sees what no deployment may (pooled data)."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.client import SERVER, ClientInfo, Profile
-from fedllm.core.errors import CompositionError, RunError
+from fedllm.core.errors import CompositionError, RunError, Withheld
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
@@ -46,18 +46,21 @@ from fedllm.local.requests import (
     RowLosses,
     Sensitivity,
 )
+from fedllm.local.segments import Backward, Forward, Slopes, run_backwards, run_forwards
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.local.text import run_completes
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model
+from fedllm.models.segments import Segment
 from fedllm.tasks.generation import same_answer
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
     Sensitivity: run_sensitivities, Outputs: run_outputs, Logits: run_logits, Measure: run_measures,
-    Rollout: run_rollouts, Improve: run_improves, Complete: run_completes,
+    Rollout: run_rollouts, Improve: run_improves, Complete: run_completes, Forward: run_forwards,
+    Backward: run_backwards,
     Booked: lambda requests, limits: [None] * len(requests)}
 
 
@@ -72,14 +75,23 @@ def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
             f"local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
 
 
+class Session(dict[str, Any]):
+    """A client's scratch of one round: handed from one of its functions to the next, gone when the round ends."""
+
+    def __missing__(self, key: str) -> Any:
+        raise Withheld(f"'{key}' is not in this round's scratch: nothing put it there, or another process did (a site "
+                       "that was started again; engine ray, whose workers keep none)")
+
+
 class ClientCall(Holder):
     """One client during one call of one of its functions."""
 
     def __init__(self, info: ClientInfo, world: World, memory: MutableMapping[str, Any], round: int, phase: str,
-                 visit: int, submit: Callable[[Request], Any], model: Model | None = None) -> None:
+                 visit: int, submit: Callable[[Request], Any], model: Model | None = None,
+                 session: Session | None = None) -> None:
         """`model` is the one that this client holds; None: the world's."""
         self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, model or world.model
-        self.memory, self.round = memory, round
+        self.memory, self.round, self.session = memory, round, Session() if session is None else session
         self._world, self._submit = world, submit
         step = phase.rpartition(".")[2]  # the function, without whose it is: methods compare on the same batches
         self._key = (world.seed, round, info.id, step, visit)
@@ -88,7 +100,7 @@ class ClientCall(Holder):
         self._called, self.used = info.profile.model, {}
 
     @property
-    def local(self) -> LocalSpec:
+    def training(self) -> LocalSpec:
         """How the recipe has this client train in this round."""
         return self._local(self.n or sum(c.n for c in self._world.infos()))  # the server counts everybody's rows
 
@@ -237,6 +249,17 @@ class ClientCall(Holder):
         self._open_rows()
         mine = self._encoded("train")
         return self._ask(Logits(self.id, self.model, theta, base, mine if rows is None else [mine[i] for i in rows]))
+
+    def forward(self, segment: Segment, theta: Tree, x: Tensor, mask: Tensor, *, base: Tree | None = None) -> Tensor:
+        """States [B, T, d] after one segment of the model, of token ids [B, T] or states [B, T, d]."""
+        return self._ask(Forward(self.id, self.model, theta, base, segment, x, mask))
+
+    def backward(self, segment: Segment, theta: Tree, x: Tensor, mask: Tensor, g: Tensor | None = None, *,
+                 labels: Tensor | None = None, base: Tree | None = None) -> Slopes:
+        """The gradients of that forward from `g`, dL/d(its states), or at the last segment from its `labels` [B, T]."""
+        if (g is None) == (labels is None) or (labels is not None and not segment.last):
+            raise CompositionError("backward takes either g or, at the last segment, labels")
+        return self._ask(Backward(self.id, self.model, theta, base, segment, x, mask, g, labels))
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""

@@ -14,7 +14,7 @@ from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-from fedllm.engines.client import ClientCall, carry_out, server_info
+from fedllm.engines.client import ClientCall, Session, carry_out, server_info
 from fedllm.engines.clock import BOOK, Clock
 from fedllm.engines.job import Job
 from fedllm.engines.world import World, method_on
@@ -46,13 +46,14 @@ class InProcess:
         self._staged: dict[ClientId, dict[str, Any]] = {}
         self._before: dict[ClientId, dict[str, Any]] = {}
         self._visits: Counter[tuple[str, ClientId]] = Counter()
+        self._sessions: dict[ClientId, Session] = {}
         self.clock.restore(self.memory.get(SERVER, {}).get(BOOK))
 
     def commit(self) -> dict[ClientId, dict[str, Any]]:
         """Make this round's memory permanent; returns the memories that were touched."""
         if self.clock.used:
             self.staged(SERVER)[BOOK] = self.clock.book()
-        touched, self._staged = self._staged, {}
+        touched, self._staged, self._sessions = self._staged, {}, {}
         self.memory.update(touched)
         return touched
 
@@ -118,7 +119,8 @@ class InProcess:
             return submit(request)
 
         call = ClientCall(self.infos[job.client], self.world, self.staged(job.client), self.round, ask.phase,
-                          job.visit, counted, self.world.model_of(job.client, method_on(self.stack)))
+                          job.visit, counted, self.world.model_of(job.client, method_on(self.stack)),
+                          self._sessions.setdefault(job.client, Session()))
         try:
             reply = serve(self.stack, ask.phase, msg, call, call.keep)
         except Withheld as why:

@@ -134,13 +134,13 @@ class Opening:
 
 
 def for_sites(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what is the coordinator's alone: where its own rows lie, its baselines, and the model that it
-    keeps to itself when sites get another."""
+    """The recipe without what is the coordinator's alone: where its own rows lie, its plugin files, its baselines, and
+    the model that it keeps to itself when sites get another."""
     raw = recipe.model_dump(mode="json")
     raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
     raw["model"] |= {"name": recipe.model.at_clients or recipe.model.name, "at_clients": None}
     raw["engine"]["kind"] = "in_process"
-    raw["evaluate"]["baselines"] = []
+    raw["evaluate"]["baselines"], raw["plugins"] = [], []
     return raw
 
 

@@ -23,7 +23,7 @@ from fedllm.federation.public import site_rows
 from fedllm.federation.settings import SiteSettings
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method, modules
+from fedllm.methods.registry import METHODS, make_method
 from fedllm.models.endpoint import Endpoint
 from fedllm.runs.build import compose, make_layers, make_recipe_space, need_public, recipe_model, versions
 from fedllm.runs.models import check_held, check_names, need_named, shelves
@@ -111,6 +111,10 @@ def _same_versions(theirs: Mapping[str, str], settings: SiteSettings) -> None:
 
 def _recipe(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
     """The coordinator's recipe with this site's data, if it asks for nothing that is forbidden here."""
+    if raw.get("plugins"):
+        raise RecipeError(f"plugins = {raw['plugins']}: a site never loads code from a recipe; "
+                          "install the method here as a package (entry point fedllm.methods), and name it in this "
+                          "site's settings (methods)")
     data = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
     recipe = load_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
                                           "partition": {"kind": "per_file"}}})
@@ -118,8 +122,11 @@ def _recipe(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
     if settings.methods is not None and name not in settings.methods:
         raise RecipeError(f"method '{name}' is not on this site's allow-list "
                           f"({', '.join(settings.methods) or 'empty'})")
-    if name not in modules():
+    if name not in METHODS:
         raise RecipeError(f"method '{name}' is not installed here, and this site runs installed code only")
+    if name not in METHODS.ours and settings.methods is None:
+        raise RecipeError(f"method '{name}' comes from {METHODS.whose(name)} and not from fedllm; name it in this "
+                          f"site's settings (methods: [{name}]) if it may run here")
     if recipe.model.trust_remote_code and not settings.trust_remote_code:
         raise RecipeError("model.trust_remote_code = true is forbidden by this site (trust_remote_code = false)")
     for key, value in (("model.name", recipe.model.name), ("space.start_from", recipe.space.knobs.get("start_from"))):

@@ -18,7 +18,9 @@ from fedllm.data.encode import Encoded
 from fedllm.local.generate import prompt_ids
 from fedllm.local.policy import Improve, Rollout
 from fedllm.local.requests import Booked, Complete, Fit, Generate, Outputs, Probe, Request, Sensitivity
+from fedllm.local.segments import Backward, Forward
 from fedllm.local.text import room
+from fedllm.models.batch import IGNORE
 from fedllm.models.endpoint import Usage
 from fedllm.models.model import Model
 from fedllm.models.sealed import opened
@@ -75,6 +77,9 @@ def steps_of(request: Request, batch_size: int) -> float:
         return request.most / batch_size * FORWARD
     if isinstance(request, Improve):
         return request.steps * len(request.actions) / batch_size
+    if isinstance(request, Forward):  # a backward computes its forward again
+        whole = 1.0 if isinstance(request, Backward) else FORWARD
+        return len(request.mask) / batch_size * whole * request.segment.share
     said = isinstance(request, Generate | Complete)
     rows = len(request.prompts) if said else len(request.rows)  # type: ignore[attr-defined]
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
@@ -88,6 +93,8 @@ def work_of(request: Request) -> Work:
         return Work(request.tokens, request.flops)
     if isinstance(request, Complete):
         return _said(request)
+    if isinstance(request, Forward):
+        return _through(request)
     cost, passes = cost_of(request.model, request.theta), len(request.thetas) if isinstance(request, Probe) else 1
     if isinstance(request, Generate):
         new = request.max_new_tokens
@@ -132,6 +139,19 @@ def _said(request: Complete) -> Work:
     rows = [(len(p) + new, new) for p in prompt_ids(request.prompts, model.tokenizer, room(model, new))]
     once = cost_of(model, request.theta).of(rows, train=False)
     return once + once
+
+
+def _through(request: Forward) -> Work:
+    """The work in one segment: its linear maps, its blocks' share of the attention, and the head over the targets."""
+    model, segment, train = request.model, request.segment, isinstance(request, Backward)
+    lengths = request.mask.sum(1)
+    labels = request.labels if isinstance(request, Backward) else None
+    targets = 0 if labels is None else int((labels[:, 1:] != IGNORE).sum())
+    own = {n for n, _ in model.net.named_parameters(remove_duplicate=False)}
+    passes = 1 + train * (1 + any(n in own for n in request.theta))  # forward, gradient of x, gradient of the weights
+    attention = _attention(model.net) * (segment.stop - segment.start) / segment.of * float((lengths**2).sum())
+    tokens = int(lengths.sum())
+    return Work(tokens, passes * segment.operations(model, tokens, targets) + (1 + 2 * train) * attention)
 
 
 def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:

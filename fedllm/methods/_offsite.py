@@ -141,7 +141,7 @@ class Offsite(Method):
         ends = [len(blocks_of(m.net)) - self.adapter_layers for m in (client.model, thin)]
         teacher = View(client.model, part(msg, "plugged"), ends[0])
         a, e = part(msg, "A"), part(msg, "E")
-        spec = replace(client.local, lr=self.align_lr, optimizer="adamw", momentum=0.0)
+        spec = replace(client.training, lr=self.align_lr, optimizer="adamw", momentum=0.0)
         rng = client.rng("alignment")
         plan = batches([len(r.ids) for r in client.public], spec.batch_size, rng, rng, steps=msg["steps"])
         client.book(**align_work(teacher, thin, e, client.public, plan))

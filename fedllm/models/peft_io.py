@@ -16,7 +16,7 @@ from torch import Tensor
 from fedllm.core.errors import ModelError
 from fedllm.core.payload import Tree
 from fedllm.models.model import HeadedEncoder, Model
-from fedllm.spaces.registry import space_classes
+from fedllm.spaces.registry import SPACES
 from fedllm.spaces.space import PEFT
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
@@ -115,9 +115,9 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
             raise ModelError(f"space.start_from = {str(folder)!r} holds trainables of space {by!r}, space.name is "
                              f"{space!r}; use {by!r}")
         return dict(made.get("knobs") or {})
-    config, kind = _config(folder), space_classes().get(space)
+    config, kind = _config(folder), SPACES.get(space)
     if kind is None or not kind.peft or kind.peft != config.get("peft_type"):
-        names = {c.peft: stem for stem, c in space_classes().items() if vars(c).get("peft")}
+        names = {c.peft: stem for stem, c in SPACES.items() if vars(c).get("peft")}
         use = names.get(config.get("peft_type", ""))
         raise ModelError(f"space.start_from = {str(folder)!r} holds a {config.get('peft_type')} adapter, space.name "
                          f"is {space!r}; " + (f"use {use!r}" if use else f"allowed are {', '.join(names)}"))

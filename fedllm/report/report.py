@@ -26,6 +26,7 @@ from fedllm.report.facts import (
 )
 from fedllm.report.statement import privacy_statement, seen, summary
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.plugins import plugged
 from fedllm.runs.result import Result
 
 STYLE = (Path(__file__).parent / "report.css").read_text
@@ -42,6 +43,8 @@ def publish(folder: RunFolder, result: Result) -> None:
 def write_report(path: str | Path) -> Path:
     """Write what `publish` writes afresh, from the record of the finished run in this folder."""
     folder = RunFolder.open(Path(path))
+    listed = read_facts(folder).recipe.get("plugins", ())
+    plugged([(p["file"], p["sha256"]) for p in listed])  # the card of a method of one's own is in its file
     try:
         publish(folder, Result.load(folder.path))
     except OSError as error:

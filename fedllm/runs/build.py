@@ -38,7 +38,7 @@ from fedllm.runs.recipe import Recipe
 from fedllm.runs.used import usage_of
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
-from fedllm.spaces.registry import make_space, space_class
+from fedllm.spaces.registry import SPACES, make_space
 from fedllm.spaces.space import Space
 from fedllm.wire.edge_energy import EdgeEnergy
 
@@ -223,7 +223,7 @@ def _part(path: str, make: Callable[[], T]) -> T:
 def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
     """The space, and the folder of the adapter that it starts from (`space.start_from`), if any."""
     knobs, start = recipe.space.knobs, None
-    options = space_class(recipe.space.name).knobs().get("start_from", {}).get("options") or ()
+    options = SPACES.find(recipe.space.name, "space.name").knobs().get("start_from", {}).get("options") or ()
     if "start_from" in knobs and knobs["start_from"] not in options:
         from fedllm.models.peft_io import knobs_of
 

@@ -12,6 +12,7 @@ from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
 from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
+from fedllm.runs.plugins import plugged
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
@@ -232,6 +233,15 @@ class RecordSpec(Section):
     """Rounds from one checkpoint to the next."""
 
 
+class Plugin(Section):
+    """A Python file that holds a method, layer, space or selector of one's own; its stem is the name."""
+
+    file: str
+    """Path of the file; it is run when the recipe is read."""
+    sha256: str | None = None
+    """Written into a run's own recipe: what the file was. A run goes on with no other."""
+
+
 class Recipe(Section):
     """All that a run depends on."""
 
@@ -257,6 +267,8 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     record: RecordSpec = Field(default_factory=RecordSpec)
+    plugins: list[Annotated[Plugin, _short("file")]] = Field(default_factory=list)
+    """Files with parts of one's own. The sites of a real federation load none: there a part is installed."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Written into a run's own recipe: what it ran with. Not read."""
 
@@ -264,7 +276,8 @@ class Recipe(Section):
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A checked recipe from a YAML path, a mapping or a recipe; `overrides` maps key paths to values.
 
-    Raises RecipeError with one line for each thing that is wrong.
+    Its plugin files are loaded; those in `overrides` come beside the recipe's own. Raises RecipeError with one line for
+    each thing that is wrong.
     """
     if isinstance(source, Recipe):
         raw = source.model_dump()
@@ -273,7 +286,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
     else:
         raw = {"name": Path(source).stem, **read_yaml(Path(source))}
     for key, value in (overrides or {}).items():
-        edit(raw, key, value)
+        edit(raw, key, [*raw.get(key, []), *value] if key == "plugins" else value)
     fill(raw)
     try:
         recipe = Recipe.model_validate(raw)
@@ -281,4 +294,5 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         raise RecipeError(complaints(Recipe, error.errors())) from None
     if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
         raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
-    return recipe
+    files = plugged([(p.file, p.sha256) for p in recipe.plugins])
+    return recipe.model_copy(update={"plugins": [Plugin(**f) for f in files]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from fedllm.privacy.accountant import BudgetSpent, join, unaccounted
 from fedllm.runs import judge as judging
 from fedllm.runs.beside import Beside, beside, run_baselines
 from fedllm.runs.build import FAR, Parts, build, cohort_size, resolved
+from fedllm.runs.complaints import read_yaml
 from fedllm.runs.course import Course
 from fedllm.runs.folder import EventLog, RunFolder, fresh_path
 from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
+from fedllm.runs.plugins import moved
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.progress import Quiet, progress_bars
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
@@ -44,12 +46,12 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
         return Run(parts, folder, progress, publish).go()
 
 
-def go_on(path: str | Path, publish: Publish) -> Result:
-    """A run that was stopped at any moment, to its end."""
+def go_on(path: str | Path, publish: Publish, plugins: Sequence[str | Path] = ()) -> Result:
+    """A run that was stopped at any moment, to its end; `plugins` are other places of the plugin files that it has."""
     folder = RunFolder.open(Path(path))
     if (folder.path / "result.json").exists():
         return finished(folder.path)
-    recipe = load_recipe(folder.path / "recipe.yaml")
+    recipe = load_recipe(moved(read_yaml(folder.path / "recipe.yaml"), plugins))
     if recipe.data.source == OWN:
         raise RunError(f"{path} is a run of a real federation: "
                        f"`fedllm serve {path} --federation FOLDER` goes on with it")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedllm.core.errors import ModelError, RecipeError
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree, pack, part
-from fedllm.spaces.registry import space_class
+from fedllm.spaces.registry import SPACES
 from fedllm.spaces.space import Prompt, Space, Stack
 
 PARTS = "streams"
@@ -157,7 +157,7 @@ def spaces_of(of: Any) -> dict[str, Space]:
         if not isinstance(stream, str) or not stream.isidentifier() or not isinstance(spec.get("name"), str):
             raise RecipeError(f"Streams.of.{stream} = {said!r} is not allowed; it must be a name without blanks and a "
                               "space: its name, or {name: ..., knobs}")
-        kind = space_class(spec.pop("name"))
+        kind = SPACES.find(spec.pop("name"), "space.name")
         if issubclass(kind, Streams):
             raise RecipeError(f"Streams.of.{stream}: streams do not hold streams; list its parts here")
         if made and "modules_to_save" in kind.knobs():

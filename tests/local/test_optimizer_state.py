@@ -141,7 +141,7 @@ def test_several_fits_of_a_round_go_on_along_the_schedule():
     call = client_of(run, LocalSpec(lr=0.5, steps=4, batch_size=3, over_rounds="linear_steps", max_length=32), 3, 1)
     theta = run.world.model.initial()
     assert [call.fit(theta, steps=1).lr_sum for _ in range(3)] == pytest.approx([0.5 * (1 - i / 12) for i in (4, 5, 6)])
-    assert isinstance(call.local, InRun) and call.local.begun == 7
+    assert isinstance(call.training, InRun) and call.training.begun == 7
 
 
 @pytest.mark.parametrize("engine", ["in_process", "vectorized"])

@@ -17,7 +17,7 @@ from fedllm.data.federation import Federation, Shard
 from fedllm.engines import ENGINES
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method
+from fedllm.methods.registry import make_method, method_class
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
 from tests.conftest import PLACE
@@ -108,6 +108,14 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
     run = Run(method, (kind or ENGINES[engine])((method, *layers), world, loopback=loopback), world)
     run.state = method.init(model)
     return run
+
+
+def tried(name: str) -> dict[str, Any]:
+    """What a method's card says it is tried with, as `begin` takes it."""
+    trial = method_class(name).trial
+    space = dict(trial.space)
+    return {"space": space.pop("name"), "space_knobs": space, "local": dict(trial.local), "ranks": trial.ranks,
+            "task": trial.task, **trial.knobs}
 
 
 @pytest.fixture(name="begin")

@@ -28,7 +28,7 @@ from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import method_class, modules
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
-from fedllm.spaces.registry import space_classes
+from fedllm.spaces.registry import SPACES
 from fedllm.wire.edge_energy import EdgeEnergy
 from tests.methods.conftest import KINDS, WORDS, tokenizer
 
@@ -75,7 +75,7 @@ def suited(name):
     """The first of all worlds that the method takes."""
     method, why = small(name), []
     for task in ("generation", "classification"):
-        for space, knobs in (FIRST | {s: {} for s in space_classes() if s not in FIRST}).items():
+        for space, knobs in (FIRST | {s: {} for s in SPACES if s not in FIRST}).items():
             try:
                 made = world(task, space, knobs)
                 method.check(made.model)

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedllm
 from fedllm.core.errors import ModelError, RecipeError
+from fedllm.core.found import installed
 from fedllm.engines import InProcess, Vectorized
 from fedllm.models.model import Model
 from fedllm.runs.export import export
-from fedllm.spaces import make_space, registry, space_classes
+from fedllm.spaces import make_space
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,10 +36,10 @@ def brought(tmp_path, monkeypatch):
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {stem}\nVersion: 1.0\n")
             (info / "entry_points.txt").write_text(f"[fedllm.spaces]\n{stem} = {stem}\n")
-        registry.space_classes.cache_clear()
+        installed.cache_clear()
 
     yield install
-    registry.space_classes.cache_clear()
+    installed.cache_clear()
 
 
 STUCK = '''
@@ -115,14 +116,14 @@ def test_one_that_cannot_be_merged_is_saved_as_it_is_and_merging_is_refused(brou
 
 def test_what_is_brought_must_be_one_space_of_a_new_name(brought):
     brought(nothing="x = 1\n")
-    with pytest.raises(RecipeError, match=r"entry point 'nothing' of fedllm.spaces: nothing must hold just one space"):
-        space_classes()
+    with pytest.raises(RecipeError, match=r"nothing must hold just one of the kind 'spaces'"):
+        make_space("nothing")
 
 
 def test_a_name_that_is_taken_is_refused(brought):
     brought(lora=example())
-    with pytest.raises(RecipeError, match=r"there is a space 'lora' already; rename its file"):
-        space_classes()
+    with pytest.raises(RecipeError, match=r"'lora' among the spaces is brought by fedllm itself and"):
+        make_space("lora")
 
 
 @pytest.mark.parametrize("page", ["streams", "slices"])

@@ -8,7 +8,7 @@ from fedllm.core.errors import ModelError, RecipeError
 from fedllm.data.encode import encode_rows
 from fedllm.models.batch import collate
 from fedllm.models.model import Model
-from fedllm.spaces import make_space, space_classes
+from fedllm.spaces import SPACES, make_space
 from fedllm.spaces.lora import factors
 
 ROWS = [{"prompt": "red cat", "response": "say the word"}, {"prompt": "blue dog bird two", "response": "no"}]
@@ -38,7 +38,7 @@ def test_the_start_is_the_unchanged_model(tiny_llama_folder, name):
     assert torch.allclose(losses(model, [model.initial()] * 2), plain.expand(2), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", space_classes())
+@pytest.mark.parametrize("name", SPACES)
 def test_every_trainable_matters_and_lanes_do_not_touch_each_other(tiny_llama_folder, name):
     if name == "bias":
         with pytest.raises(ModelError, match="no such parameters; try the space 'lora' or 'ia3'"):

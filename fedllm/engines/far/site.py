@@ -13,7 +13,7 @@ from fedllm.core.client import ClientInfo
 from fedllm.core.errors import FedLLMError, PayloadError, Withheld
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
-from fedllm.engines.client import ClientCall, carry_out
+from fedllm.engines.client import ClientCall, Session, carry_out
 from fedllm.engines.far.pieces import PIECE_OPS, Pieces
 from fedllm.engines.far.sites import PROTOCOL, Body, Head
 from fedllm.engines.world import World, method_on
@@ -63,6 +63,7 @@ class SiteRun:
         self.stack, self.world, self.info, self.memory, self.may = tuple(stack), world, info, memory, may
         self.over = False  # set when another coordinator's process takes the run up
         self._dropped: tuple[tuple[str, str], ...] = ()
+        self._session = "", Session()  # of the present attempt at a round
 
     def drop(self, visits: Sequence[Sequence[Any]]) -> None:
         """Nobody waits for these [attempt, visit] any longer: work on them stops, or does not begin."""
@@ -75,6 +76,8 @@ class SiteRun:
         for attempt, visit in head.get("dropped", ()):
             self.memory.drop(str(attempt), str(visit))
         for attempt, round in head.get("settled", ()):
+            if str(attempt) == self._session[0]:
+                self._session = "", Session()
             self.memory.settle(str(attempt), int(round))
 
     def ask(self, head: Head, body: Body) -> Said:
@@ -93,6 +96,8 @@ class SiteRun:
         wanted = set(head["stack"])
         stack = [part for part in self.stack if type(part).__name__ in wanted]
         memory = self.memory.stage(attempt, int(head["round"]))
+        if self._session[0] != attempt:
+            self._session = attempt, Session()
 
         def go_on() -> None:
             if self.over or (attempt, visit) in self._dropped:
@@ -104,7 +109,7 @@ class SiteRun:
 
         limits = replace(self.world.limits, go_on=go_on)
         call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),
-                          submit, self.world.model_of(self.info.id, method_on(self.stack)))
+                          submit, self.world.model_of(self.info.id, method_on(self.stack)), self._session[1])
         try:
             reply = serve(stack, str(head["phase"]), msg, call, call.keep)
             go_on()

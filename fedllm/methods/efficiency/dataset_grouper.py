@@ -46,7 +46,7 @@ class DatasetGrouper(Star):
 
     @on_client(reduce=Mean("uniform"))
     def local(self, msg, client):
-        theta, tau = part(msg, "theta"), client.local.count(client.n)
+        theta, tau = part(msg, "theta"), client.training.count(client.n)
         if self.algorithm == "fedavg":
             fitted = client.fit(theta, steps=tau)
             return pack(gradient=sub(theta, fitted.theta), loss=fitted.loss)

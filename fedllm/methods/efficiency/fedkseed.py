@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import on_client
-from fedllm.core.method import Card, Claim, State
+from fedllm.core.method import Card, Claim, State, Trial
 from fedllm.core.payload import Payload, pack
 from fedllm.core.reduce import Mean, Sum
 from fedllm.methods._seeds import Seeds
@@ -49,6 +49,7 @@ class FedKSeed(Seeds):
         evidence="Authors' code read. One constant eta and no weight decay, or the replay would be wrong; replayed "
                  "from w_0 each round (once a process), so that every side holds the same bits.",
     )
+    trial = Trial({"K": 8, "steps": 3, "lr": 1e-3, "eps": 1e-3}, {"name": "full"}, rounding="divides by 2 eps")
 
     @on_client(reduce=Pools())
     def local(self, msg, client):

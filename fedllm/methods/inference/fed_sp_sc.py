@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.methods.asking import Asking
 from fedllm.models import questions as qa
 from fedllm.models.similar import nearest
@@ -36,6 +36,7 @@ class FedSPSC(Asking):
         claim=Claim("a vote over five wordings is right more often than the mean single wording",
                     rig="synonyms", metric="gain", holds=">", threshold=0.0, wins=5),
         evidence="written from a dossier, not the paper; no code is public. Ours: prompts, hashes, thresholds")
+    trial = Trial({"max_new_tokens": 16, "embed": "tfidf"}, far={"rounds": 1})
     mode: Literal["sp_sc", "dp_cot"] = knob("sp_sc", "vote over synonyms, or show voted answers of like questions",
                                             options=("sp_sc", "dp_cot"))
     pool: Literal["raw", "hash_match"] = knob("raw", "clients send questions, or hashes and then what matches",

@@ -58,7 +58,7 @@ class FedLoRAWu(Star):
     @on_client(reduce=Mean())
     def local(self, msg, client):
         sigma, tau = part(msg, "theta"), self.tau(client)
-        theta, steps = pack(sigma=sigma, tau=tau), client.local.count(client.n)
+        theta, steps = pack(sigma=sigma, tau=tau), client.training.count(client.n)
         own = round(self.personal_share * steps)
         plan = [(own, "sigma/*"), (steps - own, "tau/*")]  # (steps, what rests)
         plan = {"joint": [(steps, "")], "shared_first": plan[::-1]}.get(self.order, plan)
