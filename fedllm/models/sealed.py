@@ -16,7 +16,8 @@ from fedllm.core.payload import Tree
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 
-OPEN = ("tokenizer", "task", "space", "labels", "seed", "name", "stackable", "pad", "device", "fast_kernels", "words")
+OPEN = ("tokenizer", "task", "space", "labels", "seed", "name", "stackable", "pad", "device", "fast_kernels", "words",
+        "withheld", "rules", "measured", "read", "images")
 """What may be known of it: its token embeddings too (`words`, a copy), or no prompt could be made of tokens."""
 INSIDE: weakref.WeakKeyDictionary[Sealed, Model] = weakref.WeakKeyDictionary()
 MADE: weakref.WeakKeyDictionary[Model, Sealed] = weakref.WeakKeyDictionary()
@@ -62,6 +63,10 @@ class Sealed:
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """For each row: summed loss, how many targets, how many right."""
         return self.__dict__["_ask"]("row_losses", batch)
+
+    def figures(self, batch: Batch) -> Tensor:
+        """What the task's metrics are made of, a row each."""
+        return self.__dict__["_ask"]("figures", batch)
 
     def outputs(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Class logits of texts that are given as embeddings."""

@@ -36,24 +36,45 @@ def tokenizer() -> PreTrainedTokenizerFast:
                                    unk_token="<unk>")
 
 
+def words(rnd: random.Random, least: int, most: int) -> str:
+    return " ".join(rnd.choices(WORDS, k=rnd.randint(least, most)))
+
+
 def rows(rnd: random.Random, n: int) -> list[dict[str, str]]:
-    return [{"prompt": " ".join(rnd.choices(WORDS, k=rnd.randint(3, 8))),
-             "response": " ".join(rnd.choices(WORDS, k=rnd.randint(1, 4)))} for _ in range(n)]
+    return [{"prompt": words(rnd, 3, 8), "response": words(rnd, 1, 4)} for _ in range(n)]
 
 
-def federation(sizes: tuple[int, ...] = SIZES) -> Federation:
-    rnd = random.Random(0)
-    return Federation({f"c{i}": Shard(rows(rnd, n), rows(rnd, 2)) for i, n in enumerate(sizes)}, rows(rnd, 4),
-                      "generation")
-
-
-def labelled(sizes: tuple[int, ...] = SIZES) -> Federation:
+def labelled(rnd: random.Random, n: int) -> list[dict[str, Any]]:
     """Texts with one of three labels."""
-    rnd = random.Random(1)
-    made = lambda n: [{"text": " ".join(rnd.choices(WORDS, k=rnd.randint(3, 8))), "label": rnd.randrange(3)}  # noqa: E731
-                      for _ in range(n)]
-    return Federation({f"c{i}": Shard(made(n), made(3)) for i, n in enumerate(sizes)}, made(4), "classification",
-                      KINDS)
+    return [{"text": words(rnd, 3, 8), "label": rnd.randrange(3)} for _ in range(n)]
+
+
+def preferred(rnd: random.Random, n: int) -> list[dict[str, str]]:
+    return [{"prompt": words(rnd, 3, 8), "chosen": words(rnd, 1, 4), "rejected": words(rnd, 1, 4)} for _ in range(n)]
+
+
+def tagged(rnd: random.Random, n: int) -> list[dict[str, Any]]:
+    """Words with one of three tags each, of which the first is `O`."""
+    said = [words(rnd, 3, 8).split() for _ in range(n)]
+    return [{"tokens": text, "tags": [rnd.randrange(3) for _ in text]} for text in said]
+
+
+ROWS = {"generation": rows, "classification": labelled, "preference": preferred, "tokens": tagged}
+LABELS = {"classification": KINDS, "tokens": ("O", "a", "b")}
+
+
+def federation(sizes: tuple[int, ...] = SIZES, task: str = "generation") -> Federation:
+    """Clients with so many rows each, and a few public ones."""
+    rnd, made = random.Random(int(task != "generation")), ROWS[task]
+    shards = {f"c{i}": Shard(made(rnd, n), made(rnd, 2)) for i, n in enumerate(sizes)}
+    return Federation(shards, made(rnd, 4), task, LABELS.get(task, ()), made(rnd, 5))
+
+
+def net_for(task: str, dtype: torch.dtype) -> Any:
+    """The tiny Llama, with a head for the task's labels where it has some."""
+    if task not in LABELS:
+        return llama(dtype)
+    return HeadedEncoder(llama(dtype).model, len(LABELS[task]), "each" if task == "tokens" else "mean").to(dtype)
 
 
 def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
@@ -96,12 +117,12 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
           **knobs: Any) -> Run:
     """A method on the tiny federation, before its first round."""
     knobs_of_space = {"rank": 4} if space == "lora" else {}
-    net = llama(dtype) if task != "classification" else HeadedEncoder(llama(dtype).model, len(KINDS), "mean").to(dtype)
-    model = Model(net.to(PLACE), tokenizer(), task, make_space(space, **(knobs_of_space | (space_knobs or {}))),
-                  labels=() if task != "classification" else KINDS, fast_kernels=False)
+    model = Model(net_for(task, dtype).to(PLACE), tokenizer(), task,
+                  make_space(space, **(knobs_of_space | (space_knobs or {}))), labels=LABELS.get(task, ()),
+                  fast_kernels=False)
     plain = {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 4, "max_length": 32}
     spec = LocalSpec(**(plain | (local or {})))
-    fed = federation(sizes) if task != "classification" else labelled(sizes)
+    fed = federation(sizes, task)
     profiles = {c: Profile(rank=r) for c, r in zip(fed.clients, ranks, strict=False)}
     world = World(model, fed, spec, profiles=profiles, exact_match=False)
     method = make_method(name, **knobs)

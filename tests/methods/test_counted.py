@@ -2,87 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import random
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.core.ask import on_client
-from fedllm.core.client import Fleet, Profile
-from fedllm.core.errors import FedLLMError, QuorumError
+from fedllm.core.client import Fleet
+from fedllm.core.errors import QuorumError
 from fedllm.core.layer import Layer
 from fedllm.core.method import Method, Star
 from fedllm.core.payload import pack, part
 from fedllm.core.program import drive
 from fedllm.core.reduce import Mean
-from fedllm.data.federation import Federation, Shard
 from fedllm.engines import InProcess
 from fedllm.engines.client import RUNNERS
-from fedllm.engines.world import World
 from fedllm.local.flops import Work, steps_of, work_of
 from fedllm.local.requests import Booked
-from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import method_class, modules
-from fedllm.models.model import HeadedEncoder, Model
-from fedllm.spaces import make_space
-from fedllm.spaces.registry import SPACES
+from fedllm.methods.registry import METHODS, method_class
+from fedllm.models.model import Model
 from fedllm.wire.edge_energy import EdgeEnergy
-from tests.methods.conftest import KINDS, WORDS, tokenizer
+from tests.methods.conftest import begin, tried
 
-TRAINS = [name for name in modules() if method_class(name).round is not Method.round
-          and not getattr(method_class(name), "answer", None)]
-FIRST = {"lora": {"rank": 2, "scaling": "shared"}, "soft_prompt": {"length": 2}, "full": {}}
-
-
-@functools.cache
-def network(task):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
-                                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128))
-        return net if task == "generation" else HeadedEncoder(net.model, len(KINDS), "mean")
-
-
-def world(task, space, knobs):
-    """Rows that suit any task: text and label, or a prompt with a response and one that was rejected."""
-    rnd = random.Random(0)
-
-    def rows(n):
-        said = [[" ".join(rnd.choices(WORDS, k=rnd.randint(2, 5))) for _ in range(3)] for _ in range(n)]
-        return [{"prompt": a, "response": b, "rejected": c, "category": rnd.choice(KINDS)} if task == "generation"
-                else {"text": a, "label": i % 3, "category": rnd.choice(KINDS)} for i, (a, b, c) in enumerate(said)]
-
-    fed = Federation({f"c{i}": Shard(rows(4 + i), rows(2)) for i in range(3)}, rows(2), task,
-                     () if task == "generation" else KINDS, rows(4))
-    model = Model(copy.deepcopy(network(task)), tokenizer(), task, make_space(space, **knobs), labels=fed.labels)
-    spec = LocalSpec(optimizer="sgd", lr=0.01, steps=2, batch_size=2, max_length=48)
-    return World(model, fed, spec, profiles={c: Profile() for c in fed.clients}, exact_match=False, fleet=Fleet())
-
-
-def small(name):
-    """The method with fewer of whatever it counts: as it is, and on a small budget of time."""
-    cls = method_class(name)
-    few = {k: max(meta["ge"] or 1, 4) for k, meta in cls.knobs().items()
-           if isinstance(meta["default"], int) and not isinstance(meta["default"], bool) and meta["default"] > 8
-           and meta["ge"] is not None}
-    return cls(**few)
+TRAINS = [name for name in METHODS if method_class(name).round is not Method.round
+          and not method_class(name).trial.apart and not getattr(method_class(name), "answer", None)]
 
 
 def suited(name):
-    """The first of all worlds that the method takes."""
-    method, why = small(name), []
-    for task in ("generation", "classification"):
-        for space, knobs in (FIRST | {s: {} for s in SPACES if s not in FIRST}).items():
-            try:
-                made = world(task, space, knobs)
-                method.check(made.model)
-                return method, made, method.init(made.model)
-            except (FedLLMError, TypeError) as error:
-                why.append(str(error))
-    raise AssertionError(f"no world suits {name}: {why}")
+    """The world that the method is tried in, with declared time."""
+    run = begin(name, engine="in_process", dtype=torch.float32, sizes=(4, 5, 6), **tried(name))
+    profiles = {c.id: c.profile for c in run.world.infos()}
+    return run.method, replace(run.world, profiles=profiles, fleet=Fleet()), run.state
 
 
 @pytest.fixture
@@ -170,7 +120,7 @@ class OnItsOwn(Star):
 
 @pytest.mark.parametrize("books", [False, True])
 def test_who_computes_alone_is_found_and_what_is_booked_counts(books, watched):
-    method, made = OnItsOwn(), world("generation", "lora", FIRST["lora"])
+    method, made = OnItsOwn(), suited("fedavg")[1]
     object.__setattr__(method, "books", books)
     state = method.init(made.model)
     watched["alone"].clear()

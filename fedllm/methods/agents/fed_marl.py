@@ -12,7 +12,7 @@ import torch
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part, sub
 from fedllm.core.reduce import Mean
 
@@ -41,6 +41,7 @@ class FedMARL(Star):
                  "own, policies trained alone return more in every seed (0.75 against 0.52): one policy that sees its "
                  "place alone cannot tell worlds apart. Averaging helps where worlds agree.",
     )
+    trial = Trial(apart="its clients act in environments and hold no rows; tests/environments tries it")
     metrics: ClassVar = {"return": "max", "cut": "min"}
     learns_from = "environments"
 

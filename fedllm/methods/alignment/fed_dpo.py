@@ -12,7 +12,7 @@ import torch
 from fedllm.core.ask import on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.local.objectives.dpo import DPO, log_likelihood
@@ -40,6 +40,7 @@ class FedDPO(Star):
         evidence="OpenFedLLM's loop from a dossier. The reference is where the run starts, as in trl without a "
                  "reference model: for LoRA the base, or the adapter of space.start_from. A pair weighs as one row.",
     )
+    trial = Trial(task="preference")
     metrics: ClassVar = {"preference": "max", "dpo_loss": "min"}
 
     beta: float = knob(0.1, "how far the model may leave the reference: the less, the further", gt=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Method, State, knob
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import pack
 from fedllm.core.reduce import Mean
 from fedllm.core.rng import numpy_stream
@@ -65,6 +65,8 @@ class FedMD(Method):
                  "did not help without the public rows' labels either (0.16, 0.21, 0.21 against 0.20, 0.22, 0.26 "
                  "alone), and with them in two seeds of three (0.19, 0.26, 0.33).",
     )
+    trial = Trial({"transfer_steps": 2, "own_steps": 1, "digest_steps": 1, "alignment": 6}, task="classification",
+                  rounding="the slope of an absolute error is a sign")
     serves, mixes = False, "models"
 
     alignment: int = knob(256, "public rows of a round", ge=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, RecipeError
-from fedllm.core.method import Card, Claim, Method, State, knob
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Tree, add, pack, part, sub, zeros_like
 from fedllm.core.rng import numpy_stream
 from fedllm.spaces.params import Params
@@ -41,6 +41,7 @@ class FedBRB(Method):
                              holds="<=", threshold=0.0, wins=4)},
         evidence="The paper's abstract and a note on it; no code. How a transformer is cut, and `calibrate`, are ours.",
     )
+    trial = Trial({"n_blocks": 2}, space={"name": "full"})
     n_blocks: int = knob(4, "G: blocks of equal size that each layer is cut into", ge=1)
     blocks_per_client: int = knob(1, "how many of them a client trains in a round", ge=1)
     rolling: Literal["cyclic", "permuted", "static"] = knob(

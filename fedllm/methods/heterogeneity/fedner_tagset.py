@@ -10,7 +10,7 @@ import numpy as np
 from fedllm.core.ask import on_client
 from fedllm.core.client import Client, ClientInfo
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, pack, part
 from fedllm.core.reduce import Mean
 from fedllm.tasks.row import IGNORE, Encoded
@@ -37,6 +37,7 @@ class FedNERTagset(Star):
         evidence="From the abstract; the warm-up and the threshold are the dossier's. Measured on a synthetic world of "
                  "tags (rig hidden_tags), not on the paper's clinical corpora; instance weighting is left out.",
     )
+    trial = Trial(task="tokens")
     warmup_rounds: int = knob(2, "rounds in which an O may be any type that the client does not annotate, before the "
                                  "global model is worth asking", ge=0)
     temperature: float = knob(1.0, "of the global model's distribution", gt=0)

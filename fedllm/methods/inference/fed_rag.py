@@ -11,7 +11,7 @@ import torch
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER, Client
 from fedllm.core.errors import DataError
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload
 from fedllm.methods.asking import Asking
 from fedllm.models import retrieval as rt
@@ -43,6 +43,7 @@ class FedRAG(Asking):
         also={"zscore": Claim("normalized scores rank the wanted document higher than ranks alone (nDCG@10)",
                               rig="federated_search", metric="zscore_over_rrf", holds=">", threshold=0.05, wins=5)},
     )
+    trial = Trial(apart="it answers questions and has no rounds")
     metrics: ClassVar = {"ndcg10": "max", "recall10": "max"}
     serves = False
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
 
@@ -35,6 +35,8 @@ class FedLoRAWu(Star):
                  "training alone does not hold here: 0.85 against 0.86 over five seeds; nor that taking "
                  "turns beats training both at once (`order: joint`).",
     )
+    trial = Trial(space={"name": "streams", "of": {"sigma": "full", "tau": {"name": "lora", "rank": 2}},
+                         "personal": ("tau",)}, local={"steps": 3})
     personal_share: float = knob(0.4, "share of a round's steps that train tau, rounded", ge=0, lt=1)
     order: Literal["personal_first", "shared_first", "joint"] = knob(
         "personal_first", "which is trained first, or both at once",

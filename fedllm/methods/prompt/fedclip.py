@@ -8,7 +8,7 @@ from typing import Any
 from fedllm.core.ask import on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State
+from fedllm.core.method import Card, Claim, Star, State, Trial
 from fedllm.core.payload import Payload, pack, part
 from fedllm.core.reduce import Mean
 from fedllm.spaces.feature_attention import FeatureAttention
@@ -34,6 +34,7 @@ class FedCLIP(Star):
                  "code contrasts the rows of a batch (whose repeated captions it then calls negatives). W2 starts at "
                  "0, so that the first round begins at the frozen model itself.",
     )
+    trial = Trial(apart="its rows are images, which the common tests do not have; tests/tasks/test_parts.py tries it")
 
     def check(self, model: Any) -> None:
         if not isinstance(model.space, FeatureAttention):
