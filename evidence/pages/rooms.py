@@ -29,7 +29,7 @@ MAY: Mapping[str, str] = {
     "runs": "core data local models spaces tasks wire privacy defenses selectors methods engines",
     "report": "core methods runs",
     "audits": "core data local models spaces attacks defenses engines runs",
-    "federation": "core data local methods engines runs report",
+    "federation": "core data local methods engines wire privacy defenses runs report",
     "api": "runs report",
     "cli": "core data local models spaces methods runs report audits federation api",
     "fedllm": "core data runs api",

@@ -13,11 +13,16 @@ from fedllm.core.reduce import Reducer
 ClientId = str
 
 
-def on_client(reduce: Reducer | None = None) -> Callable[[Callable], Callable]:
-    """Mark a function that runs on clients, and say how its replies are folded (None: kept one by one)."""
+def on_client(reduce: Reducer | None = None, *, test: bool = False, sealed: bool = False
+              ) -> Callable[[Callable], Callable]:
+    """Mark a function that runs on clients, and say how its replies are folded (None: kept one by one).
+
+    `test`: it scores on held-out rows and trains nothing, so that it may run where no layer stands. `sealed`: its
+    replies hold keys, signatures and sealed letters, bytes that are no words of rows.
+    """
 
     def mark(fn: Callable) -> Callable:
-        fn.__dict__["reduce"] = reduce
+        fn.__dict__.update(reduce=reduce, test=test, sealed=sealed)
         fn.__dict__["runs_on_client"] = True
         return fn
 

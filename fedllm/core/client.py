@@ -146,6 +146,11 @@ class Client(Protocol):
         """For layers: a context in which `change` sees, changes or refuses every request that the client makes."""
         ...
 
+    def spend(self, release: Any, count: int = 1) -> None:
+        """For layers: so many noisy releases (`privacy.accountant.Release`) are about to leave. A site of a real
+        federation books them in its own ledger, or refuses."""
+        ...
+
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` for a pure function, computed once per process for equal arguments; treat it as read-only."""
         ...

@@ -97,6 +97,10 @@ class Claim:
     """Passed on to the rig (for example other knobs, ranks or learning rates)."""
 
 
+KINDS = ("text", "tokens")
+"""Words that were made of rows, and the ids of such words."""
+
+
 @dataclass(frozen=True)
 class Card:
     """What a method says about itself; docs and tables are generated from it."""
@@ -109,6 +113,9 @@ class Card:
     claim: Claim
     evidence: str = ""
     """What of the paper was read where, and choices of our own."""
+    kinds: tuple[str, ...] = ()
+    """What leaves a client beside tensors and numbers, of `KINDS`: a site whose settings forbid it takes no part. It is
+    no permission: what is not declared here is held back at the site all the same."""
     also: Mapping[str, Claim] = field(default_factory=dict)
     """Further claims, each by a word of its own; `<id>:<word>` is its name in `fedllm claims`."""
 
@@ -125,6 +132,11 @@ class Method(Knobs):
 
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
+
+    @property
+    def repeats(self) -> int:
+        """How often a round asks one client for the same function, at the most; a site counts its answers by it."""
+        return 1
 
     def check(self, model: Any) -> None:
         """Raise CompositionError or ModelError when this method cannot work with the model's space or task."""
@@ -168,7 +180,7 @@ class Method(Knobs):
         theta, base = self.served(state)
         return (yield Ask(self.score, {c.id: pack(theta=theta, base=base, on=on) for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         return client.score(part(msg, "theta"), base=part(msg, "base") or None, on=msg["on"])
 

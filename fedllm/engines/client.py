@@ -55,12 +55,27 @@ def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
             f"local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
 
 
+class Bounds:
+    """What its owner holds a client to; in a simulation nothing."""
+
+    def spend(self, release: Any, count: int) -> None:
+        """So many noisy releases are about to be made."""
+
+    def work(self, steps: int, tokens: int = 0) -> None:
+        """So much work is about to be done."""
+
+
+FREE = Bounds()
+
+
 class ClientCall:
     """One client during one call of one of its functions."""
 
     def __init__(self, info: ClientInfo, world: World, memory: MutableMapping[str, Any], round: int, phase: str,
-                 visit: int, submit: Callable[[Request], Any], model: Model | None = None) -> None:
+                 visit: int, submit: Callable[[Request], Any], model: Model | None = None,
+                 bounds: Bounds = FREE) -> None:
         """`model` is the one that this client holds; None: the world's."""
+        self._bounds = bounds
         self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, model or world.model
         self.memory, self.round = memory, round
         self._world, self._submit = world, submit
@@ -121,13 +136,17 @@ class ClientCall:
         spec = self.local
         rows = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
-        plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
-                       steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)
+        lengths, count = [len(e.ids) for e in rows], steps or spec.steps
+        most = count or spec.count(len(rows))
+        self._bounds.work(most, sum(lengths) * most * spec.batch_size // max(1, len(rows)))
+        plan = batches(lengths, spec.batch_size, self.rng("batches"), shared, steps=count,
+                       epochs=None if count else spec.epochs)
         return self._submit(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms)))
 
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
         self._open_rows()
+        self._bounds.work(steps)
         spec, rows = self._world.local, self._world.encoded(self.id, "train")
         shared = numpy_stream(self._world.seed, self.round, "batch order")
         return batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared, steps=steps)
@@ -215,6 +234,10 @@ class ClientCall:
             hits = [same_answer(s, r["response"]) for s, r in zip(said, rows, strict=True)]
             metrics["exact_match"] = sum(hits) / len(hits)
         return metrics
+
+    def spend(self, release: Any, count: int = 1) -> None:
+        """For layers: so many noisy releases are about to leave; a real site books them, or refuses."""
+        self._bounds.spend(release, count)
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""

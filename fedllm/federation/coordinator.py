@@ -16,6 +16,7 @@ from fedllm.core.errors import RecipeError, RunError
 from fedllm.data.federation import Federation, Shard
 from fedllm.data.load import load_federation
 from fedllm.engines.far.engine import Flare
+from fedllm.engines.far.reasons import sentence
 from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
 from fedllm.federation.site import site_profile
@@ -78,8 +79,8 @@ class Opening:
         # A process that is started again keeps what counted; only the run's first process there drops later rounds.
         told = {**self.head, "at": None} if site in self.said else self.head
         head, _ = self.sites.link.call(site, told, b"", self.sites.patience.opening)
-        if why := head.get("refused") or head.get("failed"):
-            raise Silence(f"refused by the site: {why}")
+        if "refused" in head:
+            raise Silence(f"refused by the site: {sentence(head['refused'])}")
         self.sites.table[site].boot = str(head["boot"])
         self.said[site] = head
 

@@ -10,21 +10,27 @@ from typing import Any
 import numpy as np
 
 from fedllm.core.client import ClientInfo, Profile
-from fedllm.core.errors import CompositionError, DataError, RecipeError
+from fedllm.core.errors import RecipeError
 from fedllm.core.rng import numpy_stream
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.load import HOLD_BACK_FROM, _held_back, load_federation
+from fedllm.engines.far.reasons import Refused
 from fedllm.engines.far.site import SiteRun
 from fedllm.engines.far.sites import Head
 from fedllm.engines.world import World
+from fedllm.federation.admission import admitted, same_versions
+from fedllm.federation.guard import SiteGuard
+from fedllm.federation.identity import TOLD, identity_of, keep_identity
+from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.memory import DiskMemory
 from fedllm.federation.settings import SiteSettings
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method, modules
-from fedllm.runs.build import compose, make_layers, make_recipe_space, recipe_model, versions
+from fedllm.methods.registry import make_method
+from fedllm.runs.build import bound, compose, make_layers, make_recipe_space, recipe_model
 from fedllm.runs.profiles import make_profiles
-from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.recipe import Recipe
+from fedllm.runs.store import private_folder
 
 
 def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, dict[str, Any]]:
@@ -32,65 +38,43 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
 
     Raises FedLLMError with the reason when the site's settings forbid it.
     """
-    _same_versions(head["versions"], settings)
-    recipe = _recipe(head["recipe"], settings)
+    same_versions(head["versions"], settings)
+    run, sites = str(head["run"]), [str(s) for s in head["sites"]]
+    if not run.replace("-", "").isalnum():
+        raise Refused("message", f"run = {run!r} is no run's name")
+    recipe = admitted(head["recipe"], settings)
     method = make_method(recipe.method.name, **recipe.method.knobs)
     layers, _ = make_layers(recipe)
     compose(method, layers)
     if why := settings.forbids(recipe, layers):
-        raise RecipeError(why)
-    federation = _own_rows(recipe, site, settings)
+        raise why
+    world = _own_world(recipe, site, sites, settings)
+    info, mine = world.infos()[0], world.federation.clients[site]
+    method.check(world.model)
+    layers = bound(layers, recipe, dict.fromkeys(sites, info.n), world.local)  # nobody tells a site the others' rows
+    folder = private_folder(Path(settings.store) / run)
+    found = identity_of(world.model, [*mine.train, *mine.test])
+    keep_identity(folder, found)
+    memory = DiskMemory(folder, head["at"], 2 * recipe.record.checkpoint_every)
+    guard = SiteGuard(settings, SiteLedger(Path(settings.store)), run, settings.most_epsilon is not None)
+    said = {"n": info.n, "profile": settings.profile, "task": world.federation.task,
+            "labels": list(world.federation.labels), **{name: found[name] for name in TOLD}}
+    return SiteRun((method, *layers), world, ClientInfo(site, info.n, info.profile), memory, guard, sites), said
+
+
+def _own_world(recipe: Recipe, site: str, sites: Sequence[str], settings: SiteSettings) -> World:
+    """This site's rows and the recipe's model, if the work of a round is no more than it allows; loads the model."""
+    federation, local = _own_rows(recipe, site, settings), LocalSpec.make(recipe.local, "local")
+    if (steps := local.count(len(federation.clients[site].train))) > settings.most_steps:
+        raise Refused("work", f"{steps} local steps a round, most_steps = {settings.most_steps}",
+                      allowed=settings.most_steps)
     space, _ = make_recipe_space(recipe)
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels, settings.device)
-    method.check(model)
-    profile = site_profile(recipe, site, head["sites"], settings.profile)
-    world = World(model, federation, LocalSpec.make(recipe.local, "local"), recipe.seed, {site: profile},
-                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                  recipe.data.completion_only, recipe.rounds)
-    info = world.infos()[0]
-    run = str(head["run"])
-    if not run.replace("-", "").isalnum():
-        raise RecipeError(f"run = {run!r} is no run's name")
-    memory = DiskMemory(Path(settings.store) / run, head["at"], 2 * recipe.record.checkpoint_every)
-    said = {"n": info.n, "profile": settings.profile, "task": federation.task, "labels": list(federation.labels)}
-    return SiteRun((method, *layers), world, ClientInfo(site, info.n, info.profile), memory, settings.may), said
-
-
-def _same_versions(theirs: Mapping[str, str], settings: SiteSettings) -> None:
-    mine = versions()
-    for package in settings.same_packages:
-        if theirs.get(package) != mine.get(package):
-            raise CompositionError(f"the run asks for {package} {theirs.get(package)}, this site has installed "
-                                   f"{mine.get(package)}; install the same version on both sides")
-
-
-def _recipe(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
-    """The coordinator's recipe with this site's data, if it asks for nothing that is forbidden here."""
-    data = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
-    recipe = load_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
-                                          "partition": {"kind": "per_file"}}})
-    name = recipe.method.name
-    if settings.methods is not None and name not in settings.methods:
-        raise RecipeError(f"method '{name}' is not on this site's allow-list "
-                          f"({', '.join(settings.methods) or 'empty'})")
-    if name not in modules():
-        raise RecipeError(f"method '{name}' is not installed here, and this site runs installed code only")
-    if recipe.model.trust_remote_code and not settings.trust_remote_code:
-        raise RecipeError("model.trust_remote_code = true is forbidden by this site (trust_remote_code = false)")
-    for key, value in (("model.name", recipe.model.name), ("space.start_from", recipe.space.knobs.get("start_from"))):
-        _path_inside(key, value, settings)
-    return recipe
-
-
-def _path_inside(key: str, value: Any, settings: SiteSettings) -> None:
-    """A path that a run names must lie in a folder that the site opened for it."""
-    if not isinstance(value, str) or not (value.startswith(("/", ".", "~")) or Path(value).exists()):
-        return
-    real = Path(value).expanduser().resolve()
-    if not any(real.is_relative_to(Path(folder).resolve()) for folder in settings.models):
-        raise RecipeError(f"{key} = {value!r} is a path outside of the folders that this site opened "
-                          f"({', '.join(settings.models) or 'none'}); use a Hub id, or `fedllm join --models FOLDER`")
+    profile = site_profile(recipe, site, sites, settings.profile)
+    limits = Limits(batch_tokens=recipe.engine.batch_tokens)
+    return World(model, federation, local, recipe.seed, {site: profile}, limits, e.exact_match, e.max_new_tokens,
+                 recipe.data.completion_only, recipe.rounds)
 
 
 def site_profile(recipe: Recipe, site: str, sites: Sequence[str], declared: Mapping[str, Any]) -> Profile:
@@ -107,10 +91,10 @@ def site_profile(recipe: Recipe, site: str, sites: Sequence[str], declared: Mapp
 def _own_rows(recipe: Recipe, site: str, settings: SiteSettings) -> Federation:
     """This site's rows as one client, held back for its test as the same client's would be in a simulation."""
     if not Path(settings.data).exists():
-        raise DataError(f"this site's data ({settings.data}) does not exist")
+        raise Refused("no_data", settings.data)
     if recipe.data.task == "classification" and not recipe.data.labels:
-        raise RecipeError("data.labels is empty; in a real federation the recipe names the labels, since no site "
-                          "knows the others'")
+        raise Refused("recipe", "data.labels is empty; in a real federation the recipe names the labels, since no site "
+                                "knows the others'")
     found = load_federation(recipe.data.model_copy(update={"client_test": 0.0}), recipe.seed)
     rows: list[Row] = found.pooled()
     fraction = recipe.data.client_test if len(rows) >= HOLD_BACK_FROM else 0.0

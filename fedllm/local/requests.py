@@ -120,6 +120,17 @@ class Outputs(Request):
     rows: Sequence[Tensor]
 
 
+def tokens_of(request: Request) -> int:
+    """Tokens of work that is no training; a generation is counted as if it used all that it may."""
+    if isinstance(request, Fit):
+        return 0
+    if isinstance(request, Generate):
+        return sum(len(p) + request.max_new_tokens for p in request.prompts)
+    rows = getattr(request, "rows", ())
+    passes = len(request.thetas) if isinstance(request, Probe) else 1
+    return passes * sum(len(r.ids) if isinstance(r, Encoded) else len(r) for r in rows)
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What training gave: the trainables, the mean training loss, and how much work it was."""

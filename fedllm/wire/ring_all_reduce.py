@@ -39,6 +39,7 @@ class RingAllReduce(Knobs, Layer):
 
     algebra = Algebra("secagg", needs="sum", reveals="sum", additive=False,
                       instead="secagg, whose masked replies add up on any way")
+    session = (OWN + "sid",)
 
     keys: str | None = knob(None, "folder of identity keys, as of secagg; None: the relay must hand keys on unchanged")
 

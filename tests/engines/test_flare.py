@@ -18,8 +18,8 @@ from fedllm.federation.coordinator import drive_run, for_sites
 from fedllm.federation.memory import DiskMemory
 from fedllm.federation.nvflare.serve import ServerGone, _follow
 from fedllm.federation.settings import SiteSettings
-from fedllm.federation.site import open_run, versions
-from fedllm.runs.build import build
+from fedllm.federation.site import open_run
+from fedllm.runs.build import build, versions
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
 from fedllm.wire import codec
@@ -102,7 +102,8 @@ ALONE = {"concurrency": 1}
 def test_the_result_is_the_simulations(data, tiny_llama_folder, method):
     spec = recipe(data, tiny_llama_folder, method, rounds=1 if method == "fed_sp_sc" else 2)
     here = run(spec, root=data / "runs")
-    far = drive_run(far_folder(data, spec), Line(data, tiny_llama_folder), SITES, patience=QUICK)
+    line = Line(data, tiny_llama_folder, text_leaves=method == "fed_sp_sc")
+    far = drive_run(far_folder(data, spec), line, SITES, patience=QUICK)
     assert far.state_digest == here.state_digest
     assert far.bytes == here.bytes
     assert far.evaluation["clients"] == here.evaluation["clients"]
@@ -205,7 +206,7 @@ def test_a_dead_site_is_missing_suspect_and_taken_back(data, tiny_llama_folder):
 
 def test_too_few_sites_say_why(data, tiny_llama_folder):
     line = Line(data, tiny_llama_folder, methods=["fedprox"])
-    with pytest.raises(RunError, match=r"0 of 3 sites take part, 3 are needed .*'fedavg' is not on this"):
+    with pytest.raises(RunError, match=r"0 of 3 sites take part, 3 are needed .*the method is not on this"):
         drive_run(far_folder(data, recipe(data, tiny_llama_folder)), line, SITES, patience=QUICK)
 
 
@@ -221,7 +222,7 @@ def test_what_sites_declare_reaches_the_method_and_a_policy_is_heard(data, tiny_
     path = far_folder(data, recipe(data, tiny_llama_folder, rounds=1), "two")
     drive_run(path, strict, SITES, 2, patience=QUICK)
     left = [e for e in map(json.loads, (path / "events.jsonl").read_text().splitlines()) if e["kind"] == "left_out"]
-    assert [e["client"] for e in left] == ["site-b"] and "epsilon of 3 at most" in left[0]["why"]
+    assert [e["client"] for e in left] == ["site-b"] and "differential privacy within its own budget" in left[0]["why"]
 
 
 def opening(data, model, **more):
@@ -249,10 +250,10 @@ def test_a_site_refuses_what_its_settings_forbid(data, tiny_llama_folder):
 
 
 def test_a_site_keeps_its_text_and_bounds_its_replies():
-    mine = SiteSettings(data="d", store="s", text_leaves=False, most_bytes=8)
+    mine = SiteSettings(data="d", store="s", most_bytes=200)  # by default no text leaves
     assert "lets no text leave" in mine.may("up", {"texts": ["a secret"]})
-    assert "this site allows 8" in mine.may("up", {"x": torch.zeros(3)})
-    assert mine.may("up", {"x": torch.zeros(2)}) is None and mine.may("down", {"texts": ["a"]}) is None
+    assert "this site allows 200" in mine.too_large({"x": torch.zeros(60)})
+    assert mine.too_large({"x": torch.zeros(2)}) is None and mine.may("down", {"texts": ["a"]}) is None
 
 
 @pytest.mark.parametrize("reply, why", [
