@@ -24,6 +24,9 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = R
     return begin(recipe, root, overrides, publish)
 
 
-def resume(path: str | Path) -> Result:
-    """Go on with a run that was stopped at any moment; it ends as if it had never stopped."""
-    return go_on(path, publish)
+def resume(path: str | Path, trust_remote_code: bool = False) -> Result:
+    """Go on with a run that was stopped at any moment; it ends as if it had never stopped.
+
+    A folder whose recipe runs code that comes with its model is refused unless that code is trusted.
+    """
+    return go_on(path, publish, trust_remote_code)

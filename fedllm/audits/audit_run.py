@@ -23,7 +23,7 @@ from fedllm.data.federation import Row, Shard
 from fedllm.runs.build import Parts, bound, build
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import OWN, load_recipe
+from fedllm.runs.recipe import OWN, received
 from fedllm.runs.result import Result
 
 FILE = "audit.json"
@@ -138,7 +138,7 @@ def _case(path: Path, rows: int, shadows: int, transcript: bool) -> Case:
     folder = RunFolder.open(path)
     if not (folder.path / "result.json").is_file():
         raise RunError(f"{path} is not finished, so there is no model to audit; `fedllm resume {path}` goes on with it")
-    recipe = load_recipe(folder.path / "recipe.yaml")
+    recipe = received(folder.path)
     if recipe.data.source == OWN:
         raise RunError(f"{path} is a run of a real federation: its rows are at the sites, and so are the members that "
                        "an audit would need")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fedllm.core.errors import FedLLMError, RecipeError
 
@@ -20,8 +21,13 @@ Folder = Annotated[Path, typer.Option("--federation", help="Folder that `fedllm 
 HERE = Path("federation")
 
 
+def plain(text: str) -> str:
+    """What may have come from a site, as a terminal may show it: no escapes, and not without an end."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:4000])
+
+
 def _refuse(error: FedLLMError) -> typer.Exit:
-    console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+    console.print(f"[bold red]{type(error).__name__}[/]: {escape(plain(str(error)))}", highlight=False)
     return typer.Exit(1)
 
 
@@ -33,7 +39,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
           needed: Annotated[int | None, typer.Option(help="Sites that must join; all of them by default.")] = None,
           wait: Annotated[float, typer.Option(help="Seconds to wait for the sites.")] = 600.0,
           metrics: Annotated[int | None, typer.Option(help="Port on this machine for /metrics and /healthz.")] = None,
-          ) -> None:
+          trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Go on with a folder whose "
+                                                          "recipe runs its model's own code.")] = False) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.federation import serve as federate
     from fedllm.federation.process import stoppable
@@ -42,7 +49,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
     try:
         with stoppable():
             if recipe.is_dir():
-                result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics)
+                result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics,
+                                                  trust_remote_code=trust_remote_code)
             else:
                 result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics,
                                         **dict(parse_override(text) for text in overrides or ()))
@@ -64,7 +72,7 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
          rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
          policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
                                                           "docs/federation.md.")] = None,
-         text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = True,
+         text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = False,
          threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1) -> None:
     """Take part in a federation with this machine's data, until stopped."""
     from fedllm.federation.flower.join import is_flower_kit, join_flower
@@ -96,7 +104,7 @@ def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="P
     out.print(f"{now['run']}: {now['state']}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
               f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False)
     for site, said in now["sites"].items():
-        out.print(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip(),
+        out.print(plain(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip()),
                   highlight=False, markup=False)
 
 

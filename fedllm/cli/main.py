@@ -28,6 +28,7 @@ app.add_typer(audit, name="audit")
 out, err = Console(), Console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the run's model.")]
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
                                                        help="Keys of the recipe to change.")]
@@ -44,12 +45,12 @@ def run(recipe: RecipePath, overrides: Overrides = None,
 
 
 @app.command()
-def resume(path: RunPath) -> None:
+def resume(path: RunPath, trust_remote_code: Trust = False) -> None:
     """Go on with a run that was stopped; it ends in the same state as if it had not been."""
     from fedllm.api import resume as go
     from fedllm.cli.tables import show_result
 
-    show_result(out, go(path))
+    show_result(out, go(path, trust_remote_code))
 
 
 @app.command()
@@ -107,11 +108,12 @@ def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", 
 
 @app.command()
 def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-         raw: Annotated[bool, typer.Option(help="Send lines without the recipe's frame.")] = False) -> None:
+         raw: Annotated[bool, typer.Option(help="Send lines without the recipe's frame.")] = False,
+         trust_remote_code: Trust = False) -> None:
     """Talk to a run's model."""
     from fedllm.cli.chat import chat as talk
 
-    talk(path, out, _lines, temperature=temperature, raw=raw)
+    talk(path, out, _lines, temperature=temperature, raw=raw, trust_remote_code=trust_remote_code)
 
 
 @app.command()

@@ -58,6 +58,9 @@ class Layer:
     """Keys of which a message holds one when this layer is at work; a site that holds to its layers refuses training
     without. Empty: the client half needs to be told nothing."""
 
+    secrets: ClassVar[tuple[str, ...]] = ()
+    """Keys of its state that nobody may read after the run: they leave its checkpoints when the run ends."""
+
     asks: ClassVar[int] = 1
     """How often it has the method's own question asked in a round."""
 

@@ -16,9 +16,10 @@ from fedllm.core.errors import RecipeError, RunError
 from fedllm.data.federation import Federation, Shard
 from fedllm.data.load import load_federation
 from fedllm.engines.far.engine import Flare
-from fedllm.engines.far.reasons import sentence
+from fedllm.engines.far.reasons import Refused, sentence
 from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
+from fedllm.federation.identity import TOLD, differing, identity_of, keep_identity
 from fedllm.federation.site import site_profile
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
@@ -94,6 +95,15 @@ class Opening:
             raise RunError(f"{len(names) - len(out)} of {len(names)} sites take part, {needed} are needed ({reasons})")
         for name in out:
             del self.sites.table[name]
+        return out
+
+    def without(self, out: Mapping[str, str], needed: int) -> Mapping[str, str]:
+        """These sites take no part; RunError when fewer than `needed` do."""
+        if len(self.said) - len(out) < needed:
+            reasons = "; ".join(f"{n}: {why}" for n, why in out.items())
+            raise RunError(f"{len(self.said) - len(out)} sites are left, {needed} are needed ({reasons})")
+        for name in out:
+            del self.sites.table[name], self.said[name]
         return out
 
     def close(self) -> dict[str, int]:
@@ -181,15 +191,36 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0)
     left_out = opening.all(needed)
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
+    if strange := strangers(room, parts.world.model, recipe, opening.said):
+        left_out |= opening.without(strange, needed)
+        parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
     parts.engine = functools.partial(Flare, sites=table)
     try:
-        result = Run(parts, room, progress or Quiet(), publish).go()
+        with room.held(wait=30.0):  # the process before this one may still be ending
+            result = Run(parts, room, progress or Quiet(), publish).go()
     finally:
         table.hang_up()
     loads = opening.close()
     room.write_json("sites.json", {n: {"loads": loads.get(n), "suspect": s.suspect} for n, s in table.table.items()})
     return result
+
+
+def strangers(room: RunFolder, model: Any, recipe: Recipe, said: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Sites that hold another base model or tokenizer than the run, and what is another there.
+
+    What the run is on is the coordinator's own model, as it was when the run began; where sites hold another one
+    (`model.at_clients`), it is that which the site first by name holds.
+    """
+    mine: Mapping[str, Any] = identity_of(model)
+    try:
+        keep_identity(room.path, {name: mine[name] for name in TOLD})
+    except Refused as changed:
+        raise RunError(f"this coordinator's own model is not the one that the run began with: {changed}") from None
+    if recipe.model.at_clients:
+        mine = said[min(said)]
+    return {site: f"its {' and '.join(odd)} differ from those of the run"
+            for site in sorted(said) if (odd := differing(mine, said[site]))}
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -44,6 +44,7 @@ class DPFedAvg(Knobs, Layer):
 
     algebra = Algebra("dp", needs="sum", instead="dp_sgd, which works at the client under any method")
     session = (OWN + "clip",)
+    secrets = ("secret",)
 
     noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon and rounds. 0 adds none", ge=0)
     clip_norm: float = knob(0.1, "the clip at the start; also the clip for good when clip_lr is 0", gt=0)

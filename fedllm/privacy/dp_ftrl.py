@@ -55,6 +55,7 @@ class DPFTRL(Knobs, Layer):
                     metric="over_independent", holds="<=", threshold=0.6, options={"rounds": 256, "epsilon": 4.0}))
     algebra = Algebra("dp", needs="sum", instead="dp_sgd, which works at the client under any method")
     session = (OWN + "clip",)
+    secrets = ("secret", "phases")
 
     noise_multiplier: float | None = knob(None, "fresh noise of a round / clip; None: from epsilon and rounds. 0 adds "
                                                 "none", ge=0)

@@ -225,6 +225,16 @@ class Recipe(Section):
     """Written into a run's own recipe: what it ran with. Not read."""
 
 
+def received(folder: Path, trust_remote_code: bool = False) -> Recipe:
+    """The recipe of a run's folder, which may have come from elsewhere: RecipeError when it would run code that comes
+    with its model and nobody here said that it may."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    if recipe.model.trust_remote_code and not trust_remote_code:
+        raise RecipeError(f"{folder / 'recipe.yaml'} says model.trust_remote_code = true, which runs Python code of "
+                          f"{recipe.model.name!r} on this machine; give --trust-remote-code if you trust it")
+    return recipe
+
+
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A checked recipe from a YAML path, a mapping or a recipe; `overrides` maps key paths to values.
 

@@ -33,6 +33,7 @@ from fedllm.engines.far.pieces import InPieces
 from fedllm.engines.far.site import SiteHost
 from fedllm.engines.far.sites import Body, Head, Patience, Silence
 from fedllm.federation.coordinator import FAILED, NotAllHere, drive_run
+from fedllm.federation.network import close
 from fedllm.federation.nvflare.line import bench
 from fedllm.federation.nvflare.reviver import CHANNEL, TOPIC
 from fedllm.federation.settings import SETTINGS, SiteSettings
@@ -138,6 +139,12 @@ class CoordinatorNode:
             raise
 
 
+def coordinators(startup: Path) -> list[str]:
+    """The hosts that a site's kit was made for."""
+    servers = json.loads((startup / "fed_client.json").read_text())["servers"]
+    return [str(s["service"]["target"]).rpartition(":")[0] for s in servers]
+
+
 class SiteNode:
     """A site's object: one process a run, which keeps the base model loaded."""
 
@@ -150,7 +157,9 @@ class SiteNode:
         if self.host is None:
             site = collab.site_name
             context = collab.fl_ctx
-            settings = SiteSettings.read(Path(context.get_engine().get_workspace().get_site_config_dir()) / SETTINGS)
+            workspace = context.get_engine().get_workspace()
+            settings = SiteSettings.read(Path(workspace.get_site_config_dir()) / SETTINGS)
+            close(settings, coordinators(Path(workspace.get_startup_kit_dir())))
             torch.set_num_threads(settings.threads)
             self.host = SiteHost(lambda opening: open_run(opening, site, settings))
         said, data = self.host.answer(json.loads(head), unpacked(body))
