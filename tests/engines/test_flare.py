@@ -225,6 +225,44 @@ def test_what_sites_declare_reaches_the_method_and_a_policy_is_heard(data, tiny_
     assert [e["client"] for e in left] == ["site-b"] and "differential privacy within its own budget" in left[0]["why"]
 
 
+class Other(Line):
+    """A line to three sites, of which one holds other base weights."""
+
+    def call(self, site, head, body, seconds, over=None):
+        said, data = super().call(site, head, body, seconds, over)
+        return (said | {"weights": "another's"} if site == "site-b" and "weights" in said else said), data
+
+
+def test_a_site_with_other_base_weights_takes_no_part_and_is_named(data, tiny_llama_folder):
+    spec = recipe(data, tiny_llama_folder, rounds=1)
+    with pytest.raises(RunError, match="2 sites are left, 3 are needed .site-b: its weights differ"):
+        drive_run(far_folder(data, spec), Other(data, tiny_llama_folder), SITES, patience=QUICK)
+    path = far_folder(data, spec, "two")
+    drive_run(path, Other(data, tiny_llama_folder), SITES, 2, patience=QUICK)
+    events = [json.loads(x) for x in (path / "events.jsonl").read_text().splitlines()]
+    assert [(e["client"], e["why"]) for e in events if e["kind"] == "left_out"] == [
+        ("site-b", "its weights differ from those of the run")]
+    assert not [e for e in events if e["kind"] == "wire" and e["client"] == "site-b"]
+    kept = json.loads((path / "identity.json").read_text())
+    (path / "identity.json").write_text(json.dumps({**kept, "weights": "before"}))
+    (path / "result.json").unlink()
+    with pytest.raises(RunError, match="own model is not the one that the run began with"):
+        drive_run(path, Line(data, tiny_llama_folder), SITES, patience=QUICK)
+
+
+@pytest.mark.parametrize("layer", ["secagg", "secagg_plus", "thgs_secagg", "he_ckks", "ring_all_reduce", "fedml_he"])
+def test_masks_and_ciphers_pass_sites_that_let_no_text_leave(data, tiny_llama_folder, layer):
+    """Finding 9: names of peers and layouts are the protocol's words; every round counts."""
+    if "he" in layer.split("_") or layer == "fedml_he":
+        pytest.importorskip("tenseal")
+    spec = recipe(data, tiny_llama_folder, layers=[layer], rounds=1, evaluate={"clients": False, "samples": 0})
+    line = Line(data, tiny_llama_folder, layers=[layer], most_rounds=2, rows_may_change=False)
+    far = drive_run(far_folder(data, spec), line, SITES, patience=QUICK)
+    assert far.skipped == [] and far.rounds == 1
+    events = [json.loads(x) for x in (data / "far" / "events.jsonl").read_text().splitlines()]
+    assert not [e for e in events if e["kind"] == "missing"]
+
+
 def opening(data, model, **more):
     spec = load_recipe(recipe(data, model, **more))
     return {"op": "open", "protocol": PROTOCOL, "run": "r1", "at": 0, "incarnation": "i", "recipe": for_sites(spec),

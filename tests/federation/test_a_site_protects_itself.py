@@ -234,3 +234,16 @@ def test_the_ledger_is_on_disk_before_an_answer_and_only_its_owner_reads_it(tmp_
 
 def test_every_reason_has_a_sentence():
     assert all(text and not text.endswith(".") for text in REASONS.values()) and Ask
+
+
+def test_a_site_knows_its_rows_again(tmp_path, tiny_llama_folder):
+    """Finding 18: after a restart another file in the place of the run's rows is refused; what it is stays here."""
+    far = Asker(tmp_path, tiny_llama_folder)
+    said = far.open()
+    kept = json.loads((tmp_path / "store" / "r1" / "identity.json").read_text())
+    assert said["weights"] == kept["weights"] and kept["rows"] not in json.dumps(said)
+    assert "refused" not in Asker(tmp_path, tiny_llama_folder).open()
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "one more", "response": "row"}) + "\n")
+    assert code(Asker(tmp_path, tiny_llama_folder).open()) == "rows_differ"
+    assert "refused" not in Asker(tmp_path, tiny_llama_folder).open("r2")  # another run begins with them
