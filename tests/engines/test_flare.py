@@ -235,7 +235,7 @@ class Other(Line):
 
 def test_a_site_with_other_base_weights_takes_no_part_and_is_named(data, tiny_llama_folder):
     spec = recipe(data, tiny_llama_folder, rounds=1)
-    with pytest.raises(RunError, match="2 sites are left, 3 are needed .site-b: its weights differ"):
+    with pytest.raises(RunError, match=r"2 sites are left, 3 are needed .site-b: its weights differ"):
         drive_run(far_folder(data, spec), Other(data, tiny_llama_folder), SITES, patience=QUICK)
     path = far_folder(data, spec, "two")
     drive_run(path, Other(data, tiny_llama_folder), SITES, 2, patience=QUICK)
