@@ -58,6 +58,9 @@ class Layer:
     """Keys of which a message holds one when this layer is at work; a site that holds to its layers refuses training
     without. Empty: the client half needs to be told nothing."""
 
+    names: ClassVar[tuple[str, ...]] = ()
+    """Names of its own that stand in layouts of what it sends."""
+
     secrets: ClassVar[tuple[str, ...]] = ()
     """Keys of its state that nobody may read after the run: they leave its checkpoints when the run ends."""
 

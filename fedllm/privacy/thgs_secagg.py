@@ -69,6 +69,7 @@ class THGSSecAgg(SecAgg):
     )
 
     asks = 2
+    names = (TH + "values",)
     session = (TH + "density", OWN + "sid")
 
     density: float = knob(0.1, "share of entries that each client asks for, in block 0 of the first round", gt=0, le=1)

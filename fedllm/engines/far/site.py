@@ -142,8 +142,6 @@ class SiteRun:
     def _work(self, question: Question, stack: Sequence[Any], msg: Payload, attempt: str, visit: str) -> Body:
         """The reply in the codec's bytes, if nothing stands against it."""
         memory = self.memory.stage(attempt, question.round)
-        said: list[str] = []
-
         def go_on() -> None:
             if self.over or (attempt, visit) in self._dropped:
                 raise GivenUp(GIVEN_UP)
@@ -155,8 +153,8 @@ class SiteRun:
             return carry_out([request], limits)[0]
 
         def look(reply: Payload) -> None:
-            said.extend(reply)
             self.guard.content(reply, sealed)
+            self.words = self.words.more((), reply)  # a layer may lay it out in a later question
 
         limits = replace(self.world.limits, go_on=go_on)
         call = ClientCall(self.info, self.world, memory, question.round, question.phase, question.visit, submit,
@@ -166,7 +164,7 @@ class SiteRun:
         sealed = isinstance(part, Layer) or bool(getattr(getattr(part, name, None), "__dict__", {}).get("sealed"))
         reply = serve([stack[0], Gate(look), *stack[1:]], question.phase, msg, call)
         go_on()
-        words = self.words.more(texts(msg), [*said, *msg])
+        words = self.words.more(texts(msg), [*msg, *(name for layer in stack[1:] for name in layer.names)])
         tells = [key for layer in stack[1:] for key in layer.tells]
         self.guard.reply(reply, words, sealed, tells)
         return codec.encode(reply) if reply else b""
