@@ -44,8 +44,8 @@ class SiteGuard(Guard):
             if why := self.ledger.answer(self.run, question.phase, repeats, key, mine.most_rounds, mine.rounds_in_all):
                 raise Refused("rounds_spent", why)
 
-    def content(self, reply: Payload, sealed: bool) -> None:
-        if why := self.settings.may("up", reply, sealed=sealed):
+    def content(self, reply: Payload, words: Words, sealed: bool) -> None:
+        if why := self.settings.may("up", reply, words.content(), sealed):
             raise Refused("may_not_leave", why)
 
     def reply(self, reply: Payload, words: Words, sealed: bool, tells: Sequence[str]) -> None:

@@ -192,7 +192,8 @@ def test_no_text_leaves_by_default_in_any_shape():
     x = torch.zeros(2)
     secrets = [{"t": "a secret"}, {"t": ["a secret"]}, {"t": [[1, ["a secret"]]]}, {"t": b"a secret"},
                {"t": [b"a secret"]}, {"Jane Roe, 44": x}, {"theta/Jane Roe": 1.0}, {"t": {"a": 1}}, {"x" * 600: 1},
-               {"t": '["a secret"]'}, {"t": '[["delta/w","a secret",[2]]]'}]
+               {"t": '["a secret"]'}, {"Zoe_Quick": x}, {"delta/Zoe": x}, {"7041": x}, {"t": "7041"},
+               {"t": '[["delta/w","a secret",[2]]]'}]
     words = Words.of(["site-b"], ["delta/model.layers.0.w", "n"])
     for payload in secrets:
         assert "lets no text leave" in (mine.may("up", payload, words) or ""), payload

@@ -37,7 +37,7 @@ class Guard(Bounds):
     def reply(self, reply: Payload, words: Words, sealed: bool, tells: Sequence[str]) -> None:
         """Before a reply leaves, as it will cross."""
 
-    def content(self, reply: Payload, sealed: bool) -> None:
+    def content(self, reply: Payload, words: Words, sealed: bool) -> None:
         """What the method's own function gives, before any layer codes or masks it."""
 
     def go_on(self) -> None:

@@ -7,14 +7,17 @@ said itself, and names that are made of the names of the model's own tensors and
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+import fedllm.core
 from fedllm.core.payload import Payload
 from fedllm.wire.codec import NAMES
 
@@ -31,6 +34,9 @@ class Words:
 
     whole: frozenset[str] = frozenset()
     pieces: frozenset[str] = frozenset()
+    """Of which names in layouts are made."""
+    keys: frozenset[str] = frozenset()
+    """Of which keys may be made too."""
 
     @classmethod
     def of(cls, whole: Iterable[str], names: Iterable[str]) -> Words:
@@ -39,7 +45,11 @@ class Words:
 
     def more(self, whole: Iterable[str], names: Iterable[str]) -> Words:
         """These words and those."""
-        return Words(self.whole | frozenset(whole), self.pieces | Words.of((), names).pieces)
+        return Words(self.whole | frozenset(whole), self.pieces | Words.of((), names).pieces, self.keys)
+
+    def content(self) -> Words:
+        """For what a method says itself: keys as ever, and no word of the protocol."""
+        return Words(keys=self.keys | self.pieces)
 
     def know(self, text: str) -> bool:
         """Whether this text is one of the words, a name, or a layout (JSON) of such."""
@@ -47,11 +57,29 @@ class Words:
             return True
         if text[:1] == "[" and not self.unknown_in(_json(text)):
             return True
-        return all(p in self.pieces or p in OWN_WORDS or p.isdecimal() for p in re.split(r"[./]", text))
+        parts = re.split(r"[./]", text)
+        known = [p for p in parts if p in self.pieces or p in OWN_WORDS]
+        return any(known) and all(p in known or p.isdecimal() for p in parts)
+
+    def name(self, key: Any) -> bool:
+        """Whether a key is made of names that stand in the installed code or in the model, and of numbers."""
+        if not well_named(key):
+            return False
+        parts = [p for p in re.split(r"[./-]", key) if p]
+        own = self.pieces | self.keys
+        known = [p for p in parts if p in own or p.rstrip("0123456789").rstrip("_") in code_names()]
+        return any(known) and all(p in known or p.isdecimal() for p in parts)
 
     def unknown_in(self, value: Any) -> bool:
         """Whether a value holds, at any depth, text that is none of these words, or a mapping."""
         return any(isinstance(v, Mapping) or (isinstance(v, str) and not self.know(v)) for v in flat(value))
+
+
+@functools.cache
+def code_names() -> frozenset[str]:
+    """Every identifier in fedllm's own code: what keys of replies are made of. Made-up people are none."""
+    files = (p for p in Path(fedllm.core.__file__).parents[1].rglob("*.py") if not p.name.startswith("office"))
+    return frozenset(name for p in files for name in re.findall(r"[A-Za-z_]\w*", p.read_text(encoding="utf-8")))
 
 
 def flat(value: Any) -> Iterator[Any]:
@@ -80,8 +108,8 @@ def held_back(payload: Payload, words: Words = Words(OWN_WORDS), sealed: bool = 
     """Why a payload holds more than tensors, numbers and these words; None when it does not. `sealed`: bytes may
     leave too (keys and letters); `tells` are keys under which a layer tells of the machine."""
     for key, value in payload.items():
-        if not well_named(key):
-            return f"the key {key[:60]!r} is no name"
+        if not words.name(key):
+            return f"the key {str(key)[:60]!r} is no name of the code or the model"
         if isinstance(value, Tensor | int | float | None):
             continue
         if key in tells and isinstance(value, str) and len(value) <= LONGEST:

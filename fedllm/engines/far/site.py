@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+import re
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -67,7 +70,8 @@ class SiteRun:
         """`guard` is the site's own word on every answer; `sites` are the names of all who take part."""
         self.stack, self.world, self.info, self.memory = tuple(stack), world, info, memory
         self.guard = guard or Guard()
-        self.words = Words.of([info.id, *sites], world.model.initial())
+        own = re.findall(r"[A-Za-z_]\w*", inspect.getsource(sys.modules[type(self.stack[0]).__module__]))
+        self.words = replace(Words.of([info.id, *sites], world.model.initial()), keys=frozenset(own))
         self.over = False  # set when another coordinator's process takes the run up
         self._dropped: tuple[tuple[str, str], ...] = ()
 
@@ -119,6 +123,8 @@ class SiteRun:
         at = names.index(owner) if owner in names else 0
         fn = getattr(self.stack[at], name, None)
         marks = getattr(fn, "__dict__", {}) if owner in names else {}
+        if not marks.get("runs_on_client"):
+            raise Refused("message", f"phase '{phase}' is not a client function of {names}")
         test, told = bool(marks.get("test")), list(head["stack"])
         asker = self.stack[at]
         own = isinstance(asker, Method) or (isinstance(asker, Layer) and asker.algebra.reads)
@@ -153,7 +159,7 @@ class SiteRun:
             return carry_out([request], limits)[0]
 
         def look(reply: Payload) -> None:
-            self.guard.content(reply, sealed)
+            self.guard.content(reply, self.words, sealed)
             self.words = self.words.more((), reply)  # a layer may lay it out in a later question
 
         limits = replace(self.world.limits, go_on=go_on)
