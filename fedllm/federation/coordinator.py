@@ -131,6 +131,7 @@ def for_sites(recipe: Recipe) -> dict[str, Any]:
     raw = recipe.model_dump(mode="json")
     raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
     raw["model"] |= {"name": recipe.model.at_clients or recipe.model.name, "at_clients": None}
+    raw["method"] = {k: v for k, v in raw["method"].items() if k != "api_key_env"}  # a site names its own
     raw["engine"]["kind"] = "in_process"
     raw["evaluate"]["baselines"] = []
     return raw

@@ -39,7 +39,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     Raises FedLLMError with the reason when the site's settings forbid it.
     """
     same_versions(head["versions"], settings)
-    run, sites = str(head["run"]), [str(s) for s in head["sites"]]
+    run, sites = str(head["run"]), sorted({site, *map(str, head["sites"])})
     if not run.replace("-", "").isalnum():
         raise Refused("message", f"run = {run!r} is no run's name")
     recipe = admitted(head["recipe"], settings)

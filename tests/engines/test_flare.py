@@ -15,6 +15,7 @@ from fedllm.engines.far.door import Door
 from fedllm.engines.far.site import SiteHost
 from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
 from fedllm.federation.coordinator import drive_run, for_sites
+from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.memory import DiskMemory
 from fedllm.federation.nvflare.serve import ServerGone, _follow
 from fedllm.federation.settings import SiteSettings
@@ -223,6 +224,20 @@ def test_what_sites_declare_reaches_the_method_and_a_policy_is_heard(data, tiny_
     drive_run(path, strict, SITES, 2, patience=QUICK)
     left = [e for e in map(json.loads, (path / "events.jsonl").read_text().splitlines()) if e["kind"] == "left_out"]
     assert [e["client"] for e in left] == ["site-b"] and "differential privacy within its own budget" in left[0]["why"]
+
+
+def test_epsilon_alone_works_at_sites_that_keep_their_own_budget(data, tiny_llama_folder):
+    """Finding 10, and the sites' ledgers beside the coordinator's account: both stay within the budget."""
+    spec = recipe(data, tiny_llama_folder, layers=[{"name": "dp_sgd", "epsilon": 8.0}], rounds=2)
+    line = Line(data, tiny_llama_folder, most_epsilon=8.0, layers=["dp_sgd"])
+    far = drive_run(far_folder(data, spec), line, SITES, patience=QUICK)
+    assert far.skipped == [] and far.rounds == 2 and far.evaluation["clients"] == {}
+    said = far.privacy["layers"][0]["clients"]
+    for site in SITES:
+        own = SiteLedger(data / "store" / site).epsilon(1e-5)
+        assert 4.0 < own <= 8.0 and abs(own - said[site]) < 0.5
+    again = drive_run(far_folder(data, {**spec, "rounds": 1}, "again"), line, SITES, 0, patience=QUICK)
+    assert again.skipped == [0]  # their rows have no more to give, in a run of any name
 
 
 class Other(Line):

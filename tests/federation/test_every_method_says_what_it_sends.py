@@ -8,9 +8,8 @@ from fedllm.core.program import Fold
 from fedllm.engines.far.leaving import Words, held_back
 from fedllm.federation.nvflare.loopback import Loopback
 from fedllm.methods.registry import make_method, method_class, modules
-
-SEALED = ("greet", "local")
-"""Gossip's functions whose replies hold keys and letters."""
+from fedllm.runs.build import build
+from fedllm.runs.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +24,11 @@ def test_a_method_sends_what_its_card_declares(rig, name, monkeypatch):
     method = make_method(**spec["method"])
     if method.simulation_only:
         pytest.skip("no site runs it")
-    found, take = [], Fold.take
+    found, take, names = [], Fold.take, build(load_recipe(spec)).world.model.initial()
 
     def look(self, client, reply, seconds=None):
         sealed = self.ask.fn.__dict__.get("sealed", False)
-        words = Words.of(["site-a", "site-b", "site-c"], []).content() if not sealed else Words.of(["site-a"], [])
+        words = Words.of([], [*names, *self.ask.msgs.get(client, ())]).content()
         if client != "__global__" and (why := held_back(reply, words, sealed)):
             found.append(f"{self.ask.phase}: {why}")
         return take(self, client, reply, seconds)
