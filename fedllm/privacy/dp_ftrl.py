@@ -167,7 +167,7 @@ class DPFTRL(Knobs, Layer):
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
         if OWN + "clip" not in msg:
             return call(msg)
-        if z := self._noise():
+        if (z := self._noise()) and self.restart_every:
             client.spend(Release(z / self.one_part))
         return contribution(fn, msg, call)[0]
 

@@ -48,7 +48,6 @@ class Gossip(Method):
                  "K-GT with eta_s = 1 and c_i = 0 at the start. Letters: X25519 keys of the round, AES-GCM.",
     )
     serves = False
-
     graph: Literal["ring", "torus", "exponential", "random", "complete"] = knob(
         "ring", "who is whose neighbor, over the round's clients in the data's order", options=GRAPHS)
     degree: int = knob(4, "neighbors of each client at most, where the graph is random", ge=2)
