@@ -47,7 +47,7 @@ def allowed(host: str) -> bool:
     if address.is_loopback or address.is_unspecified or host in _open["addresses"]:
         return True
     found = {str(row[4][0]) for name in names for row in _addresses(name)}
-    _open["addresses"] = frozenset(found)
+    _open["addresses"] |= found  # a name may have other addresses tomorrow
     return host in found
 
 

@@ -50,6 +50,9 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
         raise why
     world = _own_world(recipe, site, sites, settings)
     info, mine = world.infos()[0], world.federation.clients[site]
+    if settings.most_epsilon is not None and settings.most_delta * info.n >= 1:
+        raise Refused("noise", f"most_delta = {settings.most_delta:g} may expose one of {info.n} rows; it must be less "
+                               "than one over their number")
     method.check(world.model)
     layers = bound(layers, recipe, dict.fromkeys(sites, info.n), world.local)  # nobody tells a site the others' rows
     folder = private_folder(Path(settings.store) / run)

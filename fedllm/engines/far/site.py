@@ -159,7 +159,7 @@ class SiteRun:
             return carry_out([request], limits)[0]
 
         def look(reply: Payload) -> None:
-            self.guard.content(reply, self.words, sealed)
+            self.guard.content(reply, self.words.more((), msg), sealed)
             self.words = self.words.more((), reply)  # a layer may lay it out in a later question
 
         limits = replace(self.world.limits, go_on=go_on)
