@@ -77,11 +77,12 @@ def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", 
 
 @app.command()
 def replay(path: RunPath, reducer: Annotated[str | None, typer.Option(help="mean, uniform or median; without it, the "
-                                                                      "method's own.")] = None) -> None:
+                                                                      "method's own.")] = None,
+           trust_remote_code: Trust = False) -> None:
     """Run the server again from recorded replies, with another reducer, without clients or data."""
     from fedllm.runs.replay import replay as again
 
-    got = again(path, reducer)
+    got = again(path, reducer, trust_remote_code)
     away = f"{got.distance:.1%} of the run's way from the recorded state"
     same = "the recorded state, bit for bit" if got.same else away
     out.print(f"{got.rounds} rounds folded again ({got.reducer}): {same}\nstate  {got.state_digest}\n"
