@@ -173,6 +173,8 @@ class SiteSettings(BaseModel):
             return Refused("space", f"space.name = '{recipe.space.name}': this site trains {only} only")
         if missing := [n for n in self.layers if n not in [layer.name for layer in recipe.layers]]:
             return Refused("layers", f"layers: this site takes part under {', '.join(missing)} only")
+        if beside := self._beside(recipe, layers):
+            return Refused("layers", beside)
         if self.most_rounds is not None and recipe.rounds > self.most_rounds:
             return Refused("rounds", f"rounds = {recipe.rounds}: this site takes part in {self.most_rounds} at most",
                            allowed=self.most_rounds)
@@ -183,6 +185,18 @@ class SiteSettings(BaseModel):
                     why := self._too_little(name, layer)):
                 return Refused("noise", why)
         return self._no_budget(private)
+
+    def _beside(self, recipe: Any, layers: Sequence[Any]) -> str | None:
+        """Why a run has a layer that no site wants, or that lets out figures of rows beside those it asks for."""
+        names = [layer.name for layer in recipe.layers]
+        protected = self.layers or self.most_epsilon is not None
+        for i, layer in enumerate(layers):  # behind the recipe's own stands a selector that hears of clients
+            name = names[i] if i < len(names) else recipe.select.name
+            if layer.algebra.kind == "attack":
+                return f"{name} is an attack, and this site's rows are no simulation"
+            if protected and layer.algebra.reads and name not in self.layers:
+                return f"{name} lets out figures that it reads from rows beside what the run hides"
+        return None
 
     def _too_little(self, name: str, layer: Any) -> str | None:
         """Why this layer's noise protects nobody."""

@@ -23,6 +23,8 @@ from fedllm.wire.codec import DTYPES, NAMES
 
 OWN = "ring/"
 HELD = "ring_all_reduce"
+SMALLEST = 3
+"""A sum over two tells each of them the other's part."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class RingAllReduce(Knobs, Layer):
         """Step s: take part (i - s) from the left, add the own, hand it on; after N - 1 steps it is finished."""
         n, place, step = msg["n"], msg["place"], msg["step"]
         held = client.memory.get(HELD)
+        if n < SMALLEST:  # of one the server would read the whole reply
+            raise PayloadError(f"client '{client.id}' refuses a ring of {n}: fewer than {SMALLEST} hide nothing")
         if held is None or not 0 <= step < n:
             raise PayloadError(f"client '{client.id}' holds no reply for step {step} of a ring of {n}")
         part = (place - step) % n

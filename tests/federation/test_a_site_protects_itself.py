@@ -106,6 +106,14 @@ def test_noise_that_protects_nobody_is_refused(tmp_path, tiny_llama_folder, knob
     assert code(far.open()) == why
 
 
+@pytest.mark.parametrize("spec, settings, why", [
+    ({"layers": ["secagg"], "select": "oort"}, {"layers": ["secagg"]}, "layers"),
+    ({"layers": ["att_byzantine"]}, {}, "layers"), ({"select": "oort"}, {}, None)],
+    ids=["reads beside", "attack", "plain"])
+def test_layers_that_read_rows_or_attack_are_refused(tmp_path, tiny_llama_folder, spec, settings, why):
+    assert code(Asker(tmp_path, tiny_llama_folder, spec, **settings).open()) == why
+
+
 def test_noise_of_the_coordinator_counts_only_where_it_is_trusted(tmp_path, tiny_llama_folder):
     spec = {"layers": [{"name": "dp_fedavg", "epsilon": 3.0}]}
     assert code(Asker(tmp_path, tiny_llama_folder, spec, most_epsilon=3.0).open()) == "epsilon"

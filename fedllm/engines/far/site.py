@@ -141,13 +141,14 @@ class SiteRun:
         """Layers below whoever asks must be at work on its answer; a layer's own question that folds nothing passes."""
         if isinstance(self.stack[at], Layer) and marks.get("reduce") is None:
             return
-        for layer in self.stack[max(at, 0) + 1 :]:
+        for layer in self.stack[at + 1 :]:
             if layer.session and not any(key in msg for key in layer.session):
                 raise Refused("stack", f"the message lacks the session of layer '{type(layer).__name__}'")
 
     def _work(self, question: Question, stack: Sequence[Any], msg: Payload, attempt: str, visit: str) -> Body:
         """The reply in the codec's bytes, if nothing stands against it."""
         memory = self.memory.stage(attempt, question.round)
+
         def go_on() -> None:
             if self.over or (attempt, visit) in self._dropped:
                 raise GivenUp(GIVEN_UP)
