@@ -111,7 +111,7 @@ def seal(path: Path_, key: Annotated[Path, typer.Option(help="audit.key of the c
 @audit.command("key")
 def new_key(folder: Annotated[Path, typer.Argument(help="Where audit.key and audit.pub are written.")]) -> None:
     """Make a key that runs are sealed with."""
-    from fedllm.runs.signature import make_key
+    from fedllm.runs.audit_key import make_key
 
     console.print(f"{make_key(folder)}: keep it; audit.pub beside it is for whoever verifies", highlight=False,
                   soft_wrap=True)

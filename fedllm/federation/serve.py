@@ -11,11 +11,12 @@ from fedllm.engines.far.sites import Patience
 from fedllm.federation import operate
 from fedllm.federation.coordinator import check_recipe
 from fedllm.federation.process import no_proxy
+from fedllm.runs.audit_key import AUDIT_KEY, make_key
 from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
 from fedllm.runs.recipe import OWN, Recipe, load_recipe, received
 from fedllm.runs.result import Result
-from fedllm.runs.signature import AUDIT_KEY, make_key, sign
+from fedllm.runs.signature import sign
 
 
 def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from fedllm.core.client import Profile
 from fedllm.core.errors import RecipeError
-from fedllm.engines.far.leaving import Words, held_back, well_named
-from fedllm.engines.far.reasons import Refused
 from fedllm.runs.device import Device
-from fedllm.runs.store import write_atomic
-from fedllm.wire import codec
+
+if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it loads no model code
+    from fedllm.engines.far.leaving import Words
+    from fedllm.engines.far.reasons import Refused
 
 SETTINGS = "fedllm.json"
+PROFILE = ("rank", "memory_bytes", "bandwidth", "speed", "availability", "latency", "dropout", "device", "link",
+           "modality", "privacy")
+"""What `core.client.Profile` has."""
+WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
 def _declared(values: dict[str, Any]) -> dict[str, Any]:
     """What a site declares leaves it: known names, numbers, and single words."""
-    known = [f.name for f in dataclasses.fields(Profile)]
     for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"profile.{key} is unknown; allowed are {', '.join(known)}")
+        if key not in PROFILE:
+            raise ValueError(f"profile.{key} is unknown; allowed are {', '.join(PROFILE)}")
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        if not (value is None or number or (isinstance(value, str) and len(value) <= 40 and well_named(value))):
+        if not (value is None or number or (isinstance(value, str) and WORD.fullmatch(value))):
             raise ValueError(f"profile.{key} = {value!r}: it leaves this site; allowed is a number from 0, or a word")
     return values
 
@@ -159,7 +162,10 @@ class SiteSettings(BaseModel):
         mine = cls.make({"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
                          "methods": None if methods is None else list(methods),
                          "models": [str(Path(m).resolve()) for m in models], **settings}, policy)
-        write_atomic(kit / "local" / SETTINGS, json.dumps(mine.model_dump(), indent=2).encode())
+        fresh = kit / "local" / f".{SETTINGS}"
+        with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(json.dumps(mine.model_dump(), indent=2))
+        fresh.replace(kit / "local" / SETTINGS)
 
     @property
     def tests(self) -> bool:
@@ -168,6 +174,8 @@ class SiteSettings(BaseModel):
 
     def forbids(self, recipe: Any, layers: Sequence[Any]) -> Refused | None:
         """Why this site takes no part in a run of this recipe with these layers, or None."""
+        from fedllm.engines.far.reasons import Refused
+
         if self.spaces is not None and recipe.space.name not in self.spaces:
             only = ", ".join(self.spaces) or "nothing"
             return Refused("space", f"space.name = '{recipe.space.name}': this site trains {only} only")
@@ -210,6 +218,8 @@ class SiteSettings(BaseModel):
 
     def _no_budget(self, private: Sequence[Any]) -> Refused | None:
         """Why these layers of differential privacy do not keep within this site's budget."""
+        from fedllm.engines.far.reasons import Refused
+
         if self.most_epsilon is None:
             return None
         asks = f"this site asks for a layer of differential privacy with an epsilon of {self.most_epsilon:g} at most " \
@@ -229,11 +239,15 @@ class SiteSettings(BaseModel):
         """Why a payload may not pass here, or None; `words` are those of the protocol itself (`far.leaving`)."""
         if way == "down" or self.text_leaves:
             return None
+        from fedllm.engines.far.leaving import Words, held_back
+
         why = held_back(payload, words or Words.of((), ()), sealed, tells)
         return f"{why}, and this site lets no text leave (text_leaves = false)" if why else None
 
     def too_large(self, payload: Mapping[str, Any]) -> str | None:
         """Why a payload is larger than may leave, or None."""
+        from fedllm.wire import codec
+
         if self.most_bytes is not None and (size := codec.size(payload)) > self.most_bytes:
             return f"the reply has {size} bytes, this site allows {self.most_bytes}"
         return None

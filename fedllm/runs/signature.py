@@ -16,26 +16,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedllm.core.errors import RunError
+from fedllm.runs.audit_key import AUDIT_PUB
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.store import only_mine, read_json
+from fedllm.runs.store import read_json
 
 SEAL = "seal.json"
-AUDIT_KEY, AUDIT_PUB = "audit.key", "audit.pub"
 ABOUT = b"fedllm run seal 1\n"
 OUTSIDE = (SEAL, "serving.json", "failed.txt")
 """Files that the seal does not speak of, beside hidden ones, checkpoints and kept replies."""
-
-
-def make_key(folder: Path) -> Path:
-    """Write `audit.key` (keep it) and `audit.pub` (give it to everybody who verifies), in hex; the key's path."""
-    key, path = Ed25519PrivateKey.generate(), folder / AUDIT_KEY
-    try:
-        with open(path, "x", opener=only_mine) as file:
-            file.write(key.private_bytes_raw().hex())
-    except FileExistsError:
-        raise RunError(f"{path} is there already, and a key is never overwritten") from None
-    (folder / AUDIT_PUB).write_text(key.public_key().public_bytes_raw().hex())
-    return path
 
 
 def sign(path: str | Path, key: str | Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """A site holds to its own settings whatever a coordinator sends: layers, budgets, rounds, work, fields, endpoints."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from fedllm.core.ask import Ask
+from fedllm.core.client import Profile
 from fedllm.core.errors import FedLLMError, RecipeError
 from fedllm.core.payload import pack
 from fedllm.engines.far.leaving import Words
@@ -14,7 +15,7 @@ from fedllm.engines.far.site import SiteHost
 from fedllm.engines.far.sites import PROTOCOL
 from fedllm.federation.coordinator import for_sites
 from fedllm.federation.ledger import SiteLedger
-from fedllm.federation.settings import SiteSettings
+from fedllm.federation.settings import PROFILE, SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.methods.registry import method_class, modules
 from fedllm.privacy.accountant import Release
@@ -227,6 +228,7 @@ def test_what_a_site_declares_is_numbers_and_single_words():
         with pytest.raises(RecipeError, match="profile"):
             SiteSettings.make({"data": "d", "store": "s", "profile": profile})
     assert SiteSettings.make({"data": "d", "store": "s", "profile": {"rank": 4, "modality": "text"}}).profile
+    assert {f.name for f in dataclasses.fields(Profile)} == set(PROFILE)
 
 
 def test_the_ledger_is_on_disk_before_an_answer_and_only_its_owner_reads_it(tmp_path):
@@ -242,7 +244,7 @@ def test_the_ledger_is_on_disk_before_an_answer_and_only_its_owner_reads_it(tmp_
 
 
 def test_every_reason_has_a_sentence():
-    assert all(text and not text.endswith(".") for text in REASONS.values()) and Ask
+    assert all(text and not text.endswith(".") for text in REASONS.values())
 
 
 def test_a_site_knows_its_rows_again(tmp_path, tiny_llama_folder):

@@ -20,9 +20,10 @@ from fedllm.engines.far.reasons import Refused
 from fedllm.federation.identity import keep_identity
 from fedllm.federation.operate import announced, serving
 from fedllm.federation.process import need_port, no_proxy
+from fedllm.runs.audit_key import make_key
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe, received
-from fedllm.runs.signature import against_signature, make_key, sign
+from fedllm.runs.signature import against_signature, sign
 
 
 @pytest.fixture(scope="module")

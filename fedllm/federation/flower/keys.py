@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm.core.errors import RecipeError
-from fedllm.runs.signature import AUDIT_KEY, AUDIT_PUB, make_key
+from fedllm.runs.audit_key import AUDIT_KEY, AUDIT_PUB, make_key
 
 YEARS = 2
 KIT = "flower.json"

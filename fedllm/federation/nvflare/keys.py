@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from fedllm.core.errors import FedLLMError, RecipeError
-from fedllm.runs.signature import AUDIT_KEY, AUDIT_PUB, make_key
+from fedllm.runs.audit_key import AUDIT_KEY, AUDIT_PUB, make_key
 
 log = logging.getLogger(__name__)
 ADMIN = "admin@fedllm.org"
