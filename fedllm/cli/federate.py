@@ -92,7 +92,8 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
     take_part = join_flower if is_flower_kit(kit) else take_part
     try:
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
-                  threads=threads, model=model, endpoint={"url": endpoint} if endpoint else None, public=str(public) if public else None,
+                  threads=threads, model=model, endpoint={"url": endpoint} if endpoint else None,
+                  public=str(public) if public else None,
                   profile={} if rank is None else {"rank": rank})
     except FedLLMError as error:
         raise _refuse(error) from None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it 
 SETTINGS = "fedllm.json"
 PROFILE = ("rank", "memory_bytes", "bandwidth", "speed", "availability", "latency", "dropout", "device", "link",
            "modality", "privacy")
-"""What `core.client.Profile` has."""
+"""What `core.client.Profile` has; which model a site holds its `model` says."""
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 

@@ -72,7 +72,7 @@ def test_a_message_cannot_switch_a_layer_off(tmp_path, tiny_llama_folder):
     """Finding 1: with `layers: [secagg]` the plain stack, and a message outside of the layer's session, get nothing."""
     far = Asker(tmp_path, tiny_llama_folder, {"layers": ["secagg"]}, layers=["secagg"])
     assert "refused" not in far.open()
-    for stack in (far.stack[:1], [*far.stack[:1], "Examiner"], [*far.stack, "Examiner"], [], ["SecAgg"]):
+    for stack in (far.stack[:1], [*far.stack[:1], "ModelUsage"], [*far.stack, "Examiner"], [], ["SecAgg"]):
         assert code(far.ask(stack=stack or ["x"])) == "stack"
     assert code(far.ask()) == "stack"  # all layers, and no session
     assert code(far.ask(told={"_secagg/sid": "of mine"})) == "message"  # a session that it never joined
@@ -95,7 +95,7 @@ def test_dp_sgd_is_applied_to_every_ask_and_its_budget_is_the_sites(tmp_path, ti
     assert "refused" not in again.open("r2")
     assert code(again.ask(attempt="b")) == "budget_spent"
     assert SiteLedger(tmp_path / "store").epsilon(1e-5) == spent
-    assert code(far.ask("score", told={"on": "local"}, stack=[far.stack[0], "Examiner"])) == "tests"
+    assert code(far.ask("score", told={"on": "local"}, stack=far.stack[:1])) == "tests"
 
 
 @pytest.mark.parametrize("knobs, why", [
@@ -147,7 +147,7 @@ def test_work_is_bounded(tmp_path, tiny_llama_folder):
     assert "refused" not in far.open()
     with pytest.raises(FedLLMError, match="most_steps"):
         far.host.run.guard.work(6, 0)
-    far.host.run.guard.begin(far.host.run.question({"phase": "FedAvg.score", "stack": ["FedAvg", "Examiner"],
+    far.host.run.guard.begin(far.host.run.question({"phase": "FedAvg.score", "stack": ["FedAvg"],
                                                     "round": 0, "visit": 1}, {})[0], b"")
     answers = [far.ask(round=r) for r in range(8)]
     assert "reply" in answers[0] and code(answers[-1]) == "work_spent"
@@ -228,7 +228,7 @@ def test_what_a_site_declares_is_numbers_and_single_words():
         with pytest.raises(RecipeError, match="profile"):
             SiteSettings.make({"data": "d", "store": "s", "profile": profile})
     assert SiteSettings.make({"data": "d", "store": "s", "profile": {"rank": 4, "modality": "text"}}).profile
-    assert {f.name for f in dataclasses.fields(Profile)} == set(PROFILE)
+    assert {f.name for f in dataclasses.fields(Profile)} == {*PROFILE, "model"}  # a site's `model` is a key of its own
 
 
 def test_the_ledger_is_on_disk_before_an_answer_and_only_its_owner_reads_it(tmp_path):

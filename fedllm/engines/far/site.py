@@ -41,9 +41,6 @@ GIVEN_UP = "the server does not wait for it any longer"
 REMEMBERED = 256
 """Visits that were given up, of which a site's process knows."""
 
-TESTS = "Examiner"
-"""What stands beside the method in the stack of a test: no layer takes part in one."""
-
 ECHO = 4 << 30
 """Bytes of the longest echo (a measurement of the line)."""
 
@@ -146,7 +143,7 @@ class SiteRun:
         if told == names and not (test and len(names) > 1):
             self._in_session(stack, at, marks, msg)
             return question, stack
-        if told == [names[0], TESTS] and (test or len(names) == 1):
+        if told == names[:1] and test:
             return question, [stack[0]]
         raise Refused("stack", f"'{phase}' was asked with the stack {told}; this run was opened with {names}")
 
