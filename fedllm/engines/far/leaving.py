@@ -68,8 +68,8 @@ class Words:
         if not well_named(key):
             return False
         parts = [p for p in re.split(r"[./-]", key) if p]
-        own = self.pieces | self.keys
-        known = [p for p in parts if p in own or p.rstrip("0123456789").rstrip("_") in code_names()]
+        own, code = self.pieces | self.keys, code_names()
+        known = [p for p in parts if p in own or p in code or p.rstrip("0123456789").rstrip("_") in code]
         return any(known) and all(p in known or p.isdecimal() for p in parts)
 
     def unknown_in(self, value: Any) -> bool:
