@@ -195,7 +195,7 @@ class Fold:
     def _fold(self, reply: Payload) -> Pile:
         if self.reducer is None:
             return self.piles.setdefault(None, Pile(None))
-        sign = None if self.reducer.ragged else frozenset(
+        sign = None if getattr(self.reducer, "ragged", False) else frozenset(
             (k, tuple(v.shape) if isinstance(v, Tensor) else ()) for k, v in reply.items())
         known = self.piles.get(sign)
         pile = known if known is not None else Pile(self.reducer.zero())

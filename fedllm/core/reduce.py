@@ -15,10 +15,10 @@ from fedllm.core.payload import Payload
 
 class Reducer(Protocol):
     """Folds replies: `zero`, then `add` one at a time, then `done`. `add` raises before it changes `acc`, or not at
-    all: what it raises for is left out, and the fold goes on."""
+    all: what it raises for is left out, and the fold goes on.
 
-    ragged: bool
-    """Whether replies may differ in names and shapes. Where they may not, those that most clients share count."""
+    Where replies differ in names or shapes, those that most clients share count; a reducer that takes such replies
+    together says so by `ragged = True`."""
 
     def zero(self) -> Any: ...
     def add(self, acc: Any, reply: Payload) -> Any: ...

@@ -53,6 +53,7 @@ from fedllm.local.terms import Term
 from fedllm.local.text import run_completes
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model
+from fedllm.models.sealed import Sealed
 from fedllm.models.segments import Segment
 from fedllm.tasks.generation import same_answer
 
@@ -128,7 +129,7 @@ class ClientCall(Holder):
 
     def keep(self, payload: Mapping[str, Any]) -> None:
         """Raise where a payload that crosses the wire holds a tensor of a stream that is personal."""
-        if self.id != SERVER and (found := self.model.withheld(payload)):
+        if self.id != SERVER and isinstance(self.model, Model | Sealed) and (found := self.model.withheld(payload)):
             raise CompositionError(f"stream '{found[1]}' is personal and cannot be put on the wire, where "
                                    f"'{self._key[3]}' puts it under '{found[0]}'; keep it in client.memory, or take it "
                                    "out of space.personal")
@@ -319,7 +320,7 @@ class ClientCall(Holder):
     def improve(self, theta: Tree, seen: np.ndarray, actions: np.ndarray, weights: np.ndarray, *,
                 steps: int = 1) -> Fitted:
         """Policy-gradient steps on what was done, by the recipe's optimizer."""
-        return self._ask(Improve(self.id, self.model, theta, None, seen, actions, weights, self.local, steps))
+        return self._ask(Improve(self.id, self.model, theta, None, seen, actions, weights, self.training, steps))
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""

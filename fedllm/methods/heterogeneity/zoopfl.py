@@ -27,8 +27,7 @@ class ZooPFL(BlackBox):
 
     card = Card(
         title="ZooPFL: black-box foundation models for personalized federated learning",
-        paper="Lu et al., ZooPFL: Exploring Black-box Foundation Models for Personalized Federated Learning, 2023, "
-              "arXiv 2310.05143",
+        paper="Lu et al., ZooPFL: Exploring Black-box Foundation Models for Personalized FL, 2023, arXiv 2310.05143",
         topic="black box: personalization",
         sends="both ways the encoder q, and the decoder s (up in the first rounds alone)",
         needs="a classification model that gives logits for token embeddings; no weights, no gradients",

@@ -28,8 +28,7 @@ class FedSPSC(Asking):
 
     card = Card(
         title="Fed-SP-SC: synonymous questions with self-consistency (and Fed-DP-CoT)",
-        paper="Liu, Pang, Fan, Federated Prompting and Chain-of-Thought Reasoning for Improving LLMs Answering, "
-              "KSEM 2023, arXiv 2304.13911",
+        paper="Liu, Pang, Fan, Federated Prompting and Chain-of-Thought Reasoning, KSEM 2023, arXiv 2304.13911",
         topic="prompt learning: chain of thoughts",
         sends="up: questions, or two hashes of each and the text of those that match; down: the answer",
         needs="a text model, ours or an endpoint; no training",
