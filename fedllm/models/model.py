@@ -10,14 +10,17 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.models.batch import IGNORE, Batch
 from fedllm.models.blocks import quicken
+from fedllm.models.heads import Head, body_of
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
+from fedllm.models.plain import are_weights, put_in, swapped, unpatched
+from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 
 Task = Literal["generation", "classification"]
@@ -60,19 +63,39 @@ class Model:
                  loss: RowLoss | None = None) -> None:
         """`loss` takes the place of the task's own (see `row_losses`), for nets that are no language model."""
         self.net, self.tokenizer, self.task, self.space = net, tokenizer, task, space
-        self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
+        self.labels, self.seed, self.name = tuple(labels), seed, name
+        self.silent = ""  # why it cannot continue texts, where it cannot
+        self.said: list[str] = []
+        """What its user must know: what is not done as the config has it, and which quicker ways it does not take."""
         self.loss: RowLoss = loss or (Model._classify if task == "classification" else Model._next_tokens)
         self.net.eval().requires_grad_(False)
         if self.device.type == "cuda":
             repeatable()
         self.stack = Stack(causal=task == "generation")
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
-        self.fused = self._head_is_plain()
-        if fast_kernels:
-            keep_freed_memory()
-            quicken(net.body if isinstance(net, HeadedEncoder) else net)
         self._start_net()
-        self.stackable = space.install(net, self.stack)
+        self._set_up(Ways(quick=fast_kernels))
+
+    def go(self, ways: Ways) -> None:
+        """Run in these ways from now on, on the very same weights."""
+        self.net = unpatched(self.net)
+        self._set_up(ways)
+
+    def _set_up(self, ways: Ways) -> None:
+        self.ways, self.fast_kernels = ways, ways.quick
+        if ways.quick:
+            keep_freed_memory()
+            quicken(self.net.body if isinstance(self.net, HeadedEncoder) else self.net)
+        self.head = Head(self.net) if self.task == "generation" and self._is_language_model() else None
+        if ways.sites:
+            self.stackable = self.space.install(self.net, self.stack) and ways.together
+        else:
+            self.bare, self.stackable = unpatched(self.net), False
+            if not are_weights(self.space):
+                self.space.install(self.net, self.stack)
+
+    def _is_language_model(self) -> bool:
+        return isinstance(self.net, PreTrainedModel) and isinstance(self.net.get_output_embeddings(), nn.Module)
 
     def _start_net(self) -> None:
         if isinstance(self.net, HeadedEncoder):
@@ -110,8 +133,13 @@ class Model:
         s.k, s.tensors, s.extra = len(trees), tree_to(stacked, self.device), {}
         s.base = tree_to(base or {}, self.device)
         self.space.prepare(s, trees)
+        if len(trees) > 1 and not self.stackable:
+            raise ModelError(f"{self.name or type(self.net).__name__} takes the trainables of one client at a time")
+        weights = None if self.ways.sites or not s.tensors else put_in(
+            self.space, self.bare, {n: t[0] for n, t in s.tensors.items()})
         try:
-            yield
+            with swapped(self.net, weights or {}):
+                yield
         finally:
             s.k, s.tensors, s.base, s.extra, s.mask, s.past = before
 
@@ -134,11 +162,13 @@ class Model:
         h = self.hidden(batch)[:, :-1]
         rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         y = batch.labels[:, 1:][rows, cols]
-        head = self.net.get_output_embeddings()
-        if self.fused and not self._head_is_trained():
-            ce = frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
-        else:  # a stacked head wants all lanes' rows together
+        if self.head is not None and self.head.trained(self.stack.tensors):  # a stacked head wants all rows together
             ce = F.cross_entropy(_wide(self.logits_of(h)[rows, cols]), y, reduction="none")
+        elif self.head is not None and self.head.plain and self.ways.fused:
+            head = self.net.get_output_embeddings()
+            ce = frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
+        else:
+            ce = F.cross_entropy(_wide(self.logits_of(h[rows, cols])), y, reduction="none")
         n = batch.ids.shape[0]
         total = ce.new_zeros(n).index_add(0, rows, ce)
         return total, torch.bincount(rows, minlength=n).to(ce.dtype), ce.new_zeros(n)
@@ -165,10 +195,10 @@ class Model:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         encoder = isinstance(self.net, HeadedEncoder)
-        body = self.net.body if encoder else self.net.base_model
+        body = self.net.body if encoder else body_of(self.net)
         prompt = self.space.before(self.net, self.stack, batch.ids.shape[0])
         feed: dict[str, Any] = {} if encoder else {"use_cache": False}
-        if encoder or (prompt is None and not _right_padded(batch)):
+        if encoder or not self.ways.cut or (prompt is None and not _right_padded(batch)):
             feed["attention_mask"] = _grow(batch.mask, prompt).long()
         if prompt is not None and prompt.cache is not None:
             feed |= {"cache": as_cache(prompt), "use_cache": True}
@@ -181,21 +211,10 @@ class Model:
         return h[:, -batch.ids.shape[1] :]
 
     def logits_of(self, h: Tensor) -> Tensor:
-        """Hidden states -> vocabulary logits, through the head as the model applies it."""
-        return self.net.get_output_embeddings()(h)
-
-    def _head_is_trained(self) -> bool:
-        heads = ("lm_head", "embed_tokens", "embed_out", "wte", "word_embeddings")
-        return any(head in name for name in self.stack.tensors for head in heads)
-
-    def _head_is_plain(self) -> bool:
-        """Whether the logits are just a linear map of the last hidden states (no soft cap, no scaling)."""
-        if self.task != "generation" or not isinstance(self.net.get_output_embeddings(), nn.Linear):
-            return False
-        ids = torch.arange(2, 6, device=self.device)[None]
-        with torch.no_grad():
-            z = self.net(input_ids=ids).logits
-            return torch.allclose(z, self.logits_of(self.net.base_model(input_ids=ids).last_hidden_state), atol=1e-4)
+        """Hidden states [..., d] -> vocabulary logits, as the model makes them: caps, scales and all."""
+        if self.head is None:
+            raise ModelError(f"{self.name or type(self.net).__name__} is no language model and has no logits of words")
+        return self.head(h)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.core.errors import ModelError
@@ -121,9 +122,10 @@ def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str) -> di
 
 
 def output_heads(net: nn.Module) -> set[str]:
-    """Paths of the language-model head and of the classifier."""
+    """Paths of the language-model head, whatever it is named, and of the classifier."""
     heads = ("lm_head", "classifier", "score", "embed_out")
-    return {p for p, _ in net.named_modules() if p.rsplit(".", 1)[-1] in heads}
+    own = net.get_output_embeddings() if isinstance(net, PreTrainedModel) else None
+    return {p for p, m in net.named_modules() if p.rsplit(".", 1)[-1] in heads or (own is not None and m is own)}
 
 
 def stack_lanes(trees: Sequence[Mapping[str, Tensor]]) -> Tree:
