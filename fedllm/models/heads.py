@@ -6,11 +6,13 @@ part is run here by itself: the model's `forward`, with the body's answer put in
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fedllm.core.errors import ModelError
 from fedllm.spaces.space import PEFT
@@ -19,13 +21,39 @@ STRENGTHS = (1.0, 30.0, 1000.0)
 """Hidden states are tried at these sizes: a cap that small ones do not reach shows with the large ones."""
 
 
-def body_of(net: Any) -> nn.Module:
-    """The part of a language model (or encoder) that ends in hidden states."""
-    body = net.base_model
-    if body is net:  # the prefix that the class names is not there
-        parts = [m for n, m in net.named_children() if n in ("model", "transformer")]
-        body = parts[0] if parts else net
-    return body
+BODIES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def body_of(net: Any) -> Any:
+    """The part of a language model whose last hidden states its head reads: the outermost that its forward calls.
+
+    ModelError for a network that transformers cannot run on a few words.
+    """
+    if net not in BODIES:
+        ran: list[str] = []
+        hooks = [m.register_forward_hook(lambda m, args, out, n=n: ran.append(n) if _ends_in_states(out) else None)
+                 for n, m in net.named_modules() if n and isinstance(m, PreTrainedModel)]
+        try:
+            _ask(net, net)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        BODIES[net] = ran[-1] if ran else ""
+    return net.get_submodule(BODIES[net])
+
+
+def _ends_in_states(out: Any) -> bool:
+    return isinstance(out, dict) and isinstance(out.get("last_hidden_state"), Tensor)
+
+
+def _ask(net: Any, part: Any) -> Any:
+    ids = torch.arange(2, 6, device=net.device)[None] % net.get_input_embeddings().weight.shape[0]
+    try:
+        with torch.no_grad():
+            return part(input_ids=ids, use_cache=False)
+    except Exception as error:
+        raise ModelError(f"{type(net).__name__}: transformers itself cannot run it in {net.dtype} here: "
+                         f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
 
 
 class Head:
@@ -39,7 +67,8 @@ class Head:
         out = net.get_output_embeddings()
         own = {id(p) for p in net.parameters()} - inside | {id(p) for p in (out.parameters() if out else ())}
         self.names = {n for n, p in net.named_parameters(remove_duplicate=False) if id(p) in own}
-        self.paths = tuple(f"{n}." for n, m in net.named_children() if m is not self.body)
+        way = f"{BODIES[net]}."
+        self.paths = tuple(f"{n}." for n, _ in net.named_children() if not way.startswith(f"{n}."))
         self.plain = self._is_plain(out)
 
     def __call__(self, h: Tensor) -> Tensor:
@@ -73,10 +102,8 @@ class Head:
             self.body.__dict__["forward"] = lambda *args, **kwargs: answer
 
     def _probe(self) -> Any:
-        ids = torch.arange(2, 6, device=next(self.net.parameters()).device)[None] % self.net.config.vocab_size
-        with torch.no_grad():
-            out = self.body(input_ids=ids, use_cache=False)
-        if not isinstance(out, dict) or not isinstance(out.get("last_hidden_state"), Tensor):
+        out = _ask(self.net, self.body)
+        if not _ends_in_states(out):
             raise ModelError(f"{type(self.net).__name__} is no language model as transformers builds them: its "
                              f"{type(self.body).__name__} gives no last hidden states")
         self.width = out["last_hidden_state"].shape[-1]

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fedllm.core.errors import ModelError
+from fedllm.models.checks import complete, loaded, reads_texts, unused
 from fedllm.models.model import HeadedEncoder, Model, Task
+from fedllm.models.proof import examine
 from fedllm.spaces.space import Space
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -30,9 +32,9 @@ def resolve(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer that goes with a model."""
-    return _load(AutoTokenizer, name)
+    return _load(AutoTokenizer, name, trust_remote_code)
 
 
 def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
@@ -40,26 +42,33 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
                device: str = "auto", trust_remote_code: bool = False) -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
 
-    Raises ModelError when the model cannot be loaded or lacks what the space needs, or the device is not there.
+    It is examined (see models/proof.py), and `model.said` tells what its user must know. Raises ModelError when the
+    model cannot be loaded, lacks what the space needs or says something else than in transformers, or the device is
+    not there.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
     place = _device(device)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+    reads_texts(name, config := _load(AutoConfig, name, trust_remote_code))
+    options = {"trust": trust_remote_code, "dtype": DTYPES[dtype], "output_loading_info": True}
     if task == "generation":
-        net = _load(AutoModelForCausalLM, name, **options)
+        net, told = _load(AutoModelForCausalLM, name, **options)
     else:
         if not labels:
             raise ModelError("a classification model needs the data's labels")
-        body = _load(AutoModel, name, **options)
+        body, told = _load(AutoModel, name, **options)
         if "pooler" in dict(body.named_children()):
             body.pooler = None  # its output is not used: pooling is ours
         net = HeadedEncoder(body, len(labels), pooling).to(DTYPES[dtype])
+    said = [*complete(name, net if task == "generation" else net.body, told), *unused(config)]
     net.to(place)
-    return Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
+    model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
+    model.tell(said)
+    examine(model)
+    return model
 
 
 def _device(name: str) -> torch.device:
@@ -78,17 +87,11 @@ def _device(name: str) -> torch.device:
 
 def eager_encoder(name: str, labels: int, pooling: Literal["mean", "cls", "last"]) -> HeadedEncoder:
     """A classifier of this model as transformers builds it, with attention that has second derivatives."""
-    body = _load(AutoModel, name, attn_implementation="eager")
+    body = _load(AutoModel, name, False, attn_implementation="eager")
     if "pooler" in dict(body.named_children()):
         body.pooler = None
     return HeadedEncoder(body, labels, pooling).eval()
 
 
-def _load(kind: Any, name: str, **options: Any) -> Any:
-    where = resolve(name)
-    try:
-        return kind.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"model {name!r} cannot be loaded: {first} (give 'embedded', 'minilm', a folder saved with "
-                         "save_pretrained, or a Hub id that this machine can reach)") from None
+def _load(kind: Any, name: str, trust: bool, **options: Any) -> Any:
+    return loaded(kind, name, resolve(name), trust, **options)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fedllm.core.errors import ModelError
-from fedllm.models.load import resolve
+from fedllm.models.checks import loaded
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.models.peft_io import HEAD
+from fedllm.models.plain import unpatched
 from fedllm.spaces.mask import Mask
 from fedllm.spaces.params import Params
 
@@ -77,17 +78,12 @@ def _add_sparse(weights: Mapping[str, Tensor], at: Mapping[str, Tensor], theta: 
 
 
 def fresh_net(model: Model) -> nn.Module:
-    """The base network without any patch of ours, loaded anew."""
-    where = resolve(model.name)
-    if not isinstance(model.net, HeadedEncoder):
-        return AutoModelForCausalLM.from_pretrained(where, dtype=model.net.dtype)
-    body = AutoModel.from_pretrained(where, dtype=model.net.dtype)
-    net = HeadedEncoder(body, len(model.labels), model.net.pooling)
-    net.classifier.load_state_dict(copy.deepcopy(model.net.classifier.state_dict()))
-    return net
+    """The base network with weights of its own and without any patch of ours."""
+    return copy.deepcopy(unpatched(model.net))
 
 
-def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], tokenizer: object) -> None:
+def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], tokenizer: object,
+                  trust_remote_code: bool = False) -> None:
     """Merge a saved adapter into its base with plain `peft`, and save the model with its tokenizer.
 
     Raises ModelError for adapters that cannot be merged (soft prompts, prefixes).
@@ -101,7 +97,7 @@ def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], to
         raise ModelError(f"a {kind} adapter puts virtual tokens before the text and cannot be merged into the weights; "
                          "export it as it is with --peft")
     loader = AutoModel if (adapter / HEAD).exists() else AutoModelForCausalLM
-    net = loader.from_pretrained(where)
+    net = loaded(loader, where, where, trust_remote_code)
     weights = dict(net.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, delta in base_delta.items():

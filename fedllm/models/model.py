@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, rep
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
+
+log = logging.getLogger(__name__)
 
 Task = Literal["generation", "classification"]
 
@@ -81,8 +84,15 @@ class Model:
         self.net = unpatched(self.net)
         self._set_up(ways)
 
+    def tell(self, sentences: Sequence[str]) -> None:
+        """Say this in the log, once, and keep it for the record."""
+        for sentence in sentences:
+            if sentence not in self.said:
+                self.said.append(sentence)
+                log.warning(sentence)
+
     def _set_up(self, ways: Ways) -> None:
-        self.ways, self.fast_kernels = ways, ways.quick
+        self.ways, self.fast_kernels, self.stack.quick = ways, ways.quick, ways.quick
         if ways.quick:
             keep_freed_memory()
             quicken(self.net.body if isinstance(self.net, HeadedEncoder) else self.net)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from fedllm.core.errors import ModelError
 from fedllm.core.payload import Tree
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces.lora import LoRA, factors
-from fedllm.spaces.space import PEFT
+from fedllm.spaces.space import PEFT, fitted_to
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 TYPES = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "soft_prompt", "PREFIX_TUNING": "prefix"}
@@ -102,8 +103,11 @@ def load_adapter(folder: str | Path, model: Model) -> Tree:
     tree = {n: tree[n].to(fresh[n].dtype) for n in fresh}
     if isinstance(model.space, LoRA):
         for path, (b, a) in factors(tree).items():
-            tree[f"{PEFT}{path}.lora_B.weight"] = b * (_scale(config, path, a.shape[0]) / model.space.scale(a.shape[0]))
-    return tree
+            to = model.space.scale(factors(fresh)[path][1].shape[0])  # ranks below the largest are filled up with zeros
+            tree[f"{PEFT}{path}.lora_B.weight"] = b * (_scale(config, path, a.shape[0]) / to)
+        if config.get("lora_dropout"):
+            model.tell([f"{folder}: lora_dropout = {config['lora_dropout']} is off while clients train"])
+    return fitted_to(tree, fresh) if model.space.ragged else tree
 
 
 def _check_shape(folder: Path, name: str, t: Tensor, want: Tensor, ragged: bool) -> None:
@@ -115,8 +119,8 @@ def _check_shape(folder: Path, name: str, t: Tensor, want: Tensor, ragged: bool)
 
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
     """s of one module, as PEFT computes it."""
-    pattern = {k: v for k, v in (config.get("alpha_pattern") or {}).items() if path.endswith(k)}
-    alpha = next(iter(pattern.values()), config["lora_alpha"])
+    pattern, path = config.get("alpha_pattern") or {}, path.removeprefix(BODY)
+    alpha = pattern.get(get_pattern_key(list(pattern), path), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -130,12 +134,14 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
     if kind in ("soft_prompt", "prefix"):
         return {"length": config["num_virtual_tokens"]}
     targets = config["target_modules"]
-    targets = targets if isinstance(targets, str) else sorted(targets)
+    odd = isinstance(targets, str) or any(config.get(k) is not None and config.get(k) != [] for k in ELSEWHERE)
+    targets = _adapted(Path(folder)) if odd else sorted(targets)
     saved = config.get("modules_to_save") or ["classifier"]
     if kind == "ia3":
         return {"targets": targets, "feedforward": sorted(config.get("feedforward_modules") or []),
                 "modules_to_save": saved}
-    return {"rank": config["r"], "alpha": float(config["lora_alpha"]), "targets": targets, "modules_to_save": saved,
+    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    return {"rank": max(ranks), "alpha": float(config["lora_alpha"]), "targets": targets, "modules_to_save": saved,
             "scaling": "rslora" if config.get("use_rslora") else "classic"}
 
 
@@ -143,6 +149,18 @@ UNSUPPORTED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable
                "target_parameters": None, "encoder_hidden_size": 0, "prefix_projection": False,
                "layer_replication": None}
 """Options of PEFT that change the function and that our spaces do not have, with the value that turns each off."""
+
+
+ELSEWHERE = ("layers_to_transform", "exclude_modules")
+"""Options of PEFT that narrow the targets: which modules are left, the adapter's own tensors say."""
+SHIFTED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of LoRA that also take something away from the base's weights."""
+
+
+def _adapted(folder: Path) -> list[str]:
+    names = {n.removeprefix(PEFT).partition(end)[0] for n in _tensors(folder / WEIGHTS)
+             for end in (".lora_A.", ".ia3_l") if end in n}
+    return sorted(names)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -156,6 +174,10 @@ def _config(folder: Path) -> dict[str, Any]:
         if config.get(key, off) not in (off, None, [], {}) and not (key == "encoder_hidden_size" and not config.get(
                 "prefix_projection")):
             raise ModelError(f"{folder}: the adapter uses {key} = {config[key]!r}, which no space of ours has")
+    if str(config.get("init_lora_weights")).startswith(SHIFTED):
+        raise ModelError(f"{folder}: the adapter began as init_lora_weights = {config['init_lora_weights']!r}, which "
+                         "takes a part out of the base's weights; save it anew as an ordinary LoRA (PEFT: "
+                         "save_pretrained(..., path_initial_model_for_weight_conversion=...))")
     return config
 
 

@@ -22,7 +22,8 @@ from fedllm.spaces.space import PEFT
 
 def unpatched(net: nn.Module) -> Any:
     """The same network on the very same weights, with every module's own forward."""
-    held = {id(t): t for t in [*net.parameters(), *net.buffers()]}
+    kept = [v for m in net.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]  # of recurrent layers
+    held = {id(t): t for t in [*net.parameters(), *net.buffers(), *kept]}
     bare = copy.deepcopy(net, held)
     for module in bare.modules():
         module.__dict__.pop("forward", None)

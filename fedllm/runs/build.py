@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -136,7 +137,7 @@ def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
     from fedllm.data.canaries import planted
 
     return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
-                   load_tokenizer(recipe.model.name))
+                   load_tokenizer(recipe.model.name, recipe.model.trust_remote_code))
 
 
 def make_world(recipe: Recipe, federation: Federation) -> World:
@@ -147,8 +148,10 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     model = recipe_model(recipe, space, federation.task, federation.labels)
     if start is not None:
         from fedllm.models.peft_io import load_adapter
+        from fedllm.models.reread import reread
 
         model.start = load_adapter(start, model)
+        reread(Path(start), model, model.initial())
     return World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
                  recipe.data.completion_only, recipe.rounds, make_fleet(recipe))
@@ -245,7 +248,8 @@ def _embedder(recipe: Recipe) -> Callable[[Sequence[str]], np.ndarray]:
         from fedllm.local.generate import prompt_ids
         from fedllm.local.requests import Embed
 
-        model = load_model(recipe.model.name, "classification", make_space("head"), labels=("any",))
+        model = load_model(recipe.model.name, "classification", make_space("head"), labels=("any",),
+                           trust_remote_code=recipe.model.trust_remote_code)
         rows = [Encoded(r, 0, 0) for r in prompt_ids(list(texts), model.tokenizer, 256)]
         return run_embeds([Embed("partition", model, {}, None, rows)], Limits())[0]
 

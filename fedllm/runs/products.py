@@ -16,6 +16,7 @@ from fedllm.models.load import resolve
 from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
 from fedllm.models.peft_io import save_adapter
+from fedllm.models.reread import reread
 from fedllm.runs.folder import RunFolder
 
 BASE = "base_delta.safetensors"
@@ -45,6 +46,7 @@ def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Ma
         save_merged(folder, model, theta, base)
         return
     save_adapter(folder, model, theta, resolve(model.name))
+    reread(folder, model, theta)
     if base:
         save_file({n: t.detach().cpu().contiguous() for n, t in base.items()}, folder / BASE)
 

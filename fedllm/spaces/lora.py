@@ -36,7 +36,8 @@ class LoRA(Space):
     alpha: float = knob(16.0, "scale of the update", gt=0)
     scaling: Literal["classic", "rslora", "shared"] = knob("classic", "how alpha and the rank make s",
                                                           options=("classic", "rslora", "shared"))
-    targets: str | tuple[str, ...] = knob("all-linear", "names of the linear modules, or all-linear")
+    targets: str | tuple[str, ...] = knob("all-linear", "names of the linear modules, or all-linear: every one but "
+                                          "the output head and those narrower than the rank")
     modules_to_save: tuple[str, ...] = knob(("classifier",), "modules trained whole beside the adapters, where present")
 
     def scale(self, rank: int) -> float:
@@ -47,7 +48,7 @@ class LoRA(Space):
     def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
         r = rank or self.rank
         tree: Tree = {}
-        for path, module in find_linears(net, self.targets, "lora").items():
+        for path, module in self._sites(net).items():
             o, i = linear_size(module) or (0, 0)
             if r > min(o, i):
                 raise RecipeError(f"space.rank = {r} is not allowed; '{path}' is {o} x {i}, so it must be "
@@ -61,7 +62,8 @@ class LoRA(Space):
         return tree
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
-        for path, module in find_linears(net, self.targets, "lora").items():
+        self._check_saved(net)
+        for path, module in self._sites(net).items():
             patch(module, lambda frozen, path=path, module=module: _adapted(frozen, path, module, stack))
         names = with_ties(net, self._saved(net))
         return install_params(net, stack, {path: PEFT + name for path, name in names.items()})
@@ -75,13 +77,35 @@ class LoRA(Space):
         return any(name.startswith(m + ".") or f".{m}." in name for m in self.modules_to_save)
 
     def peft_config(self, net: nn.Module, task: str) -> LoraConfig:
-        paths = list(find_linears(net, self.targets, "lora"))
+        paths = list(self._sites(net))
         saved = sorted({n.rpartition(".")[0] for n in self._saved(net)})
         alpha = self.alpha if self.scaling != "shared" else self.scale(self.rank) * self.rank
         return LoraConfig(
             r=self.rank, lora_alpha=alpha, use_rslora=self.scaling == "rslora", target_modules=paths, lora_dropout=0.0,
             modules_to_save=saved or None, task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION",
             fan_in_fan_out=isinstance(net.get_submodule(paths[0]), Conv1D))
+
+    def _sites(self, net: nn.Module) -> dict[str, nn.Module]:
+        """The adapted modules; gates and routers that are narrower than the rank have no place for it."""
+        found = find_linears(net, self.targets, "lora")
+        wide = {p: m for p, m in found.items() if min(linear_size(m) or (0, 0)) >= self.rank}
+        return wide if wide and self.targets == "all-linear" else found
+
+    def _check_saved(self, net: nn.Module) -> None:
+        """RecipeError for modules that are not there, are tied to others, or are adapted as well."""
+        own, tied = dict(net.named_parameters()), dict(net.named_parameters(remove_duplicate=False))
+        for name in () if self.modules_to_save == ("classifier",) else self.modules_to_save:
+            mine = [n for n in tied if n.startswith(f"{name}.") or f".{name}." in n]
+            if not mine:
+                raise RecipeError(f"space.modules_to_save = {name!r}: the model has no such module with weights")
+            if apart := [n for n in mine if n not in own]:
+                twin = next(n for n, p in own.items() if p is tied[apart[0]])
+                raise RecipeError(f"space.modules_to_save = {name!r}: {apart[0]} is tied to {twin} and cannot be "
+                                  "trained apart from it")
+        both = [p for p in self._sites(net) if self.trains(f"{p}.weight")]
+        if both:
+            raise RecipeError(f"space.modules_to_save holds {both[0]!r}, which is one of space.targets too; it is "
+                              "trained whole or by factors, not both")
 
     def _saved(self, net: nn.Module) -> dict[str, nn.Parameter]:
         return {n: p for n, p in net.named_parameters() if self.trains(n)}
@@ -100,7 +124,7 @@ def _adapted(frozen: Any, path: str, module: nn.Module, stack: Stack) -> Any:
             scale: Any = stack.extra["lora_scale"]
             one = len(set(scale)) == 1
             scale = scale[0] if one else torch.tensor(scale, dtype=x.dtype, device=x.device)[:, None, None]
-            if plain and drift is None:
+            if plain and drift is None and stack.quick:
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 return Adapted.apply(x, weight, module.bias, a, b, scale)
         y = frozen(x) if drift is None else frozen(x) + F.linear(x, drift.to(x.dtype))

@@ -32,6 +32,7 @@ class Stack:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K, ...]
     base: Mapping[str, Tensor] = field(default_factory=dict)  # weight name -> dense delta [o, i], shared by all lanes
     extra: dict[str, Any] = field(default_factory=dict)
+    quick: bool = True  # whether forms of our own may take the place of a module's forward
     causal: bool = False  # whether a token may see only those before it
     mask: Tensor | None = None  # [K*B, T] bool: which positions of this forward are text, for spaces that mix tokens
     past: dict[str, Tensor] | None = None  # while a model generates: what such spaces keep from token to token
