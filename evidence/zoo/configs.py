@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 COMMON: Mapping[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2}
 GPT: Mapping[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64}
 MOE: Mapping[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
                           "moe_intermediate_size": 24}
@@ -107,4 +108,6 @@ def tiny(name: str, encoder: bool, dtype: torch.dtype = torch.float64) -> Any:
                 p.mul_(2)
             elif p.is_floating_point():
                 p.add_(torch.randn_like(p) * 0.1)
+    if "pooler" in dict(net.named_children()):
+        net.pooler = None  # not used: what is pooled is the last hidden states
     return net.to(dtype).eval()

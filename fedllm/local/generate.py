@@ -68,7 +68,7 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
     `seats` holds one random stream a row, None for rows that only fill the rectangle.
     """
     text = Continuation(model, batch)
-    ends = set(np.atleast_1d(model.tokenizer.eos_token_id).tolist())
+    ends = set(np.atleast_1d(model.tokenizer.eos_token_id).tolist()) if model.tokenizer else set()
     said: list[list[int]] = [[] for _ in seats]
     talking = {i for i, seat in enumerate(seats) if seat is not None}
     for _ in range(how.max_new_tokens):

@@ -81,13 +81,16 @@ def complete(name: str, net: nn.Module, told: Mapping[str, Any]) -> list[str]:
     return [what] if rest else []
 
 
-def reads_texts(name: str, config: Any) -> None:
-    """ModelError for a network that does not read texts, or writes them from an encoder's."""
+def reads_texts(name: str, config: Any, classify: bool = False) -> None:
+    """ModelError for a network that does not read texts (and texts alone, to `classify` them), or writes them from an
+    encoder's."""
     if config.is_encoder_decoder:
         raise ModelError(f"model {name!r} is an encoder with a decoder ({config.model_type}), and such models do not "
                          "work here: give a decoder (data.task 'generation') or an encoder ('classification') alone")
-    if "vocab_size" not in config.get_text_config().to_dict():
-        raise ModelError(f"model {name!r} ({config.model_type}) reads no texts: its config has no vocab_size")
+    texts = config.get_text_config()
+    if "vocab_size" not in texts.to_dict() or (classify and texts is not config):
+        raise ModelError(f"model {name!r} ({config.model_type}) is no network that reads texts alone; give one that "
+                         "does")
 
 
 def unused(config: Any) -> list[str]:

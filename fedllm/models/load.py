@@ -52,7 +52,7 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
     tokenizer = load_tokenizer(name, trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    reads_texts(name, config := _load(AutoConfig, name, trust_remote_code))
+    reads_texts(name, config := _load(AutoConfig, name, trust_remote_code), task == "classification")
     options = {"trust": trust_remote_code, "dtype": DTYPES[dtype], "output_loading_info": True}
     if task == "generation":
         net, told = _load(AutoModelForCausalLM, name, **options)

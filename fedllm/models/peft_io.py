@@ -39,6 +39,7 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
         _as_trained(config, model.space, theta)
     config.base_model_name_or_path, config.inference_mode = base_name, True
     tensors = {n: t.detach().cpu().contiguous() for n, t in theta.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model.net, HeadedEncoder):
         head = {n.removeprefix(PEFT): tensors.pop(n) for n in list(tensors) if n.startswith(PEFT + "classifier.")}
         tensors = {n.replace(PEFT + BODY, PEFT, 1): t for n, t in tensors.items()}
@@ -46,7 +47,6 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
         full = {n: p.detach().float().cpu() for n, p in model.net.classifier.state_dict(prefix="classifier.").items()}
         labels = {"labels": json.dumps(list(model.labels)), "pooling": model.net.pooling}
         save_file(full | head, folder / HEAD, metadata=labels)
-    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 

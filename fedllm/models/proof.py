@@ -35,6 +35,9 @@ LENGTHS = ((9, 5, 2), (6, 3))
 NEAR = {torch.float64: (1e-6, 1e-5), torch.float32: (2e-4, 5e-3)}
 """By how much a loss and a gradient may differ, relatively; half-precision types are in ROUGH."""
 ROUGH = (0.05, 0.3)
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "attention_window_size",
+           "attention_window")
+"""How configs name the reach of a layer that sees no farther."""
 LANE_BYTES = 1 << 29
 """Trainables larger than this are never stacked, neither here nor afterwards."""
 
@@ -101,8 +104,7 @@ def _settle_speech(model: Model, exam: Exam) -> list[str]:
 
 def _windows_behind_a_prefix(model: Model) -> bool:
     config = model.net.config.get_text_config().to_dict()
-    return isinstance(model.space, Prefix) and any(
-        v for k, v in config.items() if ("window" in k or "chunk" in k) and isinstance(v, int | list))
+    return isinstance(model.space, Prefix) and any(config.get(k) for k in WINDOWS)
 
 
 def _what(model: Model) -> str:

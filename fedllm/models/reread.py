@@ -75,5 +75,5 @@ def _apart(theirs: Any, model: Model) -> str:
     odd = sorted(layers ^ {n.removeprefix(BODY) for n in mine})
     if not odd:
         return f"its {type(config).__name__} is read otherwise"
-    leaves = sorted({n.rpartition(".")[2] for n in mine - layers} | {n.rpartition(".")[2] for n in odd})
+    leaves = sorted({n.rpartition(".")[2] for n in ({n.removeprefix(BODY) for n in mine} - layers) or odd})
     return f"PEFT adapts other modules ({', '.join(odd[:4])}); leave {', '.join(leaves)} out of space.targets"

@@ -76,6 +76,5 @@ class Adapter(Space):
 def _width(net: nn.Module, path: str) -> int:
     """What the part at `path` gives: the width of the hidden states, where the config says it."""
     config = net.config.get_text_config() if isinstance(net.config, PretrainedConfig) else net.config
-    known = dict(vars(config), **({"hidden_size": config.hidden_size} if "hidden_size" in dir(config) else {}))
     outs = [m.out_features for m in net.get_submodule(path).modules() if isinstance(m, nn.Linear)]
-    return known.get("hidden_size") or outs[-1]
+    return getattr(config, "hidden_size", None) or outs[-1]
