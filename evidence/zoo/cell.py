@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evidence.zoo.configs import tiny
+from evidence.zoo.configs import config_of, tiny
 from evidence.zoo.plain import Plain, moves
 from fedllm.core.errors import FedLLMError
 from fedllm.core.layer import Layer
@@ -65,15 +65,17 @@ def judge(name: str, space: str, encoder: bool) -> Verdict:
     """Train two clients for a round in both engines, and each of them in plain transformers."""
     dtype = torch.float64
     try:
+        reads_texts(name, config_of(name, encoder), encoder)
         net = tiny(name, encoder, dtype)
-        if not net.config.is_encoder_decoder and not _runs(net):
+        if not _runs(net):
             dtype = torch.float32  # transformers itself cannot run it in fp64
             net = tiny(name, encoder, dtype)
+    except FedLLMError as error:
+        return Verdict(name, space, "refused", str(error))
     except Exception as error:
         return Verdict(name, space, "no model", f"{type(error).__name__}: {str(error).splitlines()[0]}")
     kind = str(dtype).removeprefix("torch.")
     try:
-        reads_texts(name, net.config, encoder)
         model = _model(name, net, space, encoder, dtype)
         examine(model, cache=False)
         left = model.ways.without(type(model.ways)()) + (["silent"] if model.silent else [])

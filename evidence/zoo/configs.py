@@ -91,15 +91,20 @@ ENCODE: Mapping[str, Mapping[str, Any]] = {
 VARIANTS = ("_tied", "_clip", "_window", "_new", "_alibi", "_projected", "_aux", "_lm", "_encoder")
 
 
-def tiny(name: str, encoder: bool, dtype: torch.dtype = torch.float64) -> Any:
-    """A random network of this architecture; the same for the same name."""
+def config_of(name: str, encoder: bool) -> Any:
+    """The tiny config of this architecture."""
     kind = name
     for end in VARIANTS:
         kind = kind.removesuffix(end)
     known = AutoConfig.for_model(kind)
     known = vars(known) | dict.fromkeys(known.attribute_map)
     given = {k: v for k, v in COMMON.items() if k in known} | dict((ENCODE if encoder else GENERATE)[name])
-    config = AutoConfig.for_model(kind, **given)
+    return AutoConfig.for_model(kind, **given)
+
+
+def tiny(name: str, encoder: bool, dtype: torch.dtype = torch.float64) -> Any:
+    """A random network of this architecture; the same for the same name."""
+    config = config_of(name, encoder)
     torch.manual_seed(0)
     net = (AutoModel if encoder else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
