@@ -55,7 +55,7 @@ def page(verdicts: Sequence[Verdict], seconds: float) -> str:
         f"`make models`, {len({v.name for v in verdicts})} tiny random architectures (two layers, width 32) with "
         f"{len(SPACES)} spaces, {seconds / 60:.0f} minutes on one core; torch {torch.__version__}, transformers "
         f"{transformers.__version__}, Python {platform.python_version()}. Each cell: two clients with unequal rows and "
-        "one round of two SGD steps in both engines, fp64 (fp32, marked so, where transformers itself has no fp64); the "
+        "one round of two SGD steps in both engines, fp64 (fp32, marked so, where transformers has no fp64); the "
         "loss, every changed trainable, and three greedy words after each text are compared with a loop in plain "
         "transformers and PEFT that takes one row at a time, without padding. Written by `evidence/models.py`.", "",
         f"**{tally}.**", "",
@@ -83,7 +83,8 @@ def page(verdicts: Sequence[Verdict], seconds: float) -> str:
 
 
 def _reason(v: Verdict) -> str:
-    return f"{v.outcome}: " + v.why.replace(repr(v.name), "NAME").replace(repr(v.space), "SPACE").replace("|", "/")[:230]
+    why = v.why.replace(repr(v.name), "NAME").replace(repr(v.space), "SPACE").replace("|", "/")
+    return f"{v.outcome}: {why[:230]}"
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ COMMON: Mapping[str, Any] = {
 GPT: Mapping[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64}
 MOE: Mapping[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
                           "moe_intermediate_size": 24}
+SCALED: Mapping[str, Any] = {"logits_scaling": 8.0, "embedding_multiplier": 6.0, "residual_multiplier": 0.3,
+                             "attention_multiplier": 0.1}
 LATENT: Mapping[str, Any] = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
                              "v_head_dim": 8, "head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4,
                              "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24,
@@ -22,7 +24,7 @@ LATENT: Mapping[str, Any] = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_hea
 
 GENERATE: Mapping[str, Mapping[str, Any]] = {
     **{kind: {} for kind in (
-        "llama", "mistral", "qwen2", "olmo", "olmo2", "phi", "stablelm", "cohere", "granite", "helium",
+        "llama", "mistral", "qwen2", "olmo", "olmo2", "phi", "stablelm", "cohere", "helium",
         "hunyuan_v1_dense", "apertus", "seed_oss", "diffllama", "nemotron", "starcoder2", "arcee", "ernie4_5",
         "persimmon", "smollm3", "glm4", "gemma", "vaultgemma")},
     "llama_tied": {"tie_word_embeddings": True}, "olmo_clip": {"clip_qkv": 0.05}, "qwen3": {"head_dim": 8},
@@ -39,7 +41,7 @@ GENERATE: Mapping[str, Mapping[str, Any]] = {
         "ffn_dim": 48, "word_embed_proj_dim": 32}, "opt_projected": {
         "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}, "biogpt": {},
-    "granitemoe": MOE, "mixtral": MOE, "qwen3_moe": {**MOE, "head_dim": 8}, "olmoe": MOE, "gpt_oss": {
+    "granite": SCALED, "granitemoe": {**MOE, **SCALED}, "mixtral": MOE, "qwen3_moe": {**MOE, "head_dim": 8}, "olmoe": MOE, "gpt_oss": {
         **MOE, "head_dim": 8, "sliding_window": 4}, "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 24},
     "mixtral_aux": {**MOE, "output_router_logits": True, "router_aux_loss_coef": 0.5},
     "phimoe": MOE, "deepseek_v2": LATENT, "deepseek_v3": LATENT, "glm4_moe": {**LATENT, "num_key_value_heads": 2},
@@ -48,8 +50,8 @@ GENERATE: Mapping[str, Mapping[str, Any]] = {
     "jamba": {**MOE, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
               "expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4,
-                  "head_dim": 8},
+    "falcon_h1": {"lm_head_multiplier": 0.3, "embedding_multiplier": 3.0, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4,
+                  "mamba_chunk_size": 4},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4,
               "mamba_chunk_size": 4},
     "zamba2": {"mamba_d_state": 4, "n_mamba_heads": 4, "mamba_headdim": 16, "chunk_size": 4, "num_mem_blocks": 1,
