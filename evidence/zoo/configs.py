@@ -41,7 +41,7 @@ GENERATE: Mapping[str, Mapping[str, Any]] = {
         "ffn_dim": 48, "word_embed_proj_dim": 32}, "opt_projected": {
         "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}, "biogpt": {},
-    "granite": SCALED, "granitemoe": {**MOE, **SCALED}, "mixtral": MOE, "qwen3_moe": {**MOE, "head_dim": 8}, "olmoe": MOE, "gpt_oss": {
+    "granite": SCALED, "granitemoe": {**MOE, **SCALED}, "mixtral": MOE, "qwen3_moe": MOE, "olmoe": MOE, "gpt_oss": {
         **MOE, "head_dim": 8, "sliding_window": 4}, "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 24},
     "mixtral_aux": {**MOE, "output_router_logits": True, "router_aux_loss_coef": 0.5},
     "phimoe": MOE, "deepseek_v2": LATENT, "deepseek_v3": LATENT, "glm4_moe": {**LATENT, "num_key_value_heads": 2},

@@ -136,7 +136,7 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
     targets = config["target_modules"]
     odd = isinstance(targets, str) or any(config.get(k) is not None and config.get(k) != [] for k in ELSEWHERE)
     targets = _adapted(Path(folder)) if odd else sorted(targets)
-    saved = config.get("modules_to_save") or ["classifier"]
+    saved = _whole(Path(folder)) if config.get("modules_to_save") else ["classifier"]
     if kind == "ia3":
         return {"targets": targets, "feedforward": sorted(config.get("feedforward_modules") or []),
                 "modules_to_save": saved}
@@ -161,6 +161,12 @@ def _adapted(folder: Path) -> list[str]:
     names = {n.removeprefix(PEFT).partition(end)[0] for n in _tensors(folder / WEIGHTS)
              for end in (".lora_A.", ".ia3_l") if end in n}
     return sorted(names)
+
+
+def _whole(folder: Path) -> list[str]:
+    """Modules that the adapter holds whole: PEFT takes every one whose path ends so ("norm": "input_layernorm" too)."""
+    names = [n for n in _tensors(folder / WEIGHTS) if ".lora_" not in n and not n.endswith(".ia3_l")]
+    return sorted({n.removeprefix(PEFT).rpartition(".")[0] for n in names}) or ["classifier"]
 
 
 def _config(folder: Path) -> dict[str, Any]:

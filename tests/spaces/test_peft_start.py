@@ -25,7 +25,7 @@ def made(folder, tmp_path, tie=False, **config):
     torch.manual_seed(3)
     net = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, **config})).eval()
     with torch.no_grad():
-        for n, p in net.named_parameters():
+        for p in net.parameters():
             if p.requires_grad:
                 p.add_(0.2 * torch.randn_like(p))
     net.save_pretrained(tmp_path / "theirs")
