@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+import re
 import time
 import warnings
 from collections import Counter
@@ -23,8 +24,8 @@ from evidence.zoo.configs import ENCODE, GENERATE
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "models.md"
 SPACES = ("lora", "soft_prompt", "prefix", "adapter", "ia3", "bias", "head", "full", "layers", "mask")
 MARKS = {"right": ".", "refused": "R", "WRONG": "**W**", "broken": "**T**", "no model": "-"}
-LETTERS = {"sites": "w", "together": "1", "cut": "m", "quick": "k", "fused": "h", "padded": "g", "cached": "c",
-           "silent": "n"}
+LETTERS = {"sites": "w", "together": "1", "uneven": "r", "cut": "m", "quick": "k", "fused": "h", "padded": "g",
+           "cached": "c", "silent": "n"}
 """What stands in a cell that falls back, a letter for each way that is left out."""
 FAST = (("llama", ("lora", "full", "prefix")), ("gemma2", ("lora", "soft_prompt")), ("gpt2", ("lora", "mask")),
         ("cohere", ("lora",)), ("granite", ("full",)), ("mixtral", ("lora",)), ("mamba", ("full", "lora")),
@@ -62,8 +63,8 @@ def page(verdicts: Sequence[Verdict], seconds: float) -> str:
         "`.` right · `R` refused in a sentence · **W** wrong · **T** traceback · `-` transformers cannot build it · "
         "letters: right, and slower than others, for the model was examined when it was loaded: `1` one client at a "
         "time, `w` weights put into the network for the time of a forward, `k` the network's own kernels, `h` its own "
-        "logits, `m` right padding masked, `g` texts of one length at a time where it generates, `c` without a cache "
-        "there, `n` trains and does not generate.", ""]
+        "logits, `m` right padding masked, `r` texts of one length at a time, `g` so where it generates, `c` without a "
+        "cache there, `n` trains and does not generate.", ""]
     for title, names in (("Language models", GENERATE), ("Encoders under a classifier", ENCODE)):
         lines += [f"## {title}", "", f"| architecture | {' | '.join(SPACES)} |", "|---" * (1 + len(SPACES)) + "|"]
         for name in names:
@@ -84,6 +85,10 @@ def page(verdicts: Sequence[Verdict], seconds: float) -> str:
 
 def _reason(v: Verdict) -> str:
     why = v.why.replace(repr(v.name), "NAME").replace(repr(v.space), "SPACE").replace("|", "/")
+    for what, short in (("; it has .*", ""), (r"\w+(Model|ForCausalLM) (keeps|learns)", r"CLASS \2"),
+                        (r" \(\d+\.\d+, not \d+\.\d+\)", ""), (r"NAME \(\w+\)", "NAME"),
+                        (r"decoder \(\w+\)", "decoder"), (r"in \w+LMHeadModel", "in CLASS")):
+        why = re.sub(what, short, why)
     return f"{v.outcome}: {why[:230]}"
 
 

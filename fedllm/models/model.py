@@ -197,12 +197,16 @@ class Model:
         """Class logits [N, classes] of texts that are given as embeddings [N, T, d], padded on the right."""
         if not isinstance(self.net, HeadedEncoder):
             raise ModelError("class logits of embeddings need a classification model (data.task = 'classification')")
+        if not self.ways.uneven and not bool(mask.all()):
+            return torch.cat([self.outputs(x[None, m], m[None, m]) for x, m in zip(embeds, mask.bool(), strict=True)])
         self.stack.rows = len(embeds)
         h = self.net.body(inputs_embeds=embeds.to(self.net.dtype), attention_mask=mask.long()).last_hidden_state
         return _wide(self.net.classifier(self.net.pool(h, mask)))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
+        if not self.ways.uneven and not bool(batch.mask.all()):
+            return self._by_length(batch)
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         encoder = isinstance(self.net, HeadedEncoder)
         body = self.net.body if encoder else body_of(self.net)
@@ -219,6 +223,19 @@ class Model:
             feed["input_ids"] = batch.ids
         h = body(**feed).last_hidden_state
         return h[:, -batch.ids.shape[1] :]
+
+    def _by_length(self, batch: Batch) -> Tensor:
+        """The same for a network to which padding matters, one lane's right-padded rows [N, T]; zeros on padding."""
+        lengths, out = batch.mask.sum(1), None
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            part = Batch(1, *(x[rows, :length] if x.dim() == 2 else x[rows] for x in (
+                batch.ids, batch.mask, batch.labels)))
+            h = F.pad(self.hidden(part), (0, 0, 0, batch.ids.shape[1] - length))
+            out = h.new_zeros(*batch.ids.shape, h.shape[-1]) if out is None else out
+            out = out.index_copy(0, rows, h)
+        assert out is not None
+        return out
 
     def logits_of(self, h: Tensor) -> Tensor:
         """Hidden states [..., d] -> vocabulary logits, as the model makes them: caps, scales and all."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 WORDS: Mapping[str, str] = {
     "sites": "trainables are put into the network whole, for one client at a time",
     "together": "one client at a time",
+    "uneven": "texts of one length at a time",
     "cut": "right padding is masked",
     "quick": "the network's own kernels",
     "fused": "the network's own logits",
@@ -25,6 +26,8 @@ class Ways:
     """Modules read their clients' trainables; otherwise weights are put into the network for the time of a forward."""
     together: bool = True
     """Several clients in one forward."""
+    uneven: bool = True
+    """Texts of unequal lengths in one forward, padded on the right."""
     cut: bool = True
     """Right padding of causal models is not masked: no token sees it."""
     quick: bool = True

@@ -105,14 +105,14 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str) -> dict[str, nn.Module]:
-    """Linear maps whose path ends in one of `targets` ("all-linear": every one but the output heads).
+    """Linear maps whose path ends in one of `targets` ("all-linear": every one but the output heads and routers).
 
     Raises ModelError naming the targets and the linear maps that the model has.
     """
     heads = output_heads(net)
     linears = {p: m for p, m in net.named_modules() if linear_size(m) and p not in heads}
     if targets == "all-linear":
-        found = linears
+        found = {p: m for p, m in linears.items() if not _does_more(m)}
     else:
         wanted = [targets] if isinstance(targets, str) else list(targets)
         found = {p: m for p, m in linears.items() if any(p == t or p.endswith("." + t) for t in wanted)}
@@ -120,6 +120,12 @@ def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str) -> di
         have = sorted({p.rsplit(".", 1)[-1] for p in linears})
         raise ModelError(f"{needs}: the model has no linear modules named {targets!r}; it has {have}")
     return found
+
+
+def _does_more(module: nn.Module) -> bool:
+    """Whether a model has made a linear map its own (a router that also picks experts, for example)."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
 
 
 def output_heads(net: nn.Module) -> set[str]:

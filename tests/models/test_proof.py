@@ -41,6 +41,14 @@ def test_no_cell_is_wrong(name, space):
         assert found.outcome != "refused", found
 
 
+def test_the_judge_finds_what_is_wrong(monkeypatch):
+    """The model as it was before it was examined: the cap of gemma2's logits is lost, deberta's clients mix."""
+    monkeypatch.setattr("evidence.zoo.cell.examine", lambda *_, **__: None)
+    assert judge("deberta-v2", "lora", True).outcome in ("WRONG", "broken")
+    monkeypatch.setattr(Head, "_is_plain", lambda self, out: True)
+    assert judge("gemma2", "lora", False).outcome == "WRONG" and judge("llama", "lora", False).outcome == "right"
+
+
 def test_caps_and_scales_are_found_at_any_strength():
     """Random weights give logits that a cap of 30 changes by a millionth."""
     for name, plain in (("llama", True), ("qwen2", True), ("gemma2", False), ("granite", False), ("cohere", False)):
@@ -162,6 +170,11 @@ def test_batched_texts_behind_a_prompt_go_on_as_each_does_alone(name, space):
     for k, tree in enumerate(trees):
         alone = [run_generates([Generate("x", m, tree, None, [p], 6)], Limits())[0][0] for p in prompts]
         assert together[k] == alone
+
+
+def test_where_padding_matters_texts_of_one_length_go_together():
+    found = judge("fnet", "lora", True)
+    assert found.outcome == "falls back" and "uneven" in found.ways
 
 
 def test_a_model_that_cannot_continue_texts_says_so(monkeypatch):
