@@ -71,7 +71,11 @@ class Exam:
         for rows in lanes:
             each = [next(at)[1][0] for _ in rows]
             grads.append({n: sum((g[n] for g in each[1:]), each[0][n]) for n in each[0]})
-        return cls(plain, trees, lanes, torch.cat([losses for losses, _ in answers]), grads)
+        told = torch.cat([losses for losses, _ in answers])
+        if not all(bool(t.isfinite().all()) for t in (told, *(t for g in grads for t in g.values()))):
+            raise ModelError(f"{what(model)}: in plain transformers too, losses or gradients of texts of 2 to 9 tokens are "
+                             f"no numbers in {model.net.dtype}")
+        return cls(plain, trees, lanes, told, grads)
 
     def plainly(self) -> None:
         """ModelError for a network that is not what its task takes it for, however it is run."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -123,9 +124,18 @@ def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str) -> di
 
 
 def _does_more(module: nn.Module) -> bool:
-    """Whether a model has made a linear map its own (a router that also picks experts, for example)."""
-    kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    """Whether a model has made more of a linear map (a router that also picks experts, for example)."""
+    kind: Any = type(module)
+    if not kind.__module__.startswith("transformers.models.") or not isinstance(module, nn.Linear):
+        return False
+    x = torch.linspace(-1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype)[None, None]
+    with torch.no_grad():
+        try:
+            y = kind.forward(module, x)
+        except (TypeError, ValueError, RuntimeError):  # it wants something else
+            return True
+        return not (isinstance(y, Tensor) and torch.allclose(y, F.linear(x, module.weight, module.bias), rtol=1e-3,
+                                                             atol=1e-3))
 
 
 def output_heads(net: nn.Module) -> set[str]:
