@@ -81,6 +81,15 @@ def complete(name: str, net: nn.Module, told: Mapping[str, Any]) -> list[str]:
     return [what] if rest else []
 
 
+def words_fit(name: str, tokenizer: Any, net: Any) -> None:
+    """ModelError where the tokenizer has a word that the network has no embedding for."""
+    rows = net.get_input_embeddings().weight.shape[0]
+    word, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if last >= rows:
+        raise ModelError(f"model {name!r}: its tokenizer has the word {word!r} as number {last}, and the network has "
+                         f"embeddings for {rows} words only; give the tokenizer that belongs to it")
+
+
 def reads_texts(name: str, config: Any, classify: bool = False) -> None:
     """ModelError for a network that does not read texts (and texts alone, to `classify` them), or writes them from an
     encoder's."""

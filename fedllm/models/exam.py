@@ -27,7 +27,7 @@ LENGTHS = ((9, 5, 2), (6, 3))
 """Tokens of each client's rows."""
 NEAR = {torch.float64: (1e-6, 1e-5), torch.float32: (2e-4, 5e-3)}
 """By how much a loss and a gradient may differ, relatively; half-precision types are in ROUGH."""
-ROUGH = (0.05, 0.3)
+ROUGH = (0.05, 0.5)
 LANE_BYTES = 1 << 29
 """Trainables larger than this are never stacked, neither here nor afterwards."""
 
@@ -73,8 +73,8 @@ class Exam:
             grads.append({n: sum((g[n] for g in each[1:]), each[0][n]) for n in each[0]})
         told = torch.cat([losses for losses, _ in answers])
         if not all(bool(t.isfinite().all()) for t in (told, *(t for g in grads for t in g.values()))):
-            raise ModelError(f"{what(model)}: in plain transformers too, losses or gradients of texts of 2 to 9 tokens are "
-                             f"no numbers in {model.net.dtype}")
+            raise ModelError(f"{what(model)}: in plain transformers too, losses or gradients of texts of 2 to 9 tokens "
+                             f"are no numbers in {model.net.dtype}")
         return cls(plain, trees, lanes, told, grads)
 
     def plainly(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fedllm.core.errors import ModelError
-from fedllm.models.checks import complete, loaded, reads_texts, unused
+from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
 from fedllm.models.model import HeadedEncoder, Model, Task
 from fedllm.models.proof import examine
 from fedllm.spaces.space import Space
@@ -63,6 +63,7 @@ def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (
         if "pooler" in dict(body.named_children()):
             body.pooler = None  # its output is not used: pooling is ours
         net = HeadedEncoder(body, len(labels), pooling).to(DTYPES[dtype])
+    words_fit(name, tokenizer, net)
     said = [*complete(name, net if task == "generation" else net.body, told), *unused(config)]
     net.to(place)
     model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)

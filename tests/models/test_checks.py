@@ -128,6 +128,18 @@ def test_an_encoder_with_a_decoder_is_refused_in_a_sentence(folder):
             load(folder, task)
 
 
+def test_a_tokenizer_of_another_model_and_a_folder_without_one_are_refused(folder):
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["quokka"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"has the word 'quokka' as number 34, and the network has embeddings for 34"):
+        load(folder)
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"cannot be loaded"):
+        load(folder)
+
+
 def test_dropout_that_is_off_is_said(folder):
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**said, "attention_dropout": 0.3}))
