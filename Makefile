@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint claims bench drills models fuzz clean
+.PHONY: demo test wheel lint claims bench drills models fuzz clean
 
 # A stamp for each set of extras, younger than pyproject.toml when it is installed.
 # The build of torch that everything here was measured with; another is fine (TORCH='torch>=2.9').
@@ -33,6 +33,10 @@ demo: $(VENV)/.demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+# The built wheel in an empty environment, and its demo in an empty folder: minutes, most of them pip's.
+wheel: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

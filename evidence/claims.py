@@ -27,7 +27,7 @@ from evidence.rigs.topics import cache_dir
 from fedllm.audits.registry import audit_classes
 from fedllm.core.errors import RecipeError
 from fedllm.core.method import Card, Claim
-from fedllm.methods.registry import method_class, modules, source_of
+from fedllm.methods.registry import METHODS, source_of
 from fedllm.runs.layers import layer_classes
 from fedllm.selectors.registry import selector_classes
 
@@ -61,7 +61,9 @@ class Entry(NamedTuple):
 
 def claimed() -> dict[str, Entry]:
     """Every claim by name: methods, layers with a card and audits by id, and further ones as `<id>:<word>`."""
-    found = {name: (method_class(name).card, source_of(name), modules()[name].split(".")[-2]) for name in modules()}
+    chapters = {name: module.split(".")[-2] for name, module in METHODS.ours.items()}
+    found = {name: (kind.card, source_of(name), chapters.get(name) or METHODS.whose(name))
+             for name, kind in METHODS.items()}
     for name, kind in layer_classes().items():
         if kind.card:
             found[name] = (kind.card, inspect.getsourcefile(kind) or "", f"layers: {kind.__module__.split('.')[1]}")

@@ -25,15 +25,16 @@ from fedllm.core.errors import (
 from fedllm.core.version import VERSION
 
 if TYPE_CHECKING:
-    from fedllm.api import resume, run
+    from fedllm.api import ask, resume, run
     from fedllm.core.ask import Ask, Replies, on_client
     from fedllm.core.client import Client, ClientInfo, Profile
     from fedllm.core.layer import Layer
-    from fedllm.core.method import Card, Claim, Method, Star, knob
+    from fedllm.core.method import Card, Claim, Method, Star, Trial, knob
     from fedllm.core.program import drive
     from fedllm.core.reduce import Mean, Reducer, Sum
     from fedllm.data.federation import Federation, Shard
     from fedllm.data.load import load_federation
+    from fedllm.runs.asking import Answered
     from fedllm.runs.export import export
     from fedllm.runs.plan import Plan, plan
     from fedllm.runs.recipe import Recipe
@@ -43,21 +44,24 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 _HOMES = {
+    "ask": "api", "Answered": "runs.asking",
     "run": "api", "resume": "api", "plan": "runs.plan", "Plan": "runs.plan", "replay": "runs.replay",
     "export": "runs.export", "Recipe": "runs.recipe", "Result": "runs.result",
     "Ask": "core.ask", "Replies": "core.ask", "on_client": "core.ask",
     "Client": "core.client", "ClientInfo": "core.client", "Profile": "core.client", "Layer": "core.layer",
     "Card": "core.method", "Claim": "core.method", "Method": "core.method", "Star": "core.method",
+    "Trial": "core.method",
     "knob": "core.method",
     "drive": "core.program", "Mean": "core.reduce", "Reducer": "core.reduce", "Sum": "core.reduce",
     "Federation": "data.federation", "Shard": "data.federation", "load_federation": "data.load",
 }
 
 __all__ = [
-    "Ask", "Card", "Claim", "Client", "ClientError", "ClientInfo", "CompositionError", "DataError", "EndpointError",
-    "FedLLMError", "Federation", "Layer", "Mean", "Method", "ModelError", "PayloadError", "Plan", "Profile",
-    "QuorumError", "Recipe", "RecipeError", "Reducer", "Replies", "Result", "RunError", "Shard", "Star", "Sum", "drive",
-    "export", "knob", "load_federation", "on_client", "plan", "replay", "resume", "run",
+    "Answered", "Ask", "Card", "Claim", "Client", "ClientError", "ClientInfo", "CompositionError", "DataError",
+    "EndpointError", "FedLLMError", "Federation", "Layer", "Mean", "Method", "ModelError", "PayloadError", "Plan",
+    "Profile", "QuorumError", "Recipe", "RecipeError", "Reducer", "Replies", "Result", "RunError", "Shard", "Star",
+    "Sum", "Trial", "ask",
+    "drive", "export", "knob", "load_federation", "on_client", "plan", "replay", "resume", "run",
 ]
 
 

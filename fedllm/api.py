@@ -1,12 +1,13 @@
-"""What `import fedllm` runs: a recipe from its first test to its report, or on from where it was killed."""
+"""What `import fedllm` runs: a recipe from its first test to its report, or on from where it was killed; `ask`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedllm.report.report import publish
+from fedllm.runs.asking import PATIENCE, Answered, Session, check_question
 from fedllm.runs.recipe import Recipe
 from fedllm.runs.result import Result
 from fedllm.runs.run import begin, go_on
@@ -17,13 +18,30 @@ RUNS = Path("runs")
 def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = RUNS, **overrides: Any) -> Result:
     """Run a recipe (a path, a mapping or a `Recipe`) and come back with its `Result`.
 
-    `overrides` are keys of the recipe (`rounds=3`, `local={"lr": 1e-3}`, or `**{"local.lr": 1e-3}`). The run's folder
-    is made under `root`. Raises RecipeError, DataError, ModelError or CompositionError before any work is done,
-    ClientError when a client's code fails, and RunError when the run cannot go on; `resume` then takes it up.
+    `overrides` are keys of the recipe (`rounds=3`, `local={"lr": 1e-3}`, or `**{"local.lr": 1e-3}`); `plugins=[FILE]`
+    adds files with parts of one's own. The run's folder is made under `root`. Raises RecipeError, DataError, ModelError
+    or CompositionError before any work is done, ClientError when a client's code fails, and RunError when the run
+    cannot go on; `resume` then takes it up.
     """
     return begin(recipe, root, overrides, publish)
 
 
-def resume(path: str | Path) -> Result:
-    """Go on with a run that was stopped at any moment; it ends as if it had never stopped."""
-    return go_on(path, publish)
+def ask(source: str | Path | Mapping[str, Any] | Recipe, *questions: str, timeout: float = PATIENCE,
+        **overrides: Any) -> list[Answered]:
+    """Put questions to the answering method of a run (its folder) or of a recipe, whose rounds are gone through first.
+
+    Each `Answered` names the clients that it rests on, and what it cost on the wire. `timeout` is in seconds, for each
+    question. Nothing is written. Raises RecipeError for a method that answers no questions, RunError when time is up.
+    """
+    for question in questions:
+        check_question(question)
+    session = Session(source, overrides, timeout)
+    return [session.ask(question) for question in questions]
+
+
+def resume(path: str | Path, *, plugins: Sequence[str | Path] = ()) -> Result:
+    """Go on with a run that was stopped at any moment; it ends as if it had never stopped.
+
+    `plugins` says where the plugin files that the run began with lie now, if they have moved.
+    """
+    return go_on(path, publish, plugins)

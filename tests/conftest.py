@@ -18,6 +18,18 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "s
          "bank", "court", "ward", "bus"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--plugin", action="append", default=[], metavar="FILE", help="A file with a method of one's own, "
+                     "which the tests that hold for all methods then try too.")
+
+
+def pytest_configure(config):
+    if files := config.getoption("--plugin"):
+        from fedllm.runs.plugins import plugged
+
+        plugged([(file, None) for file in files])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
@@ -62,6 +74,46 @@ def tiny_bert_folder(tmp_path_factory):
     BertModel(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def other_words(folder):
+    """A tokenizer of the same words under other numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *reversed(WORDS)])},
+                                           unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                            unk_token="<unk>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def wide_bert_folder(tmp_path_factory):
+    """A BERT of one layer and width 48, and a tokenizer of its own."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("wide_bert")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        BertModel(BertConfig(vocab_size=len(WORDS) + 3, hidden_size=48, intermediate_size=32, num_hidden_layers=1,
+                             num_attention_heads=4, max_position_embeddings=128)).save_pretrained(folder)
+    return other_words(folder)
+
+
+@pytest.fixture(scope="session")
+def wide_llama_folder(tmp_path_factory):
+    """A Llama of one layer and width 48, and a tokenizer of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide_llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(WORDS) + 3, hidden_size=48, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+            max_position_embeddings=128, pad_token_id=0, bos_token_id=None, eos_token_id=1)).save_pretrained(folder)
+    return other_words(folder)
 
 
 RECORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word"]

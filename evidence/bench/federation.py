@@ -30,44 +30,37 @@ from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.line import SLOWEST
 from fedllm.federation.nvflare.loopback import QUICK, Loopback, events, loopback, until
 from fedllm.federation.process import stoppable
-from fedllm.methods.registry import make_method, modules
+from fedllm.methods.registry import METHODS, make_method, method_class
+from fedllm.runs.complaints import edit
 
 log = logging.getLogger(__name__)
 OUT = Path("docs/results/federation.json")
-OFFSITE = {"adapter_layers": 1, "drop_ratio": 0.0, "prealign_steps": 0, "align_steps": 0}
 CLASSES = {"task": "classification", "labels": ["even", "odd"], "fields": {"text": "prompt", "label": "label"}}
-PROMPT = {"name": "soft_prompt", "length": 4}
-SPECS: dict[str, dict[str, Any]] = {
-    "cefhri": {"data": CLASSES, "space": {"name": "st_adapter"}},
-    "zoopfl": {"data": CLASSES, "knobs": {"pretrain_rounds": 1, "pretrain_steps": 5, "code_dim": 4, "embed_dim": 2}},
-    "fedbpt": {"space": PROMPT, "knobs": {"intrinsic_dim": 8, "popsize": 4, "local_iter": 2}},
-    "fed_bbpt": {"space": PROMPT, "knobs": {"candidates": 16, "samples": 4, "steps": 2}},
-    "fed_gfpt": {"space": PROMPT, "knobs": {"search_steps": 4, "n_candidates": 3, "batch": 4}},
-    "fedbiot": {"knobs": OFFSITE},
-    "dp_offsite_peft": {"knobs": {**OFFSITE, "dp_level": "none"}},
-    "fedkseed": {"knobs": {"K": 64, "steps": 4, "lr": 1e-4}},
-    "hetlora": {"space": {"name": "lora", "rank": 8, "scaling": "shared"}, "clients": {"ranks": [2, 4, 8]}},
-    "flexlora": {"space": {"name": "lora", "rank": 8}, "clients": {"ranks": [2, 4, 8]}},
-    "flora_stacking": {"space": {"name": "lora", "rank": 8}, "clients": {"ranks": [2, 4, 8]}},
-    "fedasync": {"knobs": {"concurrency": 1}},  # one at work at a time: the order of answers is the simulation's
-    "fedbuff": {"rounds": 3, "knobs": {"buffer_size": 2, "concurrency": 1}},
-    "stragglers": {"knobs": {"over": 1.0}},
-    "scaffold": {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}},
-    "fed_sp_sc": {"rounds": 1, "knobs": {"max_new_tokens": 16, "embed": "tfidf"}}}
-"""What a method needs beside the common recipe."""
 SIZES = (200_000_000,)
 BIG = 2_500_000_000
+
+
+def tried(rig: Any, method: str) -> dict[str, Any]:
+    """The rig's recipe for a method, with what the method says it is tried with."""
+    trial = method_class(method).trial
+    data = CLASSES if trial.task == "classification" else {}
+    clients = {"clients": {"ranks": list(trial.ranks)}} if trial.ranks else {}
+    local = {"local": {"steps": 2, "batch_size": 4, **trial.local}} if trial.local else {}
+    spec = rig.recipe(method, knobs=trial.knobs, data=data, space=dict(trial.space), **local, **clients)
+    for key, value in trial.far.items():
+        edit(spec, key, value)
+    return spec
 
 
 def digests(out: Path = OUT, only: Sequence[str] = ()) -> None:
     """Each method of the registry in one process and on NVFlare: the digests of the final state, and the bytes."""
     with _rig() as rig, rig.serving_session():
-        for method in only or modules():
+        for method in only or METHODS:
             keep("digests", method, {"nvflare": _digest(rig, method)}, out)
 
 
 def _digest(rig: Loopback, method: str) -> dict[str, Any]:
-    spec = rig.recipe(method, **SPECS.get(method, {}))
+    spec = tried(rig, method)
     if make_method(**spec["method"]).simulation_only:
         try:
             rig.run(spec)
@@ -201,7 +194,7 @@ def _rig(**more: Any) -> Iterator[Loopback]:
 def flower(out: Path = OUT, only: Sequence[str] = ()) -> None:
     """Each method of the registry in one process and on Flower, for the same table."""
     with bench_flower.rig() as rig:
-        for method in only or modules():
+        for method in only or METHODS:
             keep("digests", method, {"flower": _digest(rig, method)}, out)
 
 

@@ -14,27 +14,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MAY: Mapping[str, str] = {
     "core": "",
-    "data": "core",
+    "environments": "core",
+    "tasks": "core",
+    "data": "core environments tasks",
     "spaces": "core",
-    "tasks": "core data",
     "models": "core data spaces tasks",
-    "local": "core data models spaces tasks",
+    "local": "core data environments models spaces tasks",
     "wire": "core local",
     "privacy": "core local spaces wire",
     "defenses": "core data local models",
     "attacks": "core data local defenses",
     "selectors": "core local wire",
     "methods": "core data local models spaces tasks wire",
-    "engines": "core data local models tasks wire",
-    "runs": "core data local models spaces tasks wire privacy defenses selectors methods engines",
-    "report": "core methods runs",
-    "audits": "core data local models spaces attacks defenses engines runs",
-    "federation": "core data local methods engines runs report",
+    "engines": "core data environments local models tasks wire",
+    "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines",
+    "report": "core methods tasks runs",
+    "audits": "core data local models spaces tasks attacks defenses engines runs",
+    "federation": "core data local models tasks methods engines runs report",
     "api": "runs report",
-    "cli": "core data local models spaces methods runs report audits federation api",
+    "cli": "core data local models spaces tasks methods runs report audits federation api",
     "fedllm": "core data runs api",
-    "evidence": "core data local models spaces tasks wire privacy defenses attacks selectors methods engines runs "
-                "report audits federation api cli fedllm",
+    "evidence": "core data environments local models spaces tasks wire privacy defenses attacks selectors methods "
+                "engines runs report audits federation api cli fedllm",
 }
 """What each room may import beside itself. `api` and `fedllm` are the faces, `evidence` stands beside the package."""
 

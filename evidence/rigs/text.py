@@ -30,6 +30,7 @@ from fedllm.methods.registry import make_method
 from fedllm.models.model import Model
 from fedllm.models.questions import Entry, plain
 from fedllm.spaces import make_space
+from fedllm.spaces.space import Space
 
 WORDINGS = (
     "Tom has {a} apples, buys {b} and eats {c}. How many are left?",
@@ -98,8 +99,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
                                    unk_token="<unk>")
 
 
-def untrained(seed: int, width: int = 64) -> Model:
-    """A two-layer Llama with fresh weights, all of them to be trained."""
+def untrained(seed: int, width: int = 64, space: Space | None = None) -> Model:
+    """A two-layer Llama with fresh weights, all of them to be trained unless a space says which."""
     tokenizer = word_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -107,7 +108,7 @@ def untrained(seed: int, width: int = 64) -> Model:
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
             pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    return Model(net, tokenizer, "generation", make_space("full"), seed=seed)
+    return Model(net, tokenizer, "generation", space or make_space("full"), seed=seed)
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Program
-from fedllm.core.errors import RecipeError
+from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload, Tree
@@ -123,6 +123,9 @@ class Poisoner(Malicious, ABC):
         """The same request on poisoned rows."""
         if not isinstance(request, Fit | Losses | Sensitivity):
             return request
+        if client.model.task not in ("generation", "classification"):
+            raise CompositionError(f"layer '{type(self).__name__}' and data.task = {client.model.task!r} do not fit "
+                                   "together: it poisons rows of the tasks generation and classification")
         return replace(request, rows=self.poison(request.rows, client))
 
     def forge(self, msg: Payload, client: Any, call: Callable[[Payload], Payload], marked: Payload) -> Payload:

@@ -115,6 +115,8 @@ def audit_run(path: str | Path, *, gates: PrivacyAudit | None = None, only: Sequ
     if shadows == 1 or shadows < 0 or rows < 10:
         raise RecipeError(f"shadows = {shadows}, rows = {rows}: allowed are 0 shadows or 2 and more, and 10 rows up")
     case = _case(Path(path), rows, shadows, transcript)
+    if case.recipe.data.task not in ("generation", "classification"):
+        raise RunError(f"data.task = {case.recipe.data.task!r}: allowed for an audit are generation, classification")
     planted = case.recipe.data.canaries
     if "canaries" in only:
         birds.must_be_planted(planted, path)

@@ -9,12 +9,12 @@ import numpy as np
 
 from fedllm.core.payload import Tree
 from fedllm.data.encode import Encoded
-from fedllm.engines.client import same_answer
 from fedllm.local.forward import run_embeds
 from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import Embed, Generate, Limits
 from fedllm.models.model import Model
 from fedllm.models.similar import minilm
+from fedllm.tasks.generation import same_answer
 
 NEAR = 0.9
 """Cosine from which two texts say the same thing to MiniLM; the model's own states are calibrated instead."""

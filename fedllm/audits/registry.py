@@ -5,27 +5,16 @@ So are attacks and defenses that are no layer of a round, such as those of a pip
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
-import pkgutil
+from collections.abc import Mapping
 
-import fedllm.attacks
-import fedllm.audits
-import fedllm.defenses
+from fedllm.core.found import Room
 from fedllm.core.layer import Layer
 from fedllm.core.method import Card, Knobs
 
+AUDITS: Room[Knobs] = Room("audits", lambda kind: not issubclass(kind, Layer) and isinstance(
+    kind.__dict__.get("card"), Card), "fedllm.audits", "fedllm.attacks", "fedllm.defenses")
 
-@functools.cache
-def audit_classes() -> dict[str, type[Knobs]]:
+
+def audit_classes() -> Mapping[str, type[Knobs]]:
     """Audit id -> class."""
-    found: dict[str, type[Knobs]] = {}
-    for room in (fedllm.audits, fedllm.attacks, fedllm.defenses):
-        for info in pkgutil.iter_modules(room.__path__):
-            module = importlib.import_module(f"{room.__name__}.{info.name}")
-            for _, kind in inspect.getmembers(module, inspect.isclass):
-                mine = kind.__module__ == module.__name__ and not issubclass(kind, Layer)
-                if mine and isinstance(kind.__dict__.get("card"), Card):
-                    found[info.name] = kind
-    return found
+    return AUDITS

@@ -35,7 +35,7 @@ class ServerView(Layer):
             return out
         kept = Kept(ask.reducer)
         out = yield replace(ask, reduce=kept)
-        self.value, self.each = out.value, dict(zip(out.answered, kept.replies, strict=True))
+        self.value, self.each = out.value, dict(zip(out.folded, kept.replies, strict=True))
         return out
 
 
@@ -43,7 +43,7 @@ class Kept:
     """A reducer that also keeps a copy of each reply that it takes."""
 
     def __init__(self, inner: Reducer) -> None:
-        self.inner = inner
+        self.inner, self.ragged = inner, inner.ragged
         self.replies: list[Payload] = []
 
     def zero(self) -> Any:

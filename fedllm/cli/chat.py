@@ -10,7 +10,6 @@ from rich.console import Console
 
 from fedllm.core.errors import RunError
 from fedllm.core.payload import Tree
-from fedllm.data.templates import template
 from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import Generate, Limits
 from fedllm.models.model import Model
@@ -19,6 +18,7 @@ from fedllm.runs.build import make_recipe_space, recipe_model
 from fedllm.runs.products import BASE
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result
+from fedllm.tasks.templates import template
 
 
 class Speaker:

@@ -33,7 +33,9 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
           needed: Annotated[int | None, typer.Option(help="Sites that must join; all of them by default.")] = None,
           wait: Annotated[float, typer.Option(help="Seconds to wait for the sites.")] = 600.0,
           metrics: Annotated[int | None, typer.Option(help="Port on this machine for /metrics and /healthz.")] = None,
-          ) -> None:
+          plugin: Annotated[list[Path] | None, typer.Option(
+              "--plugin", metavar="FILE", show_default=False, help="Python file with the coordinator's half of a part "
+              "of your own (repeat); sites must have it installed.")] = None) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.federation import serve as federate
     from fedllm.federation.process import stoppable
@@ -42,10 +44,13 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
     try:
         with stoppable():
             if recipe.is_dir():
+                if plugin:
+                    raise RecipeError("--plugin: a run goes on with the plugins that it began with; leave it out")
                 result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics)
             else:
+                more = {"plugins": [str(file) for file in plugin]} if plugin else {}
                 result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics,
-                                        **dict(parse_override(text) for text in overrides or ()))
+                                        **dict(parse_override(text) for text in overrides or ()), **more)
     except KeyboardInterrupt:
         console.print("stopped; `fedllm serve runs/NAME` goes on where the run stood")
         raise typer.Exit(130) from None
@@ -61,6 +66,11 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
          allow: Annotated[list[str] | None, typer.Option(help="Method that may run here (repeat); default: all "
                                                               "installed.")] = None,
          models: Annotated[list[str] | None, typer.Option(help="Folder that models may be read from.")] = None,
+         model: Annotated[str | None, typer.Option(help="Model that this site holds: a name of the recipe's models, a "
+                                                        "folder, or an id; default: the recipe's.")] = None,
+         endpoint: Annotated[list[str] | None, typer.Option(help="Address of a text endpoint that this site's text may "
+                                                                 "be put to.")] = None,
+         public: Annotated[Path | None, typer.Option(help="A copy of the run's public rows.")] = None,
          rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
          policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
                                                           "docs/federation.md.")] = None,
@@ -73,7 +83,8 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
     take_part = join_flower if is_flower_kit(kit) else take_part
     try:
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
-                  threads=threads, profile={} if rank is None else {"rank": rank})
+                  threads=threads, model=model, endpoints=endpoint or [], public=str(public) if public else None,
+                  profile={} if rank is None else {"rank": rank})
     except FedLLMError as error:
         raise _refuse(error) from None
 

@@ -1,4 +1,4 @@
-"""The command line: `fedllm run`, `resume`, `plan`, `methods`, `replay`, `report`, `export`, `chat`, and the tools."""
+"""The command line: `fedllm run`, `resume`, `plan`, `methods`, `replay`, `report`, `export`, `chat`, `ask`, tools."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +17,17 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.panel import Panel
 
+from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.federate import app as federation
+from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import FedLLMError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Train, tune, prompt and test large language models across clients whose data must not move.")
 app.add_typer(federation)  # serve, join, keys
 app.add_typer(audit, name="audit")
+app.command()(ask)
 out, err = Console(), Console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
@@ -33,33 +36,37 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
                                                        help="Keys of the recipe to change.")]
 
 
+Plugins = Annotated[list[Path] | None, typer.Option("--plugin", metavar="FILE", show_default=False, help=(
+    "Python file with a method, layer, space or selector of your own (repeat)."))]
+
+
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None,
+def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
         root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs")) -> None:
     """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
     from fedllm.api import run as go
     from fedllm.cli.tables import show_result
 
-    show_result(out, go(recipe, root=root, **_parsed(overrides)))
+    show_result(out, go(recipe, root=root, **_parsed(overrides, plugin)))
 
 
 @app.command()
-def resume(path: RunPath) -> None:
+def resume(path: RunPath, plugin: Plugins = None) -> None:
     """Go on with a run that was stopped; it ends in the same state as if it had not been."""
     from fedllm.api import resume as go
     from fedllm.cli.tables import show_result
 
-    show_result(out, go(path))
+    show_result(out, go(path, plugins=plugin or ()))
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None,
+def plan(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
          as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Foresee bytes, seconds and memory of a recipe by running a small slice of it."""
     from fedllm.cli.tables import show_plan
     from fedllm.runs.plan import plan as foresee
 
-    found = foresee(recipe, **_parsed(overrides))
+    found = foresee(recipe, **_parsed(overrides, plugin))
     if as_json:
         out.print_json(json.dumps(found.as_json()))
     else:
@@ -67,10 +74,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None,
 
 
 @app.command()
-def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", show_default=False)] = None) -> None:
+def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", show_default=False)] = None,
+            plugin: Plugins = None) -> None:
     """List all methods, or show one: its card, knobs, claim and file."""
     from fedllm.cli.tables import show_method, show_methods
+    from fedllm.runs.plugins import plugged
 
+    plugged([(str(file), None) for file in plugin or ()])
     show_methods(out) if method is None else show_method(out, method)
 
 
@@ -169,22 +179,11 @@ def _tool(name: str, args: list[str]) -> None:
         raise typer.Exit(code)
 
 
-def _lines() -> Iterator[str]:
-    while line := _ask("you> "):
-        yield line
-
-
-def _ask(prompt: str) -> str:
-    try:
-        return input(prompt if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
-
-
-def _parsed(overrides: list[str] | None) -> dict[str, Any]:
+def _parsed(overrides: list[str] | None, plugins: list[Path] | None = None) -> dict[str, Any]:
     from fedllm.runs.complaints import parse_override
 
-    return dict(parse_override(text) for text in overrides or ())
+    more = {"plugins": [str(file) for file in plugins]} if plugins else {}
+    return {**dict(parse_override(text) for text in overrides or ()), **more}
 
 
 def main(args: list[str] | None = None) -> None:

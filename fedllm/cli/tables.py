@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from fedllm.core.method import Claim
-from fedllm.methods.registry import method_class, modules, source_of
-from fedllm.report.facts import HEADLINE, comparison, duration, label, mean_metric, number, size
+from fedllm.methods.registry import METHODS, method_class, source_of
+from fedllm.report.facts import compared, duration, label, mean_metric, number, shown, size
 from fedllm.runs.plan import Plan
 from fedllm.runs.result import Result
 from fedllm.runs.store import read_json
@@ -25,12 +25,16 @@ def show_result(console: Console, result: Result) -> None:
     show_samples(console, result)
     if result.skipped:
         console.print(f"[yellow]skipped rounds[/yellow] (too few answers): {[k + 1 for k in result.skipped]}")
+    if result.failed:
+        console.print(f"[bold red]failed[/bold red]: {escape(result.failed)}")
     if result.ended:
         console.print(f"[yellow]ended before round {result.rounds + 1}[/yellow]: {escape(result.ended)}")
     where = Table.grid(padding=(0, 2))
+    tests = result.bytes.get("evaluation")
+    tested = f"; to test: {size(tests['up'])} up, {size(tests['down'])} down" if tests else ""
     for name, value in (("model", result.adapter_path or f"{result.folder}/clients (each client its own)"),
                         ("report", result.report_path), ("record", result.folder),
-                        ("sent", f"{size(result.bytes['up'])} up, {size(result.bytes['down'])} down"),
+                        ("sent", f"{size(result.bytes['up'])} up, {size(result.bytes['down'])} down" + tested),
                         ("took", f"{duration(result.seconds)}, {size(result.peak_memory_bytes)} of memory"),
                         ("state", result.state_digest)):
         where.add_row(f"[dim]{name}[/dim]", escape(str(value)))
@@ -39,13 +43,12 @@ def show_result(console: Console, result: Result) -> None:
 
 def comparison_table(result: Result) -> Table:
     """before / local only / federated / centralized: the global test, and the mean over clients' own tests."""
-    rows = [(name, g, c) for name, g, c in comparison(result) if g or c]
-    names = [n for n in HEADLINE if any(n in (g or {}) or mean_metric(c, n) is not None for _, g, c in rows)]
+    rows, names = compared(result)
     table = Table(title=f"{result.method}, {result.rounds} rounds", title_justify="left", title_style="bold")
     table.add_column("")
     for where in ("global test", "clients' own tests"):
         for n in names:
-            table.add_column(f"{where}\n{label(n)}", justify="right")
+            table.add_column(f"{where}\n{label(n, result.metrics)}", justify="right")
     for name, g, c in rows:
         cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
         table.add_row(name, *cells, style="bold green" if name.startswith("federated") else "")
@@ -80,12 +83,12 @@ def client_table(result: Result) -> Table:
                ("federated", e.get("clients", {})),
                ("centralized", (e.get("baselines", {}).get("centralized") or {}).get("clients", {}))]
     columns = [(name, m) for name, m in columns if m]
-    metrics = [n for n in HEADLINE if any(n in m for _, c in columns for m in c.values())]
+    metrics = shown(result.metrics, *(m for _, c in columns for m in c.values()))
     table = Table(title="each client on rows of its own", title_justify="left", title_style="bold")
     table.add_column("client")
     for n in metrics:
         for name, _ in columns:
-            table.add_column(f"{label(n)}\n{name}", justify="right")
+            table.add_column(f"{label(n, result.metrics)}\n{name}", justify="right")
     for client in e.get("clients", {}):
         table.add_row(client, *(number(c.get(client, {}).get(n), n) for n in metrics for _, c in columns))
     return table
@@ -99,8 +102,12 @@ def show_plan(console: Console, plan: Plan) -> None:
     for phase, sizes in plan.by_phase.items():
         table.add_row(phase, size(sizes["up"]), size(sizes["down"]))
     table.add_section()
-    table.add_row("in all", size(plan.up), size(plan.down), style="bold")
+    table.add_row("rounds, in all", size(plan.up), size(plan.down), style="bold")
+    if plan.evaluation["by_phase"]:
+        table.add_row("tests, beside them", size(plan.evaluation["up"]), size(plan.evaluation["down"]))
     console.print(table)
+    if plan.metrics:
+        console.print("tested by " + ", ".join(label(n, plan.metrics) for n in plan.metrics), highlight=False)
     extra = f", baselines {duration(plan.seconds_baselines)} more" if plan.seconds_baselines else ""
     privacy = "\n        ".join(map(privacy_line, plan.privacy)) or "no layer that accounts for it"
     console.print(f"time    {duration(plan.seconds)}{extra}\nmemory  {size(plan.peak_memory_bytes)} at the peak\n"
@@ -117,14 +124,14 @@ def privacy_line(says: Mapping[str, Any]) -> str:
 
 def show_methods(console: Console) -> None:
     """All methods: id, topic, title."""
-    table = Table(title=f"{len(modules())} methods", title_justify="left", title_style="bold")
+    table = Table(title=f"{len(METHODS)} methods", title_justify="left", title_style="bold")
     table.add_column("id", style="bold", no_wrap=True)
     table.add_column("topic")
     table.add_column("what it is")
     wide = console.width >= 120
     if wide:
         table.add_column("sends")
-    for name in modules():
+    for name in sorted(METHODS):
         card = method_class(name).card
         table.add_row(name, card.topic, card.title.partition(": ")[2] or card.title, *([card.sends] if wide else []))
     console.print(table)

@@ -7,18 +7,24 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedllm.core.form import Form
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Reducer
 
 ClientId = str
 
 
-def on_client(reduce: Reducer | None = None) -> Callable[[Callable], Callable]:
-    """Mark a function that runs on clients, and say how its replies are folded (None: kept one by one)."""
+def on_client(reduce: Reducer | None = None, gives: str | None = None) -> Callable[[Callable], Callable]:
+    """Mark a function that runs on clients, and say how its replies are folded (None: kept one by one).
+
+    `gives` says what a reply holds, as `core.form` reads it: `"delta: tree, n: count, loss?: number"`. Servers refuse
+    any other reply by its client's name, and sites know by it what would leave them. Without it nothing is known, and
+    a site that is strict does not run the function.
+    """
+    form = None if gives is None else Form.of(gives)
 
     def mark(fn: Callable) -> Callable:
-        fn.__dict__["reduce"] = reduce
-        fn.__dict__["runs_on_client"] = True
+        fn.__dict__.update(reduce=reduce, runs_on_client=True, form=form)
         return fn
 
     return mark
@@ -26,7 +32,7 @@ def on_client(reduce: Reducer | None = None) -> Callable[[Callable], Callable]:
 
 def on_server(fn: Callable) -> Callable:
     """Mark a function that the server asks of itself, and that sees public rows alone: no layer touches it."""
-    fn.__dict__.update(reduce=None, runs_on_client=True, on_server=True)
+    fn.__dict__.update(reduce=None, runs_on_client=True, on_server=True, form=None)
     return fn
 
 
@@ -50,6 +56,8 @@ class Ask:
     deadline: float | None = None
     enough: int | None = None
     flight: int | None = None
+    form: Form | None = None
+    """What a reply must be, where a layer codes replies or the trainables are known; None: as the function says."""
 
     @property
     def owner(self) -> Any:
@@ -68,6 +76,11 @@ class Ask:
     @property
     def reducer(self) -> Reducer | None:
         return self.reduce or self.fn.__dict__.get("reduce")
+
+    @property
+    def expects(self) -> Form | None:
+        """What a reply must be; None: nobody says."""
+        return self.form or self.fn.__dict__.get("form")
 
     def needed(self, default: float | int = 1) -> int:
         """How many answers are enough, as a count (at least one, unless the ask says 0: then none is)."""
@@ -89,6 +102,8 @@ class Replies(Mapping[ClientId, Payload]):
     missing: Mapping[ClientId, str] = field(default_factory=dict)
     notes: Mapping[ClientId, Payload] = field(default_factory=dict)
     seconds: Mapping[ClientId, float] = field(default_factory=dict)
+    folded: tuple[ClientId, ...] = ()
+    """In the order in which their replies were folded, whose count and whose the others outvoted."""
 
     def __getitem__(self, key: ClientId) -> Payload:
         return self.each[key]

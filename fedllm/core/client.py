@@ -36,6 +36,8 @@ class Profile:
     """What it computes on, by a name of `core.energy.DEVICES`."""
     link: str | None = None
     """How it reaches the server, by a name of `core.energy.LINKS`; bandwidth and latency follow where not declared."""
+    model: str | None = None
+    """The model that it holds, by a name of the recipe's `models`, a model's id or a folder; None: the recipe's own."""
     modality: str = "text"
     privacy: str | None = None
 
@@ -76,13 +78,18 @@ class Client(Protocol):
     n: int
     profile: Profile
     model: Any
+    """The model that it holds; requests go to it, and rows are tokenized as it reads them."""
+    models: Mapping[str, Any]
+    """The recipe's `models` by name: models with spaces and tokenizers of their own, or endpoints (`complete`)."""
     data: Any
-    local: Any
-    """How the recipe has it train: `local.optimizer`, `local.count(n)` steps a round on n rows, ..."""
+    training: Any
+    """How the recipe has it train: `training.optimizer`, `training.count(n)` steps a round on n rows, ..."""
     public: Sequence[Any]
     """The federation's public rows, tokenized: nobody's, and everybody may train on them."""
     memory: MutableMapping[str, Any]
     """Never leaves the client; committed when the round ends."""
+    session: MutableMapping[str, Any]
+    """Scratch of the round: what one of its functions leaves for the next. Never on disk, gone when the round ends."""
     pace: float | None
     """Seconds of one local step here, as the fleet declares it; None where time is not declared but real."""
 
@@ -91,8 +98,21 @@ class Client(Protocol):
         ...
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Any] = (),
-            steps: int | None = None, on: Sequence[Any] | None = None) -> Any:
-        """Train `theta` on the client's rows (or `on` others) as the recipe's `local` says; returns a `Fitted`."""
+            steps: int | None = None, on: Sequence[Any] | None = None, objective: Any = None,
+            side: Mapping[str, Sequence[Any]] | None = None, moments: Any = False) -> Any:
+        """Train `theta` on the client's rows (or `on` others) as `training` says; returns a `Fitted`.
+
+        `objective` (local/objectives/) takes the place of the task's own loss, `side` holds what it needs beside each
+        row. `moments=client.memory.get("adam")` goes on with an optimizer's state; `Fitted.moments` is the next one.
+        """
+        ...
+
+    def measure(self, theta: Tree, rows: Sequence[Any], fn: Callable[..., Any], *, base: Tree | None = None) -> Any:
+        """`fn(model, batch)` -> a vector for each of these rows [rows, width]; no gradient."""
+        ...
+
+    def book(self, *, tokens: int, steps: float, flops: float = 0.0) -> None:
+        """Count work that a function does by itself and not by a request: whoever descends on its own says so here."""
         ...
 
     def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:
@@ -124,6 +144,19 @@ class Client(Protocol):
         """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
         ...
 
+    def logits(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> list[np.ndarray]:
+        """What the head says of each of these training rows: [classes], or [T, classes] where tokens have classes."""
+        ...
+
+    def forward(self, segment: Any, theta: Tree, x: Any, mask: Any, *, base: Tree | None = None) -> Any:
+        """States [B, T, d] after one segment of the model (`models/segments.py`), of ids [B, T] or states [B, T, d]."""
+        ...
+
+    def backward(self, segment: Any, theta: Tree, x: Any, mask: Any, g: Any = None, *, labels: Any = None,
+                 base: Tree | None = None) -> Any:
+        """The gradients of that forward (`Slopes`) from `g`, dL/d(its states), or at the last segment from labels."""
+        ...
+
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""
         ...
@@ -142,8 +175,32 @@ class Client(Protocol):
         `only` keeps those whose columns say this."""
         ...
 
+    def env(self, rng: np.random.Generator) -> Any:
+        """The client's environment (`reset`, `step`, ends after `max_steps`); `rng` seeds its episodes."""
+        ...
+
+    def rollout(self, theta: Tree, episodes: int, *, rng: np.random.Generator | None = None, greedy: bool = False,
+                on: Sequence[Any] | None = None) -> list[Any]:
+        """`Episode`s of the policy `theta` in the client's environment (or in each of `on`); in a vectorized simulation
+        all clients act in one forward a step."""
+        ...
+
+    def improve(self, theta: Tree, seen: Any, actions: Any, weights: Any, *, steps: int = 1) -> Any:
+        """Policy-gradient steps: descend - mean_n w_n log pi(a_n | o_n); returns a `Fitted`."""
+        ...
+
     def through(self, change: Callable[[Any], Any], closed: str = "") -> Any:
         """For layers: a context in which `change` sees, changes or refuses every request that the client makes."""
+        ...
+
+    def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+                 ) -> list[Any]:
+        """What the model says after each prompt (`Completion`: text, its log-probability, tokens read and said); an
+        endpoint answers this request and no other."""
+        ...
+
+    def holding(self, name: str) -> Client:
+        """This very client with the model of this name for its own: its requests go there, its rows are read so."""
         ...
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:

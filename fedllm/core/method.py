@@ -113,18 +113,60 @@ class Card:
     """Further claims, each by a word of its own; `<id>:<word>` is its name in `fedllm claims`."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Small settings under which the tests that hold for all methods run this one, on every engine.
+
+    What is not said is the tests' own. A method that cannot run under the tests' own says here what it needs.
+    """
+
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    """Its own knobs, small."""
+    space: Mapping[str, Any] = field(default_factory=lambda: {"name": "lora", "rank": 4})
+    """The recipe's section `space`."""
+    local: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the recipe's section `local`."""
+    ranks: tuple[int, ...] = ()
+    """LoRA ranks that clients declare."""
+    task: str = "generation"
+    far: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of a recipe that differ in a real federation, for example so that answers come in the simulation's order."""
+    rounding: str = ""
+    """Why it magnifies fp32 rounding, so that engines are held to one another in fp64 alone."""
+    silent: str = ""
+    """Why a round in which a client is silent is not a round without that client."""
+    apart: str = ""
+    """Why no common test of rounds can hold for it, so that only tests of its own do."""
+
+
 class Method(Knobs):
     """A federated method. Training methods have `init` and `round`; inference-time methods have `answer`."""
 
     card: ClassVar[Card]
+    trial: ClassVar[Trial] = Trial()
+
     simulation_only: ClassVar[str] = ""
     """Why no real federation runs it: it sees what no deployment may (pooled data)."""
 
     by_arrival: ClassVar[bool] = False
     """Whether the result depends on who answers first: virtual time repeats that by the seed, real time does not."""
 
+    reads_ranks: ClassVar[bool] = False
+    """Whether clients train the rank that their profiles declare; others train the space's own everywhere."""
+
+    mixes: ClassVar[Literal["", "models", "text"]] = ""
+    """Whether clients may hold models of other designs than the server's, since no trainables cross: any `models` of
+    ours, or whatever continues `text` (an endpoint). "": all hold the one model."""
+
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
+
+    learns_from: ClassVar[Literal["rows", "environments"]] = "rows"
+    """What its clients must hold."""
+
+    metrics: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
+    """The method's own metrics, by name, with the direction that is better: what `score` and `examine` return beside,
+    or in place of, loss, accuracy and exact match."""
 
     def check(self, model: Any) -> None:
         """Raise CompositionError or ModelError when this method cannot work with the model's space or task."""
@@ -140,8 +182,16 @@ class Method(Knobs):
         """Raise CompositionError when the method is not what it says without other layers."""
 
     def at_client(self, model: Any) -> Any:
-        """The model that clients hold, where it is not the server's (which `SERVER` always holds)."""
+        """What a client sees of the model that it holds, where it is not all of it (`SERVER` always sees its own)."""
         return model
+
+    def asks_for(self) -> Sequence[str]:
+        """Names of the recipe's `models` that it uses; a run whose recipe lacks one is refused when it is built."""
+        return ()
+
+    def public_at(self) -> Sequence[Literal["clients", "server"]]:
+        """Who needs public rows (`data.public`): a run without is refused. Sites get them where `clients` need them."""
+        return ()
 
     def init(self, model: Any) -> State:
         """The server's state before the first round; `model.initial()` gives the starting trainables."""
@@ -164,9 +214,15 @@ class Method(Knobs):
         return None
 
     def evaluate(self, state: State, clients: Sequence[ClientInfo], on: str) -> Program:
-        """Each client scores the model that it would use; `on` names the rows ("local" or "global")."""
+        """Each client scores the model that it would use; `on` names the rows ("local" or "global"). Asked of `SERVER`
+        with "global", it is the served model's own figure, by the same function."""
         theta, base = self.served(state)
         return (yield Ask(self.score, {c.id: pack(theta=theta, base=base, on=on) for c in clients}))
+
+    def examine(self, state: State, clients: Sequence[ClientInfo], rows: Sequence[Any]) -> Program:
+        """The server's figures on these rows (the global test), under the names of `metrics`; for methods whose figure
+        is no score of one model. Where a method has none, the server is tested by the very `score` that clients are."""
+        raise NotImplementedError
 
     @on_client()
     def score(self, msg: Payload, client: Client) -> Payload:

@@ -20,10 +20,16 @@ Payload = Mapping[str, Any]
 Tree = dict[str, Tensor]
 
 
+class Kept(dict[str, Tensor]):
+    """A tree that stays where it was made: `pack` refuses it. An optimizer's moments tell as much as gradients do."""
+
+
 def pack(**parts: Any) -> dict[str, Any]:
     """One payload from named trees and scalars: `pack(theta=tree, n=5)` has keys `theta/<name>` and `n`."""
     out: dict[str, Any] = {}
     for name, value in parts.items():
+        if isinstance(value, Kept):
+            raise PayloadError(f"'{name}' is an optimizer's state, which stays at its client: keep it in client.memory")
         if isinstance(value, Mapping):
             out.update({f"{name}/{key}": leaf for key, leaf in value.items()})
         elif value is not None:
@@ -104,6 +110,13 @@ def digest(state: Any) -> str:
 def tensor_bytes(payload: Payload) -> int:
     """Bytes of the tensors alone, without names and framing (what papers count)."""
     return sum(v.numel() * v.element_size() for v in payload.values() if isinstance(v, Tensor))
+
+
+def length(payload: Payload) -> float:
+    """L2 norm over all floating-point tensors, as fp32 counts it: infinite where one holds an infinity, or NaN."""
+    norms = [torch.linalg.vector_norm(v.detach().float()) for v in payload.values()
+             if isinstance(v, Tensor) and v.is_floating_point() and v.numel()]
+    return float(torch.linalg.vector_norm(torch.stack([n.cpu() for n in norms]))) if norms else 0.0
 
 
 def non_finite(payload: Payload) -> str | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from fedllm.core.ask import Ask, ClientId, Program, Replies
 from fedllm.core.client import SERVER
 from fedllm.core.errors import PayloadError, QuorumError
+from fedllm.core.form import KINDS
 from fedllm.core.layer import Layer
-from fedllm.core.payload import Payload, non_finite, part
+from fedllm.core.payload import Payload, length, non_finite, part
 
 
 class Engine(Protocol):
@@ -62,10 +66,12 @@ def _send(asks: Sequence[Ask], engine: Engine, layers: Sequence[Layer],
                      states[1:])
 
 
-def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any) -> Payload:
+def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any,
+          check: Callable[[Payload], None] = lambda payload: None) -> Payload:
     """The client half: climb from the wire to whoever asked, through the layers below it.
 
-    `stack` is the method followed by its layers. Only functions marked `@on_client` can be called.
+    `stack` is the method followed by its layers. Only functions marked `@on_client` can be called. `check` looks at
+    what the function is told and at what it answers, as no layer has changed it yet, and raises where that may not be.
     """
     owner, _, name = phase.partition(".")
     at = next((i for i, part in enumerate(stack) if type(part).__name__ == owner), None)
@@ -81,26 +87,54 @@ def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any) -> Payloa
 
     def climb(i: int, msg: Payload) -> Payload:
         if i == at:
-            return fn(msg, client)
+            check(msg)
+            reply = fn(msg, client)
+            check(reply)
+            return reply
         return stack[i].client(fn, msg, client, lambda m: climb(i - 1, m))
 
     return climb(len(stack) - 1, msg)
 
 
+NOTES = ("tensor", "number", "name", "names")
+"""Kinds of what a reply says beside what is folded."""
+
+FARTHEST = 1e6
+"""How much longer than what the client was told (or than 1) a reply may be, by default: a sane client's is shorter."""
+
+
+@dataclass
+class Pile:
+    """Replies of the same names and shapes, folded as they come."""
+
+    acc: Any
+    clients: list[ClientId] = field(default_factory=list)
+
+
 class Fold:
     """Folds the answers to one ask as they come; take them in the order of the ask and the result is bit-stable.
 
-    A reply with NaN or an infinity, or one that the reducer cannot take, is left out and named.
+    No reply, of whatever type, order or size, stops the fold: what is not as the function declares, holds NaN or an
+    infinity, is far too long, or is nothing that the reducer can take is left out and named. Where replies differ in
+    names or shapes, those of most clients count, never those of who came first.
     """
 
-    def __init__(self, ask: Ask, quorum: float | int = 1) -> None:
+    def __init__(self, ask: Ask, quorum: float | int = 1, farthest: float = FARTHEST) -> None:
         self.ask, self.needed, self.reducer = ask, ask.needed(quorum), ask.reducer
-        self.acc = self.reducer.zero() if self.reducer else None
+        self.farthest = farthest
+        self.form = None if ask.expects is None else ask.expects.bound(ask.msgs)
+        self.piles: dict[Any, Pile] = {}
         self.each: dict[ClientId, Payload] = {}
-        self.answered: list[ClientId] = []
+        self.taken: list[ClientId] = []
+        self._lengths: dict[tuple[int, ...], float] = {}
         self.missing: dict[ClientId, str] = {}
         self.notes: dict[ClientId, Payload] = {}
         self.seconds: dict[ClientId, float] = {}
+
+    @property
+    def answered(self) -> list[ClientId]:
+        """Whose replies count, as it stands."""
+        return max((p.clients for p in self.piles.values()), key=len, default=[])
 
     @property
     def full(self) -> bool:
@@ -111,32 +145,88 @@ class Fold:
         """This client gives no answer, or none that counts."""
         self.missing[client] = why
 
-    def take(self, client: ClientId, reply: Payload, seconds: float | None = None) -> None:
-        """One answer, and how long it took where the engine says so."""
-        if bad := non_finite(reply):
-            return self.miss(client, f"reply refused: '{bad}' holds NaN or infinity")
-        if notes := part(reply, "note"):
-            reply = {key: v for key, v in reply.items() if not key.startswith("note/")}
+    def take(self, client: ClientId, reply: Payload, seconds: float | None = None) -> bool:
+        """One answer, and how long it took where the engine says so; whether it may count."""
         try:
-            if self.reducer:
-                self.acc = self.reducer.add(self.acc, reply)
-            else:
-                self.each[client] = reply
-        except (PayloadError, KeyError) as error:
-            return self.miss(client, f"reply refused: {error}")
-        self.answered.append(client)
+            notes = self._checked(client, reply)
+            if notes:
+                reply = {key: v for key, v in reply.items() if not key.startswith("note/")}
+            pile = self._fold(reply)
+        except Exception as error:  # whatever a stranger's reply does to the fold, the round goes on
+            why = str(error) if isinstance(error, PayloadError) else f"{type(error).__name__}: {error}"
+            self.miss(client, f"reply refused: {why[:300]}")
+            return False
+        pile.clients.append(client)
+        self.taken.append(client)
+        if self.reducer is None:
+            self.each[client] = reply
         self.missing.pop(client, None)  # an earlier answer of its may have been refused
         if notes:
             self.notes[client] = notes
         if seconds is not None:
             self.seconds[client] = seconds
+        return True
+
+    def _checked(self, client: ClientId, reply: Payload) -> Payload:
+        """The reply's notes; PayloadError where it cannot count."""
+        if not isinstance(reply, Mapping):
+            raise PayloadError(f"a reply is {type(reply).__name__}, allowed is a mapping")
+        if bad := non_finite(reply):
+            raise PayloadError(f"'{bad}' holds NaN or infinity")
+        notes = part(reply, "note")
+        if self.form is not None:
+            self.form.check({k: v for k, v in reply.items() if not str(k).startswith("note/")})
+        for name, note in notes.items():
+            if not any(KINDS[kind][1](note) for kind in NOTES):
+                raise PayloadError(f"'note/{str(name)[:80]}' is {type(note).__name__}, allowed is {' or '.join(NOTES)}")
+        far = self.farthest * max(1.0, self._told(client))
+        if not (long := length({k: v for k, v in reply.items() if k.partition("/")[2] not in notes})) <= far:
+            raise PayloadError(f"its tensors are {long:.3g} long, allowed is {far:.3g}")
+        return notes
+
+    def _told(self, client: ClientId) -> float:
+        """How long the client's message is; messages that hold the same tensors are measured once."""
+        msg = self.ask.msgs.get(client, {})
+        key = tuple(map(id, msg.values()))
+        if key not in self._lengths:
+            self._lengths[key] = length(msg)
+        return self._lengths[key]
+
+    def _fold(self, reply: Payload) -> Pile:
+        if self.reducer is None:
+            return self.piles.setdefault(None, Pile(None))
+        sign = None if self.reducer.ragged else frozenset(
+            (k, tuple(v.shape) if isinstance(v, Tensor) else ()) for k, v in reply.items())
+        known = self.piles.get(sign)
+        pile = known if known is not None else Pile(self.reducer.zero())
+        pile.acc = self.reducer.add(pile.acc, reply)
+        if known is None:
+            self.piles[sign] = pile
+        return pile
+
+    def outvoted(self) -> dict[ClientId, str]:
+        """Whose reply does not count because most clients' replies have other names or shapes."""
+        mine = self.answered
+        most = next((sign for sign, pile in self.piles.items() if pile.clients is mine), None)
+        out = {}
+        for sign, pile in self.piles.items():
+            if sign != most:
+                key, shape = min(sign ^ most, key=lambda one: (one not in sign, one))
+                out |= dict.fromkeys(pile.clients, "reply refused: its names or shapes are not as in the other replies "
+                                                   f"('{str(key)[:80]}' {shape or ''})")
+        return out
 
     def done(self) -> Replies:
         """Who answered what; raises QuorumError when too few did."""
-        if len(self.answered) < self.needed:
+        for client, why in self.outvoted().items():
+            self.miss(client, why)
+        answered = self.answered
+        if len(answered) < self.needed:
             why = "; ".join(f"{cid}: {reason}" for cid, reason in list(self.missing.items())[:5])
-            raise QuorumError(f"{self.ask.phase}: {len(self.answered)} of {len(self.ask.msgs)} clients answered, "
+            raise QuorumError(f"{self.ask.phase}: {len(answered)} of {len(self.ask.msgs)} clients answered, "
                               f"{self.needed} needed ({why})")
-        value = self.reducer.done(self.acc) if self.reducer and self.answered else None
-        return Replies(self.each, value, tuple(self.answered), self.missing, self.notes,
-                       self.seconds)
+        acc = next((p.acc for p in self.piles.values() if p.clients is answered), None)
+        value = self.reducer.done(acc) if self.reducer and answered else None
+        notes, seconds = ({c: v for c, v in of.items() if c in answered} for of in (self.notes, self.seconds))
+        return Replies(self.each, value, tuple(answered), self.missing, notes, seconds, tuple(self.taken))
+

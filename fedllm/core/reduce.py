@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fedllm.core.errors import PayloadError
+from fedllm.core.form import MOST
 from fedllm.core.payload import Payload
 
 
 class Reducer(Protocol):
-    """Folds replies: `zero`, then `add` one at a time, then `done`."""
+    """Folds replies: `zero`, then `add` one at a time, then `done`. `add` raises before it changes `acc`, or not at
+    all: what it raises for is left out, and the fold goes on."""
+
+    ragged: bool
+    """Whether replies may differ in names and shapes. Where they may not, those that most clients share count."""
 
     def zero(self) -> Any: ...
     def add(self, acc: Any, reply: Payload) -> Any: ...
@@ -26,6 +31,10 @@ class Sum:
     `lift` may run on the client: secure aggregation, homomorphic encryption, trees of servers and asynchronous
     buffers can compute any `Sum`, because all that they need is `lift` there, `+` here, and `done` at the end.
     """
+
+    ragged: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
+    """Whether `done` divides one entry of the sum by another: noise or a dropped entry then does more than blur it."""
 
     def lift(self, reply: Payload) -> Payload:
         """What this reply contributes to the sum; tensors and numbers only."""
@@ -71,7 +80,12 @@ class Mean(Sum):
     by: Literal["n", "uniform"] = "n"
 
     def weight(self, reply: Payload) -> float:
-        return float(reply["n"]) if self.by == "n" else 1.0
+        if self.by == "uniform":
+            return 1.0
+        n = reply.get("n")
+        if isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n <= MOST:
+            raise PayloadError(f"its weight n is {str(n)[:40]}; allowed is a number from 0 to {MOST:g}")
+        return float(n)
 
     def lift(self, reply: Payload) -> Payload:
         w = self.weight(reply)
@@ -107,5 +121,9 @@ def check_same(acc: Payload, reply: Payload, unless: str | None = None) -> None:
     if acc.keys() != reply.keys() and (odd := (acc.keys() ^ reply.keys()) - {unless}):
         raise PayloadError(f"a reply's names differ from the others', for example {sorted(odd)[:3]}")
     for key, v in reply.items():
+        if key != unless and isinstance(v, Tensor) != isinstance(acc[key], Tensor):
+            raise PayloadError(f"'{key}' is {type(v).__name__}, in the replies before it {type(acc[key]).__name__}")
+        if not isinstance(v, Tensor | int | float | list):
+            raise PayloadError(f"'{key}' is {type(v).__name__}, which cannot be added up")
         if isinstance(v, Tensor) and v.shape != acc[key].shape:
             raise PayloadError(f"'{key}' has shape {tuple(v.shape)}, the replies before it {tuple(acc[key].shape)}")

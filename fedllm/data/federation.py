@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Row = Mapping[str, Any]
-"""One example. Generation rows have `prompt` and `response` (text); classification rows have `text` and `label`
-(an int in [0, number of labels)). `category`, where present, is a string used for skew and per-category scores."""
+from fedllm.tasks.row import Row
 
-Task = Literal["generation", "classification"]
+__all__ = ["Federation", "Row", "Shard"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,9 @@ class Federation:
 
     clients: Mapping[str, Shard]
     test: Sequence[Row]
-    task: Task
-    labels: tuple[str, ...] = ()  # classification: label names by index
+    task: str
+    """The id of a task (`fedllm/tasks`)."""
+    labels: tuple[str, ...] = ()  # of a task with labels: their names by index
     public: Sequence[Row] = ()  # nobody's rows: whoever takes part may train on them
     streamed: bool = False
     """Whether clients' rows are read when asked for, and should not be kept: there may be a million of them."""

@@ -15,11 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.core.rng import numpy_stream
 from fedllm.data.cluster import Embed
-from fedllm.data.federation import Federation, Row, Shard, Task
+from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.grouped import PREFIX, grouped_clients
 from fedllm.data.partition import FILE, Grouped, partitioner
+from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
-from fedllm.data.templates import classify, label_names, raw_label, template
+from fedllm.tasks.registry import task_of, tasks
+from fedllm.tasks.task import Shape
+from fedllm.tasks.templates import template
 
 HOLD_BACK_FROM = 10
 """Clients with fewer rows keep none back: a test of fewer than one row in ten says nothing."""
@@ -58,8 +61,8 @@ class DataSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
     source: str | list[str] = "office"
-    """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`, or
-    `grouped:FOLDER` (written by `fedllm group`)."""
+    """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`,
+    `grouped:FOLDER` (written by `fedllm group`), or `env:NAME`, an environment."""
     split: str = "train"
     """Split of a Hub or saved dataset."""
     subset: str | None = None
@@ -68,8 +71,9 @@ class DataSpec(BaseModel):
     """The global test: a file, or the fraction of rows held out at random before clients are made."""
     public: float | str = 0.0
     """Rows that belong to nobody, for methods that train at the server: a file, or a fraction set aside like `test`."""
-    task: Task = "generation"
-    """What rows are for: `generation` (prompt and response) or `classification` (text and label)."""
+    task: str = "generation"
+    """What rows are for: generation (prompt, response), classification (text, label), tokens (tokens, tags),
+    masked_words (text), regression (text, target), preference (prompt, chosen, rejected), image_text (image, label)."""
     fields: dict[str, str] = Field(default_factory=dict)
     """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}."""
     template: str | dict[str, str] | None = None
@@ -86,12 +90,26 @@ class DataSpec(BaseModel):
     """Most rows of the global test, drawn at random."""
     office: OfficeSpec | None = None
     """Knobs of the office; only with `source: office`."""
+    environment: EnvironmentSpec | None = None
+    """Who acts where; only with `source: env:NAME`, an environment in the place of rows."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether clients act in an environment, and hold no rows of text."""
+        return isinstance(self.source, str) and self.source.startswith(SCENE)
 
     @field_validator("test", "public")
     @classmethod
     def _test_is_a_file_or_a_fraction(cls, value: float | str, info: ValidationInfo) -> float | str:
         if isinstance(value, float) and not 0 <= value < 1:
             raise ValueError(f"data.{info.field_name} = {value}: allowed is a file, or a fraction from 0 to below 1")
+        return value
+
+    @field_validator("task")
+    @classmethod
+    def _task_is_known(cls, value: str) -> str:
+        if value not in tasks():
+            raise ValueError(f"data.task = {value!r} is unknown{nearest(value, tasks())} Allowed: {', '.join(tasks())}")
         return value
 
     @field_validator("partition")
@@ -108,19 +126,27 @@ class DataSpec(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DataSpec:
-        other = {"generation": "labels", "classification": "template"}[self.task]
-        if getattr(self, other) is not None:
-            raise ValueError(f"data.{other} = {getattr(self, other)!r} is of no use to data.task = {self.task!r}")
+        if self.acts:
+            return self._alone("environment", "the environment is all that its clients have; its parameters")
+        if self.environment is not None or self.task == "environment":
+            raise ValueError(f"data.environment, data.task = {self.task!r}: data.source is {self.source!r}; an "
+                             "environment is asked for by data.source = 'env:NAME' alone")
+        for other in {"template", "labels"} - set(task_of(self.task).takes):
+            if getattr(self, other) is not None:
+                raise ValueError(f"data.{other} = {getattr(self, other)!r} is of no use to data.task = {self.task!r}")
         if self.source != "office":
             if self.office is not None:
                 raise ValueError(f"data.office: data.source is {self.source!r}; allowed with these knobs is 'office'")
             return self
+        return self._alone("office", "the office makes its own rows, clients and tests; its knobs")
+
+    def _alone(self, section: str, why: str) -> DataSpec:
+        """This spec, if all but its source and this section is left as it is."""
         # Compared by value, not by what was set: a resolved recipe writes every default out.
-        plain = DataSpec.model_construct(office=self.office)
+        plain = DataSpec.model_construct(**{"source": self.source, section: getattr(self, section)})
         unused = [name for name in DataSpec.model_fields if getattr(self, name) != getattr(plain, name)]
         if unused:
-            raise ValueError(f"data.{', data.'.join(unused)}: the office makes its own rows, clients and tests; its "
-                             "knobs are in data.office")
+            raise ValueError(f"data.{', data.'.join(unused)}: {why} are in data.{section}")
         return self
 
 
@@ -146,12 +172,14 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         from fedllm.data.office import office_federation
 
         return office_federation(**(spec.office or OfficeSpec()).model_dump(), seed=seed)
+    if spec.acts:
+        return environments(str(spec.source), spec.environment or EnvironmentSpec(), seed)
     if isinstance(spec.source, str) and spec.source.startswith(PREFIX):
         return _grouped(spec, seed)
     tables = read_tables(spec.source, spec.split, spec.subset)
     held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
     open_ = read_tables(spec.public, spec.split, spec.subset) if isinstance(spec.public, str) else []
-    labels = _labels(spec, [*tables, *held, *open_]) if spec.task == "classification" else ()
+    labels = _labels(spec, [*tables, *held, *open_])
     rows, test = _shape(spec, tables, labels), _shape(spec, held, labels).lean
     kept = np.arange(len(rows.lean))
     if spec.limit is not None and spec.limit < len(kept):
@@ -179,17 +207,17 @@ def _grouped(spec: DataSpec, seed: int) -> Federation:
     if not isinstance(knobs, Grouped):
         raise RecipeError(f"data.partition.kind = {spec.partition.get('kind')!r}: the groups of {spec.source} are the "
                           "clients already; allowed is 'grouped', with clients, min_rows and max_rows")
-    if spec.task == "classification" and spec.labels is None:
+    task, labels = task_of(spec.task), tuple(spec.labels or ())
+    if "labels" in task.takes and not labels:
         raise RecipeError("data.labels must be given with grouped rows: to find them all rows would have to be read")
     if spec.limit is not None or (isinstance(spec.public, float) and spec.public):
         raise RecipeError("data.limit and a fraction for data.public need all rows in memory; with a grouped source "
                           "use data.partition.clients and max_rows, and a file for data.public")
-    labels = tuple(spec.labels or ())
-    render = template(spec.template)
+    how = Shape(template(spec.template), labels)
 
     def shape(row: Row, where: str) -> Row:
         mapped = map_fields(row, spec.fields, where)
-        made = classify(mapped, labels, where) if spec.task == "classification" else render(mapped, where)
+        made = task.shape(mapped, where, how)
         return {**{name: mapped[name] for name in (*spec.fields, "category") if name in mapped}, **made}
 
     read = lambda path: _shape(spec, read_tables(path, spec.split, spec.subset), labels).lean  # noqa: E731
@@ -227,10 +255,14 @@ def _mapped(spec: DataSpec, table: Table) -> list[tuple[dict[str, Any], str]]:
 
 def _labels(spec: DataSpec, tables: Sequence[Table]) -> tuple[str, ...]:
     """The recipe's labels, or those that the dataset declares, or those found in training and test rows together."""
-    if spec.labels is not None:
-        return tuple(spec.labels)
-    declared = tables[0].classes.get(spec.fields.get("label", "label"))
-    return declared or label_names(raw_label(row, at) for table in tables for row, at in _mapped(spec, table))
+    task = task_of(spec.task)
+    if "labels" not in task.takes:
+        return ()
+    column = task.columns[-1]
+    found = tuple(spec.labels or ()) or tables[0].classes.get(spec.fields.get(column, column), ())
+    found = found or task.found(row_at for table in tables for row_at in _mapped(spec, table))
+    task.agree((row_at for table in tables for row_at in _mapped(spec, table)), found)
+    return found
 
 
 def _file_names(tables: Sequence[Table]) -> list[str]:
@@ -242,12 +274,13 @@ def _file_names(tables: Sequence[Table]) -> list[str]:
 
 def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...]) -> _Rows:
     """Rows of the task; what `fields` maps and `category` stay with the row, other columns only serve the partition."""
-    render = template(spec.template)
+    task, render = task_of(spec.task), template(spec.template)
     lean: list[Row] = []
     wide: list[Row] = []
     for file, table in zip(_file_names(tables), tables, strict=True):
+        how = Shape(render, labels, table.folder)
         for row, at in _mapped(spec, table):
-            made = classify(row, labels, at) if spec.task == "classification" else render(row, at)
+            made = task.shape(row, at, how)
             stays = {name: row[name] for name in (*spec.fields, "category") if name in row}
             lean.append({**stays, **made})
             wide.append({**row, **made, FILE: file})
@@ -268,7 +301,7 @@ def _clients(spec: DataSpec, rows: _Rows, labels: tuple[str, ...], seed: int, em
     for client, part in parts.items():
         fraction = spec.client_test if len(part) >= HOLD_BACK_FROM else 0.0
         test, train = _held_back(np.array(part), fraction, numpy_stream(seed, "data.client_test", client))
-        kinds = Counter(labels[row["label"]] if labels else row.get("category") for row in rows.take(train).lean)
+        kinds = Counter(task_of(spec.task).kind(row, labels) for row in rows.take(train).lean)
         info: dict[str, Any] = {"partition": spec.partition.get("kind", "iid")}
         if set(kinds) != {None}:
             info["categories"] = dict(sorted(kinds.items(), key=str))

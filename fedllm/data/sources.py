@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DataError
+from fedllm.tasks.row import nearest, value_of
 
+__all__ = ["Table", "map_fields", "nearest", "read_tables", "resolve", "value_of"]
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -27,22 +29,12 @@ class Table:
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Class names by column, where a `datasets` dataset declares them."""
 
+    folder: Path | None = None
+    """Where relative paths in rows begin; None: where the program runs."""
+
     def where(self, i: int) -> str:
         """Row `i` (from 0) as an error names it: `notes.jsonl, row 3 (line 5)`."""
         return f"{self.name}, row {i + 1}" + (f" (line {self.lines[i]})" if self.lines else "")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'answer'?` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def value_of(row: Mapping[str, Any], name: str, where: str) -> Any:
-    """A field of a row; a DataError names the row, the missing field, those present and the nearest."""
-    if name not in row:
-        raise DataError(f"{where} has no field {name!r}; it has {', '.join(map(str, row))}{nearest(name, row)}")
-    return row[name]
 
 
 def map_fields(row: Mapping[str, Any], fields: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -97,18 +89,22 @@ def _file(path: Path) -> Table:
     if reader is None:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; known are {', '.join(READERS)}")
     try:
-        return reader(path)
+        return replace(reader(path), folder=path.parent)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _folder(path: Path, split: str) -> list[Table]:
-    """A saved `datasets` folder is one table; any other folder is one table for each file with a known extension."""
+    """A saved `datasets` folder is one table, and so is a folder of pictures, with a folder for each label; any other
+    folder is one table for each file with a known extension."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return [_saved(path, split)]
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
+    if not files and (pictures := sorted(p for p in path.glob("*/*") if p.suffix.lower() in PICTURES)):
+        return [Table(str(path), [{"image": str(p), "label": p.parent.name} for p in pictures])]
     if not files:
-        raise DataError(f"{path}: the folder holds neither a saved dataset nor a file with one of {', '.join(READERS)}")
+        raise DataError(f"{path}: the folder holds no saved dataset, no folders of pictures ({', '.join(PICTURES)}), "
+                        f"and no file with one of {', '.join(READERS)}")
     return [_file(file) for file in files]
 
 
@@ -188,10 +184,25 @@ def _text(path: Path) -> Table:
 
 
 def _dataset(name: str, data: Any) -> Table:
-    from datasets import ClassLabel
+    """Class numbers become their names (a name may itself be a number), and pictures stay the files that they are."""
+    from datasets import ClassLabel, Image
 
-    classes = {column: tuple(kind.names) for column, kind in data.features.items() if isinstance(kind, ClassLabel)}
-    return Table(name, data.to_list(), classes=classes)
+    def names(kind: Any, value: Any) -> Any:
+        known = kind.names if isinstance(kind, ClassLabel) else None
+        if known is None:
+            return [names(kind.feature, v) for v in value]
+        return known[value] if isinstance(value, int) and 0 <= value < len(known) else value
+
+    classes: dict[str, tuple[str, ...]] = {}
+    for column, kind in data.features.items():
+        if isinstance(kind, Image):
+            data = data.cast_column(column, Image(decode=False))
+        single = vars(kind).get("feature", kind)  # of a list: what it holds
+        if isinstance(single, ClassLabel):
+            classes[column] = tuple(single.names)
+    rows = [{c: names(data.features[c], v) if c in classes and v is not None else v for c, v in row.items()}
+            for row in data.to_list()]
+    return Table(name, rows, classes=classes)
 
 
 def _saved(path: Path, split: str) -> Table:

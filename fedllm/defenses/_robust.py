@@ -23,6 +23,8 @@ from fedllm.core.reduce import Mean, Sum, wide
 class Every:
     """Keeps all replies in the order of the ask, under `replies`; the server then holds them all."""
 
+    ragged: ClassVar[bool] = False
+
     def zero(self) -> list[Payload]:
         return []
 

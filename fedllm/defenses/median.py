@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Median:
 
     Between two middle values it takes their mean. The result keeps the total weight under `n`.
     """
+
+    ragged: ClassVar[bool] = False
 
     def zero(self) -> list[Payload]:
         return []

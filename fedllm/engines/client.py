@@ -3,45 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedllm.core.client import SERVER, ClientInfo, Profile
-from fedllm.core.errors import CompositionError, RunError
+from fedllm.core.errors import CompositionError, RunError, Withheld
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
+from fedllm.engines.holder import Holder
 from fedllm.engines.world import World
+from fedllm.environments.env import Bounded
+from fedllm.environments.registry import bounded
 from fedllm.local.fit import run_fits
-from fedllm.local.forward import run_embeds, run_losses, run_outputs, run_probes
+from fedllm.local.forward import run_embeds, run_logits, run_losses, run_measures, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
+from fedllm.local.moments import check_moments
+from fedllm.local.objective import Objective, Side, check_side
+from fedllm.local.objectives.registry import make_objective
+from fedllm.local.objectives.task import Task
+from fedllm.local.policy import Episode, Improve, Rollout, run_improves, run_rollouts
 from fedllm.local.requests import (
+    Booked,
+    Complete,
     Embed,
     Fit,
     Fitted,
     Generate,
     Limits,
+    Logits,
     Losses,
+    Measure,
     Outputs,
     Probe,
     Request,
     RowLosses,
     Sensitivity,
 )
+from fedllm.local.segments import Backward, Forward, Slopes, run_backwards, run_forwards
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
+from fedllm.local.text import run_completes
+from fedllm.models.batch import Batch
 from fedllm.models.model import Model
+from fedllm.models.segments import Segment
+from fedllm.tasks.generation import same_answer
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
-    Sensitivity: run_sensitivities, Outputs: run_outputs}
+    Sensitivity: run_sensitivities, Outputs: run_outputs, Logits: run_logits, Measure: run_measures,
+    Rollout: run_rollouts, Improve: run_improves, Complete: run_completes, Forward: run_forwards,
+    Backward: run_backwards,
+    Booked: lambda requests, limits: [None] * len(requests)}
 
 
 def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
@@ -55,24 +75,37 @@ def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
             f"local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
 
 
-class ClientCall:
+class Session(dict[str, Any]):
+    """A client's scratch of one round: handed from one of its functions to the next, gone when the round ends."""
+
+    def __missing__(self, key: str) -> Any:
+        raise Withheld(f"'{key}' is not in this round's scratch: nothing put it there, or another process did (a site "
+                       "that was started again; engine ray, whose workers keep none)")
+
+
+class ClientCall(Holder):
     """One client during one call of one of its functions."""
 
     def __init__(self, info: ClientInfo, world: World, memory: MutableMapping[str, Any], round: int, phase: str,
-                 visit: int, submit: Callable[[Request], Any], model: Model | None = None) -> None:
+                 visit: int, submit: Callable[[Request], Any], model: Model | None = None,
+                 session: Session | None = None) -> None:
         """`model` is the one that this client holds; None: the world's."""
         self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, model or world.model
-        self.memory, self.round = memory, round
+        self.memory, self.round, self.session = memory, round, Session() if session is None else session
         self._world, self._submit = world, submit
         step = phase.rpartition(".")[2]  # the function, without whose it is: methods compare on the same batches
         self._key = (world.seed, round, info.id, step, visit)
         self._streams: dict[str, np.random.Generator] = {}
-        self._closed = ""
+        self._closed, self._stepped = "", 0
+        self._called, self.used = info.profile.model, {}
 
     @property
-    def local(self) -> LocalSpec:
+    def training(self) -> LocalSpec:
         """How the recipe has this client train in this round."""
-        return self._world.local.at(self.round, self._world.rounds)
+        return self._local(self.n or sum(c.n for c in self._world.infos()))  # the server counts everybody's rows
+
+    def _local(self, rows: int) -> LocalSpec:
+        return self._world.local.at(self.round, self._world.rounds, rows, self._stepped)
 
     @property
     def pace(self) -> float | None:
@@ -93,9 +126,19 @@ class ClientCall:
         finally:
             self._submit, self._closed = before
 
+    def keep(self, payload: Mapping[str, Any]) -> None:
+        """Raise where a payload that crosses the wire holds a tensor of a stream that is personal."""
+        if self.id != SERVER and (found := self.model.withheld(payload)):
+            raise CompositionError(f"stream '{found[1]}' is personal and cannot be put on the wire, where "
+                                   f"'{self._key[3]}' puts it under '{found[0]}'; keep it in client.memory, or take it "
+                                   "out of space.personal")
+
     def _open_rows(self) -> None:
         if self._closed:
             raise CompositionError(self._closed)
+
+    def _encoded(self, part: str) -> list[Encoded]:
+        return self._world.encoded(self.id, part, self.model)
 
     @property
     def data(self) -> Sequence[Mapping[str, Any]]:
@@ -106,7 +149,7 @@ class ClientCall:
     @property
     def public(self) -> Sequence[Encoded]:
         """The federation's public rows, tokenized."""
-        return self._world.encoded(self.id, "public")
+        return self._encoded("public")
 
     def rng(self, owner: str) -> np.random.Generator:
         """This owner's stream for the present round and phase."""
@@ -115,20 +158,32 @@ class ClientCall:
         return self._streams[owner]
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Term] = (),
-            steps: int | None = None, on: Sequence[Row] | None = None) -> Fitted:
+            steps: int | None = None, on: Sequence[Row] | None = None, objective: Objective | str | None = None,
+            side: Side | None = None, moments: Tree | Literal[False] | None = False) -> Fitted:
         """Train on the client's rows (or `on` others) as the recipe's `local` says; names that match a pattern in
-        `freeze` stay."""
-        spec = self.local
-        rows = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
+        `freeze` stay. `objective` (with its `side`, an entry a row) takes the place of the task's own loss; with
+        `moments` (None at first) the optimizer goes on where it was."""
+        rows = self._encoded("train") if on is None else self._world.tokenized(on, model=self.model)
+        spec = self._local(self.n or len(rows))
+        goal = make_objective(objective) if isinstance(objective, str) else objective or Task()
+        check_side(goal, side or {}, len(rows))
+        beside = {n: self._world.tokenized(v, True, self.model) if len(v) and isinstance(v[0], Mapping) else v
+                  for n, v in (side or {}).items()}
+        still = (*freeze, *(f"{s}/*" for s in self.model.space.frozen))
+        if moments:
+            trained = {n: t for n, t in theta.items() if not any(fnmatch.fnmatch(n, f) for f in still)}
+            check_moments(moments, trained, spec)
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
         plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
                        steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)
-        return self._submit(Fit(self.id, self.model, theta, base, rows, plan, spec, tuple(freeze), tuple(terms)))
+        self._stepped += len(plan)
+        return self._ask(Fit(self.id, self.model, theta, base, rows, plan, spec, still, tuple(terms),
+                             objective=goal, side=beside, moments=moments if moments or moments is False else None))
 
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
         self._open_rows()
-        spec, rows = self._world.local, self._world.encoded(self.id, "train")
+        spec, rows = self._world.local, self._encoded("train")
         shared = numpy_stream(self._world.seed, self.round, "batch order")
         return batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared, steps=steps)
 
@@ -142,15 +197,15 @@ class ClientCall:
         return got.total / np.maximum(1.0, got.count)
 
     def _row_losses(self, theta: Tree, rows: Sequence[int] | None, base: Tree | None) -> RowLosses:
-        mine = self._world.encoded(self.id, "train")
+        mine = self._encoded("train")
         chosen = mine if rows is None else [mine[i] for i in rows]
-        return self._submit(Losses(self.id, self.model, theta, base, chosen))
+        return self._ask(Losses(self.id, self.model, theta, base, chosen))
 
     @property
     def tokens(self) -> Sequence[Encoded]:
         """The client's own training rows, tokenized."""
         self._open_rows()
-        return self._world.encoded(self.id, "train")
+        return self._encoded("train")
 
     def held_out(self, on: str = "local") -> Sequence[Mapping[str, Any]]:
         """The client's held-out rows, or those of the simulation's global test (`on="global"`)."""
@@ -161,22 +216,55 @@ class ClientCall:
         """Row losses of each of these trainables on the same training rows (or `on` others), in one forward."""
         if not thetas:
             return []
-        mine = self._world.encoded(self.id, "train") if on is None else self._world.tokenized(on)
+        mine = self._encoded("train") if on is None else self._world.tokenized(on, model=self.model)
         chosen = mine if rows is None else [mine[i] for i in rows]
-        return self._submit(Probe(self.id, self.model, thetas[0], base, chosen, tuple(thetas)))
+        return self._ask(Probe(self.id, self.model, thetas[0], base, chosen, tuple(thetas)))
+
+    def measure(self, theta: Tree, rows: Sequence[Any], fn: Callable[[Model, Batch], Tensor], *,
+                base: Tree | None = None) -> np.ndarray:
+        """`fn(model, batch)`, a vector for each of these rows [rows, width], without a gradient; of text rows the
+        answer alone counts as target. Clients that give the same function share a forward."""
+        if not len(rows):
+            return np.zeros((0, 0))
+        return self._ask(Measure(self.id, self.model, theta, base, self._world.tokenized(rows, True, self.model), fn))
+
+    def book(self, *, tokens: int, steps: float, flops: float = 0.0) -> None:
+        """Count work that this function does by itself, before it does it: `steps` as local steps, of `fit`'s size."""
+        self._ask(Booked(self.id, self.model, {}, None, tokens, steps, flops))
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Rows as the model reads them."""
-        return self._world.tokenized(rows, answers=True)
+        return self._world.tokenized(rows, True, self.model)
 
     def outputs(self, texts: Sequence[Tensor]) -> Tensor:
         """Class logits [texts, classes] of texts that are given as embeddings, each [T, d]; no gradient."""
-        return self._submit(Outputs(self.id, self.model, {}, None, texts))
+        return self._ask(Outputs(self.id, self.model, {}, None, texts))
+
+    def logits(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> list[np.ndarray]:
+        """What the head says of each of these training rows (None: all): [classes], or [T, classes] where tokens have
+        classes; no gradient."""
+        if self.model.rules.net not in ("pooled", "tokens", "dual"):
+            raise CompositionError(f"data.task = {self.model.task!r} has no classes; client.logits is for "
+                                   "classification, tokens, regression and image_text")
+        self._open_rows()
+        mine = self._encoded("train")
+        return self._ask(Logits(self.id, self.model, theta, base, mine if rows is None else [mine[i] for i in rows]))
+
+    def forward(self, segment: Segment, theta: Tree, x: Tensor, mask: Tensor, *, base: Tree | None = None) -> Tensor:
+        """States [B, T, d] after one segment of the model, of token ids [B, T] or states [B, T, d]."""
+        return self._ask(Forward(self.id, self.model, theta, base, segment, x, mask))
+
+    def backward(self, segment: Segment, theta: Tree, x: Tensor, mask: Tensor, g: Tensor | None = None, *,
+                 labels: Tensor | None = None, base: Tree | None = None) -> Slopes:
+        """The gradients of that forward from `g`, dL/d(its states), or at the last segment from its `labels` [B, T]."""
+        if (g is None) == (labels is None) or (labels is not None and not segment.last):
+            raise CompositionError("backward takes either g or, at the last segment, labels")
+        return self._ask(Backward(self.id, self.model, theta, base, segment, x, mask, g, labels))
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""
-        mine = self._world.encoded(self.id, "train")
-        return self._submit(Sensitivity(self.id, self.model, theta, base, [mine[i] for i in rows]))
+        mine = self._encoded("train")
+        return self._ask(Sensitivity(self.id, self.model, theta, base, [mine[i] for i in rows]))
 
     def generate(self, prompts: Sequence[str], theta: Tree | None = None, *, base: Tree | None = None,
                  max_new_tokens: int | None = None, temperature: float = 0.0) -> list[str]:
@@ -187,43 +275,55 @@ class ClientCall:
     def _continue(self, ids: Sequence[np.ndarray], theta: Tree, base: Tree | None, new: int,
                   temperature: float = 0.0) -> list[str]:
         seed = seed_of(*self._key, "generate")
-        said = self._submit(Generate(self.id, self.model, theta, base, ids, new, temperature, seed))
+        said = self._ask(Generate(self.id, self.model, theta, base, ids, new, temperature, seed))
         return [self.model.tokenizer.decode(s, skip_special_tokens=True) for s in said]
 
     def embed(self, texts: Sequence[str], theta: Tree | None = None) -> np.ndarray:
         """Mean-pooled last hidden states, fp32 [len(texts), hidden]."""
         rows = prompt_ids(texts, self.model.tokenizer, self._world.local.max_length)
-        return self._submit(Embed(self.id, self.model, theta or {}, None, [Encoded(r, 0, 0) for r in rows]))
+        return self._ask(Embed(self.id, self.model, theta or {}, None, [Encoded(r, 0, 0) for r in rows]))
 
     def score(self, theta: Tree, *, base: Tree | None = None, on: str = "local",
               only: Mapping[str, str] | None = None) -> dict[str, float]:
         """Metrics on the client's held-out rows, or on the simulation's global test (`on="global"`); `only` keeps the
         rows whose columns say this."""
         who = SERVER if on == "global" else self.id
-        rows, encoded = self._world.rows(who, "test"), self._world.encoded(who, "test")
+        rows, encoded = self._world.rows(who, "test"), self._world.encoded(who, "test", self.model)
         if only:
             kept = [i for i, row in enumerate(rows) if all(str(row.get(k, "")) == v for k, v in only.items())]
             rows, encoded = [rows[i] for i in kept], [encoded[i] for i in kept]
         if not rows:
             return {"n": 0}
-        got = self._submit(Losses(self.id, self.model, theta, base, encoded))
-        metrics = {"loss": got.mean, "n": len(rows)}
-        if self.model.task == "classification":
-            metrics["accuracy"] = float(got.correct.sum() / max(1.0, got.count.sum()))
-        elif self._world.exact_match:
+        got = self._ask(Losses(self.id, self.model, theta, base, encoded, tested=True))
+        metrics = {"loss": got.mean, "n": len(rows), **self.model.measured(got.figures)}
+        if self.model.rules.speaks and self._world.exact_match:
             said = self._continue([e.prompt for e in encoded], theta, base, self._world.max_new_tokens)
             hits = [same_answer(s, r["response"]) for s, r in zip(said, rows, strict=True)]
             metrics["exact_match"] = sum(hits) / len(hits)
         return metrics
 
+    def env(self, rng: np.random.Generator) -> Bounded:
+        """The client's environment; its episodes are seeded by `rng`."""
+        return bounded(self.data[0], rng)
+
+    def rollout(self, theta: Tree, episodes: int, *, rng: np.random.Generator | None = None, greedy: bool = False,
+                on: Sequence[Mapping[str, Any]] | None = None) -> list[Episode]:
+        """So many episodes in the client's environment, or in each of those of the rows `on`; without `rng` their
+        seeds are the same whoever asks and whenever, for tests."""
+        rows = [self.data[0]] if on is None else list(on)
+        draw = rng or np.random.default_rng(0)
+        seeds = draw.integers(2**31, size=len(rows) * episodes).tolist()
+        envs = [bounded(row, draw) for row in rows for _ in range(episodes)]
+        return self._ask(Rollout(self.id, self.model, theta, None, envs, seeds, greedy))
+
+    def improve(self, theta: Tree, seen: np.ndarray, actions: np.ndarray, weights: np.ndarray, *,
+                steps: int = 1) -> Fitted:
+        """Policy-gradient steps on what was done, by the recipe's optimizer."""
+        return self._ask(Improve(self.id, self.model, theta, None, seen, actions, weights, self.local, steps))
+
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""
         return self._world.once(fn, *args)
-
-
-def same_answer(said: str, wanted: str) -> bool:
-    """Equal up to white space."""
-    return re.sub(r"\s+", " ", said).strip() == re.sub(r"\s+", " ", wanted).strip()
 
 
 def server_info() -> ClientInfo:

@@ -62,6 +62,7 @@ class Timed(Protocol):
     def cross(self, way: str, job: Job, payload: Payload) -> Payload: ...
     def land(self, fold: Fold, client: ClientId, reply: Payload | Gone, seconds: float | None = None) -> None: ...
     def undo(self, client: ClientId) -> None: ...
+    def close(self, fold: Fold) -> Replies: ...
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Clock:
         self.now = ends
         self.engine.record.emit("clock", round=self.engine.round, begun=start, seconds=self.now - start,
                                 phases=[a.phase for a in asks])
-        return [fold.done() for fold in folds]
+        return [self.engine.close(fold) for fold in folds]
 
     def _together(self, folds: Sequence[Fold]) -> float:
         """Everybody who is asked begins at once; returns when the last of these asks closes."""

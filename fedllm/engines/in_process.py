@@ -14,10 +14,10 @@ from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-from fedllm.engines.client import ClientCall, carry_out, server_info
+from fedllm.engines.client import ClientCall, Session, carry_out, server_info
 from fedllm.engines.clock import BOOK, Clock
 from fedllm.engines.job import Job
-from fedllm.engines.world import World, held_by
+from fedllm.engines.world import World, method_on
 from fedllm.local.flops import steps_of
 from fedllm.wire import codec
 
@@ -46,13 +46,14 @@ class InProcess:
         self._staged: dict[ClientId, dict[str, Any]] = {}
         self._before: dict[ClientId, dict[str, Any]] = {}
         self._visits: Counter[tuple[str, ClientId]] = Counter()
+        self._sessions: dict[ClientId, Session] = {}
         self.clock.restore(self.memory.get(SERVER, {}).get(BOOK))
 
     def commit(self) -> dict[ClientId, dict[str, Any]]:
         """Make this round's memory permanent; returns the memories that were touched."""
         if self.clock.used:
             self.staged(SERVER)[BOOK] = self.clock.book()
-        touched, self._staged = self._staged, {}
+        touched, self._staged, self._sessions = self._staged, {}, {}
         self.memory.update(touched)
         return touched
 
@@ -80,7 +81,7 @@ class InProcess:
         folds = [Fold(ask, self.quorum) for ask in asks]
         for job, reply in self.answers(self.jobs(folds)):
             self.land(job.fold, job.client, reply if isinstance(reply, str) else self.cross("up", job, reply))
-        return [fold.done() for fold in folds]
+        return [self.close(fold) for fold in folds]
 
     def land(self, fold: Fold, client: ClientId, reply: Payload | str, seconds: float | None = None) -> None:
         """Fold a reply that has come, or book why there is none."""
@@ -88,13 +89,17 @@ class InProcess:
         if isinstance(reply, str):
             self.record.emit("missing", round=self.round, phase=fold.ask.phase, client=client, why=reply, **told)
             return fold.miss(client, reply)
-        before = len(fold.answered)
-        fold.take(client, reply, seconds)
-        if len(fold.answered) == before:
+        if not fold.take(client, reply, seconds):
             self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client,
                              why=fold.missing[client], **told)
         elif told:
             self.record.emit("answered", round=self.round, phase=fold.ask.phase, client=client, **told)
+
+    def close(self, fold: Fold) -> Replies:
+        """What came of an ask; whose reply the others' outvote is written down."""
+        for client, why in fold.outvoted().items():
+            self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client, why=why)
+        return fold.done()
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
         """Each job's reply, or why there is none; in the order of the jobs."""
@@ -114,9 +119,10 @@ class InProcess:
             return submit(request)
 
         call = ClientCall(self.infos[job.client], self.world, self.staged(job.client), self.round, ask.phase,
-                          job.visit, counted, held_by(job.client, self.stack, self.world.model))
+                          job.visit, counted, self.world.model_of(job.client, method_on(self.stack)),
+                          self._sessions.setdefault(job.client, Session()))
         try:
-            reply = serve(self.stack, ask.phase, msg, call)
+            reply = serve(self.stack, ask.phase, msg, call, call.keep)
         except Withheld as why:
             return str(why)
         except FedLLMError:

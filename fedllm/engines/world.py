@@ -10,14 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from fedllm.core.client import SERVER, ClientInfo, Fleet, Profile
-from fedllm.core.errors import DataError
+from fedllm.core.errors import CompositionError, DataError, ModelError
 from fedllm.core.method import Method
 from fedllm.core.payload import digest, leaves
 from fedllm.data.encode import Encoded, encode_rows
 from fedllm.data.federation import Federation, Row
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
+from fedllm.models.endpoint import Endpoint
 from fedllm.models.model import Model
+from fedllm.models.shelf import Shelf
 
 KEPT = 4
 """How many results of `once` are kept."""
@@ -43,9 +45,14 @@ class World:
     """How many rounds the run has, for learning rates that fall from round to round; None: no set end."""
     fleet: Fleet | None = None
     """With it, time in a simulation is virtual."""
+    models: Shelf = field(default_factory=Shelf)
+    """The recipe's models beside the main one, by name."""
+    held: Shelf = field(default_factory=Shelf)
+    """The models that clients hold in the place of the main one, as their profiles call them."""
 
     def __post_init__(self) -> None:
-        self._encoded: dict[tuple[str, str], list[Encoded]] = {}
+        self._encoded: dict[tuple[str, str, int], list[Encoded]] = {}
+        self._reader: dict[int, int] = {}
         self._once: OrderedDict[str, Any] = OrderedDict()
         self._seen: OrderedDict[tuple[Any, ...], tuple[str, Any]] = OrderedDict()
 
@@ -64,28 +71,45 @@ class World:
         shard = self.federation.clients[client]
         return shard.train if part == "train" else shard.test
 
-    def encoded(self, client: str, part: str) -> list[Encoded]:
-        """Tokenized rows, made once."""
-        key = (client, part)
+    def model_of(self, client: str, method: Any = None) -> Any:
+        """The model that this client holds: the one it was dealt, or the server's own; `method` may keep some of it
+        back (an emulator, a black box)."""
+        if client == SERVER:
+            return self.model
+        name = profile.model if (profile := self.profiles.get(client)) else None
+        mine = self.model if name is None else self.held[name]
+        return mine if method is None else method.at_client(mine)
+
+    def encoded(self, client: str, part: str, model: Any = None) -> list[Encoded]:
+        """Tokenized rows as this model (None: the main one) reads them, made once for each tokenizer."""
+        model = _reader(model or self.model)
+        key = (client, part, id(model.tokenizer))
         if key not in self._encoded:
             rows = self.rows(client, part)
             if part == "train" and not rows:
                 raise DataError(f"client '{client}' has no training rows; leave it out or give it at least one")
-            self._encoded[key] = self.tokenized(rows, answers=part == "test")
+            self._encoded[key] = self.tokenized(rows, part == "test", model)
+            if self.models or self.held:  # so that no model is given what another one reads
+                self._reader.update((id(row), key[2]) for row in self._encoded[key])
             if self.federation.streamed and len(self._encoded) > KEPT_STREAMED:  # the oldest is not the global test
-                del self._encoded[next(k for k in self._encoded if k[0] != SERVER)]
+                for row in self._encoded.pop(next(k for k in self._encoded if k[0] != SERVER)):
+                    self._reader.pop(id(row), None)
         return self._encoded[key]
 
-    def tokenized(self, rows: Sequence[Row], answers: bool = False) -> list[Encoded]:
-        """Rows as the model reads them; a model without a tokenizer has them so from the start, and tokenized rows
-        (of `client.public`) stay as they are.
+    def tokenized(self, rows: Sequence[Row], answers: bool = False, model: Any = None) -> list[Encoded]:
+        """Rows as the model (None: the main one) reads them; a model without a tokenizer has them so from the start,
+        and tokenized rows (of `client.public`) stay as they are, if they are that model's.
 
         With `answers` the response alone counts, whatever of a row is learned in training.
         """
-        if self.model.tokenizer is None or (rows and isinstance(rows[0], Encoded)):
-            return list(rows)  # type: ignore[arg-type]
-        return encode_rows(rows, self.model.tokenizer, self.model.task, self.local.max_length,
-                           answers or self.completion_only)
+        model = _reader(model or self.model)
+        if model.tokenizer is None or (rows and isinstance(rows[0], Encoded)):
+            if any(self._reader.get(id(r), own := id(model.tokenizer)) != own for r in rows if self._reader):
+                raise CompositionError(f"model '{model.name}' is given rows that were tokenized for another model; "
+                                       "give it the rows themselves, or those of `client.holding(name)`")
+            return model.read(rows)
+        return model.read(encode_rows(rows, model.tokenizer, model.task, self.local.max_length,
+                                      answers or self.completion_only, model.images))
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, kept for the next caller with equal arguments (the last few results only)."""
@@ -108,7 +132,14 @@ class World:
         return self._seen[same][0]
 
 
-def held_by(client: str, stack: Sequence[Any], model: Model) -> Model:
-    """The model that this client holds: the server's own, unless the method on this stack keeps something back."""
-    method = next((part for part in stack if isinstance(part, Method)), None)
-    return model if client == SERVER or method is None else method.at_client(model)
+def _reader(model: Any) -> Any:
+    """The model itself; ModelError for an endpoint, which no row is tokenized for."""
+    if isinstance(model, Endpoint):
+        raise ModelError(f"{model.base_url} ('{model.model}') is an endpoint: it continues text (client.complete), and "
+                         "rows can be neither trained on nor scored there")
+    return model
+
+
+def method_on(stack: Sequence[Any]) -> Method | None:
+    """The method of a stack, which has layers under it."""
+    return next((part for part in stack if isinstance(part, Method)), None)

@@ -14,10 +14,10 @@ from typing import Any
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.data.federation import Federation, Shard
-from fedllm.data.load import load_federation
 from fedllm.engines.far.engine import Flare
 from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
+from fedllm.federation.public import MOST, PublicRows, file_rows
 from fedllm.federation.site import site_profile
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
@@ -31,10 +31,12 @@ from fedllm.runs.build import (
     heard_by,
     make_layers,
     make_recipe_space,
+    need_public,
     recipe_model,
     versions,
 )
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.models import check_names, need_named, shelves
 from fedllm.runs.progress import Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result
@@ -61,11 +63,15 @@ class FarWorld(World):
 class Opening:
     """Opens (and after a site's restart reopens) one run at its sites."""
 
-    def __init__(self, sites: Sites, recipe: Recipe, run: str, at: int) -> None:
-        self.sites, self.recipe = sites, recipe
+    def __init__(self, sites: Sites, recipe: Recipe, run: str, at: int, public: PublicRows | None = None) -> None:
+        """`public` are rows that sites must have."""
+        self.sites, self.recipe, self.public = sites, recipe, public
+        self.shipped: dict[str, int] = {}
+        """Bytes of public rows that were sent, by site."""
         self.said: dict[str, Mapping[str, Any]] = {}
         self.head = {"op": "open", "protocol": PROTOCOL, "run": run, "at": at, "incarnation": uuid.uuid4().hex,
-                     "recipe": for_sites(recipe), "versions": versions(), "sites": sorted(sites.table)}
+                     "recipe": for_sites(recipe), "versions": versions(), "sites": sorted(sites.table),
+                     "public": public and public.head}
         sites.reopen = self.one
 
     def one(self, site: str) -> None:
@@ -78,10 +84,23 @@ class Opening:
         # A process that is started again keeps what counted; only the run's first process there drops later rounds.
         told = {**self.head, "at": None} if site in self.said else self.head
         head, _ = self.sites.link.call(site, told, b"", self.sites.patience.opening)
+        if head.get("lacks") == "public" and self.public is not None:
+            head = self._ship(site, told, self.public)
         if why := head.get("refused") or head.get("failed"):
             raise Silence(f"refused by the site: {why}")
         self.sites.table[site].boot = str(head["boot"])
         self.said[site] = head
+
+    def _ship(self, site: str, told: Mapping[str, Any], public: PublicRows) -> Mapping[str, Any]:
+        """Open once more, with the public rows, which the site keeps."""
+        if len(public.data) > MOST:
+            raise Silence(f"it has no copy of the public rows, and their {len(public.data)} bytes are more than the "
+                          f"{MOST} that are sent; give it a copy (`fedllm join --public FILE`)")
+        if site in self.said:  # the record of the run is open: it reads what is noticed of sites
+            self.sites.on_event("public_rows_sent_again", client=site, bytes=len(public.data))
+        else:
+            self.shipped[site] = len(public.data)
+        return self.sites.link.call(site, told, public.data, self.sites.patience.opening)[0]
 
     def all(self, needed: int) -> dict[str, str]:
         """Open everywhere at once; returns who does not take part and why. RunError when fewer than `needed` do."""
@@ -115,13 +134,13 @@ class Opening:
 
 
 def for_sites(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what is the coordinator's alone: where its own rows lie, its baselines, and the model that it
-    keeps to itself when sites get another."""
+    """The recipe without what is the coordinator's alone: where its own rows lie, its plugin files, its baselines, and
+    the model that it keeps to itself when sites get another."""
     raw = recipe.model_dump(mode="json")
     raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
     raw["model"] |= {"name": recipe.model.at_clients or recipe.model.name, "at_clients": None}
     raw["engine"]["kind"] = "in_process"
-    raw["evaluate"]["baselines"] = []
+    raw["evaluate"]["baselines"], raw["plugins"] = [], []
     return raw
 
 
@@ -133,34 +152,25 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     if len(labels) != 1 or len(tasks) != 1:
         raise RunError(f"the sites disagree on the task: labels {labels}, tasks {tasks}")
     method = make_method(recipe.method.name, **recipe.method.knobs)
-    layers, selector = make_layers(recipe)
+    layers, selector = make_layers(recipe, named=any("model" in s["profile"] for s in said.values()))
     compose(method, layers)
     local = LocalSpec.make(recipe.local, "local")
     layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)
     infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
              for s in sorted(said)}
     method.check_clients(list(infos), cohort_size(recipe.clients.per_round, len(infos)))
-    federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, _own_rows(recipe, recipe.data.test),
-                            recipe.data.task, tuple(labels[0]), _own_rows(recipe, recipe.data.public))
+    federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, file_rows(recipe, recipe.data.test),
+                            recipe.data.task, tuple(labels[0]), file_rows(recipe, recipe.data.public))
     space, _ = make_recipe_space(recipe)
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels)
     method.check(model)
+    named, _ = shelves(recipe, federation.task, federation.labels, lambda: model, {})
     world = FarWorld(model, federation, local, recipe.seed,
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
-                     e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds)
+                     e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, models=named)
     world.said = infos
     return Parts(recipe, world, method, layers, dict(left_out), heard_by(layers, selector))
-
-
-def _own_rows(recipe: Recipe, file: float | str) -> Sequence[Mapping[str, Any]]:
-    """The rows of a file of the coordinator's own; of rows that lie elsewhere no fraction can be held out."""
-    if not isinstance(file, str):
-        return ()
-    spec = recipe.data
-    own = spec.model_copy(update={"source": file, "test": 0.0, "public": 0.0, "client_test": 0.0, "office": None,
-                                  "partition": {"kind": "per_file"}, "limit": None})
-    return load_federation(own, recipe.seed).pooled()
 
 
 def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None = None,
@@ -177,13 +187,18 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
         raise NotAllHere(f"{len(sites)} of {needed} sites are here ({', '.join(sites)})")
     found = room.load()
     table = Sites(link, sites, patience)
-    opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0)
+    method = make_method(recipe.method.name, **recipe.method.knobs)
+    public = PublicRows.of(file_rows(recipe, recipe.data.public)) if "clients" in method.public_at() else None
+    opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0, public)
     left_out = opening.all(needed)
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
     parts.engine = functools.partial(Flare, sites=table)
     try:
-        result = Run(parts, room, progress or Quiet(), publish).go()
+        run = Run(parts, room, progress or Quiet(), publish)
+        for site, size in sorted(opening.shipped.items()):
+            run.record.crossed("down", "Opening.public", site, size, run.at, "Opening")
+        result = run.go()
     finally:
         table.hang_up()
     loads = opening.close()
@@ -199,8 +214,15 @@ def check_recipe(recipe: Recipe) -> None:
                           "of a simulation. Leave it out, or measure the same recipe with `fedllm run` first")
     if recipe.evaluate.baselines:
         raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
-    if why := make_method(recipe.method.name, **recipe.method.knobs).simulation_only:
+    method = make_method(recipe.method.name, **recipe.method.knobs)
+    if why := method.simulation_only:
         raise RecipeError(f"method.name = '{recipe.method.name}' {why}, so it runs in a simulation only")
+    if isinstance(recipe.data.public, float) and recipe.data.public:
+        raise RecipeError(f"data.public = {recipe.data.public}: of rows that lie at sites no share can be set aside "
+                          "for all; allowed in a real federation is a file of the coordinator's")
+    check_names(recipe)
+    need_named(recipe, method)
+    need_public(recipe, method, len(file_rows(recipe, recipe.data.public)))
 
 
 def recipe_run(folder: Path) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from fedllm.core.errors import RunError
+from fedllm.core.record import is_test
 from fedllm.federation.flower.keys import KIT
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
@@ -43,7 +44,7 @@ class Tally:
         self.at, self.rounds, self.seconds, self.resumed, self.skipped = 0, 0, 0.0, 0, 0
         self.bytes, self.missing, self.sites = Counter[str](), Counter[str](), dict[str, str]()
         self.why: dict[str, str] = {}
-        self.stopped = ""
+        self.stopped = self.nothing = ""
 
     def look(self) -> Tally:
         """Take in what was written since the last look; a record that was cut for a resumption is read afresh."""
@@ -65,7 +66,8 @@ class Tally:
     def _count(self, event: dict[str, Any]) -> None:
         kind, client = event["kind"], str(event.get("client", ""))
         if kind == "wire":
-            self.bytes[event["direction"]] += int(event["bytes"])
+            if not is_test(event["phase"], event.get("purpose")):
+                self.bytes[event["direction"]] += int(event["bytes"])
             self.sites.setdefault(client, "here")
         elif kind == "round":
             self.rounds, self.seconds, self.stopped = int(event["round"]) + 1, float(event["seconds"]), ""
@@ -78,6 +80,8 @@ class Tally:
             self.sites[client] = "here"
         elif kind == "resumed":
             self.resumed, self.stopped = self.resumed + 1, ""
+        elif kind == "did_nothing":
+            self.nothing = str(event["why"])
         elif kind == "stopped":
             self.stopped = str(event["why"])
 
@@ -85,7 +89,7 @@ class Tally:
     def state(self) -> str:
         """finished, running, or why it stands."""
         if (self.run / "result.json").exists():
-            return "finished"
+            return f"failed: {self.nothing}" if self.nothing else "finished"
         if serving(self.run):
             return "running"
         failed = self.run / "failed.txt"

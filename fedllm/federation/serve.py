@@ -13,7 +13,7 @@ from fedllm.federation.coordinator import check_recipe
 from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
-from fedllm.runs.result import Result
+from fedllm.runs.result import Result, finished
 
 
 def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",
@@ -37,7 +37,7 @@ def resume_serving(run: str | Path, federation: str | Path, *, needed: int | Non
     """Go on with a federation's run, whatever was killed; it ends in the state of an undisturbed run."""
     room = RunFolder.open(Path(run).resolve())
     if (room.path / "result.json").exists():
-        return Result.load(room.path)
+        return finished(room.path)
     if load_recipe(room.path / "recipe.yaml").engine.kind == "flower":
         from fedllm.federation.flower.serve import serve_folder
     else:

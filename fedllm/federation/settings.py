@@ -29,6 +29,13 @@ class SiteSettings(BaseModel):
     """Ids of the methods that may run here; None: every installed one."""
     models: list[str] = Field(default_factory=list)
     """Folders that models and adapters may be read from; embedded models and Hub ids need none."""
+    model: str | None = None
+    """Which model this site holds in the place of the run's: a name of the recipe's `models`, embedded, minilm, a
+    folder of its own, or a Hub id; None: what the recipe says. Methods that need one model everywhere are refused."""
+    endpoints: list[str] = Field(default_factory=list)
+    """Addresses (base_url) of text endpoints that this site's text may be put to; a run that asks others is refused."""
+    public: str | None = None
+    """A copy of the run's public rows, which need then not be sent; it is used if its hash is the run's."""
     profile: dict[str, Any] = Field(default_factory=dict)
     """What this site declares: rank, memory_bytes, bandwidth, modality, privacy."""
     text_leaves: bool = True
@@ -77,15 +84,19 @@ class SiteSettings(BaseModel):
         """Write what `join` was told into the kit; RecipeError when `address` is not the kit's own, `target`."""
         if address != target:
             raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
+        here = {k: str(Path(v).resolve()) for k in ("model", "public") if (v := settings.get(k)) and Path(v).exists()}
         mine = cls.make({"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
                          "methods": None if methods is None else list(methods),
-                         "models": [str(Path(m).resolve()) for m in models], **settings}, policy)
+                         "models": [str(Path(m).resolve()) for m in models], **settings, **here}, policy)
         (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
 
     def forbids(self, recipe: Any, layers: Sequence[Any]) -> str | None:
         """Why this site takes no part in a run of this recipe with these layers, or None."""
-        if self.spaces is not None and recipe.space.name not in self.spaces:
-            return f"space.name = '{recipe.space.name}': this site trains {', '.join(self.spaces) or 'nothing'} only"
+        if why := self.closed("method.endpoint", recipe.method.knobs.get("endpoint")):
+            return why
+        odd = [] if self.spaces is None else [s for s in trained(recipe) if s not in self.spaces]
+        if odd:
+            return f"space.name = '{odd[0]}': this site trains {', '.join(self.spaces or ()) or 'nothing'} only"
         if missing := [n for n in self.layers if n not in [layer.name for layer in recipe.layers]]:
             return f"layers: this site takes part under {', '.join(missing)} only"
         if self.most_rounds is not None and recipe.rounds > self.most_rounds:
@@ -96,6 +107,14 @@ class SiteSettings(BaseModel):
             return (f"this site asks for a layer of differential privacy with an epsilon of {self.most_epsilon:g} at "
                     f"most (most_epsilon); {has}")
         return None
+
+    def closed(self, key: str, address: str | None) -> str | None:
+        """Why no text of this site may be put to the endpoint at this address, or None."""
+        opened = [a.rstrip("/") for a in self.endpoints]
+        if address is None or address.rstrip("/") in opened:
+            return None
+        return (f"{key} = {address!r}: this site's text may not be put to that endpoint (it opened "
+                f"{', '.join(opened) or 'none'}; `fedllm join --endpoint ADDRESS` opens one)")
 
     def may(self, way: str, payload: Mapping[str, Any]) -> str | None:
         """Why a payload may not pass here, or None."""
@@ -111,3 +130,11 @@ class SiteSettings(BaseModel):
             if (size := tensor_bytes(payload)) > self.most_bytes:
                 return f"the reply has {size} bytes of tensors, this site allows {self.most_bytes}"
         return None
+
+
+def trained(recipe: Any) -> list[str]:
+    """Ids of the spaces that a recipe trains: its own, or those of its streams."""
+    of = recipe.space.knobs.get("of")
+    if not isinstance(of, Mapping):
+        return [recipe.space.name]
+    return [str(s.get("name")) if isinstance(s, Mapping) else str(s) for s in of.values()]

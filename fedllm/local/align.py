@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedllm.core.payload import Tree
 from fedllm.data.encode import Encoded
+from fedllm.local.flops import FORWARD, cost_of
 from fedllm.local.spec import LocalSpec
 from fedllm.models.batch import Batch, collate
 from fedllm.models.heads import body_of
@@ -35,6 +36,14 @@ class View:
             out = body_of(net)(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
             z = self.model.logits_of(out.last_hidden_state)
         return out.hidden_states[self.middle][batch.mask], z[batch.mask].float()
+
+
+def align_work(teacher: View, student: Model, trained: Tree, rows: Sequence[Encoded], plan: Sequence[np.ndarray]
+               ) -> dict[str, float]:
+    """What `align` will take, for `client.book`: a forward of the teacher beside each step of the student."""
+    sizes = [(n := len(rows[i].ids), n) for at in plan for i in at]  # every token is predicted
+    both = cost_of(teacher.model, {}).of(sizes, train=False) + cost_of(student, trained).of(sizes, train=True)
+    return {"tokens": both.tokens, "flops": both.flops, "steps": len(plan) * (1 + FORWARD)}
 
 
 def align(teacher: View, student: View, trained: Tree, rows: Sequence[Encoded], plan: Sequence[np.ndarray],

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.core.payload import Kept
+from fedllm.local import moments
+from fedllm.local.objective import lane_losses, taken
 from fedllm.local.private import private_objective
 from fedllm.local.requests import Fit, Fitted, Limits
 from fedllm.local.terms import Term
-from fedllm.models.batch import collate
 from fedllm.models.kernels import products
 from fedllm.spaces.space import stack_lanes, take_lane, tree_to
 
@@ -31,7 +33,7 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
     lots: list[list[Fit]] = []
     tokens = size = 0
     for r in requests:
-        lengths = np.array([len(e.ids) for e in r.rows])
+        lengths = r.lengths
         widest = max((int(lengths[at].max()) * len(at) for at in r.plan if len(at)), default=0)
         held = 4 * sum(t.numel() * t.element_size() for t in r.theta.values())  # weights, gradients, two moments
         full = bool(lots) and (len(lots[-1]) + 1) * max(tokens, widest) > limits.batch_tokens
@@ -45,25 +47,23 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
 
 def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
     model, spec, freeze = lot[0].model, lot[0].spec, lot[0].freeze
-    trees = [r.theta for r in lot]
-    stacked = tree_to(stack_lanes(trees), model.device)
+    stacked = tree_to(stack_lanes([r.theta for r in lot]), model.device)
     base = lot[0].base and tree_to(lot[0].base, model.device)
     frozen = {n: t for n, t in stacked.items() if any(fnmatch.fnmatch(n, f) for f in freeze)}
     params = {n: t.detach().clone().requires_grad_() for n, t in stacked.items() if n not in frozen}
     terms = [(t, tree_to(stack_lanes([r.terms[j].tensors for r in lot]), model.device))
              for j, t in enumerate(lot[0].terms)]
     optimizer = spec.optimizer_over(list(params.values()))
-    live, results = len(lot), [None] * len(lot)
+    if before := [r.moments for r in lot if r.moments]:
+        moments.go_on(optimizer, params, before)
+    live, results = len(lot), list[Fitted]()
     losses, lr_sum = torch.zeros(len(lot), dtype=torch.float64, device=model.device), 0.0
     for step in range(len(lot[0].plan)):
         go_on()
-        while len(lot[live - 1].plan) == step:  # the shortest plans sit last
-            live -= 1
-            last = _home(params | frozen, slice(live, live + 1))
-            results[live] = _fitted(lot[live], take_lane(last, 0, trees[live]), losses[live], lr_sum)
-            shrunk = live
-        if live < len(next(iter(params.values()))):
-            params, optimizer = _shrink(params, optimizer, shrunk)
+        if (left := sum(len(r.plan) > step for r in lot)) < live:  # the shortest plans sit last
+            results = _ended(lot, range(left, live), params, frozen, optimizer, losses, lr_sum) + results
+            live = left
+            params, optimizer = _shrink(params, optimizer, live)
             frozen = {n: t[:live] for n, t in frozen.items()}
         lr = spec.rate(step, len(lot[0].plan))
         lr_sum += lr
@@ -73,27 +73,35 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
         with products(objective.device, model.fast_kernels):
             _step(objective, params, optimizer, terms, live, spec.clip_norm)
         losses[:live] += loss.detach().double()
-    home, told = _home(params | frozen, slice(live)), losses.cpu()
-    for k in range(live):
-        results[k] = _fitted(lot[k], take_lane(home, k, trees[k]), told[k], lr_sum)
-    return results  # type: ignore[return-value]
+    return _ended(lot, range(live), params, frozen, optimizer, losses, lr_sum) + results
 
 
-def _home(stacked: Mapping[str, Tensor], lanes: slice) -> dict[str, Tensor]:
-    """These lanes in host memory: one copy for all of them, and none where they are there."""
-    return {n: t.detach()[lanes].cpu() for n, t in stacked.items()}
+def _ended(lot: Sequence[Fit], lanes: range, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor],
+           optimizer: torch.optim.Optimizer, losses: Tensor, lr_sum: float) -> list[Fitted]:
+    """What these lanes have come to: one copy to host memory for all of them, and none where they are there."""
+    some = slice(lanes.start, lanes.stop)
+    home, told = {n: t.detach()[some].cpu() for n, t in (params | frozen).items()}, losses[some].cpu()
+    out = []
+    for i, k in enumerate(lanes):
+        r, own = lot[k], Kept()
+        if r.moments is not False:
+            steps = len(r.plan) + (int(r.moments["step"]) if r.moments else 0)
+            own = moments.moments_of(optimizer, params, k, r.theta, steps)
+        out.append(_fitted(r, take_lane(home, i, r.theta), told[i], lr_sum, own))
+    return out
 
 
 def _objective(lot: Sequence[Fit], step: int, base: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
                frozen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """What each lane descends [K], and the loss that may be told [K]: none (0) where training is private."""
-    model, trees = lot[0].model, [r.theta for r in lot]
+    model, trees, objective = lot[0].model, [r.theta for r in lot], lot[0].objective
     rows = [[r.rows[i] for i in r.plan[step]] for r in lot]
+    sides = [taken(r.side, r.plan[step]) for r in lot]
     if private := [r.private for r in lot if r.private]:
-        objective = private_objective(model, rows, private, trees, base, params, frozen)
-        return objective, torch.zeros_like(objective)
+        descended = private_objective(model, rows, private, trees, base, params, frozen, objective, sides)
+        return descended, torch.zeros_like(descended)
     with model.using(trees, base, params | frozen):
-        loss = model.losses(collate(rows, model.pad, model.device))
+        loss = lane_losses(objective, model, rows, sides)
     return loss, loss
 
 
@@ -130,13 +138,10 @@ def _settings(optimizer: torch.optim.Optimizer) -> set[str]:
     return set(optimizer.defaults) - {"decoupled_weight_decay"}
 
 
-def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float) -> Fitted:
+def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float, own: Kept) -> Fitted:
     if r.private:  # whom its batches drew is a secret, so their size is told as expected
-        return Fitted(theta, 0.0, len(r.plan), round(r.private.batch * len(r.plan)), 0, lr_sum)
+        return Fitted(theta, 0.0, len(r.plan), round(r.private.batch * len(r.plan)), 0, lr_sum, own)
     if not r.plan:  # no step was asked for
-        return Fitted(theta, 0.0, 0, 0, 0, 0.0)
+        return Fitted(theta, 0.0, 0, 0, 0, 0.0, own)
     seen = np.concatenate(list(r.plan))
-    tokens = sum(len(r.rows[i].ids) for i in seen)
-    return Fitted(theta, float(loss) / len(r.plan), len(r.plan), len(seen), tokens, lr_sum)
-
-
+    return Fitted(theta, float(loss) / len(r.plan), len(r.plan), len(seen), int(r.lengths[seen].sum()), lr_sum, own)

@@ -14,9 +14,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fedllm.local.requests import Fit, Generate, Probe, Request, Sensitivity
+from fedllm.data.encode import Encoded
+from fedllm.local.generate import prompt_ids
+from fedllm.local.policy import Improve, Rollout
+from fedllm.local.requests import Booked, Complete, Fit, Generate, Outputs, Probe, Request, Sensitivity
+from fedllm.local.segments import Backward, Forward
+from fedllm.local.text import room
+from fedllm.models.batch import IGNORE
+from fedllm.models.endpoint import Usage
 from fedllm.models.model import Model
-from fedllm.spaces.space import PEFT, linear_size, output_heads
+from fedllm.models.sealed import opened
+from fedllm.spaces.space import linear_size, output_heads
 
 FORWARD = 1 / 3
 """Of a training step in time: a forward pass takes 2 operations a weight and token, the backward 4 more."""
@@ -61,41 +69,109 @@ class Cost:
 
 def steps_of(request: Request, batch_size: int) -> float:
     """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
-    if isinstance(request, Fit):
-        return float(len(request.plan))
-    rows = len(request.prompts) if isinstance(request, Generate) else len(request.rows)  # type: ignore[attr-defined]
+    if isinstance(request, Booked):
+        return request.steps
+    if isinstance(request, Fit):  # what goes beside a row passes through the model too
+        return float(len(request.plan) * (1 + len(request.alongside)))
+    if isinstance(request, Rollout):
+        return request.most / batch_size * FORWARD
+    if isinstance(request, Improve):
+        return request.steps * len(request.actions) / batch_size
+    if isinstance(request, Forward):  # a backward computes its forward again
+        whole = 1.0 if isinstance(request, Backward) else FORWARD
+        return len(request.mask) / batch_size * whole * request.segment.share
+    said = isinstance(request, Generate | Complete)
+    rows = len(request.prompts) if said else len(request.rows)  # type: ignore[attr-defined]
     rows *= len(request.thetas) if isinstance(request, Probe) else 1
     return rows / batch_size * (1.0 if isinstance(request, Sensitivity) else FORWARD)
 
 
 def work_of(request: Request) -> Work:
-    """The work in a request; a generation is counted as if it used all the tokens that it may."""
+    """The work in a request; a generation, or an episode, is counted as if it were as long as it may be. What an
+    endpoint does is no work of the client's device, and stands in its ledger of tokens."""
+    if isinstance(request, Booked):
+        return Work(request.tokens, request.flops)
+    if isinstance(request, Complete):
+        return _said(request)
+    if isinstance(request, Forward):
+        return _through(request)
     cost, passes = cost_of(request.model, request.theta), len(request.thetas) if isinstance(request, Probe) else 1
     if isinstance(request, Generate):
         new = request.max_new_tokens
         return cost.of([(len(p) + new, new) for p in request.prompts], train=False)
-    rows = [request.rows[i] for at in request.plan for i in at] if isinstance(request, Fit) else (
-        request.rows)  # type: ignore[attr-defined]
-    done = cost.of([(len(e.ids), e.n_target) for e in rows], isinstance(request, Fit | Sensitivity))
+    if isinstance(request, Rollout):
+        return cost.of([(1, 1)] * request.most, train=False)
+    if isinstance(request, Improve):
+        return cost.of([(1, 1)] * (request.steps * len(request.actions)), train=True)
+    if isinstance(request, Outputs):
+        return cost.of([(len(x), 1) for x in request.rows], train=False)
+    done = cost.of([(len(e.ids), e.n_target) for e in _rows(request)], isinstance(request, Fit | Sensitivity))
     return Work(passes * done.tokens, passes * done.flops)
+
+
+def book(ledger: Usage, request: Request, answer: Any) -> None:
+    """Add what a request took to the ledger of its model: rows or prompts, tokens read, tokens said."""
+    if isinstance(request, Booked):
+        ledger.prompt_tokens += request.tokens
+        return
+    if isinstance(request, Complete):
+        return ledger.book(answer)
+    if isinstance(request, Generate):
+        ledger.completion_tokens += sum(map(len, answer))
+    passes = len(request.thetas) if isinstance(request, Probe) else 1
+    read = request.prompts if isinstance(request, Generate) else _rows(request)
+    ledger.calls += passes * len(read)
+    ledger.prompt_tokens += passes * sum(len(r.ids) if isinstance(r, Encoded) else len(r) for r in read)
+
+
+def _rows(request: Any) -> Sequence[Any]:
+    """The rows that a request reads; those of a fit as often as it reads them."""
+    if isinstance(request, Fit):
+        return [v[i] for at in request.plan for i in at for v in (request.rows, *request.alongside)]
+    return request.rows
+
+
+def _said(request: Complete) -> Work:
+    """A model of ours continues each prompt, and then reads its answer once more to say how likely it is."""
+    model, new = opened(request.model), request.max_new_tokens
+    if not isinstance(model, Model):
+        return Work()
+    rows = [(len(p) + new, new) for p in prompt_ids(request.prompts, model.tokenizer, room(model, new))]
+    once = cost_of(model, request.theta).of(rows, train=False)
+    return once + once
+
+
+def _through(request: Forward) -> Work:
+    """The work in one segment: its linear maps, its blocks' share of the attention, and the head over the targets."""
+    model, segment, train = request.model, request.segment, isinstance(request, Backward)
+    lengths = request.mask.sum(1)
+    labels = request.labels if isinstance(request, Backward) else None
+    targets = 0 if labels is None else int((labels[:, 1:] != IGNORE).sum())
+    own = {n for n, _ in model.net.named_parameters(remove_duplicate=False)}
+    passes = 1 + train * (1 + any(n in own for n in request.theta))  # forward, gradient of x, gradient of the weights
+    attention = _attention(model.net) * (segment.stop - segment.start) / segment.of * float((lengths**2).sum())
+    tokens = int(lengths.sum())
+    return Work(tokens, passes * segment.operations(model, tokens, targets) + (1 + 2 * train) * attention)
 
 
 def cost_of(model: Model, theta: Mapping[str, Tensor]) -> Cost:
     """What a pass of this model with these trainables costs; a net without linear maps costs what is trained."""
+    model = opened(model)
     net, modules = model.net, {p: i for i, (p, _) in enumerate(model.net.named_modules())}
-    owners = {n: _owner(n.removeprefix(PEFT), modules) for n in theta}
+    placed = {model.space.place(n) for n in theta}
+    owners = {n: _owner(model.space.place(n), modules) for n in theta}
     first = min((modules[p] for p in owners.values()), default=len(modules))
     heads, sizes = output_heads(net), {"body": 0.0, "head": 0.0}
     back, grad = dict(sizes), dict(sizes)
     for path, module in net.named_modules():
-        if size := linear_size(module):
+        if (size := linear_size(module)) and not path.startswith(model.resting):
             part, two = "head" if path in heads else "body", 2.0 * size[0] * size[1]
             sizes[part] += two
             back[part] += two * (modules[path] > first)  # the gradient flows down to the first that is trained
-            grad[part] += two * (f"{path}.weight" in theta)
+            grad[part] += two * (f"{path}.weight" in placed)
     own = {n for n, _ in net.named_parameters(remove_duplicate=False)}
     for name, t in theta.items():  # factors, bottlenecks and the like, which are no weights of the network
-        if t.dim() > 1 and name not in own and model.space.multiplies:
+        if t.dim() > 1 and model.space.place(name) not in own and model.space.multiplied(name):
             for x in (sizes, back, grad):
                 x["head" if owners[name] in heads else "body"] += 2.0 * t.numel()
     if not sizes["body"] + sizes["head"]:

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.core.errors import CompositionError
 from fedllm.data.encode import Encoded
-from fedllm.local.requests import Embed, Limits, Losses, Outputs, Probe, Request, RowLosses, same
+from fedllm.local.requests import Embed, Limits, Logits, Losses, Measure, Outputs, Probe, Request, RowLosses, same
 from fedllm.models.batch import Batch, collate
+from fedllm.models.kernels import fast
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces.space import stack_lanes, tree_to
 
@@ -38,6 +40,12 @@ def lanes_of(requests: Sequence[Losses | Embed]) -> list[Lane]:
 def sweep(requests: Sequence[Losses | Embed], limits: Limits,
           work: Callable[[Model, Batch], Tensor]) -> list[np.ndarray]:
     """`work(model, batch)` gives one vector a row; returns them in each request's row order: [rows, width]."""
+    return [np.stack(rows) if rows else np.zeros((0, 3)) for rows in swept(requests, limits, work)]
+
+
+def swept(requests: Sequence[Losses | Embed], limits: Limits,
+          work: Callable[[Model, Batch], Tensor]) -> list[list[np.ndarray]]:
+    """`work(model, batch)` gives something for each row; returns it in each request's row order."""
     out: list[list[np.ndarray | None]] = [[None] * len(r.rows) for r in requests]
     for lot in lots_of_lanes(lanes_of(requests), limits):
         model, base = lot[0].request.model, lot[0].request.base
@@ -51,7 +59,7 @@ def sweep(requests: Sequence[Losses | Embed], limits: Limits,
             for k, rows in enumerate(part):
                 for j, (i, row, _) in enumerate(rows):
                     out[i][row] = got[k * batch.rows + j]
-    return [np.stack(rows) if rows else np.zeros((0, 3)) for rows in out]  # type: ignore[arg-type]
+    return out  # type: ignore[return-value]
 
 
 def lots_of_lanes(lanes: Sequence[Lane], limits: Limits) -> Iterator[list[Lane]]:
@@ -83,8 +91,20 @@ def _chunks(lot: Sequence[Lane], batch_tokens: int) -> Iterator[tuple[int, list[
 
 def run_losses(requests: Sequence[Losses], limits: Limits) -> list[RowLosses]:
     """Row losses of every request."""
-    got = sweep(requests, limits, lambda model, batch: torch.stack([x.double() for x in model.row_losses(batch)], 1))
-    return [RowLosses(g[:, 0], g[:, 1], g[:, 2]) for g in got]
+
+    def work(model: Model, batch: Batch) -> Tensor:
+        if requests[0].tested:
+            return model.figures(batch)
+        return torch.stack([x.double() for x in model.row_losses(batch)], 1)
+
+    return [RowLosses(g[:, 0], g[:, 1], g[:, 2], g) for g in sweep(requests, limits, work)]
+
+
+def run_logits(requests: Sequence[Logits], limits: Limits) -> list[list[np.ndarray]]:
+    """Logits of every request's rows, each as long as its row."""
+    got = swept(requests, limits, lambda model, batch: model.class_logits(batch))
+    return [[z[: len(row.ids)] if z.ndim > 1 else z for z, row in zip(zs, r.rows, strict=True)]
+            for zs, r in zip(got, requests, strict=True)]
 
 
 def run_probes(requests: Sequence[Probe], limits: Limits) -> list[list[RowLosses]]:
@@ -94,12 +114,27 @@ def run_probes(requests: Sequence[Probe], limits: Limits) -> list[list[RowLosses
     return [[next(got) for _ in r.thetas] for r in requests]
 
 
+def run_measures(requests: Sequence[Measure], limits: Limits) -> list[np.ndarray]:
+    """`fn(model, batch)`, a vector for each row, of every request [rows, width]; CompositionError for another shape."""
+    fn = requests[0].fn
+
+    def work(model: Model, batch: Batch) -> Tensor:
+        with fast(model.device, batch.ids.shape[1], model.fast_kernels):
+            got = fn(model, batch)
+        if got.dim() != 2 or len(got) != len(batch.ids):
+            raise CompositionError(f"client.measure: {fn.__qualname__} gave shape {tuple(got.shape)} for "
+                                   f"{len(batch.ids)} rows; allowed is one vector a row, [{len(batch.ids)}, width]")
+        return got
+
+    return sweep(requests, limits, work)
+
+
 def run_embeds(requests: Sequence[Embed], limits: Limits) -> list[np.ndarray]:
     """Mean-pooled last hidden states, fp32 [rows, hidden]."""
 
     def work(model: Model, batch: Batch) -> Tensor:
         h = model.hidden(batch)
-        if isinstance(model.net, HeadedEncoder):
+        if isinstance(model.net, HeadedEncoder) and model.net.pooling != "each":
             return model.net.pool(h, batch.mask).float()
         m = batch.mask.to(h.dtype)[..., None]
         return ((h * m).sum(1) / m.sum(1)).float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedllm.data.encode import Encoded
-from fedllm.models.batch import collate
+from fedllm.local.objective import Objective, Side, lane_losses
 from fedllm.models.kernels import products
 from fedllm.models.model import Model
 
@@ -39,18 +39,21 @@ class Private:
 
 def private_objective(model: Model, rows: Sequence[Sequence[Encoded]], private: Sequence[Private],
                       trees: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None,
-                      params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Tensor:
+                      params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], objective: Objective,
+                      sides: Sequence[Side]) -> Tensor:
     """A scalar for each of K lanes whose gradient is the lane's clipped, noised mean gradient.
 
-    `rows` are each lane's batch (it may be empty), `params` and `frozen` the stacked tensors [K, ...].
+    `rows` are each lane's batch (it may be empty) and `sides` what goes beside it, `params` and `frozen` the stacked
+    tensors [K, ...].
     """
     grads = {n: torch.zeros_like(p) for n, p in params.items()}
-    flat = [(k, row) for k, lane in enumerate(rows) for row in lane]
+    flat = [(k, row, {n: [v[j]] for n, v in sides[k].items()}) for k, lane in enumerate(rows)
+            for j, row in enumerate(lane)]
     lane_bytes = 3 * sum(p[0].numel() * p.element_size() for p in params.values())
     size = max(1, HELD // max(1, lane_bytes)) if model.stackable else 1
     for i in range(0, len(flat), size):
-        owners = [k for k, _ in flat[i : i + size]]
-        own = example_grads(model, [row for _, row in flat[i : i + size]], owners, trees, base, params, frozen)
+        owners, lot, own_sides = zip(*flat[i : i + size], strict=True)
+        own = example_grads(model, lot, owners, trees, base, params, frozen, objective, own_sides)
         norms = torch.stack([g.flatten(1).pow(2).sum(1) for g in own.values()]).sum(0).sqrt()  # [examples]
         # g_i <- g_i min(1, C / ||g_i||)
         shrink = (private[0].clip_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -63,15 +66,14 @@ def private_objective(model: Model, rows: Sequence[Sequence[Encoded]], private: 
 
 
 def example_grads(model: Model, rows: Sequence[Encoded], owners: Sequence[int], trees: Sequence[Mapping[str, Tensor]],
-                   base: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
-                   frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each row's own gradient [examples, ...]."""
+                  base: Mapping[str, Tensor] | None, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor],
+                  objective: Objective, sides: Sequence[Side]) -> dict[str, Tensor]:
+    """Each row's own gradient [examples, ...]; `sides` holds one row's side for each."""
     at = torch.tensor(owners, device=model.device)
     own = {n: p.detach().index_select(0, at).requires_grad_() for n, p in params.items()}
     fixed = {n: t.index_select(0, at) for n, t in frozen.items()}
-    batch = collate([[row] for row in rows], model.pad, model.device)
     with model.using([trees[k] for k in owners], base, own | fixed), products(model.device, model.fast_kernels):
-        loss = model.losses(batch)
+        loss = lane_losses(objective, model, [[row] for row in rows], sides)
         return dict(zip(own, torch.autograd.grad(loss.sum(), list(own.values())), strict=True))
 
 

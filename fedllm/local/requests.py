@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from fedllm.core.payload import Tree
+from fedllm.core.payload import Kept, Tree
 from fedllm.data.encode import Encoded
+from fedllm.local.objective import Objective, Side
+from fedllm.local.objectives.task import Task
 from fedllm.local.private import Private
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
@@ -49,7 +52,12 @@ class Request:
         ragged = self.model.space.ragged
         shapes = tuple((n, t.dtype, t.dim() if ragged else t.shape) for n, t in self.theta.items())
         lane = None if self.model.stackable else id(self)
-        return (type(self), id(self.model), same(self.base), shapes, lane)
+        return (type(self), id(self.model), same(self.base), shapes, lane, self.form)
+
+    @property
+    def form(self) -> Hashable:
+        """What its rows hold beside text: rows whose parts differ in shape cannot lie in one batch."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -63,19 +71,62 @@ class Fit(Request):
     terms: tuple[Term, ...] = ()
     private: Private | None = None
     """Clip each example's gradient and add noise; batches may then be empty."""
+    objective: Objective = field(default_factory=Task)
+    side: Side = field(default_factory=dict)
+    """What the objective needs beside each of `rows`."""
+    moments: Tree | Literal[False] | None = False
+    """The optimizer's state to go on from (`Fitted.moments`); None: it starts afresh and is told; False: and is not."""
+
+    @property
+    def form(self) -> Hashable:
+        return form_of(self.rows)
 
     @property
     def group(self) -> Hashable:
         steps = len(self.plan) if self.spec.schedule != "constant" else None
         private = self.private and self.private.key
-        return (*super().group, self.spec, self.freeze, tuple(t.key for t in self.terms), steps, private)
+        done = int(self.moments["step"]) if self.moments else 0  # Adam corrects its bias by it, alike for all lanes
+        return (*super().group, self.spec, self.freeze, tuple(t.key for t in self.terms), steps, private,
+                self.objective.key, done)
+
+    @property
+    def alongside(self) -> list[Sequence[Encoded]]:
+        """The tokenized rows that pass through the model beside the rows themselves."""
+        return [v for v in self.side.values() if len(v) and isinstance(v[0], Encoded)]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, with those of what goes beside it."""
+        every = (self.rows, *self.alongside)
+        return np.array([sum(len(v[i].ids) for v in every) for i in range(len(self.rows))], int)
 
 
 @dataclass(frozen=True)
 class Losses(Request):
-    """Loss of `theta` on each row, without a gradient."""
+    """Loss of `theta` on each row, without a gradient; `tested` asks for the task's own figures too."""
 
     rows: Sequence[Encoded]
+    tested: bool = field(default=False, kw_only=True)
+
+    @property
+    def form(self) -> Hashable:
+        return (self.tested, form_of(self.rows))
+
+
+@dataclass(frozen=True)
+class Logits(Losses):
+    """What the task's head says of each row: [classes], or [T, classes] where every token has a class."""
+
+
+@dataclass(frozen=True)
+class Measure(Losses):
+    """`fn(model, batch)`, a vector for each row, without a gradient."""
+
+    fn: Callable[..., Tensor] = None  # type: ignore[assignment]
+
+    @property
+    def group(self) -> Hashable:
+        return (*super().group, self.fn)
 
 
 @dataclass(frozen=True)
@@ -90,6 +141,10 @@ class Sensitivity(Request):
     """The mean over the rows of |d loss(row) / d w|, for every trainable w."""
 
     rows: Sequence[Encoded]
+
+    @property
+    def form(self) -> Hashable:
+        return form_of(self.rows)
 
 
 @dataclass(frozen=True)
@@ -107,6 +162,20 @@ class Generate(Request):
 
 
 @dataclass(frozen=True)
+class Complete(Request):
+    """Continue each prompt as text and say how likely the answer is; `model` may be an endpoint."""
+
+    prompts: Sequence[str]
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    seed: int = 0
+
+    @property
+    def group(self) -> Hashable:
+        return type(self), id(self.model)
+
+
+@dataclass(frozen=True)
 class Embed(Request):
     """Mean-pooled last hidden states of each row."""
 
@@ -121,6 +190,15 @@ class Outputs(Request):
 
 
 @dataclass(frozen=True)
+class Booked(Request):
+    """Work that a client function does by itself: nothing is run, and it is counted like any other."""
+
+    tokens: int = 0
+    steps: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What training gave: the trainables, the mean training loss, and how much work it was."""
 
@@ -131,20 +209,29 @@ class Fitted:
     tokens: int
     lr_sum: float
     """Sum of the learning rates used, step by step (SCAFFOLD divides by it)."""
+    moments: Kept = field(default_factory=Kept)
+    """The optimizer's state at the end, where the fit was given one or None (`local/moments.py`)."""
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Per row: summed loss, number of targets, number predicted right (classification)."""
+    """Per row: summed loss, number of targets, number predicted right."""
 
     total: np.ndarray
     count: np.ndarray
     correct: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    figures: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+    """Of a test: what the task's metrics sum up [rows, 3 or more]."""
 
     @property
     def mean(self) -> float:
         """Mean loss per target over all rows."""
         return float(self.total.sum() / max(1.0, self.count.sum()))
+
+
+def form_of(rows: Sequence[Encoded]) -> Hashable:
+    """The form of one client's rows (`Encoded.form`), which is the same for all of them."""
+    return rows[0].form if rows else None
 
 
 def same(tree: Mapping[str, Tensor] | None) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fedllm.core.payload import Tree
+from fedllm.local.objectives.task import Task
 from fedllm.local.private import example_grads
 from fedllm.local.requests import Limits, Sensitivity
 from fedllm.spaces.space import stack_lanes, tree_to
@@ -23,7 +24,8 @@ def _one(request: Sensitivity, most: int = 16) -> Tree:
     size = most if request.model.stackable else 1
     for i in range(0, len(request.rows), size):
         rows = request.rows[i : i + size]
-        grads = example_grads(request.model, rows, [0] * len(rows), [request.theta], request.base, params, {})
+        grads = example_grads(request.model, rows, [0] * len(rows), [request.theta], request.base, params, {}, Task(),
+                              [{}] * len(rows))
         for name, g in grads.items():
             total[name] += g.abs().sum(0).float() / len(request.rows)
     return tree_to(total, "cpu")

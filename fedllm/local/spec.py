@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from fedllm.core.method import Knobs, knob
 
 @dataclass(frozen=True)
 class LocalSpec(Knobs):
-    """One client's work in a round. Optimizer state starts afresh each round (dossier rule 0.2)."""
+    """One client's work in a round. Optimizer state starts afresh each round unless a method gives it to `fit`."""
 
     optimizer: Literal["adamw", "adam", "sgd"] = knob("adamw", "local optimizer", options=("adamw", "adam", "sgd"))
     lr: float = knob(3e-3, "learning rate", gt=0)
@@ -30,9 +30,11 @@ class LocalSpec(Knobs):
     clip_norm: float | None = knob(None, "clip each client's gradient to this L2 norm; None: never", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = knob("constant", "learning rate within the round",
                                                              options=("constant", "linear", "cosine"))
-    over_rounds: Literal["constant", "linear", "cosine"] = knob(
-        "constant", "learning rate from round to round; linear and cosine fall towards 0 as the run ends",
-        options=("constant", "linear", "cosine"))
+    over_rounds: Literal["constant", "linear", "cosine", "linear_steps", "cosine_steps"] = knob(
+        "constant", "learning rate over the run: linear and cosine fall from round to round, towards 0 as it ends; "
+                    "linear_steps and cosine_steps from local step to local step, counted over all rounds",
+        options=("constant", "linear", "cosine", "linear_steps", "cosine_steps"))
+    warmup: int = knob(0, "local steps, counted over all rounds, in which the rate climbs to `lr`", ge=0)
     max_length: int = knob(512, "tokens kept of a row", ge=2)
 
     def __post_init__(self) -> None:
@@ -56,11 +58,45 @@ class LocalSpec(Knobs):
         """The learning rate of this step of the round."""
         return self.lr * _share(self.schedule, step / max(1, steps))
 
-    def at(self, round: int, rounds: int | None) -> LocalSpec:
-        """The same work in this round (from 0) of so many; None: the run has no set end, and the rate stays."""
-        if self.over_rounds == "constant" or not rounds:
-            return self
-        return replace(self, lr=self.lr * _share(self.over_rounds, min(round, rounds - 1) / rounds))
+    def at(self, round: int, rounds: int | None, n: int = 1, done: int = 0) -> LocalSpec:
+        """The same work in this round (from 0) of so many, for a client of `n` rows that has taken `done` steps in it.
+
+        None: the run has no set end, and a rate that falls from round to round stays. RecipeError for a warm-up, or a
+        fall from step to step, that has no end.
+        """
+        kind, _, by_steps = self.over_rounds.partition("_")
+        spec = self
+        if rounds and not by_steps and kind != "constant":
+            spec = replace(self, lr=self.lr * _share(kind, min(round, rounds - 1) / rounds))
+        if not by_steps and not self.warmup:
+            return spec
+        if not rounds:
+            key = f"over_rounds = {self.over_rounds!r}" if by_steps else f"warmup = {self.warmup}"
+            raise RecipeError(f"local.{key} counts the steps of a whole run, and this one has no set end; give rounds, "
+                              "or leave it out")
+        each = max(1, self.count(n))
+        if self.warmup >= rounds * each:
+            raise RecipeError(f"local.warmup = {self.warmup} is not allowed; it must be below the {rounds * each} "
+                              f"steps of a client with {n} rows ({rounds} rounds of {each})")
+        values = {f.name: getattr(spec, f.name) for f in fields(LocalSpec)}
+        return InRun(**values, begun=round * each + done, total=rounds * each)
+
+
+@dataclass(frozen=True)
+class InRun(LocalSpec):
+    """A client's work whose rate hangs on how many local steps of the whole run lie behind it."""
+
+    begun: int = 0
+    """Steps before this fit, as if the client had taken part in every round."""
+    total: int = 1
+    """Steps of the whole run."""
+
+    def rate(self, step: int, steps: int) -> float:
+        at, lr = min(self.begun + step, self.total - 1), super().rate(step, steps)
+        if at < self.warmup:
+            return lr * (at + 1) / self.warmup
+        kind, _, by_steps = self.over_rounds.partition("_")
+        return lr * _share(kind, (at - self.warmup) / (self.total - self.warmup)) if by_steps else lr
 
 
 def _share(schedule: str, done: float) -> float:

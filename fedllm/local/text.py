@@ -11,9 +11,10 @@ from fedllm.core.payload import Tree
 from fedllm.data.encode import IGNORE, Encoded
 from fedllm.local.forward import run_losses
 from fedllm.local.generate import prompt_ids, run_generates
-from fedllm.local.requests import Generate, Limits, Losses
+from fedllm.local.requests import Complete, Generate, Limits, Losses
 from fedllm.models.endpoint import SEEDS, Completion, TextModel, Usage
 from fedllm.models.model import Model
+from fedllm.models.sealed import opened
 
 
 def as_text(model: Model | TextModel) -> TextModel:
@@ -34,11 +35,7 @@ class LocalText:
         """Continue each prompt; too long a prompt loses its start."""
         if not prompts:
             return []
-        room = self.model.net.config.max_position_embeddings - max_new_tokens
-        if room < 1:
-            raise RecipeError(f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of "
-                              f"{room + max_new_tokens} tokens")
-        ids = prompt_ids(prompts, self.model.tokenizer, room)
+        ids = prompt_ids(prompts, self.model.tokenizer, room(self.model, max_new_tokens))
         asked = [Generate("text", self.model, self.theta, self.base, [p], max_new_tokens, temperature,
                           (seed + i) % SEEDS) for i, p in enumerate(ids)]
         said = [rows[0] for rows in run_generates(asked, self.limits)]
@@ -63,6 +60,24 @@ class LocalText:
         if self.model.tokenizer.chat_template:
             return self.model.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return "\n".join(m["content"] for m in messages)
+
+
+def room(model: Model, new: int) -> int:
+    """Tokens that a prompt may have before so many new ones; RecipeError when it is none."""
+    whole = model.net.config.max_position_embeddings
+    if whole - new < 1:
+        raise RecipeError(f"max_new_tokens = {new} leaves no room for a prompt in a context of {whole} tokens")
+    return whole - new
+
+
+def run_completes(requests: Sequence[Complete], limits: Limits) -> list[list[Completion]]:
+    """What each request's model says after its prompts."""
+    out = []
+    for r in requests:
+        inside = opened(r.model)
+        teller = LocalText(inside, r.theta, base=r.base, limits=limits) if isinstance(inside, Model) else inside
+        out.append(teller.complete(r.prompts, r.max_new_tokens, r.temperature, r.seed))
+    return out
 
 
 def continued(prompt: np.ndarray, said: Sequence[int]) -> Encoded:

@@ -87,7 +87,7 @@ class Meter:
         """For each text put in front of these rows' prompts, how far each answer is from the one wanted, [texts, rows];
         of a client whose model reads and says text, and does nothing else."""
         texts = [f"{p}\n{row['prompt']}" for p in prompts for row in rows]
-        said = self.client.model.complete(texts, new)
+        said = self.client.complete(texts, new)
         self.calls += len(texts)
         self.read += sum(c.prompt_tokens for c in said)
         self.said += sum(c.completion_tokens for c in said)

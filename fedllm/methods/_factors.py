@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Products(Sum):
     and stacks them: `B/<path>` [o, sum r_k] and `A/<path>` [sum r_k, i], whose product is the sum, exactly. Lifted on
     a client (as secure aggregation does) they come multiplied out: `product/<path>` [o, i].
     """
+
+    ragged: ClassVar[bool] = True
 
     means: bool = False
     """Also average the factors themselves (all ranks must be equal)."""
@@ -75,6 +77,8 @@ class Products(Sum):
 
 class Padded(Sum):
     """Weighted mean of LoRA slices of any rank, padded with zeros to the reply's `rank_max`."""
+
+    ragged: ClassVar[bool] = True
 
     def lift(self, reply: Payload) -> Payload:
         return Mean().lift(pad(reply))

@@ -16,7 +16,7 @@ from fedllm.core.method import Method, State, knob
 from fedllm.core.payload import Payload, Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.data.encode import batches
-from fedllm.local.align import View, align
+from fedllm.local.align import View, align, align_work
 from fedllm.local.terms import Proximal, sum_lanes
 from fedllm.models.emulator import KEPT, blocks_of, emulator, renamed
 from fedllm.models.model import Model
@@ -71,6 +71,9 @@ class Offsite(Method):
                 f"{self.drop_ratio} leaves no block of a model of {depth} to the emulator; lower one of them")
         spread = [i * (middle - 1) // (n - 1) for i in range(n)] if n > 1 else [middle // 2]
         return [*spread, *range(middle, depth)]
+
+    def public_at(self):
+        return ("server",) if self.prealign_steps or self.align_steps else ()
 
     def at_client(self, model: Model) -> Model:
         """The emulator with A on it."""
@@ -138,9 +141,10 @@ class Offsite(Method):
         ends = [len(blocks_of(m.net)) - self.adapter_layers for m in (client.model, thin)]
         teacher = View(client.model, part(msg, "plugged"), ends[0])
         a, e = part(msg, "A"), part(msg, "E")
-        spec = replace(client.local, lr=self.align_lr, optimizer="adamw", momentum=0.0)
+        spec = replace(client.training, lr=self.align_lr, optimizer="adamw", momentum=0.0)
         rng = client.rng("alignment")
         plan = batches([len(r.ids) for r in client.public], spec.batch_size, rng, rng, steps=msg["steps"])
+        client.book(**align_work(teacher, thin, e, client.public, plan))
         e, loss = align(teacher, View(thin, {**e, **a}, ends[1]), e, client.public, plan, spec, self.gamma)
         return pack(E=e, loss=loss)
 
@@ -157,6 +161,6 @@ class Offsite(Method):
         return state["rest"] | self.plugged(state), None
 
     def evaluate(self, state: State, clients, on: str) -> Program:
-        """Clients score what they have: the emulator with A."""
-        theta = {**state["E"], **state["A"]}
-        return (yield Ask(self.score, {c.id: pack(theta=theta, on=on) for c in clients}))
+        """Clients score what they have: the emulator with A; the server the whole model."""
+        theta, whole = {**state["E"], **state["A"]}, self.served(state)[0]
+        return (yield Ask(self.score, {c.id: pack(theta=whole if c.id == SERVER else theta, on=on) for c in clients}))

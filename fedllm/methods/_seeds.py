@@ -35,7 +35,7 @@ class Seeds(Star):
 
     def walk(self, msg: Payload, client: Any, drawn: Sequence[int]) -> Walk:
         """The client's steps along the directions drawn, from the model that the accumulators make."""
-        if (client.local.schedule, client.local.over_rounds) != ("constant",) * 2 or client.local.weight_decay:
+        if (client.training.schedule, client.training.over_rounds) != ("constant",) * 2 or client.training.weight_decay:
             raise CompositionError(f"{type(self).__name__.lower()} and a learning-rate schedule or weight decay do not "
                                    "fit together: the replay of seeds would be wrong; use local.schedule = "
                                    "local.over_rounds = constant, weight_decay = 0")

@@ -39,6 +39,12 @@ def read(said: Tensor, y: Tensor, own: Mapping[str, Tensor], lr: float, steps: i
     return {**own, "H.weight": w, "H.bias": b}, first
 
 
+def work(learned: Mapping[str, Tensor], tokens: int, steps: int) -> dict[str, Any]:
+    """For `client.book`: steps of descent over so many tokens, at 6 operations a weight and token."""
+    read = tokens * steps
+    return {"tokens": read, "steps": steps, "flops": 6.0 * read * sum(t.numel() for t in learned.values())}
+
+
 def exact(tree: Mapping[str, Tensor]) -> Tree:
     """In fp64, as differences are worked out."""
     return {n: t.double() for n, t in tree.items()}

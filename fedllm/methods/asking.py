@@ -8,12 +8,13 @@ from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client
 from fedllm.core.method import Method
 from fedllm.core.payload import Payload
-from fedllm.local.text import as_text
 from fedllm.models.endpoint import Completion
 
 
 class Asking(Method):
     """A method whose server half asks the server's model, or clients' own, to continue prompts."""
+
+    mixes = "text"
 
     def say(self, prompts: Sequence[str], at: Sequence[str], max_new_tokens: int, temperature: float = 0.0) -> Program:
         """Returns the `Completion` of each prompt by the model at its place; silence where that place is missing."""
@@ -33,6 +34,6 @@ class Asking(Method):
     def complete(self, msg: Payload, client: Client) -> Payload:
         """Whoever holds a model continues the prompts; what each cost travels with it."""
         seed = int(client.rng("complete").integers(2**31))
-        said = as_text(client.model).complete(msg["prompts"], msg["max_new_tokens"], msg["temperature"], seed)
+        said = client.complete(msg["prompts"], msg["max_new_tokens"], msg["temperature"], seed)
         return {"texts": [c.text for c in said], "logprobs": [c.logprob for c in said],
                 "read": [c.prompt_tokens for c in said], "said": [c.completion_tokens for c in said]}

@@ -37,6 +37,8 @@ def emulator(model: Model, kept: Sequence[int]) -> Model:
     load. A model that was loaded from such a folder is given back as it is.
     """
     want = tuple(kept)
+    if model.rules.net != "causal":
+        raise ModelError(f"data.task = {model.task!r}: only a causal language model is thinned to an emulator here")
     if tuple(vars(model.net.config).get(KEPT, ())) == want:
         return model
     made = MADE.setdefault(model, {})

@@ -109,6 +109,24 @@ class Endpoint(Knobs):
         """Where the questions go."""
         return f"{self.base_url.rstrip('/')}/{'chat/completions' if self.api == 'chat' else 'completions'}"
 
+    def reach(self) -> None:
+        """Find out whether anybody is there, without a question that costs; EndpointError when nobody is, or when the
+        key is refused."""
+        key, why = self._key(), ""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(self.backoff * 2 ** (attempt - 1), LONGEST_PAUSE))
+            try:
+                answer = self._http.get(f"{self.base_url.rstrip('/')}/models", headers=headers)
+            except httpx.TransportError as error:
+                why = f"{type(error).__name__}: {hidden(str(error), key)}"
+                continue
+            if answer.status_code in (401, 403):
+                raise EndpointError(f"{self._who}: HTTP {answer.status_code}: {hidden(complaint(answer), key)}")
+            return  # some have no list of models: any answer will do
+        raise EndpointError(f"{self._who}: {why} ({self.retries + 1} attempts)")
+
     def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0,
                  seed: int = 0) -> list[Completion]:
         """Continue each prompt, one HTTP request each, `parallel` at once."""

@@ -15,13 +15,16 @@ from fedllm.core.errors import FedLLMError, ModelError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.data.encode import Encoded
-from fedllm.models.batch import IGNORE, collate
+from fedllm.models.batch import Batch, collate
 from fedllm.models.decode import Continuation
+from fedllm.models.kernels import fast
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.models.reread import reread_at_once
 from fedllm.models.ways import WORDS, Ways
 from fedllm.spaces.params import Params
 from fedllm.spaces.space import PEFT, Stack, stack_lanes
+from fedllm.tasks.registry import task_of
+from fedllm.tasks.row import IGNORE
 
 LENGTHS = ((9, 5, 2), (6, 3))
 """Tokens of each client's rows."""
@@ -94,7 +97,7 @@ class Exam:
             if not _near(plain.logits_of(h), whole.logits, self._near(0)):
                 raise ModelError(f"{what(plain)}: the logits of {type(net).__name__} are not made of its last hidden "
                                  "states alone")
-            total, count, _ = plain.row_losses(long)
+            total, count, _ = task_of("generation").row_losses(plain, long)
             if whole.loss is not None and not _near(total / count, whole.loss[None].to(total), self._near(0)):
                 raise ModelError(f"{what(plain)}: {type(net).__name__} learns by another loss than the next word's "
                                  f"({float(whole.loss):.4g}, not {float(total / count):.4g}); where its config has "
@@ -146,7 +149,7 @@ class Exam:
 
     def saves(self, model: Model) -> None:
         """ModelError where plain PEFT would read a saved adapter as something else."""
-        if model.space.peft_config(model.net, model.task) is None:
+        if model.space.to_peft(model.net, model.task, self.trees[0]) is None:
             return
         try:
             reread_at_once(model, self.trees[0])
@@ -193,12 +196,22 @@ def _answer(model: Model, trees: Sequence[Tree], lanes: Sequence[Sequence[Encode
     stacked = {n: t.to(model.device).requires_grad_() for n, t in stack_lanes(trees).items()}
     batch = collate(lanes, model.pad, model.device)
     with model.using(trees, None, stacked):
-        total, _, _ = model.row_losses(batch)
+        total = _told(model, batch)
         real = [k * batch.rows + j for k, rows in enumerate(lanes) for j in range(len(rows))]
         losses = total[real]
         losses.sum().backward()
     grads = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in stacked.items()}
     return losses.detach(), [{n: g[k] for n, g in grads.items()} for k in range(len(trees))]
+
+
+def _told(model: Model, batch: Batch) -> Tensor:
+    """A number for each row [N] that all of the network makes: its loss, whatever rows the model's own task has."""
+    if model.rules.net == "causal":
+        with fast(batch.ids.device, batch.ids.shape[1], model.fast_kernels):
+            return task_of("generation").row_losses(model, batch)[0]
+    z = model.class_logits(batch)
+    z = z if z.dim() == 2 else (z * batch.mask[..., None]).sum(1)
+    return (z * torch.linspace(-1, 2, z.shape[-1]).to(z)).sum(-1) + z.pow(2).sum(-1)
 
 
 def _moved(tree: Tree, rng: torch.Generator) -> Tree:

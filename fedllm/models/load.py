@@ -8,15 +8,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 
-from fedllm.core.errors import ModelError
+from fedllm.core.errors import CompositionError, ModelError
+from fedllm.core.rng import seed_of
 from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
-from fedllm.models.model import HeadedEncoder, Model, Task
+from fedllm.models.dual import DualEncoder, class_prompts
+from fedllm.models.model import HeadedEncoder, Model, Pooling
 from fedllm.models.proof import examine
 from fedllm.spaces.space import Space
+from fedllm.tasks.registry import task_of
 
 EMBEDDED = Path(__file__).parent / "embedded"
+PLAIN = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+"""Networks that are taken as transformers builds them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -37,42 +50,91 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return _load(AutoTokenizer, name, trust_remote_code)
 
 
-def load_model(name: str, task: Task, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
+def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
                dtype: str = "float32", pooling: Literal["mean", "cls", "last"] = "mean", fast_kernels: bool = True,
-               device: str = "auto", trust_remote_code: bool = False) -> Model:
+               device: str = "auto", trust_remote_code: bool = False,
+               weights: Literal["pretrained", "random"] = "pretrained") -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
 
-    It is examined (see models/proof.py), and `model.said` tells what its user must know. Raises ModelError when the
-    model cannot be loaded, lacks what the space needs or says something else than in transformers, or the device is
-    not there.
+    `weights` "random": the model is built from its config alone, with weights that follow from the seed. It is examined
+    (see models/proof.py), and `model.said` tells what its user must know. Raises ModelError when the model cannot be
+    loaded, lacks what the space needs or says something else than in transformers, or the device is not there, and
+    CompositionError for random weights that would stay as they are.
     """
+    if weights not in ("pretrained", "random"):
+        raise ModelError(f"model.weights = {weights!r} is not allowed; it must be one of ['pretrained', 'random']")
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
-    place = _device(device)
+    place = place_of(device)
     tokenizer = load_tokenizer(name, trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    reads_texts(name, config := _load(AutoConfig, name, trust_remote_code), task == "classification")
-    options = {"trust": trust_remote_code, "dtype": DTYPES[dtype], "output_loading_info": True}
-    if task == "generation":
-        net, told = _load(AutoModelForCausalLM, name, **options)
-    else:
-        if not labels:
-            raise ModelError("a classification model needs the data's labels")
-        body, told = _load(AutoModel, name, **options)
-        if "pooler" in dict(body.named_children()):
-            body.pooler = None  # its output is not used: pooling is ours
-        net = HeadedEncoder(body, len(labels), pooling).to(DTYPES[dtype])
+    config = _load(AutoConfig, name, trust_remote_code)
+    if task_of(task).net != "dual":
+        reads_texts(name, config, task_of(task).net != "causal")
+    made_by = {"weights": weights, "seed": seed, "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+    images = None
+    if task_of(task).net == "dual":
+        images = _load(AutoImageProcessor, name, trust_remote_code)
+    said = unused(config)
+    net = load_net(name, task, labels, pooling, tokenizer, said, **made_by).to(DTYPES[dtype])
     words_fit(name, tokenizer, net)
-    said = [*complete(name, net if task == "generation" else net.body, told), *unused(config)]
     net.to(place)
-    model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name)
+    model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
+                  weights=weights, images=images)
+    if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
+        raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
+                               f"together: '{min(still)}' would stay random; use space: full")
     model.tell(said)
     examine(model)
     return model
 
 
-def _device(name: str) -> torch.device:
+def bare(kind: Any, name: str, said: list[str], *, weights: str = "pretrained", seed: int = 0,
+         dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+    """A network as transformers builds it; `said` is told which weights are not used.
+
+    Random weights are drawn on the CPU in fp32: the same bits everywhere.
+    """
+    if weights == "pretrained":
+        net, told = _load(kind, name, trust_remote_code, dtype=dtype, output_loading_info=True)
+        if "pooler" in dict(net.named_children()):
+            net.pooler = None  # its output is not used: pooling is ours
+        said += complete(name, net, told)
+        return net
+    config = _load(AutoConfig, name, trust_remote_code)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, "weights"))
+        return kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
+
+
+def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, tokenizer: Any,
+             said: list[str], **options: Any) -> nn.Module:
+    """The network that a task wants, with these weights; a head that they do not have is new."""
+    rules = task_of(task)
+    if rules.net in PLAIN:
+        return bare(PLAIN[rules.net], name, said, **options)
+    body, width = bare(AutoModel, name, said, **options), rules.outputs or len(labels)
+    if not width:
+        raise ModelError(f"a model for data.task = {task!r} needs the data's labels")
+    if rules.net == "dual":
+        if getattr(body, "get_image_features", None) is None:
+            raise ModelError(f"model {name!r} is a {type(body).__name__}; data.task = {task!r} needs an image-text "
+                             "model (CLIP, SigLIP)")
+        return DualEncoder(body, *class_prompts(tokenizer, labels, body.config.model_type), labels=labels)
+    if "pooler" in dict(body.named_children()):
+        body.pooler = None  # its output is not used: pooling is ours
+    return HeadedEncoder(body, width, "each" if rules.net == "tokens" else pooling)
+
+
+def speaks(name: str) -> bool:
+    """Whether the model's folder says that it continues text; one that says nothing may."""
+    kinds = _load(AutoConfig, name, False).architectures
+    return not kinds or any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds)
+
+
+def place_of(name: str) -> torch.device:
+    """The device behind a name; ModelError where it is not there."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if cards else "cpu")

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,44 +18,22 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
-from fedllm.models.batch import IGNORE, Batch
+from fedllm.data.encode import Encoded
+from fedllm.models.batch import Batch
 from fedllm.models.blocks import quicken
+from fedllm.models.dual import CHUNK, TEXT, VISION, DualEncoder, inside
+from fedllm.models.encoder import HeadedEncoder as HeadedEncoder
+from fedllm.models.encoder import Pooling as Pooling
 from fedllm.models.heads import Head, body_of
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
+from fedllm.tasks.registry import task_of
+from fedllm.tasks.row import IGNORE
+from fedllm.tasks.task import Task, wide
 
 log = logging.getLogger(__name__)
-
-Task = Literal["generation", "classification"]
-
-
-class HeadedEncoder(nn.Module):
-    """An encoder body, a pooling of its last hidden states, and a linear classifier."""
-
-    def __init__(self, body: nn.Module, labels: int, pooling: Literal["mean", "cls", "last"]) -> None:
-        super().__init__()
-        self.body, self.pooling = body, pooling
-        self.classifier = nn.Linear(body.config.hidden_size, labels)
-        self.config = body.config
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.body.get_input_embeddings()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.body.dtype
-
-    def pool(self, h: Tensor, mask: Tensor) -> Tensor:
-        """[N, T, d], [N, T] -> [N, d]."""
-        if self.pooling == "cls":
-            return h[:, 0]
-        if self.pooling == "last":
-            return h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
-        m = mask.to(h.dtype)[..., None]
-        return (h * m).sum(1) / m.sum(1)
-
 
 RowLoss = Callable[["Model", Batch], tuple[Tensor, Tensor, Tensor]]
 
@@ -61,20 +41,26 @@ RowLoss = Callable[["Model", Batch], tuple[Tensor, Tensor, Tensor]]
 class Model:
     """What client code and servers see of a model: its space, its tokenizer, and losses for stacked lanes."""
 
-    def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase | None, task: Task, space: Space, *,
+    def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase | None, task: str, space: Space, *,
                  labels: Sequence[str] = (), seed: int = 0, fast_kernels: bool = True, name: str = "",
-                 loss: RowLoss | None = None) -> None:
-        """`loss` takes the place of the task's own (see `row_losses`), for nets that are no language model."""
-        self.net, self.tokenizer, self.task, self.space = net, tokenizer, task, space
+                 loss: RowLoss | None = None, images: Any = None, weights: str = "pretrained") -> None:
+        """`loss` takes the place of the task's own (see `row_losses`), for nets that are no language model; `images`
+        is an image processor, for those that see; `weights` says whether the net is as its folder `name` holds it, or
+        was drawn by the seed."""
+        self.net, self.tokenizer, self.task, self.space, self.images = net, tokenizer, task, space, images
+        self.rules = task_of(task)
         self.labels, self.seed, self.name = tuple(labels), seed, name
         self.silent = ""  # why it cannot continue texts, where it cannot
         self.said: list[str] = []
         """What its user must know: what is not done as the config has it, and which quicker ways it does not take."""
-        self.loss: RowLoss = loss or (Model._classify if task == "classification" else Model._next_tokens)
+        self.weights, self.loss = weights, loss
         self.net.eval().requires_grad_(False)
         if self.device.type == "cuda":
             repeatable()
-        self.stack = Stack(causal=task == "generation")
+        if self.rules.net in ("masked", "dual") and space.virtual:
+            raise CompositionError(f"space '{type(space).__name__}' puts virtual tokens before the text, and data.task "
+                                   f"= {task!r} has no place for them; 'lora' works")
+        self.stack = Stack(causal=self.rules.net == "causal")
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self._start_net()
         self._set_up(Ways(quick=fast_kernels))
@@ -96,7 +82,7 @@ class Model:
         if ways.quick:
             keep_freed_memory()
             quicken(self.net.body if isinstance(self.net, HeadedEncoder) else self.net)
-        self.head = Head(self.net) if self.task == "generation" and self._is_language_model() else None
+        self.head = Head(self.net) if self.rules.net == "causal" and self._is_language_model() else None
         if ways.sites:
             self.stackable = self.space.install(self.net, self.stack) and ways.together
         else:
@@ -112,11 +98,36 @@ class Model:
             from fedllm.spaces.head import classifier_start
 
             classifier_start(self.net.classifier, torch_stream(self.seed, "classifier"))
+        if isinstance(self.net, DualEncoder):
+            self.net.attend.start(torch_stream(self.seed, "attention"))
 
     def initial(self, rank: int | None = None) -> Tree:
         """The starting trainables (fp32 or wider), in host memory; the same for the same seed."""
         fresh = tree_to(self.space.start(self.net, torch_stream(self.seed, "start"), rank), "cpu")
         return fresh if self.start is None else fitted_to(self.start, fresh)
+
+    def withheld(self, payload: Mapping[str, Any]) -> tuple[str, str] | None:
+        """(key, stream) of a personal stream's tensor in a payload, by its name; None where there is none.
+
+        A name that other streams have too is a personal one's where the key's path says so (`delta/tau/<name>`).
+        """
+        personal = self.space.personal
+        for key in payload if personal else ():
+            *path, name = key.split("/")
+            mine = [s for s in self._streams.get(name, ()) if s in personal]
+            if mine and (said := [s for s in mine if s in path] or (
+                    mine if len(mine) == len(self._streams[name]) else [])):
+                return key, said[0]
+        return None
+
+    @functools.cached_property
+    def _streams(self) -> dict[str, list[str]]:
+        """Names within streams -> the streams that have such a trainable."""
+        out: dict[str, list[str]] = {}
+        for full in self.initial():
+            stream, _, name = full.partition("/")
+            out.setdefault(name, []).append(stream)
+        return out
 
     @functools.cached_property
     def words(self) -> Tensor:
@@ -160,56 +171,103 @@ class Model:
         return lanes[0] / lanes[1].clamp(min=1)
 
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """For each row [N]: summed loss, how many targets it sums over, how many of them were predicted right.
-
-        The last is counted for classification only (zeros for generation, whose exact match is a generation).
-        """
+        """For each row [N]: summed loss, how many targets it sums over, how many of them were predicted right."""
         self.stack.rows = batch.ids.shape[0]
         with fast(batch.ids.device, batch.ids.shape[1], self.fast_kernels):
-            return self.loss(self, batch)
+            return self.loss(self, batch) if self.loss else self.rules.row_losses(self, batch)
 
-    def _next_tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        h = self.hidden(batch)[:, :-1]
-        rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        y = batch.labels[:, 1:][rows, cols]
+    def figures(self, batch: Batch) -> Tensor:
+        """For each row what the task's metrics sum up [N, 3 or more], fp64: the row losses come first."""
+        self.stack.rows = batch.ids.shape[0]
+        with fast(batch.ids.device, batch.ids.shape[1], self.fast_kernels):
+            if self.loss:
+                return torch.stack([x.double() for x in self.loss(self, batch)], 1)
+            return self.rules.figures(self, batch)
+
+    def measured(self, figures: np.ndarray) -> dict[str, float]:
+        """The task's metrics; none of those that need figures which a loss of the net's own does not give."""
+        own = self.loss is None or type(self.rules).figures is Task.figures
+        return self.rules.measured(figures, self.labels) if own else {}
+
+    def word_losses(self, h: Tensor, rows: Tensor, cols: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy [M] of the words `y` [M] through the head at h[rows, cols]."""
         if self.head is not None and self.head.trained(self.stack.tensors):  # a stacked head wants all rows together
-            ce = F.cross_entropy(_wide(self.logits_of(h)[rows, cols]), y, reduction="none")
-        elif self.head is not None and self.head.plain and self.ways.fused:
+            return F.cross_entropy(wide(self.logits_of(h)[rows, cols]), y, reduction="none")
+        if self.head is not None and self.head.plain and self.ways.fused:
             head = self.net.get_output_embeddings()
-            ce = frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
-        else:
-            ce = F.cross_entropy(_wide(self.logits_of(h[rows, cols])), y, reduction="none")
-        n = batch.ids.shape[0]
-        total = ce.new_zeros(n).index_add(0, rows, ce)
-        return total, torch.bincount(rows, minlength=n).to(ce.dtype), ce.new_zeros(n)
+            return frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
+        return F.cross_entropy(wide(self.logits_of(h[rows, cols])), y, reduction="none")
 
-    def _classify(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        z = self.class_logits(batch)
-        good = batch.labels != IGNORE
-        ce = F.cross_entropy(z, batch.labels, ignore_index=IGNORE, reduction="none")
-        return ce, good.to(ce.dtype), ((z.argmax(-1) == batch.labels) & good).to(ce.dtype)
+    def word_logits(self, batch: Batch) -> Tensor:
+        """[N, T, V] of a masked language model, through its head as it applies it."""
+        self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
+        return self.net(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+
+    def target_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every target, row by row: whose it is [M], the logits that predict it [M, V or C], and itself [M]."""
+        self.stack.rows = batch.ids.shape[0]
+        if isinstance(self.net, HeadedEncoder):
+            rows = (batch.labels != IGNORE).nonzero()[:, 0]
+            return rows, self.class_logits(batch)[rows], batch.labels[rows]
+        rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        z = self.logits_of(self.hidden(batch)[:, :-1])[rows, cols]  # a stacked head wants all lanes' rows together
+        return rows, wide(z), batch.labels[:, 1:][rows, cols]
 
     def class_logits(self, batch: Batch) -> Tensor:
-        """[N, classes] in fp32 or better."""
-        return _wide(self.net.classifier(self.net.pool(self.hidden(batch), batch.mask)))
+        """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
+        if isinstance(self.net, DualEncoder):
+            return wide(self.net.logits(self.stack, batch))
+        return wide(self.net.classifier(self.net.pool(self.hidden(batch), batch.mask)))
+
+    @functools.cached_property
+    def seen_once(self) -> bool:
+        """Whether pictures become features when they are read, since no trainable lies in what makes them."""
+        return isinstance(self.net, DualEncoder) and self.net.cached and not inside(VISION, self.initial())
+
+    @property
+    def resting(self) -> tuple[str, ...]:
+        """Modules that no row passes through in a step: their work is done once, or for the classes alone."""
+        return (*TEXT, *(VISION if self.seen_once else ())) if isinstance(self.net, DualEncoder) else ()
+
+    def read(self, rows: Sequence[Encoded]) -> list[Encoded]:
+        """Rows as steps take them: pictures of a frozen tower become `features` here, once; others count its tokens."""
+        if not isinstance(self.net, DualEncoder):
+            return list(rows)
+        out = list(rows)
+        seen = [i for i, row in enumerate(rows) if "pixels" in row.parts]
+        if not self.seen_once:
+            for i in seen:
+                out[i] = replace(rows[i], ids=np.zeros(self.net.vision_tokens, np.int32))
+            return out
+        for i in range(0, len(seen), CHUNK):
+            at = seen[i : i + CHUNK]
+            pixels = torch.from_numpy(np.stack([rows[j].parts["pixels"] for j in at])).to(self.device)
+            with torch.no_grad(), self.using([{}]):
+                made = self.net.images(pixels).cpu().numpy()
+            for j, features in zip(at, made, strict=True):
+                rest = {n: p for n, p in rows[j].parts.items() if n != "pixels"}
+                out[j] = replace(rows[j], parts={**rest, "features": features})
+        return out
 
     def outputs(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Class logits [N, classes] of texts that are given as embeddings [N, T, d], padded on the right."""
-        if not isinstance(self.net, HeadedEncoder):
+        if not isinstance(self.net, HeadedEncoder) or self.net.pooling == "each":
             raise ModelError("class logits of embeddings need a classification model (data.task = 'classification')")
         if not self.ways.uneven and not bool(mask.all()):
             return torch.cat([self.outputs(x[None, m], m[None, m]) for x, m in zip(embeds, mask.bool(), strict=True)])
         self.stack.rows = len(embeds)
         h = self.net.body(inputs_embeds=embeds.to(self.net.dtype), attention_mask=mask.long()).last_hidden_state
-        return _wide(self.net.classifier(self.net.pool(h, mask)))
+        return wide(self.net.classifier(self.net.pool(h, mask)))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
+        if isinstance(self.net, DualEncoder):
+            raise ModelError("an image-text model has no hidden states of tokens; its class logits are what it gives")
         if not self.ways.uneven and not bool(batch.mask.all()):
             return self._by_length(batch)
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
-        encoder = isinstance(self.net, HeadedEncoder)
-        body = self.net.body if encoder else body_of(self.net)
+        encoder = self.rules.net != "causal"
+        body = self.net.body if isinstance(self.net, HeadedEncoder) else body_of(self.net)
         prompt = self.space.before(self.net, self.stack, batch.ids.shape[0])
         feed: dict[str, Any] = {} if encoder else {"use_cache": False}
         if encoder or not self.ways.cut or (prompt is None and not _right_padded(batch)):
@@ -242,10 +300,6 @@ class Model:
         if self.head is None:
             raise ModelError(f"{self.name or type(self.net).__name__} is no language model and has no logits of words")
         return self.head(h)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _right_padded(batch: Batch) -> bool:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,11 +16,11 @@ from torch import Tensor
 from fedllm.core.errors import ModelError
 from fedllm.core.payload import Tree
 from fedllm.models.model import HeadedEncoder, Model
-from fedllm.spaces.lora import LoRA, factors
+from fedllm.spaces.registry import SPACES
 from fedllm.spaces.space import PEFT, fitted_to
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
-TYPES = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "soft_prompt", "PREFIX_TUNING": "prefix"}
+SPACE, TRAINED = "space.json", "trainables.safetensors"
 BODY = "body."
 
 
@@ -32,13 +30,12 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
     An encoder's classifier is no part of the transformers model, so it goes to `head.safetensors` beside the adapter.
     Raises ModelError for a space that PEFT does not have.
     """
-    config = model.space.peft_config(model.net, model.task)
-    if config is None:
+    made = model.space.to_peft(model.net, model.task, theta)
+    if made is None:
         raise ModelError(f"space '{type(model.space).__name__}' has no PEFT format; export the merged model instead")
-    if isinstance(config, LoraConfig):
-        _as_trained(config, model.space, theta)
+    config, theirs = made
     config.base_model_name_or_path, config.inference_mode = base_name, True
-    tensors = {n: t.detach().cpu().contiguous() for n, t in theta.items()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in theirs.items()}
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model.net, HeadedEncoder):
         head = {n.removeprefix(PEFT): tensors.pop(n) for n in list(tensors) if n.startswith(PEFT + "classifier.")}
@@ -49,22 +46,6 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
         save_file(full | head, folder / HEAD, metadata=labels)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def _as_trained(config: LoraConfig, space: Any, theta: Mapping[str, Tensor]) -> None:
-    """Rank and alpha as the tensors have them: a server may grow ranks, and clients' ranks may differ."""
-    ranks = {path: a.shape[0] for path, (_, a) in factors(theta).items()}
-    if not ranks:
-        return
-    config.r = next(iter(ranks.values()))
-
-    def alpha(rank: int) -> float:
-        return space.scale(rank) * (math.sqrt(rank) if space.scaling == "rslora" else rank)
-
-    config.lora_alpha = alpha(config.r)  # type: ignore[assignment]
-    odd = {p: r for p, r in ranks.items() if r != config.r}
-    config.rank_pattern = {p: r for p, r in odd.items()}
-    config.alpha_pattern = {p: alpha(r) for p, r in odd.items()}
 
 
 def _strip_body(config: Any) -> None:
@@ -78,15 +59,25 @@ def _strip_body(config: Any) -> None:
             setattr(config, name, {k.removeprefix(BODY): v for k, v in pattern.items()})
 
 
-def load_adapter(folder: str | Path, model: Model) -> Tree:
-    """The trainables in a PEFT adapter folder, for this model and its space.
+def save_trainables(folder: Path, model: Model, theta: Mapping[str, Tensor], base_name: str) -> None:
+    """Write `theta` as it is, for a space that neither PEFT has nor can be merged; `load_adapter` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"space": model.space.stem, "knobs": asdict(model.space), "base_model": base_name}  # type: ignore[call-overload]
+    (folder / SPACE).write_text(json.dumps(made, indent=2))
+    save_file({n: t.detach().cpu().contiguous() for n, t in theta.items()}, folder / TRAINED)
 
-    The same function whatever alpha the adapter was made with: where its scale differs from the space's, the ratio is
-    multiplied into B. Raises ModelError when the folder cannot be read or does not fit.
+
+def load_adapter(folder: str | Path, model: Model) -> Tree:
+    """The trainables in a folder, a PEFT adapter or one of `save_trainables`, for this model and its space.
+
+    The same function whatever scale the adapter was made with. Raises ModelError when the folder cannot be read or does
+    not fit.
     """
     folder = Path(folder)
-    config = _config(folder)
     fresh = model.initial()
+    if (folder / SPACE).exists():
+        return _fitting(folder, _tensors(folder / TRAINED), fresh, model.space.ragged)
+    config = _config(folder)
     tree = _tensors(folder / WEIGHTS)
     if isinstance(model.net, HeadedEncoder):
         tree = {n.replace(PEFT, PEFT + BODY, 1): t for n, t in tree.items()}
@@ -94,20 +85,21 @@ def load_adapter(folder: str | Path, model: Model) -> Tree:
             head = _tensors(folder / HEAD)
             tree |= {k: t for n, t in head.items() if (k := PEFT + n) in fresh}
         tree |= {n: t for n, t in fresh.items() if n.startswith(PEFT + "classifier.") and n not in tree}
+    if config.get("lora_dropout"):
+        model.tell([f"{folder}: lora_dropout = {config['lora_dropout']} is off while clients train"])
+    tree = _fitting(folder, model.space.from_peft(config, tree, fresh), fresh, model.space.ragged)
+    return fitted_to(tree, fresh) if model.space.ragged else tree
+
+
+def _fitting(folder: Path, tree: Tree, fresh: Tree, ragged: bool) -> Tree:
+    """The tree in the order and types of `fresh`; ModelError for other names or shapes."""
     if odd := sorted(tree.keys() ^ fresh.keys()):
         side = "the adapter has" if odd[0] in tree else "the adapter lacks"
         raise ModelError(f"{folder} does not fit the recipe's model and space: {side} {odd[0]!r}; give no other knobs "
                          "beside space.start_from, and the base model that the adapter was made for")
     for name, t in tree.items():
-        _check_shape(folder, name, t, fresh[name], model.space.ragged)
-    tree = {n: tree[n].to(fresh[n].dtype) for n in fresh}
-    if isinstance(model.space, LoRA):
-        for path, (b, a) in factors(tree).items():
-            to = model.space.scale(factors(fresh)[path][1].shape[0])  # ranks below the largest are filled up with zeros
-            tree[f"{PEFT}{path}.lora_B.weight"] = b * (_scale(config, path, a.shape[0]) / to)
-        if config.get("lora_dropout"):
-            model.tell([f"{folder}: lora_dropout = {config['lora_dropout']} is off while clients train"])
-    return fitted_to(tree, fresh) if model.space.ragged else tree
+        _check_shape(folder, name, t, fresh[name], ragged)
+    return {n: tree[n].to(fresh[n].dtype) for n in fresh}
 
 
 def _check_shape(folder: Path, name: str, t: Tensor, want: Tensor, ragged: bool) -> None:
@@ -117,32 +109,22 @@ def _check_shape(folder: Path, name: str, t: Tensor, want: Tensor, ragged: bool)
         raise ModelError(f"{folder}: {name!r} has shape {tuple(t.shape)}, the model's space wants {tuple(want.shape)}")
 
 
-def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """s of one module, as PEFT computes it."""
-    pattern, path = config.get("alpha_pattern") or {}, path.removeprefix(BODY)
-    alpha = pattern.get(get_pattern_key(list(pattern), path), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
-    """The space's knobs as the adapter in `folder` was made; a ModelError when it is an adapter of another kind."""
-    config = _config(Path(folder))
-    kind = TYPES.get(config.get("peft_type", ""))
-    if kind != space:
+    """The space's knobs as what lies in `folder` was made; a ModelError when it was made by another space."""
+    folder = Path(folder)
+    if (folder / SPACE).exists():
+        made = _json(folder / SPACE)
+        if (by := made.get("space")) != space:
+            raise ModelError(f"space.start_from = {str(folder)!r} holds trainables of space {by!r}, space.name is "
+                             f"{space!r}; use {by!r}")
+        return dict(made.get("knobs") or {})
+    config, kind = _config(folder), SPACES.get(space)
+    if kind is None or not kind.peft or kind.peft != config.get("peft_type"):
+        names = {c.peft: stem for stem, c in SPACES.items() if vars(c).get("peft")}
+        use = names.get(config.get("peft_type", ""))
         raise ModelError(f"space.start_from = {str(folder)!r} holds a {config.get('peft_type')} adapter, space.name "
-                         f"is {space!r}; " + (f"use {kind!r}" if kind else f"allowed are {', '.join(TYPES)}"))
-    if kind in ("soft_prompt", "prefix"):
-        return {"length": config["num_virtual_tokens"]}
-    targets = config["target_modules"]
-    odd = isinstance(targets, str) or any(config.get(k) is not None and config.get(k) != [] for k in ELSEWHERE)
-    targets = _adapted(Path(folder)) if odd else sorted(targets)
-    saved = _whole(Path(folder)) if config.get("modules_to_save") else ["classifier"]
-    if kind == "ia3":
-        return {"targets": targets, "feedforward": sorted(config.get("feedforward_modules") or []),
-                "modules_to_save": saved}
-    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
-    return {"rank": max(ranks), "alpha": float(config["lora_alpha"]), "targets": targets, "modules_to_save": saved,
-            "scaling": "rslora" if config.get("use_rslora") else "classic"}
+                         f"is {space!r}; " + (f"use {use!r}" if use else f"allowed are {', '.join(names)}"))
+    return kind.peft_knobs(_exact(folder, config))
 
 
 UNSUPPORTED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
@@ -155,6 +137,14 @@ ELSEWHERE = ("layers_to_transform", "exclude_modules")
 """Options of PEFT that narrow the targets: which modules are left, the adapter's own tensors say."""
 SHIFTED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Starts of LoRA that also take something away from the base's weights."""
+
+
+def _exact(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with those modules as targets that the adapter really holds, where it says so in other words."""
+    targets = config.get("target_modules")
+    odd = isinstance(targets, str) or any(config.get(k) is not None and config.get(k) != [] for k in ELSEWHERE)
+    whole = {"modules_to_save": _whole(folder)} if config.get("modules_to_save") else {}
+    return {**config, **whole, **({"target_modules": _adapted(folder)} if odd and targets else {})}
 
 
 def _adapted(folder: Path) -> list[str]:
@@ -170,12 +160,7 @@ def _whole(folder: Path) -> list[str]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except OSError as error:
-        raise ModelError(f"{folder} is no PEFT adapter folder: {CONFIG}: {error.strerror}") from None
-    except ValueError as error:
-        raise ModelError(f"{folder / CONFIG} is not JSON: {error}") from None
+    config = _json(folder / CONFIG)
     for key, off in UNSUPPORTED.items():
         if config.get(key, off) not in (off, None, [], {}) and not (key == "encoder_hidden_size" and not config.get(
                 "prefix_projection")):
@@ -185,6 +170,15 @@ def _config(folder: Path) -> dict[str, Any]:
                          "takes a part out of the base's weights; save it anew as an ordinary LoRA (PEFT: "
                          "save_pretrained(..., path_initial_model_for_weight_conversion=...))")
     return config
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ModelError(f"{path.parent} is no PEFT adapter folder: {path.name}: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
 
 
 def _tensors(path: Path) -> Tree:

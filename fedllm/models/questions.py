@@ -97,6 +97,7 @@ class Thought:
     answer: str | None = None  # None abstains
     logprob: float | None = None
     tokens: tuple[int, int] = (0, 0)  # read, said
+    author: str | None = None  # the client whose words they are; None: the question itself
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ class Voted:
     agreement: float = 0.0
     thoughts: tuple[Thought, ...] = ()
     demos: tuple[Voted, ...] = ()
+    author: str | None = None  # the client whose question it is, where it stands as an example
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Whose words the answer rests on: the wordings that agree with it, and the examples in front of them."""
+        agreed = [t.author for t in self.thoughts if t.answer == self.answer]
+        shown = [c for d in self.demos for c in (d.author, *d.clients)]
+        return tuple(sorted({c for c in (*agreed, *shown) if c is not None}))
 
     @property
     def cost(self) -> dict[str, int]:

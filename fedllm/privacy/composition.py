@@ -12,6 +12,7 @@ from typing import Any
 
 from fedllm.core.errors import CompositionError
 from fedllm.core.layer import Layer
+from fedllm.core.reduce import Sum
 
 HIDES = ("secagg", "he")
 """Kinds of layers whose messages look random."""
@@ -21,9 +22,22 @@ def check_stack(method: Any, layers: Sequence[Layer], reducers: Mapping[str, Any
     """Raise CompositionError for the first two parts of a run that do not fit together."""
     for layer in layers:
         layer.check(method, reducers)
+        if why := bent(layer, method, reducers):
+            raise CompositionError(why)
     for i, j in itertools.combinations(range(len(layers)), 2):
         if why := clash(layers[i], layers[j]):
             raise CompositionError(why)
+
+
+def bent(layer: Layer, method: Any, reducers: Mapping[str, Any]) -> str | None:
+    """Why this layer would spoil a sum of the method's of which one part divides another; None when it does not."""
+    a = layer.algebra
+    inexact = a.kind in ("robust", "codec") or a.compresses or (a.kind == "dp" and a.needs == "sum")
+    fn = next((name for name, r in reducers.items() if isinstance(r, Sum) and r.divides), None)
+    if fn is None or not inexact:
+        return None
+    return (f"layer '{type(layer).__name__}' and method '{type(method).__name__}' do not fit together: '{fn}' divides "
+            "what is summed by the weight of who had it, which must come as it is; use secagg, he_ckks or dp_sgd")
 
 
 def clash(above: Layer, below: Layer) -> str | None:

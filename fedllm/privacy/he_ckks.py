@@ -6,7 +6,7 @@ import platform
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -191,6 +191,8 @@ class HECKKS(Knobs, Layer):
 @dataclass(frozen=True)
 class CipherSum(Sum):
     """Adds ciphertexts under a context that holds no secret key."""
+
+    ragged: ClassVar[bool] = True
 
     public: bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ TH = "_thgs/"
 
 class Union:
     """Which entries anybody wants to send, folded as a bitmap; all clients must mean the same tensors."""
+
+    ragged: ClassVar[bool] = True
 
     def zero(self) -> dict[str, Any]:
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedllm.methods.registry import method_class
-from fedllm.report.facts import HEADLINE, comparison, duration, label, mean_metric, number, read_facts, size
+from fedllm.report.facts import compared, duration, label, mean_metric, number, read_facts, size
 from fedllm.report.statement import summary
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result
@@ -15,7 +15,7 @@ def model_card(folder: RunFolder, result: Result) -> str:
     r = facts.recipe
     card = method_class(result.method).card
     base = r["model"]["name"]
-    served = result.adapter_path
+    served, tests = result.adapter_path, result.bytes.get("evaluation")
     rows = sum(c["n"] for c in facts.clients)
     lines = ["---", f"base_model: {base}", "tags: [federated-learning, fedllm]",
              *(["library_name: peft"] if served and served.name == "adapter" else []), "---", "",
@@ -26,7 +26,8 @@ def model_card(folder: RunFolder, result: Result) -> str:
              "## How it was made", "",
              f"* method: `{result.method}`, {card.paper}", f"* trained: `{r['space']}`", f"* local: `{r['local']}`",
              f"* data: source `{r['data']['source']}`, task {r['data']['task']}",
-             f"* traffic: {size(result.bytes['up'])} up, {size(result.bytes['down'])} down, framing included",
+             f"* traffic: {size(result.bytes['up'])} up, {size(result.bytes['down'])} down, framing included"
+             + (f"; to test: {size(tests['up'])} up, {size(tests['down'])} down" if tests else ", tests too"),
              f"* time: {duration(result.seconds)}, peak memory {size(result.peak_memory_bytes)}",
              f"* final state: `{result.state_digest}`",
              f"* versions: {', '.join(f'{k} {v}' for k, v in r['versions'].items())}", "", "## Privacy", "",
@@ -41,6 +42,11 @@ def _usage(result: Result, base: str) -> list[str]:
         if (result.folder / "modules").is_dir():
             return ["One backbone serves a module for each task; they lie in `modules/`."]
         return ["The run serves no single model; what each client has lies in `clients/`."]
+    if served.name == "trainables":
+        return ["What was trained is no PEFT adapter and no change of the base's weights, so it works in fedllm alone: "
+                "start a recipe of the same space from it (`space.start_from: trainables`)."]
+    if base == "policy":
+        return ["`model/policy.safetensors` holds the policy's linear maps, to be put between tanh in their order."]
     if served.name == "model":
         return ["```python", "from transformers import AutoModelForCausalLM",
                 'model = AutoModelForCausalLM.from_pretrained("model")', "```"]
@@ -51,11 +57,11 @@ def _usage(result: Result, base: str) -> list[str]:
 
 
 def _results(result: Result) -> list[str]:
-    rows = [(name, g, c) for name, g, c in comparison(result) if g or c]
-    names = [n for n in HEADLINE if any(n in (g or {}) for _, g, _ in rows)]
+    rows, names = compared(result)
     if not names:
         return ["No test was given."]
-    head = [f"global: {label(n)}" for n in names] + [f"own tests: {label(n)}" for n in names]
+    told = [label(n, result.metrics) for n in names]
+    head = [f"global: {t}" for t in told] + [f"own tests: {t}" for t in told]
     table = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for name, g, c in rows:
         cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
@@ -69,6 +75,8 @@ def _limits(facts: object, result: Result, recipe: dict) -> list[str]:
                else "had no privacy layer.")]
     if result.skipped:
         said.append(f"* Rounds without enough answers: {', '.join(str(k + 1) for k in result.skipped)}.")
+    if result.failed:
+        said.insert(0, f"* The run failed: {result.failed}. What it left is where it began.")
     if result.ended:
         said.append(f"* The run ended before round {result.rounds + 1} of {recipe['rounds']}: {result.ended}.")
     return said

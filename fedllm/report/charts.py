@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedllm.report.facts import HEADLINE, Facts, label
+from fedllm.report.facts import Facts, falls, headline, is_share, label
 
 BLUE, GRAY, GREEN, AMBER = "#3b7dd8", "#9aa4b1", "#2a9d6f", "#d98b2b"
 CONFIG = {"displaylogo": False, "responsive": True, "displayModeBar": False}
@@ -35,40 +35,41 @@ def training(facts: Facts) -> str | None:
     return html(figure)
 
 
-def testing(facts: Facts, baselines: Mapping[str, Any]) -> str | None:
+def testing(facts: Facts, baselines: Mapping[str, Any], own: Mapping[str, str]) -> str | None:
     """Metrics of the global test by round, with the baselines as lines across."""
     points = [e for e in facts.evaluations if e.get("global")]
-    if not points:
+    name = headline(points[-1]["global"], own) if points else None
+    if name is None:
         return None
-    name = next(n for n in HEADLINE if n in points[-1]["global"])
     figure = go.Figure(go.Scatter(x=[e["round"] for e in points], y=[e["global"].get(name) for e in points],
                                   mode="lines+markers", name="federated", line={"color": BLUE, "width": 2.5},
                                   marker={"size": 7}))
     for (key, text), color in zip((("local_only", "local only"), ("centralized", "centralized")), (AMBER, GREEN),
                                   strict=True):
         if (value := ((baselines.get(key) or {}).get("global") or {}).get(name)) is not None:
-            side = "bottom right" if name == "loss" else "bottom left"  # where the curve is not
+            side = "bottom right" if falls(name, own) else "bottom left"  # where the curve is not
             figure.add_hline(y=value, line={"color": color, "dash": "dash", "width": 2}, annotation_text=text,
                              annotation_position=side, annotation_font_color=color)
     figure.update_xaxes(title="rounds done")
-    share = name != "loss"
-    figure.update_yaxes(title=f"global test: {label(name)}", rangemode="tozero", tickformat=".0%" if share else None,
-                        range=[0, 1.05] if share else None)
+    share = is_share(name)
+    figure.update_yaxes(title=f"global test: {label(name, own)}", rangemode="tozero",
+                        tickformat=".0%" if share else None, range=[0, 1.05] if share else None)
     return html(figure)
 
 
-def per_client(before: Mapping[str, Any], after: Mapping[str, Any], local: Mapping[str, Any]) -> str | None:
+def per_client(before: Mapping[str, Any], after: Mapping[str, Any], local: Mapping[str, Any],
+               own: Mapping[str, str]) -> str | None:
     """Each client on its own rows: before, alone where known, federated."""
     clients = [c for c in after if after[c]]
-    if not clients:
-        return None
     clients = sorted(clients)[:60]
-    name = next(n for n in HEADLINE if n in after[clients[0]])
+    name = headline(after[clients[0]], own) if clients else None
+    if name is None:
+        return None
     figure = go.Figure()
     for title, metrics, color in (("before", before, GRAY), ("local only", local, AMBER), ("federated", after, BLUE)):
         if metrics:
             figure.add_bar(x=clients, y=[metrics.get(c, {}).get(name) for c in clients], name=title, marker_color=color)
-    figure.update_yaxes(title=f"own test: {label(name)}", tickformat=".0%" if name != "loss" else None)
+    figure.update_yaxes(title=f"own test: {label(name, own)}", tickformat=".0%" if is_share(name) else None)
     figure.update_xaxes(type="category")
     return html(figure, 380)
 

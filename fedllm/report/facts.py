@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
+from fedllm.core.record import is_test
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result
+from fedllm.tasks.registry import metrics
 
-HEADLINE = ("exact_match", "accuracy", "loss")
-"""Metrics, the most telling first."""
+HEADLINE = tuple(metrics())
+"""Metrics of all tasks, the most telling of each first, `loss` last."""
 TROUBLE = ("left_out", "missing", "refused", "checkpoint_failed", "replies_lost", "stopped", "resumed",
            "budget_spent")
 
@@ -29,9 +31,9 @@ class Facts:
     evaluations: list[Mapping[str, Any]] = field(default_factory=list)
     trouble: list[Mapping[str, Any]] = field(default_factory=list)
     client_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Client -> bytes "up" and "down"."""
-    messages: dict[tuple[str, str], int] = field(default_factory=dict)
-    """(phase, direction) -> how many crossed the wire."""
+    """Client -> bytes "up" and "down" of the rounds."""
+    messages: dict[tuple[bool, str, str], int] = field(default_factory=dict)
+    """(whether to test, phase, direction) -> how many crossed the wire."""
     clients: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
 
@@ -43,8 +45,9 @@ def read_facts(folder: RunFolder) -> Facts:
     for event in folder.events():
         kind = event["kind"]
         if kind == "wire":
-            sizes[event["client"]][event["direction"]] += event["bytes"]
-            key = (event["phase"], event["direction"])
+            test = is_test(event["phase"], event.get("purpose"))
+            sizes[event["client"]][event["direction"]] += 0 if test else event["bytes"]
+            key = (test, event["phase"], event["direction"])
             facts.messages[key] = facts.messages.get(key, 0) + 1
         elif kind == "round":
             facts.rounds.append(event)
@@ -62,9 +65,20 @@ def _json(path: Path) -> list[Any]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def headline(metrics: Mapping[str, Any] | None) -> str | None:
+def shown(own: Mapping[str, str], *found: Mapping[str, Any] | None) -> list[str]:
+    """The metrics that are there, the most telling first: a method's own (`own`: name -> direction) before the rest."""
+    return [n for n in (*own, *(h for h in HEADLINE if h not in own)) if any(n in (m or {}) for m in found)]
+
+
+def headline(found: Mapping[str, Any] | None, own: Mapping[str, str]) -> str | None:
     """The most telling metric that is there."""
-    return next((name for name in HEADLINE if name in (metrics or {})), None)
+    return next(iter(shown(own, found)), None)
+
+
+def compared(result: Result) -> tuple[list[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]], list[str]]:
+    """The rows of `comparison` that have figures, and the names of those."""
+    rows = [(name, g, c) for name, g, c in comparison(result) if g or c]
+    return rows, shown(result.metrics, *(m for _, g, c in rows for m in (g, *c.values())))
 
 
 def comparison(result: Result) -> list[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]]:
@@ -89,7 +103,17 @@ def number(value: float | None, name: str = "") -> str:
     """A metric as people read it: shares in percent, losses with three digits."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f} %" if name in ("exact_match", "accuracy") else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:.3f}"
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric lies between 0 and 1 and is shown in percent."""
+    return name in metrics() and metrics()[name].share
+
+
+def falls(name: str, own: Mapping[str, str]) -> bool:
+    """Whether less is better; what neither the method (`own`) nor a task says is a gain."""
+    return (own.get(name) or (metrics()[name].best if name in metrics() else "max")) == "min"
 
 
 def size(count: float) -> str:
@@ -110,6 +134,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s"
 
 
-def label(metric: str) -> str:
-    """`exact_match` -> `exact match`."""
-    return metric.replace("_", " ")
+def label(metric: str, own: Mapping[str, str] | None = None) -> str:
+    """`exact_match` -> `exact match`; a method's own metric says which way is better."""
+    way = {"max": " (higher is better)", "min": " (lower is better)"}.get((own or {}).get(metric, ""), "")
+    return metric.replace("_", " ") + way

@@ -13,19 +13,20 @@ from fedllm.core.errors import RunError
 from fedllm.report import charts
 from fedllm.report.card import model_card
 from fedllm.report.facts import (
-    HEADLINE,
     Facts,
-    comparison,
+    compared,
     duration,
     headline,
     label,
     mean_metric,
     number,
     read_facts,
+    shown,
     size,
 )
 from fedllm.report.statement import privacy_statement, seen, summary
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.plugins import plugged
 from fedllm.runs.result import Result
 
 STYLE = (Path(__file__).parent / "report.css").read_text
@@ -42,6 +43,8 @@ def publish(folder: RunFolder, result: Result) -> None:
 def write_report(path: str | Path) -> Path:
     """Write what `publish` writes afresh, from the record of the finished run in this folder."""
     folder = RunFolder.open(Path(path))
+    listed = read_facts(folder).recipe.get("plugins", ())
+    plugged([(p["file"], p["sha256"]) for p in listed])  # the card of a method of one's own is in its file
     try:
         publish(folder, Result.load(folder.path))
     except OSError as error:
@@ -66,7 +69,7 @@ def report_html(folder: RunFolder, result: Result) -> str:
 
 
 def _learning(facts: Facts, result: Result) -> str:
-    curves = [charts.training(facts), charts.testing(facts, result.evaluation.get("baselines", {}))]
+    curves = [charts.training(facts), charts.testing(facts, result.evaluation.get("baselines", {}), result.metrics)]
     says = "Training loss as clients report it, and the model on the global test."
     return _section("Learning", says, _side_by_side(curves))
 
@@ -89,19 +92,20 @@ def _header(facts: Facts, result: Result) -> str:
             f"trains <b>{escape(r['space']['name'])}</b>", f"<b>{len(facts.clients)}</b> clients",
             f"<b>{result.rounds}</b> rounds", f"seed <b>{result.seed}</b>", f"engine <b>{escape(result.engine)}</b>"]
     early = f"<p>Ended before round {result.rounds + 1} of {r['rounds']}: {escape(result.ended)}.</p>"
-    return (f"<header><h1>{escape(r['name'])}</h1><p>{' &middot; '.join(said)}</p>{early if result.ended else ''}"
-            "</header>")
+    failed = f"<p><b>Failed:</b> {escape(result.failed)}.</p>" if result.failed else ""
+    return (f"<header><h1>{escape(r['name'])}</h1><p>{' &middot; '.join(said)}</p>{failed}"
+            f"{early if result.ended else ''}</header>")
 
 
 def _figures(facts: Facts, result: Result) -> str:
     before, after = (result.evaluation.get("before") or {}).get("global"), result.evaluation.get("global")
     cards = []
-    for name in [n for n in HEADLINE if n in (after or {})]:
+    for name in shown(result.metrics, after):
         was = f"before: {number(before[name], name)}" if before and name in before else ""
-        cards.append((f"global test, {label(name)}", number(after[name], name), was))  # type: ignore[index]
+        cards.append((f"global test, {label(name, result.metrics)}", number(after[name], name), was))  # type: ignore[index]
     per_round = result.bytes["up"] / max(1, result.rounds) / max(1, len(facts.clients))
     cards += [("sent up", size(result.bytes["up"]), f"{size(per_round)} a client and round"),
-              ("sent down", size(result.bytes["down"]), "tests included"),
+              ("sent down", size(result.bytes["down"]), _tests(result)),
               ("time", duration(result.seconds),
                f"{result.joules:.0f} J by {result.joules_from}" if result.joules else ""),
               ("peak memory", size(result.peak_memory_bytes), "resident, whole process")]
@@ -110,12 +114,17 @@ def _figures(facts: Facts, result: Result) -> str:
         for t, v, s in cards) + "</div>"
 
 
+def _tests(result: Result) -> str:
+    """What tests cost beside the rounds; runs of version 0.1.0 counted both as one."""
+    of_tests = result.bytes.get("evaluation")
+    return f"tests: {size(of_tests['up'])} up, {size(of_tests['down'])} down" if of_tests else "tests included"
+
+
 def _table(result: Result) -> str:
-    rows = [(name, g, c) for name, g, c in comparison(result) if g or c]
-    names = [n for n in HEADLINE if any(n in (g or {}) or mean_metric(c, n) is not None for _, g, c in rows)]
+    rows, names = compared(result)
     if not rows or not names:
         return ""
-    head = "".join(f"<th>{escape(label(n))}<br><small>{where}</small></th>"
+    head = "".join(f"<th>{escape(label(n, result.metrics))}<br><small>{where}</small></th>"
                    for where in ("global test", "own tests, mean") for n in names)
     lines = []
     for name, g, c in rows:
@@ -132,7 +141,7 @@ def _table(result: Result) -> str:
 def _clients(facts: Facts, result: Result) -> str:
     e = result.evaluation
     local = (e.get("baselines", {}).get("local_only") or {}).get("clients", {})
-    bars = charts.per_client((e.get("before") or {}).get("clients", {}), e.get("clients", {}), local)
+    bars = charts.per_client((e.get("before") or {}).get("clients", {}), e.get("clients", {}), local, result.metrics)
     held = charts.holdings(facts.clients)
     parts = "".join(f"<div class='card'>{p}</div>" for p in (bars, held) if p)
     says = "Each client on rows of its own that it did not train on, and what it holds to train on."
@@ -141,7 +150,7 @@ def _clients(facts: Facts, result: Result) -> str:
 
 def _client_table(facts: Facts, result: Result) -> str:
     after = result.evaluation.get("clients", {})
-    name = headline(next((m for m in after.values() if m), None))
+    name = headline(next((m for m in after.values() if m), None), result.metrics)
     lines = []
     for c in facts.clients[:500]:
         sent = facts.client_bytes.get(c["id"], {"up": 0, "down": 0})
@@ -165,9 +174,12 @@ def _samples(facts: Facts) -> str:
 
 
 def _bytes(facts: Facts, result: Result) -> str:
-    chart = charts.traffic(result.bytes["by_phase"])
-    says = (f"Counted exactly, framing included: {result.bytes['up']:,} bytes up and {result.bytes['down']:,} down. "
-            "A phase is the client function that was asked for; scoring is testing on clients' own rows.")
+    phases = dict(result.bytes["by_phase"])
+    for phase, sizes in result.bytes.get("evaluation", {}).get("by_phase", {}).items():
+        phases[f"test: {phase}"] = sizes
+    chart = charts.traffic(phases)
+    says = (f"Counted exactly, framing included: {result.bytes['up']:,} bytes up and {result.bytes['down']:,} down "
+            f"({_tests(result)}). A phase is the client function that was asked for.")
     return _section("On the wire", says, f"<div class='card'>{chart}</div>" if chart else None)
 
 

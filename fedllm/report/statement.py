@@ -7,13 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedllm.core.record import is_test
 from fedllm.report.facts import Facts, read_facts, size
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.layers import layer_classes, make_layer
 from fedllm.runs.result import Result
 
-TESTS = ("score", "exam")
-"""Client functions that test: they run next to the wire, below every layer."""
 FIELDS = ("unit", "adjacency", "sampling", "rate", "mechanism", "takes_part", "noise_multiplier", "clip", "releases",
           "threshold", "identities", "sessions", "hides", "encrypted_share")
 """What of a layer's words the statement repeats, in this order."""
@@ -78,13 +77,14 @@ def seen(facts: Facts, result: Result) -> list[Sequence[str]]:
              for i, x in enumerate(facts.recipe["layers"])}
     hides = next((name for name, layer in stack.items() if layer.algebra.reveals == "sum"), None)
     rows = []
-    for phase, sizes in result.bytes["by_phase"].items():
-        owner, _, fn = phase.partition(".")
-        test, control = fn in TESTS, owner in own
-        up = ("test metrics of each client" if test else f"keys, shares or counts of {own[owner]}" if control
+    of_tests = result.bytes.get("evaluation", {}).get("by_phase", {})  # tests run next to the wire, below every layer
+    booked = [(is_test(phase), phase, sizes) for phase, sizes in result.bytes["by_phase"].items()]
+    for test, phase, sizes in [*booked, *((True, phase, sizes) for phase, sizes in of_tests.items())]:
+        layer = own.get(phase.partition(".")[0])
+        up = ("test metrics of each client" if test else f"keys, shares or counts of {layer}" if layer
               else f"sums only, by {hides}" if hides else "each client's reply")
-        down = "the model that is tested" if test else "keys, shares or requests" if control else "the method's message"
+        down = "the model that is tested" if test else "keys, shares or requests" if layer else "the method's message"
         for party, way, what in (("server", "up", up), ("clients", "down", down)):
             if sizes[way]:
-                rows.append((party, phase, str(facts.messages.get((phase, way), 0)), size(sizes[way]), what))
+                rows.append((party, phase, str(facts.messages.get((test, phase, way), 0)), size(sizes[way]), what))
     return rows

@@ -26,13 +26,17 @@ from fedllm.engines import ENGINES, Vectorized
 from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method
+from fedllm.methods.registry import make_method, method_class, modules
 from fedllm.models.load import load_model, load_tokenizer
-from fedllm.models.model import Model, Task
+from fedllm.models.model import Model
 from fedllm.privacy.composition import check_stack
+from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.layers import make_layer
+from fedllm.runs.metrics import check_metrics
+from fedllm.runs.models import check_models, check_names, shelves
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
+from fedllm.runs.used import usage_of
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
 from fedllm.spaces.registry import SPACES, make_space
@@ -73,7 +77,12 @@ def build(recipe: Recipe) -> Parts:
                           "`fedllm serve`. In a simulation allowed are in_process, vectorized, ray")
     torch.set_num_threads(recipe.engine.threads)
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
+    check_ranks(recipe, method)
+    check_metrics(method)
+    if not overrides(method, "round"):  # it answers and examines: there is nothing to go round for
+        recipe = recipe.model_copy(update={"rounds": 0})
     make_recipe_space(recipe)
+    check_names(recipe)
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers, selector = make_layers(recipe)
     compose(method, layers)
@@ -82,19 +91,35 @@ def build(recipe: Recipe) -> Parts:
     layers = bound(layers, recipe, {c: len(s.train) for c, s in federation.clients.items()}, local)
     ids = list(federation.clients)
     method.check_clients(ids, cohort_size(recipe.clients.per_round, len(ids)))
+    need_public(recipe, method, len(federation.public))
     world = make_world(recipe, federation)
+    check_acting(recipe, method)
     method.check(world.model)
     method.init(world.model)  # some methods find only here that the model's space does not suit them
     check_deadlines(recipe, method, world)
+    check_models(recipe, method, world)
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
 
 
-def make_layers(recipe: Recipe) -> tuple[list[Layer], Selector]:
-    """The recipe's layers and its selector, which stands below them if it hears of clients; a meter comes last."""
+def check_ranks(recipe: Recipe, method: Method) -> None:
+    """RecipeError for declared ranks that the method would not look at."""
+    own = next((c for c, p in recipe.clients.profiles.items() if p.get("rank") is not None), None)
+    if method.reads_ranks or not (recipe.clients.ranks or own):
+        return
+    key, value = ("clients.ranks", recipe.clients.ranks) if recipe.clients.ranks else (
+        f"clients.profiles.{own}.rank", recipe.clients.profiles[str(own)]["rank"])
+    able = [name for name in modules() if method_class(name).reads_ranks]
+    raise RecipeError(f"{key} = {value}: method '{recipe.method.name}' trains the space's own rank at every client, so "
+                      f"it would have no effect; leave it out, or use one of {', '.join(able)}")
+
+
+def make_layers(recipe: Recipe, named: bool = False) -> tuple[list[Layer], Selector]:
+    """The recipe's layers and its selector, which stands below them if it hears of clients; meters come last.
+    `named`: some client holds a model of which the recipe does not know."""
     layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
               for i, n in enumerate(recipe.layers)]
     selector = _part("select", lambda: make_selector(recipe.select.name, recipe.select.knobs))
-    meter = energy_meter(recipe)
+    meter = [*usage_of(recipe, layers, named), *energy_meter(recipe)]
     selector.check_stack([*layers, *meter])
     return [*layers, *([selector] if selector.hears else []), *meter], selector
 
@@ -134,6 +159,9 @@ def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
     """The federation with the canaries that the recipe plants."""
     if not recipe.data.canaries:
         return federation
+    if recipe.data.task not in ("generation", "classification"):
+        raise RecipeError(f"data.canaries = {recipe.data.canaries} and data.task = {recipe.data.task!r}: canaries are "
+                          "rows of the tasks generation and classification")
     from fedllm.data.canaries import planted
 
     return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
@@ -152,17 +180,30 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
 
         model.start = load_adapter(start, model)
         reread(Path(start), model, model.initial())
-    return World(model, federation, local, recipe.seed, make_profiles(recipe, list(federation.clients)),
+    profiles = make_profiles(recipe, list(federation.clients))
+    return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe))
+                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe), 
+                 *shelves(recipe, model.task, model.labels, lambda: model, profiles))
 
 
-def recipe_model(recipe: Recipe, space: Space, task: Task, labels: Sequence[str] = (),
+def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] = (),
                  device: str | None = None) -> Model:
     """The recipe's model with this space; `device` in the place of the recipe's."""
     m = recipe.model
+    if acts(recipe):
+        return policy_of(recipe, space, device or m.device)
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
-                      fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code)
+                      fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code,
+                      weights=m.weights)
+
+
+def need_public(recipe: Recipe, method: Method, rows: int) -> None:
+    """CompositionError when the method works on public rows and there are none."""
+    if not rows and (at := method.public_at()):
+        raise CompositionError(f"method '{recipe.method.name}' works on public rows at the {' and the '.join(at)}, and "
+                               "the data has none; give data.public: a file, or (in a simulation) a fraction to set "
+                               "aside")
 
 
 def make_fleet(recipe: Recipe) -> Fleet | None:
@@ -185,8 +226,7 @@ def _part(path: str, make: Callable[[], T]) -> T:
 def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
     """The space, and the folder of the adapter that it starts from (`space.start_from`), if any."""
     knobs, start = recipe.space.knobs, None
-    own = SPACES[recipe.space.name].knobs() if recipe.space.name in SPACES else {}
-    options = own.get("start_from", {}).get("options") or ()
+    options = SPACES.find(recipe.space.name, "space.name").knobs().get("start_from", {}).get("options") or ()
     if "start_from" in knobs and knobs["start_from"] not in options:
         from fedllm.models.peft_io import knobs_of
 
@@ -208,7 +248,12 @@ def compose(method: Method, layers: list[Layer]) -> None:
 
 
 def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:
-    """The layers, told what the run will be: the noise for a given epsilon follows from it."""
+    """The layers, told what the run will be: the noise for a given epsilon follows from it.
+
+    RecipeError for a schedule over the run's steps that does not fit the client with the fewest rows.
+    """
+    if rows:
+        _part("local", lambda: local.at(0, recipe.rounds, min(rows.values())))
     facts = make_facts(recipe, rows, local)
     return [_part(f"layers.{i}", functools.partial(layer.bind, facts)) for i, layer in enumerate(layers)]
 
@@ -265,7 +310,7 @@ def resolved(parts: Parts) -> dict[str, Any]:
     if start is not None:
         full["space"]["start_from"] = start
     full["local"] = _plain(parts.world.local)
-    if parts.world.federation.task == "classification":
+    if "labels" in parts.world.model.rules.takes:
         full["data"]["labels"] = list(parts.world.federation.labels)
     full["versions"] = {"python": platform.python_version(), **versions()}
     return full

@@ -79,8 +79,8 @@ def edit(raw: MutableMapping[str, Any], key: str, value: Any) -> None:
     for i, step in enumerate(steps[:-1]):
         path = ".".join(steps[: i + 1])
         child = at[_index(at, step, path)] if isinstance(at, list) else at.get(step)
-        if isinstance(child, str) and ((i == 0 and step in SHORT) or (i == 1 and steps[0] == "layers")):
-            child = {SHORT.get(step, "name"): child}
+        if isinstance(child, str) and ((i == 0 and step in SHORT) or (i == 1 and steps[0] in ("layers", "models"))):
+            child = {"name" if i else SHORT[step]: child}
         if child is not None and not isinstance(child, dict | list):
             raise RecipeError(f"{key}: '{path}' is {child!r} and holds no keys")
         child = {} if child is None else child.copy()
@@ -142,9 +142,12 @@ def complaint(root: type[BaseModel], one: Mapping[str, Any]) -> str:
 
 def _known(root: type[BaseModel], loc: Sequence[Any]) -> tuple[list[Any], type[BaseModel]]:
     """The part of pydantic's location that is the user's (no union tags), and the section that it ends in."""
-    model, out = root, []
+    model, out, key = root, [], False
     for i, step in enumerate(loc):
         out.append(step)
+        if key:  # of a mapping of sections
+            key = False
+            continue
         field = model.model_fields.get(step) if isinstance(step, str) else None
         if field is None and not (isinstance(step, int) or i == len(loc) - 1):
             return out, model
@@ -153,7 +156,7 @@ def _known(root: type[BaseModel], loc: Sequence[Any]) -> tuple[list[Any], type[B
             if inner is None:  # what follows are indices, a mapping's keys, and tags of pydantic's own
                 mapping = get_origin(field.annotation) is dict
                 return out + [s for s in loc[i + 1 :] if mapping or isinstance(s, int)], model
-            model = inner
+            model, key = inner, get_origin(field.annotation) is dict
     return out, model
 
 

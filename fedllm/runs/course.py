@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.client import ClientInfo
-from fedllm.core.errors import PayloadError, QuorumError, RunError
+from fedllm.core.errors import CompositionError, PayloadError, QuorumError, RunError
 from fedllm.core.layer import Layer
 from fedllm.core.method import Method, State
+from fedllm.core.payload import leaves
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
@@ -94,7 +97,9 @@ class Course:
             cohort = self.cohort(round)
             facts["cohort"] = [c.id for c in cohort]
             program = watched(self.method.round(self.state, cohort), spec.clients, losses)
-            self.state = drive(program, self.engine, self.layers, self.states)
+            new = drive(program, self.engine, self.layers, self.states)
+            self._still(new)
+            self.state = new
         except (QuorumError, PayloadError) as error:
             touched = self.engine.abandon()  # what clients noted in their memories does not count
             self.failed_in_a_row += 1
@@ -108,6 +113,19 @@ class Course:
         when = {"virtual": self.engine.clock.now} if self.engine.timed else {}
         return {**facts, **self.told(), "loss": losses[-1] if losses else None,
                 "seconds": time.perf_counter() - started, **when, "touched": touched}
+
+
+    def _still(self, new: State) -> None:
+        """CompositionError for a method that moves a stream which is frozen, by other ways than `client.fit`."""
+        if not (frozen := self.parts.world.model.space.frozen):
+            return
+        before = dict(leaves(self.state))
+        for path, leaf in leaves(new):
+            stream = next((s for s in frozen if f"/{s}/" in f"/{path}"), None)
+            if stream and isinstance(leaf, Tensor) and path in before and not leaf.equal(before[path]):
+                raise CompositionError(f"stream '{stream}' is frozen and method '{type(self.method).__name__}' changed "
+                                       f"'{path}'; take it out of space.frozen, or use a method that trains by "
+                                       "gradients")
 
 
 def watched(program: Program, terms: ClientsSpec, losses: list[float]) -> Program:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import ModelError, RunError
 from fedllm.models.load import load_tokenizer
 from fedllm.models.merge import merge_adapter
+from fedllm.models.peft_io import SPACE
 from fedllm.runs.build import build
 from fedllm.runs.products import BASE
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.result import Result
+from fedllm.spaces.registry import make_space
 
 PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_statement.md"}
 """What goes along with a model, and under which name model hubs look for it."""
@@ -34,6 +37,11 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
     if goal.exists() and any(goal.iterdir()):
         raise RunError(f"{goal} exists and is not empty; give another folder with --out")
     try:
+        if merge and served.name == "trainables":
+            made = json.loads((served / SPACE).read_text())
+            why = make_space(made["space"], **made["knobs"]).stays  # streams have theirs from what they hold
+            raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what "
+                             "it trained as it is with --peft")
         if merge and served.name == "adapter":
             _merge(served, goal, load_recipe(result.folder / "recipe.yaml").model.trust_remote_code)
         else:
@@ -50,8 +58,6 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
 
 
 def _merge(adapter: Path, goal: Path, trust: bool) -> None:
-    import json
-
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     delta = load_file(adapter / BASE) if (adapter / BASE).exists() else {}
     merge_adapter(adapter, goal, delta, load_tokenizer(base, trust), trust)

@@ -7,39 +7,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.client import SERVER, Client
-from fedllm.core.errors import BudgetSpent, QuorumError
-from fedllm.core.layer import Layer
+from fedllm.core.ask import Program
+from fedllm.core.client import SERVER
+from fedllm.core.errors import BudgetSpent, QuorumError, RunError
 from fedllm.core.method import Method, State
-from fedllm.core.payload import Payload, pack, part
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-from fedllm.engines.client import same_answer
+from fedllm.engines.client import server_info
 from fedllm.local.generate import run_generates
 from fedllm.local.requests import Generate
 from fedllm.runs.build import Parts, overrides
 from fedllm.runs.course import Course
+from fedllm.runs.metrics import STANDARD
 from fedllm.runs.progress import Quiet
+from fedllm.tasks.generation import same_answer
 
 Metrics = dict[str, Any]
-
-
-class Examiner(Layer):
-    """Scores the served model where it is asked to; it stands next to the wire, so that no layer touches it."""
-
-    @on_client()
-    def exam(self, msg: Payload, client: Client) -> Payload:
-        return client.score(part(msg, "theta"), base=part(msg, "base") or None, on="global")
 
 
 class Judge:
     """Evaluates one method's states. Layers take no part: a test is neither trained on nor hidden."""
 
     def __init__(self, parts: Parts, method: Method, record: Record | None = None) -> None:
-        self.parts, self.method, self.examiner = parts, method, Examiner()
-        self.engine = parts.engine_over((method, self.examiner), record or Record(lambda event: None))
+        self.parts, self.method = parts, method
+        self.engine = parts.engine_over((method,), (record or Record(lambda event: None)).testing())
         # A client that misses a round is still tested, and a test takes no virtual time.
         self.engine.infos = {c: replace(i, profile=replace(i.profile, availability=1.0, dropout=0.0))
                              for c, i in self.engine.infos.items()}
@@ -55,27 +47,47 @@ class Judge:
         return out
 
     def _global(self, state: State, round: int) -> Metrics | None:
-        if not self.parts.world.federation.test:
+        """By the method's own `examine` or `answer`, or by the `score` that its clients use: one name, one quantity."""
+        rows, method = self.parts.world.federation.test, self.method
+        if not rows:
             return None
+        if overrides(method, "examine"):
+            self.engine.begin(round)
+            return self._own(drive(method.examine(state, self.parts.world.infos(), rows), self.engine), len(rows))
         if self.answering:
             return self._answered(state, round)
-        if not self.method.serves:
+        if not method.serves:
             return mean_of(self._each(state, "global", round))
         self.engine.begin(round)
-        theta, base = self.method.served(state)
-        return self._replies(_one(Ask(self.examiner.exam, {SERVER: pack(theta=theta, base=base)}))).get(SERVER)
+        return self._replies(method.evaluate(state, [server_info()], "global")).get(SERVER)
+
+    def _own(self, got: Any, rows: int) -> Metrics:
+        """What `examine` returned, if it is what the method declares."""
+        name, declared = type(self.method).__name__, self.method.metrics
+        if not isinstance(got, Mapping):
+            raise RunError(f"{name}.examine returned a {type(got).__name__}; allowed is a mapping of "
+                           "metrics to numbers")
+        known = {*declared, *STANDARD, "n"}
+        if strange := [k for k in got if k not in known]:
+            raise RunError(f"{name}.examine returned {strange}, which {name}.metrics does not declare; it declares "
+                           f"{dict(declared)}")
+        bad = {k: v for k, v in got.items() if isinstance(v, bool) or not isinstance(v, int | float)}
+        if bad or (lacking := [k for k in declared if k not in got]):
+            raise RunError(f"{name}.examine must give a number for each of {list(declared)}; "
+                           + (f"it gave {bad}" if bad else f"it lacks {lacking}"))
+        return {"n": rows, **got}
 
     def _answered(self, state: State, round: int) -> Metrics:
         """For a method that answers questions: each test row is one."""
         rows, clients = self.parts.world.federation.test, self.parts.world.infos()
         answer: Any = getattr(self.method, "answer")  # noqa: B009 (only some methods have it)
         self.engine.begin(round)
-        right = 0
+        right = answered = 0
         for row in rows:
             got = drive(answer(row["prompt"], clients, state=state or None), self.engine)
-            said = got if isinstance(got, str) else str(got.answer)
-            right += same_answer(said, row["response"])
-        return {"exact_match": right / len(rows), "n": len(rows)}
+            said = got if isinstance(got, str) else str(got.answer or "")
+            right, answered = right + same_answer(said, row["response"]), answered + bool(said.strip())
+        return {"exact_match": right / len(rows), "answered": answered, "n": len(rows)}
 
     def _each(self, state: State, on: str, round: int) -> dict[str, Metrics]:
         self.engine.begin(round)
@@ -101,15 +113,11 @@ class Judge:
         return [tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
 
 
-def _one(ask: Ask) -> Program:
-    return (yield ask)
-
-
 def sample_rows(parts: Parts) -> list[int]:
     """Indices of the test rows whose answers are kept: drawn at random, since tests often come in order."""
     world, want = parts.world, parts.recipe.evaluate.samples
     count = len(world.federation.test)
-    if world.model.task != "generation" or not want or not count:
+    if not world.model.rules.speaks or not want or not count:
         return []
     return sorted(numpy_stream(world.seed, "samples").choice(count, min(want, count), replace=False).tolist())
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedllm.core.client import ClientInfo
+from fedllm.core.errors import FedLLMError
 from fedllm.core.method import Method, State
-from fedllm.core.record import Event, Record
+from fedllm.core.record import Event, Record, summed
 from fedllm.data.federation import Federation
 from fedllm.engines.world import World
 from fedllm.methods.registry import make_method
@@ -36,7 +38,7 @@ class Plan:
     """What the run is expected to need."""
 
     up: int
-    """Bytes on the wire from clients to server."""
+    """Bytes on the wire from clients to server, of the rounds."""
     down: int
     by_phase: Mapping[str, Mapping[str, int]]
     seconds: float
@@ -45,6 +47,10 @@ class Plan:
     peak_memory_bytes: int
     rounds: int
     cohort: int
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """`up`, `down` and `by_phase` of what is sent to test."""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """The method's own metrics: name -> "max" or "min"."""
     privacy: Sequence[Mapping[str, Any]] = ()
     """Of each layer that accounts for privacy: `epsilon` at `delta` of the whole run, the `noise_multiplier` that it
     takes, and `rounds_that_fit` into the budget, if there is one."""
@@ -84,6 +90,8 @@ class Probed:
     seconds: float
     """Of a whole round."""
     course: Course
+    back: Bytes
+    """What a client is sent, or sends, that missed a round, by the same of one that did not."""
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Plan:
@@ -102,30 +110,30 @@ def plan_parts(parts: Parts) -> Plan:
     asked = max((len(c) for c in cohorts), default=0)
     small, steps = _slice(parts, asked), _mean_steps(parts)
     more = max(3, min(12, round(steps / 4)))
-    probed = _probe(small, small.method, small.layers, steps, more)
+    probed = _probe(small, small.method, small.layers, steps, more, asked < len(parts.world.infos()))
     share = asked / max(1, len(small.world.federation.clients)) * _availability(parts)
     total: Bytes = defaultdict(float)
     for r in range(recipe.rounds):
+        stay = _stayed(cohorts, r)
         for key, size in probed.by_round[0 if r == 0 else 1 + (r + 1) % 2].items():
+            size *= stay + (1 - stay) * probed.back.get(key, 1.0)
             total[key] += share * (size + probed.per_step[key] * (steps - 1))
     tests = _tests(recipe)
     first, first_seconds = _probe_test(parts, small, small.method.init(small.world.model), {})
     later, test_seconds = _probe_test(parts, small, probed.course.state, probed.course.engine.memory)
-    for key in first.keys() | later.keys():  # a state may weigh more once there was a round
-        total[key] += first[key] + (tests - 1) * later[key]
+    of_tests: Bytes = {key: first[key] + (tests - 1) * later[key]  # a state may weigh more once there was a round
+                       for key in first.keys() | later.keys()}
     time_share = asked / max(1, len(small.world.federation.clients))
     spent = probed.warm_up + recipe.rounds * (probed.seconds * time_share + PER_ROUND_OVERHEAD)
     spent += first_seconds + (tests - 1) * test_seconds
     extra = sum(_baseline_seconds(small, name, steps, more) * time_share * recipe.rounds + test_seconds
                 for name in recipe.evaluate.baselines)
-    phases: dict[str, dict[str, int]] = {}
-    for (way, phase), size in sorted(total.items()):
-        phases.setdefault(phase, {"up": 0, "down": 0})[way] += round(size)
+    sent = summed(total)
     rows = {c.id: c.n for c in parts.world.infos()}
     facts = make_facts(recipe, rows, parts.world.local)
     privacy = [says for layer in parts.layers if (says := layer.foresee(facts))]
-    return Plan(sum(p["up"] for p in phases.values()), sum(p["down"] for p in phases.values()), phases, spent, extra,
-                round(PEAK * meter.peak()), recipe.rounds, asked, privacy)
+    return Plan(sent["up"], sent["down"], sent["by_phase"], spent, extra, round(PEAK * meter.peak()), recipe.rounds,
+                asked, summed(of_tests), dict(parts.method.metrics), privacy)
 
 
 def _tests(recipe: Recipe) -> int:
@@ -150,7 +158,7 @@ def _slice(parts: Parts, asked: int) -> Parts:
     want = max(1, min(PROBED, asked, len(infos)))
     chosen = {infos[(2 * i + 1) * len(infos) // (2 * want)].id for i in range(want)}
     clients = {c: replace(s, test=s.test[:CLIENT_ROWS]) for c, s in federation.clients.items() if c in chosen}
-    small = Federation(clients, federation.test[:TEST_ROWS], federation.task, federation.labels)
+    small = replace(federation, clients=clients, test=federation.test[:TEST_ROWS])
     profiles = {c.id: replace(c.profile, availability=1.0) for c in infos}
     recipe = parts.recipe.model_copy(
         update={"clients": parts.recipe.clients.model_copy(update={"per_round": 1.0, "quorum": 1, "deadline": None})})
@@ -159,13 +167,13 @@ def _slice(parts: Parts, asked: int) -> Parts:
 
 
 def _world(world: World, federation: Federation, profiles: Mapping[str, Any], steps: int | None = None) -> World:
-    local = replace(world.local, steps=steps) if steps else world.local
+    local = replace(world.local, steps=steps, warmup=0) if steps else world.local  # no rate is of interest
     return replace(world, federation=federation, profiles=profiles, local=local)
 
 
 def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
-           more: int) -> Probed:
-    """Rounds 0, 1 and 2 at one step, and round 2 once more at `more` steps."""
+           more: int, misses: bool = False) -> Probed:
+    """Rounds 0, 1 and 2 at one step, and round 2 once more at `more` steps; `misses`: clients may miss rounds."""
     few, many = _with_steps(small, 1), _with_steps(small, more)
     course, seen = Course(few, method, layers), _Counter()
     course.record.sink = seen
@@ -180,8 +188,39 @@ def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
         per_step[key] = (again.bytes[key] - probes[2].bytes[key]) / (more - 1)
     slope = max(0.0, again.seconds - min(probes[1].seconds, probes[2].seconds)) / (more - 1)
     quick = min(probes[1].seconds, probes[2].seconds)
+    back = _returning(course, few, seen) if misses else {}
     return Probed([p.bytes for p in probes], per_step, max(0.0, probes[0].seconds - quick), quick + slope * (steps - 1),
-                  course)
+                  course, back)
+
+
+def _stayed(cohorts: Sequence[Sequence[ClientInfo]], r: int) -> float:
+    """Share of round r's clients that were asked in the round before too; all of them in the first."""
+    before = {c.id for c in cohorts[r - 1]} if r else {c.id for c in cohorts[r]}
+    return sum(c.id in before for c in cohorts[r]) / max(1, len(cohorts[r]))
+
+
+def _returning(course: Course, few: Parts, seen: _Counter) -> Bytes:
+    """Round 3 with some clients left out, and round 4 with all of them: what those weigh that come back."""
+    everyone = course.clients
+    stayed = everyone[::2]
+    if len(stayed) == len(everyone):
+        return {}
+    course.engine.world = few.world
+    try:
+        course.clients = stayed
+        course.step(3)
+        course.clients, seen.each = everyone, defaultdict(float)
+        course.step(4)
+    except FedLLMError:  # layers that need more clients than stayed send the same to everybody
+        return {}
+    finally:
+        course.clients = everyone
+    there = {c.id for c in stayed}
+    sizes: dict[tuple[str, str], dict[bool, list[float]]] = defaultdict(lambda: {True: [], False: []})
+    for (way, phase, client), size in seen.each.items():
+        sizes[way, phase][client in there].append(size)
+    return {key: (sum(x[False]) / len(x[False])) / (sum(x[True]) / len(x[True]))
+            for key, x in sizes.items() if x[True] and x[False]}
 
 
 def _with_steps(parts: Parts, steps: int) -> Parts:
@@ -194,10 +233,12 @@ class _Counter:
 
     def __init__(self) -> None:
         self.bytes: Bytes = defaultdict(float)
+        self.each: dict[tuple[str, str, str], float] = defaultdict(float)
 
     def __call__(self, event: Event) -> None:
         if event["kind"] == "wire":
             self.bytes[event["direction"], event["phase"]] += event["bytes"]
+            self.each[event["direction"], event["phase"], event["client"]] += event["bytes"]
 
 
 def _round(course: Course, round: int, seen: _Counter) -> Probe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedllm.core.method import Method, State
-from fedllm.core.payload import leaves
+from fedllm.core.payload import leaves, pack
 from fedllm.models.load import resolve
 from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
-from fedllm.models.peft_io import save_adapter
+from fedllm.models.peft_io import save_adapter, save_trainables
+from fedllm.models.policy import POLICY
 from fedllm.models.reread import reread
 from fedllm.runs.folder import RunFolder
 
@@ -24,7 +25,8 @@ BASE = "base_delta.safetensors"
 
 
 def write_served(folder: RunFolder, model: Model, method: Method, state: State) -> str | None:
-    """The served model as `adapter/` (PEFT) or, for a space that PEFT does not have, as `model/`; its folder's name.
+    """The served model as `adapter/` (PEFT), for a space that PEFT does not have as `model/`, for one that is no change
+    of weights as `trainables/`; its folder's name.
 
     None when the method serves no single model, or none at all. Modules that stand side by side go to `modules/`.
     """
@@ -34,40 +36,62 @@ def write_served(folder: RunFolder, model: Model, method: Method, state: State) 
     theta, base = method.served(state) if method.serves else ({}, None)
     if not theta:
         return None
-    kind = "adapter" if model.space.peft_config(model.net, model.task) is not None else "model"
+    kind = form_of(model, theta)
     with folder.replacing(kind) as temp:
         write_tree(temp, model, theta, base)
     return kind
 
 
 def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
-    """One set of trainables in this folder, as an adapter where PEFT has the space and merged where not."""
-    if model.space.peft_config(model.net, model.task) is None:
-        save_merged(folder, model, theta, base)
+    """One set of trainables in this folder, in the form that `form_of` says."""
+    if model.name == POLICY:
+        save_file({n: t.detach().cpu().contiguous() for n, t in theta.items()}, folder / "policy.safetensors")
         return
+    if (form := form_of(model, theta)) == "model":
+        return save_merged(folder, model, theta, base)
+    if form == "trainables":
+        return save_trainables(folder, model, theta, resolve(model.name))
     save_adapter(folder, model, theta, resolve(model.name))
     reread(folder, model, theta)
     if base:
         save_file({n: t.detach().cpu().contiguous() for n, t in base.items()}, folder / BASE)
 
 
-def write_clients(folder: RunFolder, model: Model, memory: Mapping[str, Mapping[str, Any]]) -> int:
-    """`clients/<id>/` for each client with a memory: adapters where it holds trainables, plain tensors otherwise."""
-    names = set(model.initial())
+def form_of(model: Model, theta: Mapping[str, Tensor]) -> str:
+    """What becomes of trainables: an `adapter` where PEFT has the space, else a `model` with them in its weights, else
+    the `trainables` as they are."""
+    if model.name == POLICY:
+        return "model"
+    if model.space.to_peft(model.net, model.task, theta) is not None:
+        return "adapter"
+    return "trainables" if model.space.stays else "model"
+
+
+def write_clients(folder: RunFolder, model_of: Callable[[str], Any], memory: Mapping[str, Mapping[str, Any]]) -> int:
+    """`clients/<id>/` for each client with a memory: adapters where it holds trainables of its model, plain tensors
+    otherwise."""
+    known: dict[int, set[str]] = {}
     for client, kept in memory.items():
         if not kept:
             continue
         with folder.replacing(f"clients/{safe(client)}") as temp:
-            _write_memory(temp, model, kept, names)
+            model = model_of(client)
+            if id(model) not in known:
+                known[id(model)] = set(model.initial()) if isinstance(model, Model) else set()
+            _write_memory(temp, model, kept, known[id(model)], folder.path / "model")
     return sum(bool(kept) for kept in memory.values())
 
 
-def _write_memory(folder: Path, model: Model, kept: Mapping[str, Any], names: set[str]) -> None:
+def _write_memory(folder: Path, model: Model, kept: Mapping[str, Any], names: set[str], served: Path) -> None:
+    """A personal stream that PEFT has becomes an adapter of the served model, over which it was trained."""
     rest: dict[str, Any] = {}
     for key, value in kept.items():
-        if isinstance(value, Mapping) and set(value) == names:
+        if names and isinstance(value, Mapping) and set(value) == names:
             (folder / key).mkdir()
             write_tree(folder / key, model, value, None)
+        elif names and key in model.space.personal and served.is_dir() and model.task == "generation" and (
+                form_of(model, stream := pack(**{key: value})) == "adapter"):
+            save_adapter(folder / key, model, stream, str(served.resolve()))
         else:
             rest[key] = value
     flat = dict(leaves(rest))

@@ -35,6 +35,8 @@ def make_profiles(recipe: Recipe, clients: list[str]) -> dict[str, Profile]:
         values |= dealt(recipe.energy, i)
         if spec.ranks:
             values["rank"] = spec.ranks[i % len(spec.ranks)]
+        if spec.models:
+            values["model"] = spec.models[i % len(spec.models)]
         for key, value in spec.profiles.get(client, {}).items():
             _check_profile(f"clients.profiles.{client}", key, value, names)
             values[key] = value

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
 from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
+from fedllm.runs.plugins import plugged
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
@@ -62,9 +63,13 @@ class ModelSpec(Section):
     """Which model, and how it is held in memory."""
 
     name: str = "embedded"
-    """embedded, minilm, a folder saved with save_pretrained, or a Hub id."""
+    """embedded, minilm, a folder saved with save_pretrained, or a Hub id; policy where clients act in environments."""
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Widths of a policy's hidden layers (name policy); none: one linear map."""
     at_clients: str | None = None
     """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """As the model's folder holds them, or drawn by the recipe's seed from its config alone (with space: full)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the frozen base; trainables are fp32 at least."""
     device: Device = "auto"
@@ -90,6 +95,33 @@ class Named(BaseModel):
         return dict(self.model_extra or {})
 
 
+class NamedModel(Section):
+    """A model beside the main one: a folder, an id or an endpoint."""
+
+    name: str | None = None
+    """embedded, minilm, a folder saved with save_pretrained, or a Hub id."""
+    endpoint: dict[str, Any] | None = None
+    """In its place: an OpenAI-compatible API (base_url, model, api, api_key_env, timeout, ...)."""
+    space: Annotated[Named, _short("name")] | None = None
+    """What of it is trained; None: as the recipe's `space` (of an encoder for its vectors: its head)."""
+    sealed: bool = False
+    """A black box: it answers, and nothing of it can be read or trained."""
+    task: Literal["generation", "classification", "embedding"] | None = None
+    """What it is for; None: the data's task, or embedding for an encoder beside language models."""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """None: as the main model's."""
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """None: as the main model's."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> NamedModel:
+        if (self.name is None) == (self.endpoint is None):
+            raise ValueError("give either name or endpoint")
+        if self.endpoint is not None and (self.space or self.sealed or self.task or self.dtype or self.pooling):
+            raise ValueError("an endpoint has no space, sealed, task, dtype or pooling: it continues text")
+        return self
+
+
 class Data(DataSpec):
     """Where rows come from, what they become, who holds which, and which tokens are learned."""
 
@@ -112,8 +144,11 @@ class ClientsSpec(Section):
     """Seconds after which an answer no longer counts."""
     ranks: list[Count] | None = None
     """LoRA ranks, dealt to the clients in order and over again."""
+    models: Names | None = None
+    """Models that clients hold in the place of the main one, dealt in order and over again: names of `models`, ids or
+    folders."""
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What single clients declare: rank, speed, memory_bytes, bandwidth, latency, availability, dropout, device,
+    """What single clients declare: rank, model, speed, memory_bytes, bandwidth, latency, availability, dropout, device,
     link, modality, privacy."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that a client answers when asked, where its profile does not say."""
@@ -198,12 +233,23 @@ class RecordSpec(Section):
     """Rounds from one checkpoint to the next."""
 
 
+class Plugin(Section):
+    """A Python file that holds a method, layer, space or selector of one's own; its stem is the name."""
+
+    file: str
+    """Path of the file; it is run when the recipe is read."""
+    sha256: str | None = None
+    """Written into a run's own recipe: what the file was. A run goes on with no other."""
+
+
 class Recipe(Section):
     """All that a run depends on."""
 
     name: str = "run"
     """Name of the run, and of its folder."""
     model: Annotated[ModelSpec, _short("name")] = Field(default_factory=ModelSpec)
+    models: dict[str, Annotated[NamedModel, _short("name")]] = Field(default_factory=dict)
+    """Further models by name, for client functions (`client.models["teacher"]`) and for clients to hold."""
     data: Annotated[Data, _short("source")] = Field(default_factory=Data)
     method: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="fedavg"))
     space: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="lora"))
@@ -221,6 +267,8 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     record: RecordSpec = Field(default_factory=RecordSpec)
+    plugins: list[Annotated[Plugin, _short("file")]] = Field(default_factory=list)
+    """Files with parts of one's own. The sites of a real federation load none: there a part is installed."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Written into a run's own recipe: what it ran with. Not read."""
 
@@ -228,7 +276,8 @@ class Recipe(Section):
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A checked recipe from a YAML path, a mapping or a recipe; `overrides` maps key paths to values.
 
-    Raises RecipeError with one line for each thing that is wrong.
+    Its plugin files are loaded; those in `overrides` come beside the recipe's own. Raises RecipeError with one line for
+    each thing that is wrong.
     """
     if isinstance(source, Recipe):
         raw = source.model_dump()
@@ -237,7 +286,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
     else:
         raw = {"name": Path(source).stem, **read_yaml(Path(source))}
     for key, value in (overrides or {}).items():
-        edit(raw, key, value)
+        edit(raw, key, [*raw.get(key, []), *value] if key == "plugins" else value)
     fill(raw)
     try:
         recipe = Recipe.model_validate(raw)
@@ -245,4 +294,5 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         raise RecipeError(complaints(Recipe, error.errors())) from None
     if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
         raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
-    return recipe
+    files = plugged([(p.file, p.sha256) for p in recipe.plugins])
+    return recipe.model_copy(update={"plugins": [Plugin(**f) for f in files]})

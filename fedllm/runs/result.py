@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import DidNothing, RunError
 from fedllm.runs.store import read_json
 
 
@@ -23,7 +23,7 @@ class Result:
     evaluation: Mapping[str, Any]
     """`before` and `baselines` (each with `global` and `clients`), `global`, `clients`."""
     bytes: Mapping[str, Any]
-    """`up`, `down` and `by_phase`, on the wire."""
+    """`up`, `down` and `by_phase` of the rounds, on the wire; under `evaluation` the same of what was sent to test."""
     seconds: float
     peak_memory_bytes: int
     state_digest: str
@@ -35,6 +35,8 @@ class Result:
     """Rounds that too few clients answered."""
     ended: str = ""
     """Why the run ended before the recipe's last round: the next one would have broken a budget. Empty: it did not."""
+    failed: str = ""
+    """Why the run counts as failed though it came to its end: no round counted, or no question was answered."""
     joules: float | None = None
     """Energy of this machine's processor packages and cards, where it counts them."""
     joules_from: str = ""
@@ -46,10 +48,13 @@ class Result:
     """What the method, layers and the selector say beside the figures, by their class: staleness, energy, who was
     asked how often."""
 
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """The method's own metrics: name -> "max" or "min", whichever is better."""
+
     @property
     def adapter_path(self) -> Path | None:
-        """The served adapter (PEFT) or, for a space that PEFT does not have, the merged model."""
-        return next((p for n in ("adapter", "model") if (p := self.folder / n).is_dir()), None)
+        """The served adapter (PEFT), the merged model where PEFT has no such one, or trainables that are neither."""
+        return next((p for n in ("adapter", "model", "trainables") if (p := self.folder / n).is_dir()), None)
 
     @property
     def report_path(self) -> Path:
@@ -67,3 +72,12 @@ class Result:
         if not path.is_file():
             raise RunError(f"{folder} holds no finished run; `fedllm resume {folder}` goes on with it")
         return cls(Path(folder), **read_json(path))
+
+
+def finished(folder: str | Path) -> Result:
+    """The result of a run that came to its end; DidNothing when it did nothing on the way there."""
+    result = Result.load(folder)
+    if result.failed:
+        raise DidNothing(f"the run did nothing: {result.failed}. Its record and report are in {result.folder}, and "
+                         "there is nothing to resume: mend the cause and run the recipe again")
+    return result

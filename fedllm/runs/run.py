@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,21 @@ from typing import Any
 from fedllm.core.client import SERVER
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.core.payload import digest
-from fedllm.core.record import Event, Record
+from fedllm.core.record import Event, Record, is_test
 from fedllm.privacy.accountant import BudgetSpent, join, unaccounted
 from fedllm.runs import judge as judging
 from fedllm.runs.beside import Beside, beside, run_baselines
 from fedllm.runs.build import FAR, Parts, build, cohort_size, resolved
+from fedllm.runs.complaints import read_yaml
 from fedllm.runs.course import Course
 from fedllm.runs.folder import EventLog, RunFolder, fresh_path
 from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
+from fedllm.runs.plugins import moved
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.progress import Quiet, progress_bars
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
-from fedllm.runs.result import Result
+from fedllm.runs.result import Result, finished
 from fedllm.runs.seal import figures_digest, sealed
 from fedllm.runs.spread import spread
 from fedllm.runs.store import Frozen, freeze
@@ -44,12 +46,12 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
         return Run(parts, folder, progress, publish).go()
 
 
-def go_on(path: str | Path, publish: Publish) -> Result:
-    """A run that was stopped at any moment, to its end."""
+def go_on(path: str | Path, publish: Publish, plugins: Sequence[str | Path] = ()) -> Result:
+    """A run that was stopped at any moment, to its end; `plugins` are other places of the plugin files that it has."""
     folder = RunFolder.open(Path(path))
     if (folder.path / "result.json").exists():
-        return Result.load(folder.path)
-    recipe = load_recipe(folder.path / "recipe.yaml")
+        return finished(folder.path)
+    recipe = load_recipe(moved(read_yaml(folder.path / "recipe.yaml"), plugins))
     if recipe.data.source == OWN:
         raise RunError(f"{path} is a run of a real federation: "
                        f"`fedllm serve {path} --federation FOLDER` goes on with it")
@@ -73,6 +75,7 @@ class Run:
         self.frozen: dict[str, Frozen] = {}
         self.dirty: set[str] = set()
         self.skipped: list[int] = list(self.kept.get("skipped", []))
+        self.why_skipped = ""
         self.before: dict[str, Any] = self.kept.get("before", {})
         self.answers_before: list[str] = self.kept.get("answers_before", [])
         self.beside: Beside | None = None
@@ -81,7 +84,7 @@ class Run:
             self._restore()
 
     def go(self) -> Result:
-        """From wherever the run stands to its end."""
+        """From wherever the run stands to its end; DidNothing when no round on the way counted."""
         total = self.parts.recipe.rounds
         self.progress.rounds(total, self.at)
         self.beside = beside(self.parts, self.folder)
@@ -99,7 +102,7 @@ class Run:
                     log.warning("the run ends before round %d: %s", round, spent)
                     total, ended = round, str(spent)
                     break
-            return self._finish(total, ended)
+            result = self._finish(total, ended)
         except FedLLMError as error:
             self.record.emit("stopped", why=str(error))
             raise
@@ -109,6 +112,7 @@ class Run:
             if self.tape:
                 self.tape.close()
             self.events.close()
+        return finished(self.folder.path) if result.failed else result
 
     def _saw(self, event: Event) -> None:
         self.events.append(event)
@@ -120,7 +124,10 @@ class Run:
         course.engine.memory = kept["memory"]
         self.dirty = set(kept["memory"])
         for way, phase, size in kept["bytes"]:
-            self.record.bytes[way, phase] = size
+            as_one = "tests" not in kept and is_test(phase)  # a run begun before tests were booked apart
+            (self.record.tests if as_one else self.record.bytes)[way, phase] = size
+        for way, phase, size in kept.get("tests", ()):
+            self.record.tests[way, phase] = size
         self.record.emit("resumed", round=self.at)
 
     def _begin(self) -> None:
@@ -149,6 +156,10 @@ class Run:
         """What may not be meant."""
         parts = self.parts
         said = list(parts.method.cautions(cohort_size(parts.recipe.clients.per_round, len(self.course.clients))))
+        for name, spec in parts.recipe.models.items():
+            if spec.endpoint is not None:
+                said.append(f"models.{name} is an endpoint at {spec.endpoint.get('base_url', 'its default address')}: "
+                            "whatever text clients put to it leaves them")
         if parts.recipe.engine.kind in FAR and parts.method.by_arrival:
             said.append(f"method '{parts.recipe.method.name}' goes by who answers first, so that another run of this "
                         "recipe may end in another state")
@@ -164,6 +175,7 @@ class Run:
         self.dirty.update(touched)
         if "skipped" in facts:
             self.skipped.append(round)
+            self.why_skipped = str(facts["skipped"])
             log.warning("round %d is skipped: %s", round, facts["skipped"])
         if self.tape:
             self.tape.close()
@@ -193,6 +205,7 @@ class Run:
                 "failed_in_a_row": course.failed_in_a_row, "skipped": self.skipped, "before": self.before,
                 "answers_before": self.answers_before, "events": self.events.sync(), "chain": self.events.head,
                 "bytes": [(*key, size) for key, size in self.record.bytes.items()],
+                "tests": [(*key, size) for key, size in self.record.tests.items()],
                 "spent": (self.meter.seconds(), self.meter.peak(), self.meter.joules())}
             self.folder.save(round, value, pin=round == 0 and self.tape is not None)
             self.dirty.clear()
@@ -225,14 +238,18 @@ class Run:
             evaluation["baselines"] = self._baselines()
         self._write(lambda: write_served(self.folder, parts.world.model, parts.method, course.state))
         mine = {c: m for c, m in course.engine.memory.items() if c != SERVER}
-        self._write(lambda: write_clients(self.folder, parts.world.model, mine))
+        self._write(lambda: write_clients(self.folder, parts.world.model_of, mine))
         result = Result(
             folder=self.folder.path, method=parts.recipe.method.name, engine=parts.recipe.engine.kind, rounds=total,
             seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
-            virtual=course.virtual(), reports=course.report(),
-            state_digest=digest(course.state), skipped=self.skipped, ended=ended, **spent)
+            virtual=course.virtual(), reports=course.report(), metrics=dict(parts.method.metrics),
+            state_digest=digest(course.state), skipped=self.skipped, ended=ended, failed=self._failed(total, final),
+            **spent)
         self._write(lambda: self.folder.write_json("samples.json", shown))
         figures = figures_digest(result.as_json())
+        if result.failed:
+            self.record.emit("did_nothing", why=result.failed)
+            log.error("the run did nothing: %s", result.failed)
         self.record.emit("finished", state_digest=result.state_digest, seconds=result.seconds, figures=figures,
                          sealed=sealed(self.folder.path))
         result = replace(result, audit={"events": self.events.count, "head": self.events.head})
@@ -241,6 +258,16 @@ class Run:
                            f"`fedllm resume {self.folder.path}`")
         self._write(lambda: self._publish(result))
         return result
+
+    def _failed(self, total: int, final: Mapping[str, Any]) -> str:
+        """Why this run has done nothing; empty when it has done something."""
+        said = (final.get("global") or {}).get("answered")
+        if self.judge.answering and said == 0:
+            return f"none of the {final['global']['n']} questions of the test got an answer"
+        if total and len(self.skipped) == total:
+            why = self.why_skipped or next((e["skipped"] for e in reversed(self.folder.events()) if "skipped" in e), "")
+            return f"all of its {total} rounds were skipped, the last because {why}"
+        return ""
 
     def _privacy(self) -> dict[str, Any] | None:
         """What the layers say of the privacy that the run has spent; None where none of them says anything."""

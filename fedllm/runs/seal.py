@@ -13,7 +13,7 @@ from fedllm.core.errors import RunError
 from fedllm.runs.folder import CHAIN, RunFolder, link
 from fedllm.runs.store import read_json
 
-SEALED = ("recipe.yaml", "clients.json", "samples.json", "adapter", "model", "clients")
+SEALED = ("recipe.yaml", "clients.json", "samples.json", "adapter", "model", "trainables", "clients")
 """What a finished run's last event holds the hashes of, where it is there."""
 FIGURES = ("state_digest", "method", "rounds", "seed", "evaluation", "bytes", "privacy", "skipped")
 """What of `result.json` the last event holds the hash of."""

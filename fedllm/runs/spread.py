@@ -13,6 +13,7 @@ import torch
 from fedllm.data.federation import Federation
 from fedllm.engines.world import World
 from fedllm.runs.build import Parts, make_world
+from fedllm.runs.plugins import plugged
 from fedllm.runs.recipe import Recipe
 
 
@@ -45,4 +46,5 @@ def over(pool: Any, parts: Parts) -> Callable[..., Any]:
 def worker_world(recipe: Recipe, federation: Federation) -> World:
     """What a worker stands on: its own copy of the model. Rows come with the run, so that files need not lie there."""
     torch.set_num_threads(recipe.engine.threads)
+    plugged([(p.file, p.sha256) for p in recipe.plugins])
     return make_world(recipe, federation)

@@ -22,7 +22,7 @@ class Taped:
     """A reducer that writes each reply down once its own reducer has taken it."""
 
     def __init__(self, inner: Reducer, write: Callable[[Payload], int]) -> None:
-        self.inner, self.write = inner, write
+        self.inner, self.write, self.ragged = inner, write, inner.ragged
         self.sizes: list[int] = []
 
     def zero(self) -> Any:
@@ -70,7 +70,7 @@ class Tape(Layer):
             out = yield ask
             sizes = [self._write(reply) for reply in out.each.values()]
         beside = {c: codec.encode(pack(note=note)).hex() for c, note in out.notes.items()}
-        self._index.append({"phase": ask.phase, "clients": list(out.answered), "sizes": sizes,
+        self._index.append({"phase": ask.phase, "clients": list(out.folded), "sizes": sizes,
                             "missing": dict(out.missing), "notes": beside, "seconds": dict(out.seconds)})
         return out
 

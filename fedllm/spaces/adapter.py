@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from fedllm.core.errors import ModelError
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
+from fedllm.spaces.params import saved_params
 from fedllm.spaces.space import Space, Stack, patch
 from fedllm.spaces.stacked import install_params
 
@@ -24,6 +25,8 @@ SITES = r"\.(?:layers|layer|h|blocks)\.\d+\.(?:mlp|output|feed_forward)$"
 @dataclass(frozen=True)
 class Adapter(Space):
     """h + up(relu(down(h))) with a bottleneck of `size`; `up` starts at zero, so the model starts unchanged."""
+
+    stays = "its bottlenecks are modules of their own"
 
     size: int = knob(16, "width of the bottleneck", ge=1)
     modules_to_save: tuple[str, ...] = knob(("classifier",), "modules trained whole beside the adapters, where present")
@@ -42,12 +45,18 @@ class Adapter(Space):
             tree[f"{path}.adapter_down.bias"] = torch.zeros(m)
             tree[f"{path}.adapter_up.weight"] = torch.zeros(d, m)
             tree[f"{path}.adapter_up.bias"] = torch.zeros(d)
-        return tree | {n: p.detach().float().clone() for n, p in net.named_parameters() if self.trains(n)}
+        return tree | {n: p.detach().float().clone() for n, p in self._saved(net).items()}
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
         for path in self._sites(net):
             patch(net.get_submodule(path), lambda frozen, path=path: self._adapted(frozen, path, stack))
-        return install_params(net, stack, {n: n for n, _ in net.named_parameters() if self.trains(n)})
+        return install_params(net, stack, {n: n for n in self._saved(net)})
+
+    def _saved(self, net: nn.Module) -> dict[str, nn.Parameter]:
+        return saved_params(net, self.modules_to_save, self.trains)
+
+    def composes(self, net: nn.Module) -> list[str]:
+        return self._sites(net)
 
     def trains(self, name: str) -> bool:
         return any(name.startswith(m + ".") for m in self.modules_to_save)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedllm.core.errors import ModelError
 from fedllm.spaces.params import Params
-from fedllm.spaces.space import output_heads
+from fedllm.spaces.space import output_heads, tied_to
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class Head(Params):
         from fedllm.spaces.stacked import install_params
 
         return install_params(net, stack, {n: n for n in self.chosen(net)})
+
+    def merge(self, net: nn.Module, theta: Mapping[str, Tensor]) -> None:
+        untie(net)
+        super().merge(net, theta)
+
+
+def untie(net: Any) -> None:
+    """Give output heads weights of their own."""
+    for path in output_heads(net):
+        if tied_to(net, f"{path}.weight"):
+            head = net.get_submodule(path)
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            net.config.tie_word_embeddings = False
 
 
 def classifier_start(module: nn.Linear, rng: torch.Generator) -> None:

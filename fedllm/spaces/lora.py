@@ -10,14 +10,15 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedllm.core.errors import RecipeError
+from fedllm.core.errors import ModelError, RecipeError
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
-from fedllm.spaces.params import with_ties
-from fedllm.spaces.space import PEFT, Space, Stack, find_linears, linear_size, patch
+from fedllm.spaces.params import saved_params, with_ties
+from fedllm.spaces.space import CAUSAL, PEFT, Space, Stack, find_linears, linear_size, patch, set_params
 from fedllm.spaces.stacked import install_params
 
 
@@ -31,6 +32,8 @@ class LoRA(Space):
 
     ragged = True
     takes_base = True
+    stays = ""
+    peft = "LORA"
 
     rank: int = knob(8, "rank r, where a client's profile does not say another", ge=1)
     alpha: float = knob(16.0, "scale of the update", gt=0)
@@ -62,7 +65,6 @@ class LoRA(Space):
         return tree
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
-        self._check_saved(net)
         for path, module in self._sites(net).items():
             patch(module, lambda frozen, path=path, module=module: _adapted(frozen, path, module, stack))
         names = with_ties(net, self._saved(net))
@@ -76,45 +78,86 @@ class LoRA(Space):
     def trains(self, name: str) -> bool:
         return any(name.startswith(m + ".") or f".{m}." in name for m in self.modules_to_save)
 
+    def composes(self, net: nn.Module) -> list[str]:
+        return list(self._sites(net))
+
+    def idle(self, net: nn.Module, theta: Mapping[str, Tensor]) -> bool:
+        weights = dict(net.named_parameters(remove_duplicate=False))
+        rest = {n: t for n, t in theta.items() if ".lora_A." not in n and ".lora_B." not in n}
+        return not any(b.any() for b, _ in factors(theta).values()) and all(
+            t.equal(weights[n.removeprefix(PEFT)].to(t)) for n, t in rest.items())
+
+    def merge(self, net: nn.Module, theta: Mapping[str, Tensor]) -> None:
+        set_params(net, {n.removeprefix(PEFT): t for n, t in theta.items()
+                         if ".lora_A." not in n and ".lora_B." not in n})
+        with torch.no_grad():
+            for path, (b, a) in factors(theta).items():
+                module = net.get_submodule(path)
+                change = self.scale(a.shape[0]) * (b @ a)  # [o, i]
+                module.weight.add_((change.T if isinstance(module, Conv1D) else change).to(module.weight))
+
     def peft_config(self, net: nn.Module, task: str) -> LoraConfig:
         paths = list(self._sites(net))
         saved = sorted({n.rpartition(".")[0] for n in self._saved(net)})
         alpha = self.alpha if self.scaling != "shared" else self.scale(self.rank) * self.rank
         return LoraConfig(
             r=self.rank, lora_alpha=alpha, use_rslora=self.scaling == "rslora", target_modules=paths, lora_dropout=0.0,
-            modules_to_save=saved or None, task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION",
+            modules_to_save=saved or None, task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION",
             fan_in_fan_out=isinstance(net.get_submodule(paths[0]), Conv1D))
 
-    def _sites(self, net: nn.Module) -> dict[str, nn.Module]:
-        """The adapted modules; gates and routers that are narrower than the rank have no place for it."""
-        found = find_linears(net, self.targets, "lora")
-        wide = {p: m for p, m in found.items() if min(linear_size(m) or (0, 0)) >= self.rank}
-        return wide if wide and self.targets == "all-linear" else found
+    def to_peft(self, net: nn.Module, task: str, theta: Mapping[str, Tensor]) -> tuple[LoraConfig, Tree]:
+        """Rank and alpha as the tensors have them: a server may grow ranks, and clients' ranks may differ."""
+        config = self.peft_config(net, task)
+        ranks = {path: a.shape[0] for path, (_, a) in factors(theta).items()}
+        if ranks:
+            config.r = next(iter(ranks.values()))
+            config.lora_alpha = self._alpha(config.r)  # type: ignore[assignment]
+            odd = {p: r for p, r in ranks.items() if r != config.r}
+            config.rank_pattern = {p: r for p, r in odd.items()}
+            config.alpha_pattern = {p: self._alpha(r) for p, r in odd.items()}
+        return config, dict(theta)
 
-    def _check_saved(self, net: nn.Module) -> None:
-        """RecipeError for modules that are not there, are tied to others, or are adapted as well."""
-        own, tied = dict(net.named_parameters()), dict(net.named_parameters(remove_duplicate=False))
-        for name in () if self.modules_to_save == ("classifier",) else self.modules_to_save:
-            mine = [n for n in tied if n.startswith(f"{name}.") or f".{name}." in n]
-            if not mine:
-                raise RecipeError(f"space.modules_to_save = {name!r}: the model has no such module with weights")
-            if apart := [n for n in mine if n not in own]:
-                twin = next(n for n, p in own.items() if p is tied[apart[0]])
-                raise RecipeError(f"space.modules_to_save = {name!r}: {apart[0]} is tied to {twin} and cannot be "
-                                  "trained apart from it")
-        both = [p for p in self._sites(net) if self.trains(f"{p}.weight")]
-        if both:
-            raise RecipeError(f"space.modules_to_save holds {both[0]!r}, which is one of space.targets too; it is "
-                              "trained whole or by factors, not both")
+    def _alpha(self, rank: int) -> float:
+        """PEFT's alpha for the scale of this rank."""
+        return self.scale(rank) * (math.sqrt(rank) if self.scaling == "rslora" else rank)
+
+    @classmethod
+    def peft_knobs(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        targets = config["target_modules"]
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        return {"rank": max(ranks), "alpha": float(config["lora_alpha"]),
+                "targets": targets if isinstance(targets, str) else sorted(targets),
+                "modules_to_save": config.get("modules_to_save") or ["classifier"],
+                "scaling": "rslora" if config.get("use_rslora") else "classic"}
+
+    def from_peft(self, config: Mapping[str, Any], tree: Tree, fresh: Mapping[str, Tensor]) -> Tree:
+        """Where the adapter's scale differs from this space's, the ratio is multiplied into B."""
+        out = dict(tree)
+        for path, (b, a) in factors(tree).items():
+            pattern, rank = config.get("alpha_pattern") or {}, a.shape[0]
+            alpha = pattern.get(get_pattern_key(list(pattern), path.removeprefix("body.")), config["lora_alpha"])
+            theirs = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            out[names_of(path)[0]] = b * (theirs / self.scale(factors(fresh)[path][1].shape[0]))
+        return out
+
+    def _sites(self, net: nn.Module) -> dict[str, nn.Module]:
+        """The linear maps that get factors; none of them may be trained whole too."""
+        found = find_linears(net, self.targets, "lora")
+        if both := [p for p in found if self.trains(f"{p}.weight")]:
+            raise ModelError(f"lora: '{both[0]}' is among space.targets = {self.targets!r} and in "
+                             f"space.modules_to_save = {list(self.modules_to_save)}; a module has factors or is "
+                             "trained whole, so name it in one of the two")
+        wide = {p: m for p, m in found.items() if min(linear_size(m) or (0, 0)) >= self.rank}
+        return wide if wide and self.targets == "all-linear" else found  # narrow gates have no place for factors
 
     def _saved(self, net: nn.Module) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in net.named_parameters() if self.trains(n)}
+        return saved_params(net, self.modules_to_save, self.trains)
 
 
 def _adapted(frozen: Any, path: str, module: nn.Module, stack: Stack) -> Any:
     a_name, b_name, w_name = f"{PEFT}{path}.lora_A.weight", f"{PEFT}{path}.lora_B.weight", f"{path}.weight"
 
-    plain = type(module) in (nn.Linear, Conv1D)
+    plain = type(module) in (nn.Linear, Conv1D) and "forward" not in module.__dict__  # no other stream beneath
 
     def forward(x: Tensor) -> Tensor:
         a = stack.tensors.get(a_name)  # [K, r, i]

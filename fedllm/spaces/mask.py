@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,8 @@ class Mask(Space):
     The tree holds one vector of deltas per weight; the positions follow from the knobs and the base, so that
     nothing but values travels.
     """
+
+    stays = ""
 
     density: float = knob(0.01, "share of each weight's entries that is trained", gt=0, le=1)
     choose: Literal["random", "magnitude"] = knob("magnitude", "which entries", options=("random", "magnitude"))
@@ -58,5 +61,12 @@ class Mask(Space):
 
         return install_params(net, stack, {n: n for n in places}, value)
 
-    def trains(self, name: str) -> bool:
-        return False
+    def idle(self, net: nn.Module, theta: Mapping[str, Tensor]) -> bool:
+        return not any(t.any() for t in theta.values())
+
+    def merge(self, net: nn.Module, theta: Mapping[str, Tensor]) -> None:
+        weights = dict(net.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, places in self.positions(net).items():
+                flat = weights[name].view(-1)
+                flat.index_add_(0, places, theta[f"{name}.sparse_delta"].to(flat))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedllm.core.errors import ModelError
 from fedllm.core.payload import Tree
-from fedllm.spaces.space import Space, Stack
+from fedllm.spaces.space import Space, Stack, named, output_heads, set_params, tied_to
 from fedllm.spaces.stacked import install_params
 
 
 class Params(Space):
     """A subset of the network's parameters, replaced by trainables; names are the network's own."""
+
+    stays = ""
 
     def picks(self, net: nn.Module, name: str, parameter: Tensor) -> bool:
         """Whether this parameter is trained."""
@@ -37,8 +39,34 @@ class Params(Space):
     def trains(self, name: str) -> bool:
         return True
 
+    def idle(self, net: nn.Module, theta: Mapping[str, Tensor]) -> bool:
+        weights = dict(net.named_parameters(remove_duplicate=False))
+        return all(t.equal(weights[n].to(t)) for n, t in theta.items())
+
+    def merge(self, net: nn.Module, theta: Mapping[str, Tensor]) -> None:
+        set_params(net, theta)
+
 
 def with_ties(net: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str, str]:
     """Every path that leads to a chosen parameter -> the one name under which it is trained."""
     first = {id(p): n for n, p in chosen.items()}
     return {n: first[id(p)] for n, p in net.named_parameters(remove_duplicate=False) if id(p) in first}
+
+
+def saved_params(net: nn.Module, modules: Sequence[str], trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """Parameters of the modules that are trained whole beside an adapter (`modules_to_save`).
+
+    A module that the model lacks is refused, but for the classifier, which only encoders have; so is an output head
+    that shares its weights with the embeddings, under whose name nothing of its own could be trained.
+    """
+    every = {n: p for n, p in net.named_parameters(remove_duplicate=False) if trains(n)}
+    found = {n: p for n, p in net.named_parameters() if trains(n)}
+    for m in modules:
+        if m != "classifier" and not any(named(n.rpartition(".")[0], m) or f".{m}." in f".{n}" for n in every):
+            raise ModelError(f"space.modules_to_save: the model has no module named {m!r}")
+    for path in sorted({n.rpartition(".")[0] for n in every} & output_heads(net)):
+        if f"{path}.weight" not in found and f"{path}.weight" in every:
+            raise ModelError(f"space.modules_to_save: '{path}' shares its weights with "
+                             f"'{tied_to(net, f'{path}.weight')}', so it is not trained by itself; leave it out, or "
+                             "train the space 'head', which unties it")
+    return found

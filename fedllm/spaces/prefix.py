@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch import nn
 from fedllm.core.errors import ModelError
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
-from fedllm.spaces.space import Prompt, Space, Stack
+from fedllm.spaces.space import CAUSAL, Prompt, Space, Stack
 
 NAME = "prompt_embeddings"
 SHAPES: weakref.WeakKeyDictionary[nn.Module, tuple[int, int, int]] = weakref.WeakKeyDictionary()
@@ -24,6 +25,8 @@ class Prefix(Space):
     """`length` virtual positions in every layer; one tensor [P, layers * 2 * kv_heads * head_dim], as PEFT keeps it."""
 
     multiplies: ClassVar[bool] = False
+    stays: ClassVar[str] = "it puts virtual tokens before the text"
+    peft: ClassVar[str] = "PREFIX_TUNING"
     length: int = knob(16, "number of virtual positions", ge=1)
     std: float = knob(0.02, "standard deviation of the start", gt=0)
 
@@ -45,11 +48,15 @@ class Prefix(Space):
         kv = kv.to(net.dtype).repeat_interleave(each, 2)  # [L, 2, N, h, P, d]
         return Prompt(length, cache=[(layer[0], layer[1]) for layer in kv])
 
+    @classmethod
+    def peft_knobs(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"length": config["num_virtual_tokens"]}
+
     def peft_config(self, net: nn.Module, task: str) -> PrefixTuningConfig:
         layers, heads, dim = kv_shape(net)
         return PrefixTuningConfig(num_virtual_tokens=self.length, num_layers=layers, num_attention_heads=heads,
                                   token_dim=heads * dim, num_transformer_submodules=1, prefix_projection=False,
-                                  task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION")
+                                  task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION")
 
 
 def kv_shape(net: nn.Module) -> tuple[int, int, int]:

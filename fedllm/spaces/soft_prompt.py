@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PromptTuningConfig
@@ -11,7 +12,7 @@ from torch import nn
 
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
-from fedllm.spaces.space import Prompt, Space, Stack
+from fedllm.spaces.space import CAUSAL, Prompt, Space, Stack
 
 NAME = "prompt_embeddings"
 
@@ -21,6 +22,8 @@ class SoftPrompt(Space):
     """`length` virtual tokens, started from the embeddings of random real tokens or at random."""
 
     multiplies: ClassVar[bool] = False
+    stays: ClassVar[str] = "it puts virtual tokens before the text"
+    peft: ClassVar[str] = "PROMPT_TUNING"
     length: int = knob(16, "number of virtual tokens", ge=1)
     start_from: Literal["vocabulary", "random"] = knob("vocabulary", "where the virtual tokens start",
                                                        options=("vocabulary", "random"))
@@ -46,9 +49,13 @@ class SoftPrompt(Space):
     def virtual(self) -> int:
         return self.length
 
+    @classmethod
+    def peft_knobs(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"length": config["num_virtual_tokens"]}
+
     def peft_config(self, net: nn.Module, task: str) -> PromptTuningConfig:
         table = net.get_input_embeddings().weight  # narrower than the hidden states in some encoders
         return PromptTuningConfig(num_virtual_tokens=self.length, token_dim=table.shape[1],
                                   num_transformer_submodules=1, num_layers=getattr(net.config, "num_hidden_layers", 1),
                                   num_attention_heads=getattr(net.config, "num_attention_heads", 1),
-                                  task_type="CAUSAL_LM" if task == "generation" else "FEATURE_EXTRACTION")
+                                  task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION")

@@ -6,7 +6,7 @@ tensor carries a leading K. One client at a time is the same code with K = 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +20,8 @@ from fedllm.core.errors import ModelError
 from fedllm.core.method import Knobs
 from fedllm.core.payload import Tree
 
+CAUSAL = ("generation", "preference")
+"""Tasks whose network is a causal language model, which PEFT saves as such."""
 PEFT = "base_model.model."
 """The prefix that PEFT gives to the names of an adapted model's tensors in a saved adapter."""
 
@@ -52,6 +54,14 @@ class Space(Knobs):
     """Whether each token is multiplied by the trainable matrices; prompts are only looked at."""
     takes_base: ClassVar[bool] = False
     """True when the space can add a drift to the frozen base weights (FLoRA, FedEx-LoRA)."""
+    stays: ClassVar[str] = "it does not say how"
+    """Why trainables cannot be merged into the network's weights; empty where `merge` does it."""
+    peft: ClassVar[str] = ""
+    """PEFT's name for adapters of this kind ("LORA"); empty where PEFT has none."""
+    personal: ClassVar[tuple[str, ...]] = ()
+    """Names of its streams that never leave a client."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Names of its streams that nobody trains."""
 
     def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
         """Fresh trainables in fp32; `rank` overrides the knob where the space has one."""
@@ -77,9 +87,49 @@ class Space(Knobs):
         """Whether the parameter `name` of the network itself is replaced by a trainable."""
         return False
 
+    def multiplied(self, name: str) -> bool:
+        """Whether each token is multiplied by this trainable."""
+        return self.multiplies
+
+    def place(self, name: str) -> str:
+        """A trainable's name as the network itself would have it, so that it begins with its module's path."""
+        return name.removeprefix(PEFT)
+
+    def composes(self, net: nn.Module) -> Collection[str]:
+        """Paths of modules of which it takes the output as it is: there it may lie over another stream, exactly."""
+        return ()
+
+    def idle(self, net: nn.Module, theta: Mapping[str, Tensor]) -> bool:
+        """Whether the network with these trainables is just the network without them."""
+        return False
+
+    def merge(self, net: nn.Module, theta: Mapping[str, Tensor]) -> None:
+        """Write the trainables into the weights of `net`, which carries no patches of ours; see `stays`."""
+        raise ModelError(f"space '{self.stem}' cannot be merged into the model's weights: {self.stays}; export what it "
+                         "trained as it is with --peft")
+
     def peft_config(self, net: nn.Module, task: str) -> Any:
         """The PEFT config with which a saved adapter loads in plain `peft`, or None where PEFT has no such method."""
         return None
+
+    def to_peft(self, net: nn.Module, task: str, theta: Mapping[str, Tensor]) -> tuple[Any, Tree] | None:
+        """Config and tensors of a PEFT adapter that computes what `theta` does, or None where PEFT has no such one."""
+        config = self.peft_config(net, task)
+        return None if config is None else (config, dict(theta))
+
+    @classmethod
+    def peft_knobs(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The knobs with which an adapter of this config (as JSON) was made."""
+        raise ModelError(f"space '{cls.__module__.rpartition('.')[2]}' says no knobs for a PEFT config")
+
+    def from_peft(self, config: Mapping[str, Any], tree: Tree, fresh: Mapping[str, Tensor]) -> Tree:
+        """Trainables that compute what the adapter's tensors do under their own config; `fresh` is a start of ours."""
+        return tree
+
+    @property
+    def stem(self) -> str:
+        """Its name in recipes: the stem of its file."""
+        return type(self).__module__.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -105,21 +155,33 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str) -> dict[str, nn.Module]:
+def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str, some: bool = False) -> dict[str, nn.Module]:
     """Linear maps whose path ends in one of `targets` ("all-linear": every one but the output heads and routers).
 
-    Raises ModelError naming the targets and the linear maps that the model has.
+    Raises ModelError for a target that matches nothing (with `some`: when none does), naming it and the linear maps
+    that the model has; and for an output head that shares its weights with the embeddings.
     """
     heads = output_heads(net)
-    linears = {p: m for p, m in net.named_modules() if linear_size(m) and p not in heads}
+    linears = {p: m for p, m in net.named_modules() if linear_size(m)
+               and p.rsplit(".", 1)[-1] not in ("classifier", "score")}
     if targets == "all-linear":
-        found = {p: m for p, m in linears.items() if not _does_more(m)}
-    else:
-        wanted = [targets] if isinstance(targets, str) else list(targets)
-        found = {p: m for p, m in linears.items() if any(p == t or p.endswith("." + t) for t in wanted)}
+        inner = {p: m for p, m in linears.items() if p not in heads and not _does_more(m)}
+        return _some(inner, targets, needs, linears)
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    found = {p: m for p, m in linears.items() if any(named(p, t) for t in wanted)}
+    missing = [t for t in wanted if not any(named(p, t) for p in found)]
+    if missing and found and not some:
+        raise ModelError(f"{needs}: the model has no linear modules named {missing[0]!r}; it has {_ends(linears)}")
+    for p in found:
+        if p in heads and (twin := tied_to(net, f"{p}.weight")):
+            raise ModelError(f"{needs}: '{p}' shares its weights with '{twin}', so it has no update of its own; leave "
+                             f"it out, or train the space 'head', which unties it")
+    return _some(found, targets, needs, linears)
+
+
+def _some(found: dict[str, nn.Module], targets: Any, needs: str, linears: Collection[str]) -> dict[str, nn.Module]:
     if not found:
-        have = sorted({p.rsplit(".", 1)[-1] for p in linears})
-        raise ModelError(f"{needs}: the model has no linear modules named {targets!r}; it has {have}")
+        raise ModelError(f"{needs}: the model has no linear modules named {targets!r}; it has {_ends(linears)}")
     return found
 
 
@@ -136,6 +198,27 @@ def _does_more(module: nn.Module) -> bool:
             return True
         return not (isinstance(y, Tensor) and torch.allclose(y, F.linear(x, module.weight, module.bias), rtol=1e-3,
                                                              atol=1e-3))
+def _ends(paths: Collection[str]) -> list[str]:
+    return sorted({p.rsplit(".", 1)[-1] for p in paths})
+
+
+def named(path: str, name: str) -> bool:
+    """Whether a path is this name or ends in it."""
+    return path == name or path.endswith("." + name)
+
+
+def tied_to(net: nn.Module, name: str) -> str | None:
+    """Another parameter that is the very same tensor, or None."""
+    weights = dict(net.named_parameters(remove_duplicate=False))
+    return next((n for n, p in weights.items() if p is weights[name] and n != name), None)
+
+
+def set_params(net: nn.Module, theta: Mapping[str, Tensor]) -> None:
+    """Copy these values over the network's parameters of the same names."""
+    weights = dict(net.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in theta.items():
+            weights[name].copy_(value)
 
 
 def output_heads(net: nn.Module) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -129,6 +129,8 @@ def dequantized(reply: Payload) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Decoded:
     """Another reducer, fed with decoded replies."""
+
+    ragged: ClassVar[bool] = True
 
     inner: Reducer
 

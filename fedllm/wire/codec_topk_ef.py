@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -150,6 +150,8 @@ def dense(reply: Payload, common: Mapping[str, Tensor]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Decoded:
     """Another reducer, fed with whole replies."""
+
+    ragged: ClassVar[bool] = True
 
     inner: Reducer
     common: Mapping[str, Tensor]

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -140,6 +140,8 @@ class Chunks:
 
 class Whole:
     """Another reducer, fed with replies whose chunks are all good; the others wait under `broken`."""
+
+    ragged: ClassVar[bool] = True
 
     def __init__(self, inner: Reducer | None) -> None:
         self.inner, self.chunks = inner, 0

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -125,6 +125,8 @@ class RingAllReduce(Knobs, Layer):
 
 class SameLayout:
     """Keeps one layout, and refuses another."""
+
+    ragged: ClassVar[bool] = False
 
     def zero(self) -> dict[str, Any]:
         return {}

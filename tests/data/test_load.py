@@ -120,7 +120,7 @@ def test_a_missing_field_names_file_row_and_nearest(qa):
     ({"test": 1.0}, r"data\.test = 1\.0: allowed is a file, or a fraction"),
     ({"client_test": -0.1}, r"data\.client_test = -0\.1: .*greater than or equal to 0"),
     ({"limit": 0}, r"data\.limit = 0"),
-    ({"task": "regression"}, r"data\.task = 'regression'"),
+    ({"task": "regresion"}, r"data\.task = 'regresion' is unknown; did you mean 'regression'"),
     ({"labels": ["a"]}, r"data\.labels .* is of no use to data\.task = 'generation'"),
     ({"template": "alpca"}, r"data\.template = 'alpca' .*did you mean 'alpaca'"),
     ({"partition": {"kind": "dirichlet", "clients": 2, "alpha": -1}}, r"^data\.partition\.alpha = -1: allowed is"),

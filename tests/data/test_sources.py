@@ -9,7 +9,8 @@ from pyarrow import parquet
 
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.sources import map_fields, read_tables, resolve
-from fedllm.data.templates import classify, label_names, template
+from fedllm.tasks.labels import index_of, label_names, raw_label
+from fedllm.tasks.templates import template
 
 ROWS = [{"question": "2+2?", "answer": "4"}, {"question": "a, \"b\"\nc?", "answer": "007"}]
 
@@ -64,7 +65,7 @@ def test_saved_datasets_are_read_by_split_with_their_class_names(tmp_path):
     datasets.DatasetDict({"train": data, "dev": data}).save_to_disk(str(tmp_path / "many"))
     for folder in ("one", "many"):
         (table,) = read_tables(str(tmp_path / folder))
-        assert list(table.rows) == [{"text": "a", "label": 1}]
+        assert list(table.rows) == [{"text": "a", "label": "yes"}]
         assert table.classes == {"label": ("no", "yes")}
     with pytest.raises(DataError, match=r"'tain'.*train, dev.*did you mean 'train'"):
         read_tables(str(tmp_path / "many"), split="tain")
@@ -101,7 +102,7 @@ def test_missing_files_empty_lists_empty_folders_and_other_encodings_are_refused
         read_tables(str(tmp_path / "gone.jsonl"))
     with pytest.raises(DataError, match="empty list"):
         read_tables([])
-    with pytest.raises(DataError, match="neither a saved dataset nor a file"):
+    with pytest.raises(DataError, match=r"no saved dataset, no folders of pictures .* and no file with one of"):
         read_tables(str(tmp_path))
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
@@ -168,9 +169,27 @@ def test_chat_keeps_messages_and_makes_them_of_a_pair():
 def test_labels_sort_and_index():
     assert label_names(["10", "2", "2"]) == ("2", "10")
     assert label_names([1, -1]) == ("-1", "1")
-    assert label_names(["b", "a", "10"]) == ("10", "a", "b")
-    assert classify({"text": "t", "label": "b"}, ("a", "b"), "x") == {"text": "t", "label": 1}
-    assert classify({"text": "t", "label": 1}, ("a", "b"), "x") == {"text": "t", "label": 1}
+    assert index_of("b", ("a", "b"), "x") == 1
+    assert index_of(1, ("a", "b"), "x") == 1
     for label, said in (("sports", "mean 'sport'"), (2, "the labels are"), (0.5, "whole number"), (None, "whole")):
         with pytest.raises(DataError, match=said):
-            classify({"text": "t", "label": label}, ("sport", "b"), "x")
+            index_of(raw_label({"label": label}, "x"), ("sport", "b"), "x")
+
+
+@pytest.mark.parametrize("label", [0, "0", 6, "-1"])
+def test_a_number_is_no_place_where_labels_are_numbers(label):
+    """Five stars are 1 to 5: a 0 must not become the class "1" in silence, nor a 1 the class "2"."""
+    stars = ("1", "2", "3", "4", "5")
+    assert index_of(1, stars, "x") == 0
+    with pytest.raises(DataError, match=r"'label' is .*; the labels are 1, 2, 3, 4, 5"):
+        index_of(label, stars, "notes.csv, row 3")
+
+
+@pytest.mark.parametrize("values, said", [
+    (["urgent", "Urgent"], "the labels 'Urgent' and 'urgent' differ in case or blanks alone"),
+    (["urgent", "urgent "], "differ in case or blanks"),
+    (["urgent", "calm", 0], "labels are numbers here and words there \\('0', 'calm'\\)"),
+])
+def test_one_label_written_in_two_ways_is_refused(values, said):
+    with pytest.raises(DataError, match=said):
+        label_names(values)

@@ -224,6 +224,15 @@ def test_what_sites_declare_reaches_the_method_and_a_policy_is_heard(data, tiny_
     assert [e["client"] for e in left] == ["site-b"] and "epsilon of 3 at most" in left[0]["why"]
 
 
+def test_a_rounds_scratch_lasts_from_ask_to_ask_at_a_site_and_no_longer(data, tiny_llama_folder):
+    spec = recipe(data, tiny_llama_folder, {"name": "fedbert_split", "steps": 2}, space="full")
+    line = Line(data, tiny_llama_folder)
+    far = drive_run(far_folder(data, spec), line, SITES, patience=QUICK)
+    assert far.state_digest == run(spec, root=data / "here").state_digest
+    for host in line.hosts.values():
+        assert not host.run._session[1]
+
+
 def opening(data, model, **more):
     spec = load_recipe(recipe(data, model, **more))
     return {"op": "open", "protocol": PROTOCOL, "run": "r1", "at": 0, "incarnation": "i", "recipe": for_sites(spec),

@@ -12,7 +12,7 @@ import pytest
 if importlib.util.find_spec("nvflare") is None:
     pytest.skip("nvflare is not installed (pip install 'fedlm[federation]')", allow_module_level=True)
 
-from evidence.bench.federation import SPECS
+from evidence.bench.federation import tried
 from fedllm.api import run
 from fedllm.core.errors import RunError
 from fedllm.federation.nvflare import serve as federate
@@ -31,7 +31,7 @@ def rig(tmp_path_factory, tiny_llama_folder):
 @pytest.mark.parametrize("method", ["fedavg", "fedkseed", "hetlora", "fedex_lora", "local_only", "fed_sp_sc",
                                     "fedbuff"])
 def test_the_digest_is_the_simulations(rig, method):
-    spec = rig.recipe(method, **SPECS.get(method, {}))  # of fedbuff one site is at work at a time
+    spec = tried(rig, method)  # of fedbuff one site is at work at a time
     here, far = run(spec, root=rig.folder / "here"), rig.run(spec)
     assert far.state_digest == here.state_digest
     assert far.bytes == here.bytes

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +21,9 @@ if importlib.util.find_spec("flwr") is None:
 
 from fedllm.api import run
 from fedllm.cli.main import app
-from fedllm.core.errors import PayloadError, RecipeError, RunError
+from fedllm.core.errors import FedLLMError, PayloadError, RecipeError, RunError
 from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
-from fedllm.federation.flower import wire
+from fedllm.federation.flower import internals, wire
 from fedllm.federation.flower.desk import Desk
 from fedllm.federation.flower.join import join_flower
 from fedllm.federation.flower.keys import (
@@ -75,8 +76,8 @@ def test_what_is_touched_of_flwr_is_still_there():
     """The contract with flwr's insides: sleeps, back-off, the SuperLink's middleware, the app bundle."""
     from flwr.superlink import main
 
-    wire.check_flower()
-    assert wire.hasten_pulls()
+    internals.check_flower()
+    assert internals.hasten_pulls()
     from flwr.supercore.inflatable import inflatable_utils as pulls
 
     for pull in (pulls.pull_objects, pulls.pull_and_inflate_object_from_tree):  # each passes its own wait down
@@ -84,14 +85,28 @@ def test_what_is_touched_of_flwr_is_still_there():
     node = importlib.import_module("flwr.supernode.start_client_internal")
     before = node.time
     try:
-        assert wire.hasten(node, 0.01)
+        assert internals.hasten(node, 0.01)
         started = time.monotonic()
         node.time.sleep(3)
         assert time.monotonic() - started < 1 and node.time.monotonic() > 0
     finally:
         node.time = before
     assert callable(main._get_middleware)
-    assert wire.fab()[1] == wire.fab()[1]
+    assert vars(internals.inside()).keys() == {n for names in internals.INSIDE.values() for n in names}
+    assert internals.fab()[1] == internals.fab()[1]
+
+
+def test_a_release_that_lacks_a_part_is_refused_by_its_name():
+    with pytest.raises(FedLLMError, match=r"changed inside .*NotThere.* tried with >=1.41,<1.43"):
+        internals.part("flwr.supercore.fab", "NotThere")
+
+
+def test_flwr_is_touched_in_one_file():
+    """Beside it, `flwr.app` alone is used, which is public."""
+    home = Path(internals.__file__).parents[2]
+    users = {p.name for p in home.rglob("*.py") for line in p.read_text().splitlines()
+             if "import" in line and "flwr" in line.split("#")[0] and "from flwr.app" not in line and '"' not in line}
+    assert users <= {"internals.py"}, users
 
 
 def test_a_token_that_no_longer_counts_fails_its_call_and_interrupts_nobody(monkeypatch):
@@ -107,7 +122,7 @@ def test_a_token_that_no_longer_counts_fails_its_call_and_interrupts_nobody(monk
         raise httpx.HTTPStatusError("401", request=request, response=httpx.Response(401, request=request))
 
     with pytest.raises(httpx.HTTPStatusError):
-        wire.gentle(http_retry.make_simple_http_retry_invoker()).invoke(refused)
+        internals.gentle(http_retry.make_simple_http_retry_invoker()).invoke(refused)
     assert not killed
     with pytest.raises(httpx.HTTPStatusError):  # what flwr does by itself
         http_retry.make_simple_http_retry_invoker().invoke(refused)

@@ -17,7 +17,7 @@ from fedllm.data.federation import Federation, Shard
 from fedllm.engines import ENGINES
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method
+from fedllm.methods.registry import make_method, method_class
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
 from tests.conftest import PLACE
@@ -96,18 +96,26 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
           **knobs: Any) -> Run:
     """A method on the tiny federation, before its first round."""
     knobs_of_space = {"rank": 4} if space == "lora" else {}
-    net = llama(dtype) if task == "generation" else HeadedEncoder(llama(dtype).model, len(KINDS), "mean").to(dtype)
+    net = llama(dtype) if task != "classification" else HeadedEncoder(llama(dtype).model, len(KINDS), "mean").to(dtype)
     model = Model(net.to(PLACE), tokenizer(), task, make_space(space, **(knobs_of_space | (space_knobs or {}))),
-                  labels=() if task == "generation" else KINDS, fast_kernels=False)
+                  labels=() if task != "classification" else KINDS, fast_kernels=False)
     plain = {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 4, "max_length": 32}
     spec = LocalSpec(**(plain | (local or {})))
-    fed = federation(sizes) if task == "generation" else labelled(sizes)
+    fed = federation(sizes) if task != "classification" else labelled(sizes)
     profiles = {c: Profile(rank=r) for c, r in zip(fed.clients, ranks, strict=False)}
     world = World(model, fed, spec, profiles=profiles, exact_match=False)
     method = make_method(name, **knobs)
     run = Run(method, (kind or ENGINES[engine])((method, *layers), world, loopback=loopback), world)
     run.state = method.init(model)
     return run
+
+
+def tried(name: str) -> dict[str, Any]:
+    """What a method's card says it is tried with, as `begin` takes it."""
+    trial = method_class(name).trial
+    space = dict(trial.space)
+    return {"space": space.pop("name"), "space_knobs": space, "local": dict(trial.local), "ranks": trial.ranks,
+            "task": trial.task, **trial.knobs}
 
 
 @pytest.fixture(name="begin")

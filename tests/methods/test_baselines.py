@@ -20,7 +20,8 @@ def test_one_full_batch_step_of_fedavg_is_one_centralized_step(begin, gap):
     fed.world.federation = pooled.world.federation
     for run in (fed, pooled):
         for client in (*run.world.federation.clients, "__global__"):
-            run.world._encoded[client, "train"] = [one_target(e) for e in run.world.encoded(client, "train")]
+            rows = run.world.encoded(client, "train")
+            rows[:] = [one_target(e) for e in rows]
         run.go()
     assert gap(fed.state["theta"], pooled.state["theta"]) < 1e-8  # a Llama computes its norms in fp32
     assert pooled.up() == 0

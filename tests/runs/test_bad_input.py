@@ -5,9 +5,10 @@ import json
 import pytest
 
 import fedllm
-from fedllm.core.errors import ClientError, DataError, ModelError
+from fedllm.core.errors import ClientError, DataError, DidNothing, ModelError, RecipeError
 from fedllm.methods.baselines.fedavg import FedAvg
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.result import Result
 
 
 def write(path, rows):
@@ -60,6 +61,14 @@ def test_a_model_without_the_target_modules(recipe, tmp_path):
         fedllm.run(recipe, root=tmp_path, space={"name": "lora", "targets": ["query_key_value"]})
 
 
+@pytest.mark.parametrize(("clients", "says"), [
+    ({"ranks": [2, 4]}, r"clients\.ranks = \[2, 4\]: method 'fedavg' trains the space's own rank at every client"),
+    ({"profiles": {"client-1": {"rank": 2}}}, r"clients\.profiles\.client-1\.rank = 2: .* use one of .*flexlora")])
+def test_ranks_that_the_method_would_not_look_at(recipe, tmp_path, clients, says):
+    with pytest.raises(RecipeError, match=says):
+        fedllm.run(recipe | {"clients": clients, "method": "fedavg"}, root=tmp_path)
+
+
 @pytest.fixture
 def spoiled(monkeypatch):
     """FedAvg whose client number `which` (the first) answers with `spoil(reply)`."""
@@ -95,8 +104,9 @@ def test_a_reply_of_another_shape_is_left_out(recipe, tmp_path, spoiled):
 
 def test_answers_that_the_server_cannot_merge_cost_a_round(recipe, tmp_path, spoiled):
     spoiled(lambda reply: {k: v for k, v in reply.items() if "q_proj" not in k})  # the first one sets the names
-    result = fedllm.run(recipe, root=tmp_path, clients={"per_round": 1.0}, rounds=2)
-    assert result.skipped == [0, 1]
+    with pytest.raises(DidNothing, match=r"all of its 2 rounds were skipped, the last because .*differ in names"):
+        fedllm.run(recipe, root=tmp_path, clients={"per_round": 1.0}, rounds=2)
+    assert Result.load(tmp_path / "small").skipped == [0, 1]
 
 
 def test_a_client_that_fails_is_named_and_the_run_can_go_on(recipe, tmp_path, spoiled, monkeypatch):

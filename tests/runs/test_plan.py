@@ -19,8 +19,17 @@ def test_bytes_within_ten_percent(recipe, tmp_path, method):
     plan, run = fedllm.plan(recipe), fedllm.run(recipe, root=tmp_path)
     for way, planned in (("up", plan.up), ("down", plan.down)):
         assert abs(planned - run.bytes[way]) <= 0.1 * run.bytes[way], (way, planned, run.bytes)
+        assert plan.evaluation[way] == pytest.approx(run.bytes["evaluation"][way], rel=0.1)
     assert plan.peak_memory_bytes == pytest.approx(run.peak_memory_bytes, rel=0.3)
     assert plan.seconds > 0  # wall-clock time is measured by hand: a busy machine is no yardstick
+
+
+def test_plan_and_run_book_the_same_bytes_to_the_same_side(recipe, tmp_path):
+    """Where every message weighs the same, what is foreseen is what is sent, to the byte: rounds and tests apart."""
+    recipe |= {"clients": {"per_round": 1.0}, "evaluate": {"exact_match": False, "every": 2}}
+    plan, run = fedllm.plan(recipe), fedllm.run(recipe, root=tmp_path)
+    assert {"up": plan.up, "down": plan.down, "by_phase": plan.by_phase, "evaluation": plan.evaluation} == run.bytes
+    assert run.bytes["evaluation"]["down"] > 0 and "FedAvg.score" not in run.bytes["by_phase"]
 
 
 def test_nothing_is_written(recipe, tmp_path, monkeypatch):

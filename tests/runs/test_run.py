@@ -28,7 +28,11 @@ def test_a_run_leaves_a_whole_folder(recipe, tmp_path):
     events = RunFolder(result.folder).events()
     assert [x["round"] for x in events if x["kind"] == "evaluation"] == [0, 2, 4]
     for way in ("up", "down"):
-        assert sum(x["bytes"] for x in events if x["kind"] == "wire" and x["direction"] == way) == kept["bytes"][way]
+        sent = [x for x in events if x["kind"] == "wire" and x["direction"] == way]
+        assert sum(x["bytes"] for x in sent if "purpose" not in x) == kept["bytes"][way]
+        tests = kept["bytes"]["evaluation"]
+        assert sum(x["bytes"] for x in sent if x.get("purpose") == "evaluation") == tests[way] > 0
+        assert set(tests["by_phase"]) == {"FedAvg.score"} and set(kept["bytes"]["by_phase"]) == {"FedAvg.local"}
     assert all(len(x["cohort"]) == 3 for x in events if x["kind"] == "round")
     assert "plotly" in (result.folder / "report.html").read_text()
     assert not [p for p in result.folder.rglob("*.tmp")]

@@ -15,6 +15,7 @@ from fedllm.models.peft_io import knobs_of, load_adapter, save_adapter
 from fedllm.spaces import make_space
 
 SPACES = [("lora", {"rank": 4}), ("lora", {"rank": 4, "scaling": "rslora", "targets": ["q_proj", "down_proj"]}),
+          ("lora", {"rank": 4, "targets": ["q_proj", "lm_head"]}),
           ("lora", {"rank": 4, "scaling": "shared", "alpha": 6.0}), ("ia3", {}), ("soft_prompt", {"length": 3}),
           ("prefix", {"length": 3})]
 IDS = torch.tensor([[1, 5, 9, 12, 7], [1, 20, 8, 6, 30]])

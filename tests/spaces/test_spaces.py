@@ -38,13 +38,18 @@ def test_the_start_is_the_unchanged_model(tiny_llama_folder, name):
     assert torch.allclose(losses(model, [model.initial()] * 2), plain.expand(2), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(SPACES))
+@pytest.mark.parametrize("name", SPACES)
 def test_every_trainable_matters_and_lanes_do_not_touch_each_other(tiny_llama_folder, name):
     if name == "bias":
         with pytest.raises(ModelError, match="no such parameters; try the space 'lora' or 'ia3'"):
             llama(tiny_llama_folder, name).initial()
         return
-    model = llama(tiny_llama_folder, name, dtype=torch.float64)
+    if name == "feature_attention":
+        with pytest.raises(ModelError, match="with this one 'lora' works"):
+            llama(tiny_llama_folder, name).initial()
+        return
+    knobs = {"of": {"sigma": "full", "tau": {"name": "lora", "rank": 4}}} if name == "streams" else {}
+    model = llama(tiny_llama_folder, name, dtype=torch.float64, **knobs)
     g = torch.Generator().manual_seed(1)
     theta = {n: (t + 0.05 * torch.randn(t.shape, generator=g)).double() for n, t in model.initial().items()}
     params = {n: t.clone().requires_grad_() for n, t in theta.items()}
@@ -99,6 +104,41 @@ def test_gpt2_with_its_transposed_linears(name):
 def test_missing_targets_are_named(tiny_llama_folder):
     with pytest.raises(ModelError, match=r"no linear modules named \('query',\); it has .*'q_proj'"):
         llama(tiny_llama_folder, "lora", targets=["query"])
+
+
+@pytest.mark.parametrize("name, knobs, why", [
+    ("lora", {"targets": ("q_proj", "v_porj")}, r"no linear modules named 'v_porj'; it has .*'v_proj'"),
+    ("mask", {"targets": ("q_proj", "v_porj")}, r"no linear modules named 'v_porj'"),
+    ("ia3", {"targets": ("k_proj", "v_porj")}, r"no linear modules named 'v_porj'"),
+    ("lora", {"modules_to_save": ("lm_haed",)}, r"space.modules_to_save: the model has no module named 'lm_haed'"),
+    ("adapter", {"modules_to_save": ("lm_haed",)}, r"the model has no module named 'lm_haed'"),
+    ("lora", {"targets": ("q_proj", "o_proj"), "modules_to_save": ("o_proj",)},
+     r"'model.layers.0.self_attn.o_proj' is among space.targets = .* and in space.modules_to_save = \['o_proj'\]"),
+])
+def test_what_would_not_be_trained_is_refused_by_name(tiny_llama_folder, name, knobs, why):
+    with pytest.raises(ModelError, match=why):
+        llama(tiny_llama_folder, name, **knobs).initial()
+
+
+@pytest.mark.parametrize("knobs", [{"modules_to_save": ("lm_head",)}, {"targets": ("q_proj", "lm_head")}])
+def test_a_head_that_shares_the_embeddings_weights_is_trained_by_head_alone(knobs):
+    tied = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=64, n_embd=24, n_layer=1, n_head=2, bos_token_id=0,
+                                      eos_token_id=0))
+    knobs = {"targets": ("c_attn",)} | {k: tuple(v.replace("q_proj", "c_attn") for v in vs) for k, vs in knobs.items()}
+    with pytest.raises(ModelError, match=r"'lm_head' shares its weights with 'transformer.wte.weight'.*'head'"):
+        Model(tied, None, "generation", make_space("lora", **knobs), fast_kernels=False).initial()
+    space = make_space("head")
+    theta = Model(tied, None, "generation", space, fast_kernels=False).initial()
+    fresh = GPT2LMHeadModel(tied.config)
+    wte = fresh.transformer.wte.weight.clone()
+    space.merge(fresh, {n: t + 1 for n, t in theta.items()})
+    assert not fresh.config.tie_word_embeddings and torch.equal(fresh.transformer.wte.weight, wte)
+    assert torch.equal(fresh.lm_head.weight, theta["lm_head.weight"] + 1)
+
+
+def test_a_named_head_of_its_own_gets_factors(tiny_llama_folder):
+    model = llama(tiny_llama_folder, "lora", targets=("q_proj", "lm_head"))
+    assert "lm_head" in factors(model.initial())
 
 
 @pytest.mark.parametrize("name, near", [("lorra", "lora"), ("softprompt", "soft_prompt")])

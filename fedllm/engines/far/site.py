@@ -13,10 +13,10 @@ from fedllm.core.client import ClientInfo
 from fedllm.core.errors import FedLLMError, PayloadError, Withheld
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
-from fedllm.engines.client import ClientCall, carry_out
+from fedllm.engines.client import ClientCall, Session, carry_out
 from fedllm.engines.far.pieces import PIECE_OPS, Pieces
 from fedllm.engines.far.sites import PROTOCOL, Body, Head
-from fedllm.engines.world import World, held_by
+from fedllm.engines.world import World, method_on
 from fedllm.local.requests import Request
 from fedllm.wire import codec
 
@@ -46,6 +46,10 @@ class Memory(Protocol):
     def drop(self, attempt: str, visit: str) -> None: ...
 
 
+class Lacks(FedLLMError):
+    """The site cannot open the run without something that the message did not bring; the text names it."""
+
+
 class GivenUp(Withheld):
     """This work is of no use any longer."""
 
@@ -59,6 +63,7 @@ class SiteRun:
         self.stack, self.world, self.info, self.memory, self.may = tuple(stack), world, info, memory, may
         self.over = False  # set when another coordinator's process takes the run up
         self._dropped: tuple[tuple[str, str], ...] = ()
+        self._session = "", Session()  # of the present attempt at a round
 
     def drop(self, visits: Sequence[Sequence[Any]]) -> None:
         """Nobody waits for these [attempt, visit] any longer: work on them stops, or does not begin."""
@@ -71,6 +76,8 @@ class SiteRun:
         for attempt, visit in head.get("dropped", ()):
             self.memory.drop(str(attempt), str(visit))
         for attempt, round in head.get("settled", ()):
+            if str(attempt) == self._session[0]:
+                self._session = "", Session()
             self.memory.settle(str(attempt), int(round))
 
     def ask(self, head: Head, body: Body) -> Said:
@@ -89,6 +96,8 @@ class SiteRun:
         wanted = set(head["stack"])
         stack = [part for part in self.stack if type(part).__name__ in wanted]
         memory = self.memory.stage(attempt, int(head["round"]))
+        if self._session[0] != attempt:
+            self._session = attempt, Session()
 
         def go_on() -> None:
             if self.over or (attempt, visit) in self._dropped:
@@ -100,9 +109,9 @@ class SiteRun:
 
         limits = replace(self.world.limits, go_on=go_on)
         call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),
-                          submit, held_by(self.info.id, self.stack, self.world.model))
+                          submit, self.world.model_of(self.info.id, method_on(self.stack)), self._session[1])
         try:
-            reply = serve(stack, str(head["phase"]), msg, call)
+            reply = serve(stack, str(head["phase"]), msg, call, call.keep)
             go_on()
         except GivenUp:
             self.memory.drop(attempt, visit)
@@ -118,7 +127,8 @@ class SiteHost:
     """Answers everything that the server may say to a site's process; no message ever raises."""
 
     def __init__(self, open_run: Callable[[Head], tuple[SiteRun, dict[str, Any]]]) -> None:
-        """`open_run` makes the run that a message describes, or raises FedLLMError with the reason to refuse it."""
+        """`open_run` makes the run that a message describes (what came with it is under `body`), or raises FedLLMError
+        with the reason to refuse it."""
         self.open_run = open_run
         self.run: SiteRun | None = None
         self.loads = 0
@@ -160,7 +170,7 @@ class SiteHost:
 
     def _serve(self, head: Head, body: Body) -> Said:
         if head["op"] == "open":
-            return self._open(head), b""
+            return self._open({**head, "body": body}), b""
         if self.run is None:
             return {"closed": True, "boot": BOOT}, b""
         if head["op"] == "ask":
@@ -174,7 +184,10 @@ class SiteHost:
         """Load the model once; told the same again it says the same again."""
         if self.run is None or self._opened != head["incarnation"]:
             self.run = None
-            self.run, self._said = self.open_run(head)
+            try:
+                self.run, self._said = self.open_run(head)
+            except Lacks as what:
+                return {"lacks": str(what), "boot": BOOT}
             self.loads += 1
             self._opened = str(head["incarnation"])
         return {**self._said, "boot": BOOT}

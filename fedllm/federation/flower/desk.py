@@ -20,8 +20,9 @@ from typing import Any
 
 from fedllm.core.errors import FedLLMError, PayloadError
 from fedllm.engines.far.site import BOOT, Said, SiteHost, SiteRun
+from fedllm.federation.flower.internals import fab, hasten_pulls, inside, keep_alive, runtime
 from fedllm.federation.flower.keys import KIT
-from fedllm.federation.flower.wire import Head, fab, from_record, hasten_pulls, keep_alive, read, runtime, to_record
+from fedllm.federation.flower.wire import Head, from_record, read, to_record
 
 log = logging.getLogger(__name__)
 HOLD = 2.0
@@ -82,12 +83,10 @@ class Desk:
 
 def attend(desk: Desk, address: str, secret: bytes) -> None:
     """Take tasks until this process is ended; the SuperNode's end is for `join` to notice."""
-    from flwr.proto.runtime_pb2 import AcquireTaskRequest
-    from flwr.supercore.constant import TaskType
-
+    own = inside()
     hasten_pulls()
     counter, mine = runtime(address, None, secret=secret), fab()[1]
-    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    request = own.AcquireTaskRequest(supported_task_types=[own.TaskType.CLIENT_APP])
     while True:
         got = counter.AcquireTask(request)
         if not (got.HasField("task") and got.token):
@@ -106,10 +105,9 @@ def _one(desk: Desk, client: Any, mine: str) -> None:
     """One task: a message in, its answer out."""
     from flwr.app import Message
     from flwr.app.error import Error
-    from flwr.common.constant import ErrorCode, SubStatus
-    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-    message, context, _, bundle = pull_task_input(client)
+    own = inside()
+    message, context, _, bundle = own.pull_task_input(client)
     beats = None
     try:
         if bundle.hash_str != mine:
@@ -119,17 +117,17 @@ def _one(desk: Desk, client: Any, mine: str) -> None:
         if len(data) > LONG:
             beats = keep_alive(client)
         reply = Message(to_record(said, data), reply_to=message)
-        status, why = SubStatus.COMPLETED, ""
+        status, why = own.SubStatus.COMPLETED, ""
     except PayloadError as error:
         log.warning("refused: %s", error)
-        reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=str(error)), reply_to=message)
-        status, why = SubStatus.FAILED, str(error)
+        reply = Message(Error(code=own.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=str(error)), reply_to=message)
+        status, why = own.SubStatus.FAILED, str(error)
     try:
-        push_message(client, reply, context)
+        own.push_message(client, reply, context)
     finally:
         if beats is not None:
             beats.stop()
-        push_task_output(client=client, context=context, sub_status=status, details=why)
+        own.push_task_output(client=client, context=context, sub_status=status, details=why)
 
 
 def main() -> None:

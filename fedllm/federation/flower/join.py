@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from fedllm.federation.flower.internals import check_flower
 from fedllm.federation.flower.keys import KIT
-from fedllm.federation.flower.wire import QUIET, check_flower, read
+from fedllm.federation.flower.wire import QUIET, read
 from fedllm.federation.process import end_tree, stoppable
 from fedllm.federation.settings import SiteSettings
 

@@ -17,10 +17,11 @@ from typing import Any
 from fedllm.core.errors import RunError
 from fedllm.engines.far.sites import Patience
 from fedllm.federation.coordinator import drive_run
+from fedllm.federation.flower.internals import check_flower, fab, gentle, hasten_pulls, inside, keep_alive, runtime
 from fedllm.federation.flower.join import watched
 from fedllm.federation.flower.keys import FlowerFederation
 from fedllm.federation.flower.link import FlowerLink
-from fedllm.federation.flower.wire import check_flower, fab, gentle, hasten_pulls, keep_alive, read, runtime
+from fedllm.federation.flower.wire import read
 from fedllm.federation.process import end_tree
 from fedllm.runs.result import Result
 
@@ -74,16 +75,16 @@ def superlink(keys: FlowerFederation) -> Iterator[dict[str, int]]:
 def register(keys: FlowerFederation, process: subprocess.Popen[bytes]) -> dict[str, int]:
     """Make the sites' keys known to a SuperLink that is starting; their node ids."""
     from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-    from flwr.proto.control_pb2 import RegisterNodeRequest
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+    own = inside()
     client, ends, nodes = control(keys), time.monotonic() + START, dict[str, int]()
     todo = dict(keys.spec["sites"])
     while todo:
         site, text = next(iter(todo.items()))
         public: Any = load_ssh_public_key(text.encode())
         try:
-            nodes[site] = client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(public))).node_id
+            request = own.RegisterNodeRequest(public_key=own.public_key_to_bytes(public))
+            nodes[site] = client.RegisterNode(request).node_id
             del todo[site]
         except Exception as error:
             if process.poll() is not None:
@@ -97,51 +98,42 @@ def register(keys: FlowerFederation, process: subprocess.Popen[bytes]) -> dict[s
 
 def control(keys: FlowerFederation) -> Any:
     """A client of the SuperLink's Control API, which answers on its own machine alone."""
-    from flwr.supercore.control import ControlHttpClient
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-
-    return ControlHttpClient.from_server_address(
+    own = inside()
+    return own.ControlHttpClient.from_server_address(
         f"localhost:{keys.spec['port']}", False, read(keys.folder / "server" / "ca.crt"),
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-cli")])
+        interceptors=[own.RuntimeVersionHttpInterceptor(component_name="flwr-cli")])
 
 
 @contextlib.contextmanager
 def flower_run(keys: FlowerFederation) -> Iterator[Any]:
     """Enter a run at the SuperLink and take its ServerApp task; gives the run's Grid."""
-    from flwr.common.constant import SubStatus
-    from flwr.common.serde import fab_to_proto, run_from_proto
-    from flwr.proto.control_pb2 import StartRunRequest
-    from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
-    from flwr.supercore.constant import TaskType
-    from flwr.supercore.fab import Fab
-    from flwr.supercore.task_identity import TaskIdentity
-    from flwr.superlink.grid.http_grid import HttpGrid
-
+    own = inside()
     hasten_pulls()
     logging.getLogger("flwr").setLevel(logging.WARNING)  # what goes well is in the run's record
     data, name = fab()
     address, ca = f"localhost:{keys.spec['port']}", read(keys.folder / "server" / "ca.crt")
-    run = control(keys).StartRun(StartRunRequest(fab=fab_to_proto(Fab(name, data, {})))).run_id
+    run = control(keys).StartRun(own.StartRunRequest(fab=own.fab_to_proto(own.Fab(name, data, {})))).run_id
     counter = runtime(address, ca, secret=read(keys.folder / "server" / "secret"))
     ends, token = time.monotonic() + START, ""
     while not token:
-        got = counter.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+        got = counter.AcquireTask(own.AcquireTaskRequest(supported_task_types=[own.TaskType.SERVER_APP]))
         token = got.token if got.HasField("task") else ""
         if not token and time.monotonic() > ends:
             raise RunError(f"the SuperLink gave no task for run {run} in {START:g} s")
         time.sleep(0 if token else 0.05)
-    grid = HttpGrid(address, False, ca, token=token)
+    grid = own.HttpGrid(address, False, ca, token=token)
     gentle(grid._retry_invoker)
     beats = keep_alive(grid._runtime_client)
-    status, why = SubStatus.FAILED, "the coordinator was interrupted"
+    status, why = own.SubStatus.FAILED, "the coordinator was interrupted"
     try:
-        told = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+        told = grid._runtime_client.PullTaskInput(own.PullTaskInputRequest())
         if told.run.run_id != run:
             raise RunError(f"the SuperLink gave the task of run {told.run.run_id}, which is not ours ({run})")
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = told.task_id, run, told.context.node_id
-        grid.set_run(run_from_proto(told.run))
+        identity = own.TaskIdentity
+        identity.task_id, identity.run_id, identity.node_id = told.task_id, run, told.context.node_id
+        grid.set_run(own.run_from_proto(told.run))
         yield grid
-        status, why = SubStatus.COMPLETED, ""
+        status, why = own.SubStatus.COMPLETED, ""
     except Exception as error:
         why = type(error).__name__
         raise
@@ -149,7 +141,7 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
         beats.stop()
         grid._retry_invoker.max_tries = 1
         with contextlib.suppress(Exception):  # a SuperLink that is gone needs no report
-            grid._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=why))
+            grid._runtime_client.PushTaskOutput(own.PushTaskOutputRequest(sub_status=status, details=why))
         grid.close()
 
 

@@ -7,9 +7,10 @@ nobody who they are. So requests to anything but the sites' part are refused unl
 from __future__ import annotations
 
 import ipaddress
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+from fedllm.federation.flower.internals import run_superlink
 
 OPEN = ("/v1/fleet/",)
 """What sites may reach: it checks their keys."""
@@ -43,17 +44,5 @@ def _here(scope: dict[str, Any]) -> bool:
     return (mapped or address).is_loopback
 
 
-def main() -> None:
-    """Run the SuperLink with the command line's options; without the guard it does not start."""
-    from flwr.superlink import main as app
-    from flwr.superlink.cli import flower_superlink
-    from starlette.middleware import Middleware
-
-    before = app._get_middleware
-    app._get_middleware = lambda: [Middleware(FromHere), *before()]
-    sys.argv[0] = "flower-superlink"
-    flower_superlink()
-
-
 if __name__ == "__main__":
-    main()
+    run_superlink(FromHere)

@@ -20,7 +20,7 @@ from fedllm.federation.coordinator import FAILED
 from fedllm.federation.nvflare.keys import ADMIN, NODES, Federation
 from fedllm.federation.nvflare.process import kit_process
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.result import Result
+from fedllm.runs.result import Result, finished
 
 log = logging.getLogger(__name__)
 RESTARTS, PAUSE = 3, 5.0
@@ -78,7 +78,7 @@ def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patienc
             (run / FAILED).unlink(missing_ok=True)
             job = submit(session, run, needed, patience or Patience())
             if _follow(session, run, job, alive, (patience or Patience()).stalled):
-                return Result.load(run)
+                return finished(run)
     raise AssertionError("unreachable")
 
 

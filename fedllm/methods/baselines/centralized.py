@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.client import SERVER
-from fedllm.core.method import Card, Claim, Method, State, knob
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import pack, part
 from fedllm.core.reduce import Mean
 
@@ -29,6 +29,7 @@ class Centralized(Method):
                     holds="<=", threshold=0.0, wins=5),
         evidence="A round trains on as many examples as its clients would have, in one go and one after the other.",
     )
+    trial = Trial(silent="it asks no client")
     match: Literal["examples", "steps"] = knob(
         "examples", "what a round has as much of as all its clients together", options=("examples", "steps"))
 
@@ -39,7 +40,7 @@ class Centralized(Method):
 
     @on_client(reduce=Mean())
     def pooled(self, msg, client):
-        local = client.local
+        local = client.training
         steps = [local.count(n) for n in msg["rows"]]  # what each client of the round would have taken
         seen = sum(h * n / math.ceil(n / local.batch_size) for h, n in zip(steps, msg["rows"], strict=True))
         total = sum(steps) if self.match == "steps" else max(1, round(seen / min(local.batch_size, sum(msg["rows"]))))

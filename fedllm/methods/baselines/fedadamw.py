@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import scale
 from fedllm.methods._adaptive import NEEDS, SENDS, Adaptive
 
@@ -26,6 +26,7 @@ class FedAdamW(Adaptive):
         evidence="The moments are FedAdam's (no bias correction, v_0 = tau^2), and so are the claim's knobs; the decay "
                  "is decoupled (Loshchilov and Hutter, 2019).",
     )
+    trial = Trial({"weight_decay": 0.1})
     beta2: float = knob(0.99, "decay of the second moment", ge=0, lt=1)
     weight_decay: float = knob(0.01, "lambda: each round the weights shrink by eta_s lambda of themselves", ge=0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedllm.core.ask import on_client
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.local.terms import Proximal
@@ -27,6 +27,7 @@ class FedProx(Star):
         evidence="On LoRA the penalty acts on A and B, not on their product. Under label skew with AdamW it is not "
                  "better than FedAvg (dossier: slightly worse in 5 of 5 seeds).",
     )
+    trial = Trial({"mu": 0.1})
     mu: float = knob(0.01, "strength of the proximal term; 0 is FedAvg", ge=0)
 
     @on_client(reduce=Mean())

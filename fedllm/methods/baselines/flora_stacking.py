@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Tree, pack, part
 from fedllm.core.rng import torch_stream
 from fedllm.methods._drift import grown, held, news, start
@@ -30,6 +30,9 @@ class FloraStacking(Star):
         evidence="Repository of the authors read. It throws the learned factors away each round: its loss is not below "
                  "FedIT's on our rig.",
     )
+    trial = Trial(space={"name": "lora", "rank": 8}, ranks=(1, 2, 4, 8))
+    reads_ranks = True
+
     downlink: Literal["stack", "dense"] = knob("stack", "what clients merge: last round's factors, or the whole drift",
                                                options=("stack", "dense"))
 

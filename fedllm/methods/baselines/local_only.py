@@ -25,7 +25,7 @@ class LocalOnly(Star):
         evidence="Optimizer state starts afresh each round, as in the methods that it is compared with.",
     )
 
-    serves = False
+    serves, mixes = False, "models"
 
     def down(self, state: State, client) -> dict:
         return {}

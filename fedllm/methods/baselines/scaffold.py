@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedllm.core.ask import on_client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import add, pack, part, scale, sub, zeros_like
 from fedllm.core.reduce import Mean
 from fedllm.local.terms import Linear
@@ -28,6 +28,7 @@ class Scaffold(Star):
                     options={"rounds": 150}),
         evidence="Option II of the paper's algorithm 1 (option I costs a pass over all rows).",
     )
+    trial = Trial(local={"optimizer": "sgd", "lr": 0.1})
     server_lr: float = knob(1.0, "eta_g, the server's step along the mean change", gt=0)
     clients: int | None = knob(None, "N, how many clients there are; None: as many as have answered so far", ge=1)
     allow_adaptive: bool = knob(False, "run with a local optimizer other than plain SGD, outside of the theory")
@@ -41,7 +42,7 @@ class Scaffold(Star):
 
     @on_client(reduce=Mean("uniform"))
     def local(self, msg, client):
-        plain = client.local.optimizer == "sgd" and not client.local.momentum
+        plain = client.training.optimizer == "sgd" and not client.training.momentum
         if not (plain or self.allow_adaptive):
             raise CompositionError("scaffold and a local optimizer that is not plain SGD do not fit together: c_k is "
                                    "no mean gradient then; use local.optimizer = sgd or method.allow_adaptive = true")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedllm.core.ask import on_client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State
+from fedllm.core.method import Card, Claim, Star, State, Trial
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.spaces.st_adapter import STAdapter
@@ -34,6 +34,7 @@ class CEFHRI(Star):
                  "place are ST-Adapter's (Pan et al., 2022). Left out: the head's BatchNorm without an affine part, "
                  "SAM as a local optimizer, and their noise, which is no valid Gaussian mechanism (use dp_sgd).",
     )
+    trial = Trial(space={"name": "st_adapter"}, task="classification")
 
     def check(self, model) -> None:
         if not isinstance(model.space, STAdapter):

@@ -46,7 +46,7 @@ class DatasetGrouper(Star):
 
     @on_client(reduce=Mean("uniform"))
     def local(self, msg, client):
-        theta, tau = part(msg, "theta"), client.local.count(client.n)
+        theta, tau = part(msg, "theta"), client.training.count(client.n)
         if self.algorithm == "fedavg":
             fitted = client.fit(theta, steps=tau)
             return pack(gradient=sub(theta, fitted.theta), loss=fitted.loss)
@@ -76,6 +76,6 @@ class DatasetGrouper(Star):
     @on_client()
     def score(self, msg, client):
         theta = part(msg, "theta")
-        if msg.get("tune"):
+        if msg.get("tune") and client.n:  # the server has no rows of its own to tune on
             theta = client.fit(theta, steps=msg["tune"]).theta
         return client.score(theta, base=part(msg, "base") or None, on=msg["on"])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedllm.core.ask import on_client
-from fedllm.core.method import Card, Claim, State
+from fedllm.core.method import Card, Claim, State, Trial
 from fedllm.core.payload import Payload, pack
 from fedllm.core.reduce import Mean, Sum
 from fedllm.methods._seeds import Seeds
@@ -19,6 +19,8 @@ from fedllm.methods._seeds import Seeds
 
 class Pools(Sum):
     """Weighted mean of the clients' sums of scalars by candidate, whether they sent all K or only those they drew."""
+
+    ragged: ClassVar[bool] = True
 
     def lift(self, reply: Payload) -> Payload:
         g = reply.get("G")
@@ -47,6 +49,7 @@ class FedKSeed(Seeds):
         evidence="Authors' code read. One constant eta and no weight decay, or the replay would be wrong; replayed "
                  "from w_0 each round (once a process), so that every side holds the same bits.",
     )
+    trial = Trial({"K": 8, "steps": 3, "lr": 1e-3, "eps": 1e-3}, {"name": "full"}, rounding="divides by 2 eps")
 
     @on_client(reduce=Pools())
     def local(self, msg, client):

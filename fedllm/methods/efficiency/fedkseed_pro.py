@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import PayloadError
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, pack
 from fedllm.core.reduce import Sum
 from fedllm.methods._seeds import Seeds
@@ -19,6 +20,8 @@ from fedllm.methods._seeds import Seeds
 @dataclass(frozen=True)
 class Histories(Sum):
     """By candidate the clients' weighted sum of scalars, and over all of them how many there were and how large."""
+
+    ragged: ClassVar[bool] = True
 
     clip: float
 
@@ -49,6 +52,7 @@ class FedKSeedPro(Seeds):
         evidence="Authors' code read. No importance correction, so the estimate is biased on purpose; p lies within a "
                  "factor e of uniform, stands still within a round, and each history begins with `initial`.",
     )
+    trial = Trial({"K": 8, "steps": 3, "lr": 1e-3, "eps": 1e-3, "law": "rademacher"}, {"name": "full"})
     clip: float = knob(1000.0, "c, larger scalars count as this in the histories", gt=0)
     initial: float = knob(0.0, "first entry of every seed's history", ge=0)
 

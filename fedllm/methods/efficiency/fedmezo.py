@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, RecipeError
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part
 from fedllm.core.reduce import Mean, Sum
 from fedllm.local.perturb import LAWS, Directions, flat, unflat
@@ -22,6 +22,8 @@ RATES = ("round", "five", "diff", "random", "frozen")
 @dataclass(frozen=True)
 class Moves(Sum):
     """Weighted mean of the clients' moves: vectors, or made here from a seed and the scalars along its directions."""
+
+    ragged: ClassVar[bool] = True
 
     law: Literal["gaussian", "rademacher"]
 
@@ -54,6 +56,7 @@ class FedMeZO(Star):
                              rig="mezo_rates", metric="gain", holds=">", threshold=0.0, seeds=5, wins=4)},
         evidence="Authors' code read. Their strategies know three clients only; here any number. Ours: scalars up.",
     )
+    trial = Trial({"steps": 3, "lr": 1e-2, "delta": 5e-3})
     steps: int = knob(30, "tau, local steps a round", ge=1)
     eps: float = knob(1e-3, "size of the perturbation", gt=0)
     lr: float = knob(1e-5, "eta, the middle rate", gt=0)
@@ -81,13 +84,13 @@ class FedMeZO(Star):
 
     @on_client(reduce=Moves("gaussian"))
     def local(self, msg, client):
-        if self.up == "scalars" and client.local.weight_decay:
+        if self.up == "scalars" and client.training.weight_decay:
             raise CompositionError("fedmezo's scalars do not tell what weight decay did; use weight_decay = 0 or "
                                    "up = weights")
         draw, start = client.rng("fedmezo"), part(msg, "theta")
         seed = int(draw.integers(2**62))
         lr = float(draw.uniform(self.lr - self.delta, self.lr + self.delta)) if self.rates == "random" else msg["lr"]
-        went = walk(client, start, self.law, seed, range(self.steps), self.eps, lr, client.local.weight_decay)
+        went = walk(client, start, self.law, seed, range(self.steps), self.eps, lr, client.training.weight_decay)
         move = went.w - flat(start)
         told = {"move": move} if self.up == "weights" else {
             "seed": seed, "lr": lr, "P": len(move), "g": torch.tensor(went.g)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import PayloadError
-from fedllm.core.method import Card, Claim, Method, State, knob
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.rng import seed_of
 from fedllm.local.perturb import LAWS, Directions, Halves, flat, unflat
@@ -44,6 +44,7 @@ class FwdLLM(Method):
                  "The rig was changed after a look: no step had been committed at its threshold, and the two arms had "
                  "different rates; now both have the same rates to choose from (tuned on seed 100).",
     )
+    trial = Trial({"perturbations": 2, "most": 1, "lr": 1e-2, "candidates": 3})
     h: float = knob(0.01, "half the distance of the two points", gt=0, lt=1)
     perturbations: int = knob(4, "of a client, each time it is asked", ge=1)
     threshold: float = knob(0.5, "largest variance at which a step is committed", gt=0)
@@ -99,7 +100,7 @@ class FwdLLM(Method):
 
     def batch(self, at: int, client: Any) -> list[int]:
         """Rows of the client's data shard number `at`, in an order of its own that the round does not change."""
-        size = min(client.n, client.local.batch_size)
+        size = min(client.n, client.training.batch_size)
         return [(at * size + i) % client.n for i in range(size)]
 
     def gradients(self, seed: int, jvp: Tensor, last: Tensor | None, like: Tree) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from fedllm.core.ask import on_client
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Tree, pack, part
 from fedllm.methods._factors import Products, need_lora, rank_of, split_heads, svds
 from fedllm.methods._linalg import cut
@@ -34,6 +34,9 @@ class FlexLoRA(Star):
         evidence="Authors' code read; it multiplies B A out and splits U S | V^T, which is `us_v`. The SVD here works "
                  "on the stacked factors and gives the same singular values.",
     )
+    trial = Trial(space={"name": "lora", "rank": 8}, ranks=(1, 2, 4, 8), rounding="the signs of an SVD are free")
+    reads_ranks = True
+
     split: Literal["balanced", "us_v"] = knob("balanced", "how S is shared out: sqrt(S) to each factor, or all to B",
                                               options=("balanced", "us_v"))
 

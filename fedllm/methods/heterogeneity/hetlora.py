@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Tree, pack, part, sub
 from fedllm.local.terms import sum_lanes
 from fedllm.methods._factors import Padded, first_ranks, need_lora, rank_of
@@ -55,6 +55,9 @@ class HetLoRA(Star):
         evidence="From two re-implementations and memory of the paper, whose setting is gamma 0.99, ranks 5 to 50. No "
                  "claim on loss: on our rig it is above FlexLoRA's, and above homogeneous rank 1 in the dossier.",
     )
+    trial = Trial(space={"name": "lora", "rank": 4, "scaling": "shared"}, ranks=(1, 2, 4, 4))
+    reads_ranks = True
+
     gamma: float = knob(0.99, "share of the ranks that the regularizer leaves alone", gt=0, lt=1)
     lambda_reg: float = knob(1e-3, "weight of the regularizer on the tail", ge=0)
     prune: bool = knob(True, "cut the tail when training made it smaller")

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, Replies, on_client
 from fedllm.core.client import Client, ClientInfo
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.reduce import Mean
 from fedllm.core.rng import torch_stream
@@ -45,6 +45,7 @@ class ZooPFL(BlackBox):
                                       metric="left", holds="<=", threshold=0.5, wins=5)},
         evidence="from a dossier of what is remembered of the paper. Ours: q and s are affine maps of a token's "
                  "embedding, the code that is disturbed is a row's mean of q(x_t), lr_q is from seeds 100 and 101")
+    trial = Trial({"pretrain_rounds": 1, "pretrain_steps": 5, "code_dim": 4, "embed_dim": 2}, task="classification")
     code_dim: int = knob(16, "m, numbers of a token's code; each costs two queries a row and step", ge=1)
     embed_dim: int = knob(4, "numbers of e_k, the client's own code; they cost as much", ge=1)
     pretrain_rounds: int = knob(3, "first rounds, in which q and s learn to give back embeddings", ge=1)
@@ -92,8 +93,8 @@ class ZooPFL(BlackBox):
         """min ||x - s([q(x), 0])||^2 over the embeddings of the client's tokens; nothing is asked of the box."""
         x = client.model.words[torch.from_numpy(np.concatenate([r.ids for r in client.tokens])).long()].float()
         learned = {n: t.clone().requires_grad_() for n, t in part(msg, "theta").items() if n[0] in "qs"}
-        zero = torch.zeros(self.dim)
-        adam = torch.optim.Adam(learned.values(), self.pretrain_lr)
+        client.book(**around.work(learned, len(x), self.pretrain_steps))
+        zero, adam = torch.zeros(self.dim), torch.optim.Adam(learned.values(), self.pretrain_lr)
         for _ in range(self.pretrain_steps):
             adam.zero_grad()
             loss = (x - around.surgery([x], learned, zero[: self.embed_dim], zero)[0]).pow(2).sum(1).mean()

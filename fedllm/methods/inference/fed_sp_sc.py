@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.methods.asking import Asking
 from fedllm.models import questions as qa
 from fedllm.models.similar import nearest
@@ -35,8 +35,8 @@ class FedSPSC(Asking):
         needs="a text model, ours or an endpoint; no training",
         claim=Claim("a vote over five wordings is right more often than the mean single wording",
                     rig="synonyms", metric="gain", holds=">", threshold=0.0, wins=5),
-        evidence="written from a dossier, not the paper; no code is public. Ours: prompts, hashes, thresholds",
-    )
+        evidence="written from a dossier, not the paper; no code is public. Ours: prompts, hashes, thresholds")
+    trial = Trial({"max_new_tokens": 16, "embed": "tfidf"}, far={"rounds": 1})
     mode: Literal["sp_sc", "dp_cot"] = knob("sp_sc", "vote over synonyms, or show voted answers of like questions",
                                             options=("sp_sc", "dp_cot"))
     pool: Literal["raw", "hash_match"] = knob("raw", "clients send questions, or hashes and then what matches",
@@ -87,8 +87,8 @@ class FedSPSC(Asking):
         for q, author in asked:
             same, _ = qa.skeleton(q)
             match = [e for e in pool if self.n_synonyms and e.same == same]  # none wanted, none asked for
-            alike = yield from self.nearest(q, match, qa.one_line)
-            alike = [e for e in alike if qa.numbers(e.text) == qa.numbers(q)]  # a hash is only the client's word
+            alike = [e for e in (yield from self.nearest(q, match, qa.one_line))
+                     if qa.numbers(e.text) == qa.numbers(q)]  # a hash is only the client's word
             groups.append([(q, author), *((e.text, e.client) for e in alike[: self.n_synonyms])])
         thoughts = iter((yield from self.think([wording for group in groups for wording in group])))
         return [qa.vote([next(thoughts) for _ in group], self.vote_tiebreak) for group in groups]
@@ -99,7 +99,8 @@ class FedSPSC(Asking):
         others = [e for e in pool if self.n_demos and e.same != same and (self.pool == "raw" or e.pattern == pattern)]
         near = (yield from self.nearest(query, others, qa.mask))[: self.n_demos]
         fresh = iter((yield from self.votes([(e.text, e.client) for e in near if not e.agreement], pool)))
-        voted = [qa.Voted(e.text, e.answer, e.rationale, e.agreement) if e.agreement else next(fresh) for e in near]
+        voted = [replace(qa.Voted(e.text, e.answer, e.rationale, e.agreement) if e.agreement else next(fresh),
+                         author=e.client) for e in near]
         return [v for v in voted if v.answer is not None and v.agreement >= self.min_agreement]
 
     def nearest(self, query: str, entries: Sequence[qa.Entry], view: Callable[[str], str]) -> Program:
@@ -121,12 +122,12 @@ class FedSPSC(Asking):
         asks = [f"{h} {w} {EXTRACT}" for h, w in zip(heads, ways, strict=True)]
         told = yield from self.say(asks, at, ANSWER_TOKENS)  # greedy: the answer is in the rationale
         return [qa.Thought(q, w, qa.parse(qa.one_turn(t.text), q, before=w), t.logprob,
-                           (s.prompt_tokens + t.prompt_tokens, s.completion_tokens + t.completion_tokens))
-                for (q, _), w, s, t in zip(asked, ways, said, told, strict=True)]
+                           (s.prompt_tokens + t.prompt_tokens, s.completion_tokens + t.completion_tokens), author)
+                for (q, author), w, s, t in zip(asked, ways, said, told, strict=True)]
 
     def preamble(self, demos: Sequence[qa.Voted]) -> str:
         shown = "".join(f"Q: {d.question}\nA: {THINK} {d.rationale} {EXTRACT} {d.answer}.\n\n" for d in demos)
-        return DISCLAIMER + shown if shown and self.disclaimer else shown
+        return DISCLAIMER * bool(shown and self.disclaimer) + shown
 
     def gather(self, clients) -> Program:
         """The pool: each question, or only its hashes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, knob
+from fedllm.core.method import Card, Claim, Trial, knob
 from fedllm.methods._offsite import Offsite
 
 LAYER = {"example": "dp_sgd", "user": "dp_fedavg"}
@@ -31,6 +31,7 @@ class DPOffsitePEFT(Offsite):
                     rig="private_offsite", metric="share", holds=">", threshold=0.0, seeds=3, wins=3),
         evidence="A position paper: the method is the composition. Its parts are fedbiot's and the privacy layers'.",
     )
+    trial = Trial({"adapter_layers": 1, "drop_ratio": 0.0, "prealign_steps": 0, "align_steps": 0, "dp_level": "none"})
     dp_level: Literal["none", "example", "user"] = knob(
         "example", "what the layers must protect: single rows, whole clients, or nothing (for comparison)",
         options=("none", "example", "user"))

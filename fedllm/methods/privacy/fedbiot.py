@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedllm.core.method import Card, Claim
+from fedllm.core.method import Card, Claim, Trial
 from fedllm.methods._offsite import Offsite
 
 
@@ -26,3 +26,4 @@ class FedBiOT(Offsite):
         evidence="Authors' code read by the dossier: spread of the kept blocks, both terms of the alignment and its "
                  "gamma, lambda_c. A is mapped back by block number, where that code went by the order of keys.",
     )
+    trial = Trial({"adapter_layers": 1, "drop_ratio": 0.0, "prealign_steps": 0, "align_steps": 0})

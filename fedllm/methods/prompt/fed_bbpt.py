@@ -12,7 +12,7 @@ import torch
 from fedllm.core.ask import Replies, on_client
 from fedllm.core.client import Client, ClientInfo
 from fedllm.core.errors import CompositionError, RecipeError
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.rng import numpy_stream
 from fedllm.local.estimate import Bayes, Estimator, Policy, Spsa, arrays, tensors
@@ -44,6 +44,7 @@ class FedBBPT(Spoken):
         evidence="written from a dossier; no code is public. Ours: candidates are random tokens (telling ones tell on "
                  "rows); SPSA moves a vector in a random subspace, not an image decoder; bayes has no second model",
     )
+    trial = Trial({"candidates": 6, "samples": 3, "steps": 2, "batch": 4}, {"name": "soft_prompt", "length": 4})
     estimator: Literal["policy", "spsa", "bayes"] = knob("policy", "how prompts are learned from losses",
                                                          options=("policy", "spsa", "bayes"))
     steps: int = knob(5, "tau, local steps of a client in a round", ge=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, Replies, on_client
 from fedllm.core.client import Client, ClientInfo
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, part
 from fedllm.local.evolve import Search, rank_weights
 from fedllm.methods._blackbox import BlackBox, Meter, empty_ledger, prompt, usual_ids
@@ -42,6 +42,7 @@ class FedGFPT(BlackBox):
                  "are taken, positions that were not moved go up as their nearest token, the LASSO's penalty counts in "
                  "mean squared norms of an embedding, and a message carries a hash of p'",
     )
+    trial = Trial({"search_steps": 4, "n_candidates": 3, "batch": 4, "phi": 2}, {"name": "soft_prompt", "length": 4})
     n_candidates: int = knob(5, "K, tokens that are tried at a position: the nearest by cosine", ge=1)
     search_steps: int = knob(20, "S, positions that a client tries in a round", ge=1)
     batch: int | None = knob(32, "rows of a client's search in a round; None: all of its rows", ge=1)

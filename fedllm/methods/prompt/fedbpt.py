@@ -10,7 +10,7 @@ import torch
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError, PayloadError
-from fedllm.core.method import Card, Claim, State, knob
+from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, Tree
 from fedllm.core.rng import numpy_stream
 from fedllm.local.evolve import Search, rank_weights
@@ -40,6 +40,8 @@ class FedBPT(BlackBox):
                  "documents were changed after a look: with two thirds of the topics' words new, prompts trained by "
                  "gradient ended no more accurate than the first (0.456, 0.473 on seed 100), so no search could.",
     )
+    trial = Trial({"intrinsic_dim": 6, "popsize": 4, "local_iter": 2, "common_noise": False},
+                  {"name": "soft_prompt", "length": 4})
     intrinsic_dim: int = knob(500, "q, numbers that are searched", ge=2)
     popsize: int = knob(5, "candidates of a generation", ge=4)
     local_iter: int = knob(8, "T, generations of a client in a round", ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.method import Card, Claim, Method, State, knob
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import pack, part, tree_map
 from fedllm.methods._late import REAL, Late, begin, booked, crowded, refuse_rounds, staleness, starters
 
@@ -27,6 +27,7 @@ class FedAsync(Method):
         evidence="alpha_s = alpha (1 + s)^-a, the paper's polynomial form. FedBuff's paper sees this one 2.5 times "
                  f"slower than FedBuff. {REAL}",
     )
+    trial = Trial({"concurrency": 3}, far={"method.concurrency": 1})
     alpha: float = knob(0.3, "share of the answer in the new model, at staleness 0", gt=0, le=1)
     concurrency: int = knob(10, "clients at work at a time", ge=1)
     a: float = knob(0.5, "discount of an answer that is s versions old: (1 + s)^-a; 0: none", ge=0, le=1)

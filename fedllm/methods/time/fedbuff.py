@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.method import Card, Claim, Method, State, knob
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.methods._late import REAL, Late, begin, booked, crowded, refuse_rounds, staleness, starters
 
@@ -36,6 +36,8 @@ class FedBuff(Method):
         evidence="FLSim's code read. The discount is a knob, not a law: the default is the paper's, and claim "
                  f"`fedbuff:discount` says what it does here. {REAL}",
     )
+    trial = Trial({"buffer_size": 3, "concurrency": 4},
+                  far={"rounds": 3, "method.buffer_size": 2, "method.concurrency": 1})
     buffer_size: int = knob(10, "K, answers to one server step", ge=1)
     concurrency: int = knob(10, "C, clients at work at a time", ge=1)
     a: float = knob(0.5, "discount of an answer that is s versions old: (1 + s)^-a; 0: none", ge=0, le=1)

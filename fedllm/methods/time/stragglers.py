@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import Withheld
-from fedllm.core.method import Card, Claim, Method, knob
+from fedllm.core.method import Card, Claim, Method, Trial, knob
 from fedllm.core.payload import add, pack, part, scale, sub, tensor_bytes
 from fedllm.core.reduce import Mean
 from fedllm.methods._late import REAL
@@ -39,6 +39,7 @@ class Stragglers(Method):
         evidence="FedProx's proximal term is the method `fedprox`. FedNova for plain SGD steps: tau_k steps of equal "
                  f"weight. {REAL}",
     )
+    trial = Trial({"over": 1.0})
     over: float = knob(1.3, "clients asked for each answer that is needed", ge=1)
     deadline: float | None = knob(None, "seconds from asking to answering; None: the recipe's", gt=0)
     min_results: int = knob(1, "answers without which the model stays", ge=1)
@@ -61,7 +62,7 @@ class Stragglers(Method):
 
     @on_client(reduce=Mean())
     def local(self, msg, client):
-        theta, steps = part(msg, "theta"), client.local.count(client.n)
+        theta, steps = part(msg, "theta"), client.training.count(client.n)
         if (budget := msg.get("budget")) is not None and client.pace:
             fits = math.floor((budget - on_the_way(theta, client.profile)) / client.pace + 1e-9)
             if fits < 1:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError
-from fedllm.core.method import Card, Claim, Method, State, knob
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import add, pack, part, scale, sub, zeros_like
 from fedllm.local.terms import Linear
 from fedllm.methods._graphs import GRAPHS, graph_of, joined, metropolis, mixed, need_connected
@@ -47,8 +47,8 @@ class Gossip(Method):
         evidence="Clients count alike, whatever their rows. W is Metropolis-Hastings. Adapt, then combine; tracking is "
                  "K-GT with eta_s = 1 and c_i = 0 at the start. Letters: X25519 keys of the round, AES-GCM.",
     )
+    trial = Trial(silent="who is whose neighbor follows from all who are asked")
     serves = False
-
     graph: Literal["ring", "torus", "exponential", "random", "complete"] = knob(
         "ring", "who is whose neighbor, over the round's clients in the data's order", options=GRAPHS)
     degree: int = knob(4, "neighbors of each client at most, where the graph is random", ge=2)
@@ -110,7 +110,7 @@ class Gossip(Method):
             fitted = client.fit(theta)
             half = pack(theta=fitted.theta)
         else:
-            if client.local.optimizer != "sgd" or client.local.momentum:
+            if client.training.optimizer != "sgd" or client.training.momentum:
                 raise CompositionError("gossip with tracking and an optimizer that is not plain SGD do not fit "
                                        "together: z_i is no mean gradient then; use local.optimizer = sgd")
             c = client.memory.get("c") or zeros_like(theta)

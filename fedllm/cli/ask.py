@@ -1,0 +1,45 @@
+"""`fedllm ask`: questions to a method that answers them, and whom each answer rests on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedllm.cli.typed import lines
+from fedllm.report.facts import duration, size
+from fedllm.runs.asking import PATIENCE, Answered, Session
+from fedllm.runs.complaints import parse_override
+
+out = Console()
+
+
+def ask(source: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", show_default=False,
+                                               help="A run's folder, or a recipe (its rounds come first).")],
+        questions: Annotated[list[str] | None, typer.Argument(metavar="[QUESTION]...", show_default=False,
+                                                              help="Without any: one from each line typed.")] = None,
+        change: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE",
+                                                         help="A key of the recipe to change.")] = None,
+        timeout: Annotated[float, typer.Option(help="Seconds that one question may take.")] = PATIENCE,
+        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each question.")] = False
+        ) -> None:
+    """Ask a method that answers questions: [bold]fedllm ask recipes/rag.yaml "Who signs an invoice?"[/bold]."""
+    session = Session(source, dict(parse_override(text) for text in change or ()), timeout)
+    for question in questions or lines():
+        show(session.ask(question), as_json)
+
+
+def show(got: Answered, as_json: bool) -> None:
+    """The answer, whom it rests on, and what it cost."""
+    if as_json:
+        return out.print_json(json.dumps(got.as_json(), default=str))
+    out.print(f"[cyan]{escape(got.question)}[/cyan]", soft_wrap=True)
+    out.print(escape(got.answer) if got.answer else "(no answer: nobody had anything to say)", soft_wrap=True)
+    rests = f"rests on {', '.join(got.clients)}" if got.clients else "rests on no client"
+    silent = "".join(f"; missing {c} ({why})" for c, why in got.missing.items())
+    cost = f"{size(got.bytes['up'])} up, {size(got.bytes['down'])} down, {duration(got.seconds)}"
+    out.print(f"[dim]{escape(rests + silent)}; {cost}[/dim]", soft_wrap=True)

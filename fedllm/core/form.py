@@ -1,0 +1,161 @@
+"""What a client function gives: the names and kinds of its reply, declared once and held to at every door."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.core.errors import PayloadError
+from fedllm.core.payload import Payload
+
+MOST = 1e12
+"""No count (rows, tokens, steps, versions) of a reply is larger."""
+
+
+def _number(v: Any) -> bool:
+    return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def _all(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list | tuple) and all(of(x) for x in v)
+
+
+def _nested(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list | tuple) and all(_nested(of)(x) if isinstance(x, list | tuple) else of(x)
+                                                         for x in v)
+
+
+def _real(v: Any) -> bool:
+    return isinstance(v, Tensor) and v.is_floating_point()
+
+
+def _whole(v: Any) -> bool:
+    return isinstance(v, Tensor) and not v.is_floating_point() and not v.is_complex() and v.dtype != torch.bool
+
+
+KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "tree": ("floating-point tensors, one for each trainable that was sent", _real),
+    "some": ("floating-point tensors, named as trainables that were sent", _real),
+    "tensors": ("floating-point tensors", _real),
+    "wholes": ("tensors of whole numbers", _whole),
+    "tensor": ("a floating-point tensor", _real),
+    "whole": ("a tensor of whole numbers", _whole),
+    "count": ("a number from 0", lambda v: _number(v) and 0 <= v <= MOST),
+    "number": ("a finite number", _number),
+    "flag": ("true or false", lambda v: isinstance(v, bool)),
+    "numbers": ("a list of finite numbers", _nested(_number)),
+    "text": ("text", lambda v: isinstance(v, str)),
+    "texts": ("a list of texts", _nested(lambda x: isinstance(x, str))),
+    "name": ("a name", lambda v: isinstance(v, str) and len(v) <= 256),
+    "names": ("a list of names", _nested(lambda x: isinstance(x, str) and len(x) <= 256)),
+    "bytes": ("bytes", lambda v: isinstance(v, bytes | bytearray)),
+    "blobs": ("a list of bytes", _nested(lambda x: isinstance(x, bytes | bytearray))),
+    "layout": ("a list of names and numbers", _nested(lambda x: _number(x) or (isinstance(x, str) and len(x) <= 256))),
+}
+"""Kind of a part -> what it is in words, and whether a leaf is one. Those in `MANY` stand under `<part>/<name>`.
+
+`text` and `texts` are what people or models wrote; `name`, `names` and `layout` are of the protocol (ids, keys).
+"""
+MANY = ("tree", "some", "tensors", "wholes")
+TEXT = ("text", "texts")
+
+
+@dataclass(frozen=True)
+class Told:
+    """The trees in the messages of one ask: their names, and the shapes that each name has."""
+
+    trees: Sequence[set[str]]
+    shapes: Mapping[str, set[tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, msgs: Iterable[Payload]) -> Told:
+        """Of all messages; those that hold the very same tensors are read once."""
+        trees: list[set[str]] = []
+        shapes: dict[str, set[tuple[int, ...]]] = {}
+        read: set[int] = set()
+        for msg in msgs:
+            mine: dict[str, set[str]] = {}
+            for key, v in msg.items():
+                head, slash, tail = key.partition("/")
+                if not slash or not isinstance(v, Tensor):
+                    continue
+                mine.setdefault(head, set()).add(tail)
+                if id(v) not in read:
+                    read.add(id(v))
+                    shapes.setdefault(tail, set()).add(tuple(v.shape))
+            trees += [tails for tails in mine.values() if tails not in trees]
+        return cls(trees, shapes)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The parts of a reply. Written as `"delta: tree, n: count, loss?: number"`; a `?` marks what may be absent."""
+
+    parts: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    told: Told | None = None
+    """What the clients were told, where that is known: no tree has other names or shapes than those sent."""
+
+    @classmethod
+    def of(cls, text: str) -> Form:
+        """The form that this text declares."""
+        parts, optional = {}, set()
+        for word in filter(None, map(str.strip, text.split(","))):
+            name, colon, kind = (x.strip() for x in word.partition(":"))
+            if name.endswith("?"):
+                name = name[:-1]
+                optional.add(name)
+            if not colon or kind not in KINDS:
+                raise ValueError(f"'{word}' is no part of a reply; write `name: kind` with one of {', '.join(KINDS)}")
+            parts[name] = kind
+        return cls(parts, frozenset(optional))
+
+    def bound(self, msgs: Mapping[str, Payload]) -> Form:
+        """The same as an answer to these messages."""
+        return replace(self, told=Told.of(msgs.values()))
+
+    @property
+    def speaks(self) -> bool:
+        """Whether text of people or models is among the parts."""
+        return any(kind in TEXT for kind in self.parts.values())
+
+    def check(self, reply: Payload) -> None:
+        """Raise PayloadError for the first part that is not as declared."""
+        seen: dict[str, set[str]] = {}
+        for key, v in reply.items():
+            if not isinstance(key, str):
+                raise PayloadError(f"a part is named by {type(key).__name__}, allowed is text")
+            head, slash, tail = key.partition("/")
+            name = key if key in self.parts and self.parts[key] not in MANY else head
+            kind = self.parts.get(name)
+            if kind is None or (kind in MANY) != bool(slash and name == head):
+                raise PayloadError(f"'{key[:80]}' is no part of this reply; it has {', '.join(self.parts) or 'none'}")
+            what, fits = KINDS[kind]
+            if not fits(v):
+                raise PayloadError(f"'{key[:80]}' is {_what(v)}, allowed is {what}")
+            seen.setdefault(name, set()).add(tail)
+            if kind in ("tree", "some") and self.told and self.told.shapes:
+                self._shape(key, tail, v, self.told.shapes)
+        for name, kind in self.parts.items():
+            if name not in seen and name not in self.optional:
+                raise PayloadError(f"'{name}' is lacking")
+            if kind == "tree" and name in seen and self.told and self.told.trees and seen[name] not in self.told.trees:
+                raise PayloadError(f"'{name}' holds {len(seen[name])} trainables, and not those that were sent")
+
+    @staticmethod
+    def _shape(key: str, tail: str, v: Tensor, shapes: Mapping[str, set[tuple[int, ...]]]) -> None:
+        if tail not in shapes:
+            raise PayloadError(f"'{key[:80]}' is not the name of a trainable that was sent")
+        if tuple(v.shape) not in shapes[tail]:
+            raise PayloadError(f"'{key[:80]}' has shape {tuple(v.shape)}, sent was {min(shapes[tail])}")
+
+
+def _what(v: Any) -> str:
+    if isinstance(v, Tensor):
+        return f"a tensor of {str(v.dtype).removeprefix('torch.')}"
+    return f"{v!r:.40}" if isinstance(v, int | float) else type(v).__name__

@@ -1,0 +1,35 @@
+"""Clients whose data is an environment: what a recipe says of it, and a row for each client."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedllm.data.federation import Federation, Shard
+from fedllm.environments.registry import MAX_STEPS, dealt
+from fedllm.environments.registry import PREFIX as SCENE
+
+
+class EnvironmentSpec(BaseModel):
+    """Who acts where; every other key is a parameter of the environment, or a list of values dealt to the clients."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
+
+    clients: Annotated[int, Field(ge=1)] = 6
+    """Number of clients, each with a layout of its own where `layout` is not given."""
+    max_steps: Annotated[int, Field(ge=1)] = MAX_STEPS
+    """Longest episode: what has not ended by then is cut off, and counted as cut."""
+
+
+def scene_rows(source: str, spec: EnvironmentSpec | None, seed: int) -> list[dict[str, Any]]:
+    """Each client's environment, as a row."""
+    given = spec or EnvironmentSpec()
+    return dealt(source.removeprefix(SCENE), given.model_extra or {}, given.clients, given.max_steps, seed)
+
+
+def environments(source: str, spec: EnvironmentSpec, seed: int) -> Federation:
+    """Each client has one row, its environment, to learn in and to be tested in; the global test is all of them."""
+    rows = scene_rows(source, spec, seed)
+    shards = {f"client-{i}": Shard([row], [row], {"environment": row["environment"]}) for i, row in enumerate(rows)}
+    return Federation(shards, rows, "environment")

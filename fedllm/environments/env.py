@@ -1,0 +1,77 @@
+"""What an environment is: `reset(seed)`, `step(action)`, and a limit on how long an episode may last."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from fedllm.core.errors import RunError
+from fedllm.core.method import Knobs, knob
+
+Step = tuple[np.ndarray, float, bool]
+"""(observation fp32 [size], reward, whether the episode has ended)."""
+
+
+class Env(Protocol):
+    """One episode after another; all randomness of an episode comes from the seed that it was reset with."""
+
+    def reset(self, seed: int) -> np.ndarray:
+        """The first observation, fp32 [size]."""
+        ...
+
+    def step(self, action: int) -> Step:
+        """What follows from the action."""
+        ...
+
+
+class Scene(Knobs):
+    """The parameters of an environment: a frozen dataclass of knobs, and what they make."""
+
+    size: ClassVar[int]
+    """Length of an observation."""
+    actions: ClassVar[int]
+    """How many actions there are, numbered from 0."""
+
+    def env(self) -> Env:
+        """A fresh environment with these parameters."""
+        raise NotImplementedError
+
+
+layout = knob(0, "seed of what differs from client to client", ge=0)
+"""Every scene has this knob; where a recipe does not set it, each client gets a number of its own."""
+
+
+class Bounded:
+    """An environment whose episodes end after `max_steps` at the latest; `cut`: the last one was cut off."""
+
+    def __init__(self, scene: Scene, max_steps: int, rng: np.random.Generator) -> None:
+        """`rng` gives the seeds of episodes that are reset without one."""
+        self.scene, self.max_steps, self.rng, self._env = scene, max_steps, rng, scene.env()
+        self.steps, self.cut, self._over = 0, False, True
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """The first observation; RunError when it is not of the declared size."""
+        self.steps, self.cut, self._over = 0, False, False
+        return self._seen(self._env.reset(int(self.rng.integers(2**31)) if seed is None else seed))
+
+    def step(self, action: int) -> Step:
+        """What follows; RunError for an action that is none, and after the episode's end."""
+        if self._over:
+            raise RunError(f"{type(self.scene).__name__}: the episode has ended after {self.steps} steps; reset first")
+        if not 0 <= action < self.scene.actions:
+            raise RunError(f"{type(self.scene).__name__}: action {action} is none of 0 to {self.scene.actions - 1}")
+        seen, reward, done = self._env.step(int(action))
+        if not np.isfinite(reward):
+            raise RunError(f"{type(self.scene).__name__}: the reward of step {self.steps} is {reward}")
+        self.steps += 1
+        self.cut = not done and self.steps >= self.max_steps
+        self._over = done or self.cut
+        return self._seen(seen), float(reward), self._over
+
+    def _seen(self, seen: Any) -> np.ndarray:
+        seen = np.asarray(seen, np.float32)
+        if seen.shape != (self.scene.size,):
+            raise RunError(f"{type(self.scene).__name__}: an observation has the shape {seen.shape}; it declares "
+                           f"({self.scene.size},)")
+        return seen

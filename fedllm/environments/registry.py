@@ -1,0 +1,76 @@
+"""Environments are found by walking this folder: the file's stem is the name, and there is no list to edit."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from fedllm.core.errors import RecipeError
+from fedllm.environments.env import Bounded, Scene
+
+ROOM = ("env", "registry")
+PREFIX = "env:"
+"""Of a source that is an environment: `data.source: env:gridworld`."""
+MAX_STEPS = 100
+
+
+@functools.cache
+def scenes() -> dict[str, type[Scene]]:
+    """Every environment by name."""
+    import fedllm.environments as room
+
+    found: dict[str, type[Scene]] = {}
+    for info in pkgutil.iter_modules(room.__path__):
+        if info.name not in ROOM:
+            module = importlib.import_module(f"{room.__name__}.{info.name}")
+            own = [c for _, c in inspect.getmembers(module, inspect.isclass)
+                   if issubclass(c, Scene) and c.__module__ == module.__name__]
+            if len(own) != 1:
+                raise RecipeError(f"{module.__name__} must hold just one Scene; it holds {[c.__name__ for c in own]}")
+            found[info.name] = own[0]
+    return found
+
+
+def make_scene(name: str, knobs: Mapping[str, Any]) -> Scene:
+    """An environment's parameters; an unknown name or knob is refused with the nearest one."""
+    if name not in scenes():
+        near = difflib.get_close_matches(name, scenes(), n=1)
+        raise RecipeError(f"data.source = '{PREFIX}{name}' is unknown{f'; did you mean {near[0]!r}?' if near else ''} "
+                          f"Allowed: {', '.join(PREFIX + n for n in scenes())}")
+    return scenes()[name].make(knobs, "data.environment")
+
+
+def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, seed: int) -> list[dict[str, Any]]:
+    """One row for each client: the environment's name and all its parameters.
+
+    A list of values is dealt to the clients in order and over again. Without `layout`, each client has one of its own.
+    RecipeError where the clients' observations or actions would differ in number, since they share a policy.
+    """
+    if bad := [k for k, v in knobs.items() if isinstance(v, list) and not v]:
+        raise RecipeError(f"data.environment.{bad[0]} = []: allowed is a value, or a list of them to deal out")
+    rows, sizes = [], {}
+    for i in range(clients):
+        mine = {k: v[i % len(v)] if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in knobs.items()}
+        scene = make_scene(name, {"layout": seed * clients + i, **mine})
+        sizes.setdefault((scene.size, scene.actions), i)
+        rows.append({"environment": name, "max_steps": max_steps,
+                     **{f.name: getattr(scene, f.name) for f in fields(scene)}})  # type: ignore[arg-type]
+    if len(sizes) > 1:
+        (a, i), (b, j) = list(sizes.items())[:2]
+        raise RecipeError(f"data.environment: client {i} has {a[0]} observations and {a[1]} actions, client {j} {b[0]} "
+                          f"and {b[1]}; allowed are equal numbers for all, since they share one policy")
+    return rows
+
+
+def bounded(row: Mapping[str, Any], rng: np.random.Generator) -> Bounded:
+    """The environment of a row."""
+    knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps")}
+    return Bounded(make_scene(row["environment"], knobs), int(row["max_steps"]), rng)

@@ -1,0 +1,122 @@
+"""Federated policies: each client acts in an environment of its own, and only policies travel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.client import Client
+from fedllm.core.errors import CompositionError
+from fedllm.core.method import Card, Claim, Star, State, knob
+from fedllm.core.payload import Payload, add, pack, part, sub
+from fedllm.core.reduce import Mean
+
+
+@dataclass(frozen=True)
+class FedMARL(Star):
+    """The mean of policies that clients improve by REINFORCE, with a critic that stays at the client.
+
+    A critic says what a place is worth under ONE client's rewards and walls; averaged it would be wrong for all.
+    """
+
+    card = Card(
+        title="FedMARL: federated policy training",
+        paper="Jing et al., survey of federated multi-agent reinforcement learning, Expert Systems with Applications "
+              "2025; REINFORCE: Williams, Machine Learning 8, 1992",
+        topic="agents",
+        sends="down: the policy; up: its change and the mean return of the round; no observation, action or reward",
+        needs="environments (data.source env:NAME), model.name policy, space full",
+        claim=Claim("where all walls are the same and slips differ, the mean policy returns more than policies trained "
+                    "alone on as many episodes", rig="grid_worlds", metric="return", baseline="local_only",
+                    relative="difference", holds=">", threshold=0.0, wins=4, options={"own": False}),
+        also={"elsewhere": Claim("with walls of each client's own, it returns more over everybody's worlds than "
+                                 "policies trained alone", rig="grid_worlds", metric="elsewhere",
+                                 baseline="local_only", relative="difference", holds=">", threshold=0.03, wins=4)},
+        evidence="Written from a dossier; the survey has no algorithm of its own. AT HOME, with walls of each client's "
+                 "own, policies trained alone return more in every seed (0.75 against 0.52): one policy that sees its "
+                 "place alone cannot tell worlds apart. Averaging helps where worlds agree.",
+    )
+    metrics: ClassVar = {"return": "max", "cut": "min"}
+    learns_from = "environments"
+
+    episodes: int = knob(8, "of a round at each client, in one batch a step", ge=1)
+    updates: int = knob(1, "batches of episodes, each followed by a step of the policy", ge=1)
+    gamma: float = knob(0.97, "discount", ge=0, lt=1)
+    critic_lr: float = knob(0.3, "how far the critic moves to what was seen", gt=0, le=1)
+    test_episodes: int = knob(20, "in each environment, to test", ge=1)
+    share: Literal["policy", "nothing"] = knob("policy", "nothing: each client keeps its own policy, for comparison",
+                                               options=("policy", "nothing"))
+
+    @property
+    def serves(self) -> bool:  # type: ignore[override]
+        return self.share == "policy"
+
+    def check(self, model: Any) -> None:
+        if model.task != "environment":
+            raise CompositionError(f"method 'fed_marl' acts in environments and data.task = {model.task!r} gives rows, "
+                                   "so they do not fit together; data.source = 'env:gridworld' works")
+
+    def down(self, state: State, client) -> Payload:
+        return pack(theta=state["theta"]) if self.share == "policy" else {"alone": True}
+
+    @on_client(reduce=Mean(by="uniform"))
+    def local(self, msg: Payload, client: Client) -> Payload:
+        start, rng, got = self.own(msg, client), client.rng("fed_marl"), []
+        theta = start
+        for _ in range(self.updates):
+            done = client.rollout(theta, self.episodes, rng=rng)
+            gains = [returns(e.rewards, self.gamma) for e in done]  # G_t = sum_i gamma^i r_(t+i), each [T]
+            seen, g = np.concatenate([e.seen for e in done]), np.concatenate(gains)  # [N, size], [N]
+            advantage = g - self.worth(client, seen)
+            self.learn(client, seen, g)
+            # theta <- theta + lr mean_t (G_t - V(o_t)) grad log pi(a_t | o_t)
+            theta = client.improve(theta, seen, np.concatenate([e.actions for e in done]), advantage).theta
+            got += [e.total for e in done]
+        if self.share == "nothing":
+            client.memory["theta"] = theta
+            return {"n": client.n, "mean_return": float(np.mean(got))}
+        return pack(delta=sub(theta, start), n=client.n, mean_return=float(np.mean(got)))
+
+    def own(self, msg: Payload, client: Client) -> dict:
+        """The policy that this client acts by."""
+        return part(msg, "theta") or client.memory.get("theta") or client.model.initial()
+
+    def worth(self, client: Client, seen: np.ndarray) -> np.ndarray:
+        """V(o) = v . o, [N]; for one-hot observations a table."""
+        v = client.memory.get("critic", torch.zeros(seen.shape[1], dtype=torch.float64))
+        return seen.astype(np.float64) @ v.numpy()
+
+    def learn(self, client: Client, seen: np.ndarray, g: np.ndarray) -> None:
+        """v <- v + lr (sum_t (G_t - V(o_t)) o_t) / (sum_t o_t^2), entry by entry."""
+        v = client.memory.get("critic", torch.zeros(seen.shape[1], dtype=torch.float64))
+        error, o = g - self.worth(client, seen), seen.astype(np.float64)
+        client.memory["critic"] = v + self.critic_lr * torch.from_numpy((o.T @ error) / np.maximum(1, (o * o).sum(0)))
+
+    def merge(self, state: State, out) -> State:
+        return state if self.share == "nothing" else {**state, "theta": add(state["theta"], part(out.value, "delta"))}
+
+    def evaluate(self, state: State, clients: Sequence[Any], on: str) -> Program:
+        return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
+
+    @on_client()
+    def score(self, msg: Payload, client: Client) -> Payload:
+        """Mean return in each environment, over the same episodes at every test, and how many were cut off."""
+        rows = client.held_out(msg["on"])
+        if not rows:
+            return {"n": 0}
+        done = client.rollout(self.own(msg, client), self.test_episodes, on=rows)
+        return {"n": len(done), "return": float(np.mean([e.total for e in done])),
+                "cut": float(np.mean([e.cut for e in done]))}
+
+
+def returns(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """G_t = r_t + gamma G_(t+1), from the end."""
+    out, g = np.zeros(len(rewards)), 0.0
+    for t in range(len(rewards) - 1, -1, -1):
+        g = out[t] = rewards[t] + gamma * g
+    return out

@@ -1,1 +1,0 @@
-"""Methods that do not wait: late answers, deadlines, partial work."""

@@ -1,0 +1,60 @@
+"""Labels as users write them: names, or numbers that stand for names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fedllm.core.errors import DataError
+from fedllm.tasks.row import Row, nearest, value_of
+
+
+def label_names(values: Iterable[Any]) -> tuple[str, ...]:
+    """The labels' names in sorted order (numbers by size), so that the index does not hang on the rows' order.
+
+    A DataError names two that are one label written in two ways: another case, blanks, or here a name, there a number.
+    """
+    names = {str(value) for value in values}
+    one_way(names)
+    numeric = all(is_number(name) for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))
+
+
+def one_way(names: Iterable[str]) -> None:
+    """Refuse labels that look like one label written in two ways."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        other = seen.setdefault(" ".join(name.split()).casefold(), name)
+        if other != name:
+            raise DataError(f"the labels {other!r} and {name!r} differ in case or blanks alone and would be two "
+                            "classes; write them one way")
+    numbers, words = [n for n in sorted(names) if is_number(n)], [n for n in sorted(names) if not is_number(n)]
+    if numbers and words:
+        raise DataError(f"labels are numbers here and words there ({numbers[0]!r}, {words[0]!r}) and would all be "
+                        "classes of their own; write them one way")
+
+
+def is_number(name: str) -> bool:
+    """Whether a label is a whole number in digits."""
+    return name.removeprefix("-").isdecimal()
+
+
+def raw_label(row: Row, where: str) -> int | str:
+    """The row's label as the user wrote it; a DataError where it is no int and no string."""
+    label = value_of(row, "label", where)
+    if not isinstance(label, int | str):
+        raise DataError(f"{where}: 'label' is {label!r}; a label must be a string or a whole number")
+    return label
+
+
+def index_of(label: int | str, labels: Sequence[str], where: str, column: str = "label") -> int:
+    """The label's place in [0, len(labels)): by its name, or a number that is a place already.
+
+    A number is a place only where no label is called by a number: of ["1", ..., "5"] a 0 is none.
+    """
+    name = str(label)
+    if name in labels:
+        return list(labels).index(name)
+    if name.isdecimal() and int(name) < len(labels) and not any(is_number(n) for n in labels):
+        return int(name)
+    raise DataError(f"{where}: {column!r} is {label!r}; the labels are {', '.join(labels)}{nearest(name, labels)}")

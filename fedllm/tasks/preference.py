@@ -1,0 +1,82 @@
+"""Preference: a prompt with a response that was chosen and one that was rejected, as DPO and reward models take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm.core.errors import DataError
+from fedllm.tasks.generation import joined, next_words
+from fedllm.tasks.row import IGNORE, Encoded, Row, text_of
+from fedllm.tasks.task import How, Losses, Metric, Shape, Task
+
+REJECTED = ("rejected_ids", "rejected_mask", "rejected_labels")
+
+
+class Preference(Task):
+    """A plain fit learns the chosen response; an objective may look at the rejected one, in the row's parts."""
+
+    net, columns, takes = "causal", ("prompt", "chosen", "rejected"), ("template",)
+    metrics: ClassVar = {"preference_accuracy": Metric("max")}
+
+    def shape(self, row: Row, where: str, how: Shape) -> dict[str, Any]:
+        said = {name: text_of(row, name, where) for name in ("chosen", "rejected")}
+        if bad := [name for name, text in said.items() if not text.strip()]:
+            raise DataError(f"{where}: {bad[0]!r} is {said[bad[0]]!r}; a preference row needs text in chosen and in "
+                            "rejected")
+        if said["chosen"] == said["rejected"]:
+            raise DataError(f"{where}: 'chosen' and 'rejected' are the same text, so that nothing is preferred")
+        made = {name: how.template({**row, "response": text}, where) for name, text in said.items()}
+        return {"prompt": made["chosen"]["prompt"], **{name: m["response"] for name, m in made.items()}}
+
+    def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:
+        """The chosen response after the prompt, as in generation; the rejected one after the prompt lies in parts."""
+        better, worse = side(rows, "chosen", how), side(rows, "rejected", how)
+        return [replace(a, parts=_parts(b), pads={n: float(IGNORE if n == REJECTED[2] else 0) for n in REJECTED})
+                for a, b in zip(better, worse, strict=True)]
+
+    def row_losses(self, model: Any, batch: Any) -> Losses:
+        return next_words(model, batch)
+
+    def figures(self, model: Any, batch: Any) -> Tensor:
+        """The chosen response's losses; a hit where it is likelier than the rejected one."""
+        total, count, _ = next_words(model, batch)
+        ids, mask, labels = (batch.parts[n] for n in REJECTED)
+        mask = mask.clone()
+        mask[~mask.any(1), 0] = True  # rows that fill a lane: an empty mask would make attention NaN
+        other, _, _ = next_words(model, replace(batch, ids=ids.long(), mask=mask.bool(), labels=labels, parts={}))
+        good = count > 0
+        return torch.stack([x.double() for x in (total, count, (total < other) & good, good)], 1)
+
+    def measured(self, figures: np.ndarray, labels: tuple[str, ...]) -> dict[str, float]:
+        return {"preference_accuracy": float(figures[:, 2].sum() / max(1.0, figures[:, 3].sum()))}
+
+
+def side(rows: Sequence[Row], which: str, how: How) -> list[Encoded]:
+    """One response of each row ("chosen" or "rejected") after its prompt, as a row of generation."""
+    out = joined(rows, [(row["prompt"], row[which]) for row in rows], how)
+    for i, encoded in enumerate(out, start=1):
+        if not encoded.n_target:
+            raise DataError(f"row {i} has nothing to learn: {which!r} gives no token to predict from a token before it")
+    return out
+
+
+def chosen(row: Encoded) -> Encoded:
+    """The prompt with the chosen response alone."""
+    return replace(row, parts={}, pads={})
+
+
+def rejected(row: Encoded) -> Encoded:
+    """The prompt with the rejected response alone."""
+    ids, _, labels = (row.parts[name] for name in REJECTED)
+    return Encoded(ids.astype(np.int32), labels, int((labels[1:] != IGNORE).sum()))
+
+
+def _parts(row: Encoded) -> Mapping[str, np.ndarray]:
+    assert isinstance(row.labels, np.ndarray)
+    return dict(zip(REJECTED, (row.ids.astype(np.int64), np.ones(len(row.ids), bool), row.labels), strict=True))

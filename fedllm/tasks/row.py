@@ -1,0 +1,90 @@
+"""What a row is before and after it is read, and how an error speaks of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedllm.core.errors import DataError
+
+Row = Mapping[str, Any]
+"""One example, in the columns of its task (`Task.columns`). `category`, where present, is a string used for skew and
+per-category scores."""
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tensors: `ids` int32 [T]; `labels` int64 [T] where tokens are predicted (-100: not learned), an int
+    where rows are."""
+
+    ids: np.ndarray
+    labels: np.ndarray | int
+    n_target: int
+    """Tokens that the loss scores, or 1 where rows are labelled: what to weight a mean loss by."""
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What of the row is not text, by name: pixels [3, H, W], features [d], series [L, channels], a target, ..."""
+    pads: Mapping[str, float] = field(default_factory=dict)
+    """Parts whose first axis may differ from row to row, and what fills the shorter; all others have one shape."""
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """What `generate` continues: the tokens before the first that is learned, int32."""
+        return self.ids if isinstance(self.labels, int) else self.ids[: int(np.argmax(self.labels != IGNORE))]
+
+    @property
+    def form(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Name, type and shape of each part, without an axis that is padded: rows of one form fit into one batch."""
+        return tuple((n, p.dtype.str, p.shape[1:] if n in self.pads else p.shape)
+                     for n, p in sorted(self.parts.items()))
+
+
+def same_form(rows: Iterable[Encoded]) -> None:
+    """A DataError names the first row (from 1) whose parts have another shape or other names than those before it."""
+    first: Encoded | None = None
+    for i, row in enumerate(rows, start=1):
+        first = first or row
+        if row.form != first.form:
+            raise DataError(f"row {i} has the parts {_told(row)}, and row 1 has {_told(first)}: rows of a client must "
+                            "have the same parts in the same shapes; cut or fill them before")
+
+
+def _told(row: Encoded) -> str:
+    return ", ".join(f"{n} {list(p.shape)}" for n, p in sorted(row.parts.items())) or "none"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'answer'?` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def value_of(row: Mapping[str, Any], name: str, where: str) -> Any:
+    """A field of a row; a DataError names the row, the missing field, those present and the nearest."""
+    if name not in row:
+        raise DataError(f"{where} has no field {name!r}; it has {', '.join(map(str, row))}{nearest(name, row)}")
+    return row[name]
+
+
+def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
+    """A field that must be text."""
+    value = value_of(row, name, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name!r} is {value!r}; it must be a string")
+    return value
+
+
+def numbers_of(row: Mapping[str, Any], name: str, where: str) -> np.ndarray:
+    """A field of numbers (a list, or a list of lists of one length) as a float32 array; every one must be finite."""
+    value = value_of(row, name, where)
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: {name!r} must hold numbers, or lists of them that are of one length") from None
+    if array.ndim == 0 or not array.size or not np.isfinite(array).all():
+        raise DataError(f"{where}: {name!r} must be a list of numbers without gaps, NaN or infinity")
+    return array

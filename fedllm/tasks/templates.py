@@ -1,0 +1,116 @@
+"""Makes prompt and response from a user's fields: format strings over columns, by name or written out."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fedllm.core.errors import DataError, RecipeError
+from fedllm.tasks.row import Row, nearest, value_of
+
+Render = Callable[[Row, str], dict[str, Any]]
+"""(row, where the row is) -> the row's `prompt` and `response`."""
+
+
+def _parse(text: str) -> tuple[tuple[str, str | None], ...]:
+    """Literal text and the placeholder after it, in order; a RecipeError for braces that are no placeholder."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise RecipeError(f"data.template {text!r}: {error}; write {{{{ for a brace") from error
+    if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
+        raise RecipeError(f"data.template {text!r}: a placeholder is a field's name in braces and no more; "
+                          "write {{ for a brace")
+    return tuple((literal, name) for literal, name, _, _ in parts)
+
+
+def _fill(parts: Sequence[tuple[str, str | None]], row: Row, where: str) -> str:
+    out = []
+    for literal, name in parts:
+        out.append(literal)
+        if name is not None:
+            value = value_of(row, name, where)
+            # An optional column that is null reads as no text, as in the Hub's instruction sets.
+            out.append("" if value is None else str(value))
+    return "".join(out)
+
+
+@dataclass(frozen=True)
+class Template:
+    """Two format strings whose placeholders are the row's fields."""
+
+    prompt: str
+    response: str = "{response}"
+
+    def __post_init__(self) -> None:
+        """Refuses broken format strings when the recipe is read, not at the first row."""
+        _ = self._parts
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[tuple[str, str | None], ...], ...]:
+        return _parse(self.prompt), _parse(self.response)
+
+    def __call__(self, row: Row, where: str = "row") -> dict[str, Any]:
+        """The row's prompt and response; a DataError names a placeholder that the row cannot fill."""
+        prompt, response = self._parts
+        return {"prompt": _fill(prompt, row, where), "response": _fill(response, row, where)}
+
+
+_INTRO = "Below is an instruction that describes a task"
+_ORDER = ". Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+_NO_INPUT = Template(_INTRO + _ORDER + "### Response:\n", "{output}")
+_WITH_INPUT = Template(_INTRO + ", paired with an input that provides further context" + _ORDER
+                       + "### Input:\n{input}\n\n### Response:\n", "{output}")
+
+
+def _alpaca(row: Row, where: str = "row") -> dict[str, Any]:
+    """The Stanford Alpaca prompt: one wording with an input, one without."""
+    return (_WITH_INPUT if row.get("input") else _NO_INPUT)(row, where)
+
+
+def _chat(row: Row, where: str = "row") -> dict[str, Any]:
+    """Keeps `messages`, since only the tokenizer knows its chat template: `encode` renders them.
+
+    A row with no `messages` is one exchange of its `prompt` and `response`. Without the tokenizer, `prompt` reads as
+    the last thing said before the assistant's final turn, and `response` as that turn.
+    """
+    if "messages" not in row:
+        pair = NAMED["plain"](row, where)
+        turns = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["response"]}]
+        return {"messages": turns, **pair}
+    turns = row["messages"]
+    if not isinstance(turns, list) or not all(isinstance(t, Mapping) and {"role", "content"} <= set(t) for t in turns):
+        raise DataError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise DataError(f"{where}: 'messages' must hold two turns or more and end with the role 'assistant'")
+    return {"messages": turns, "prompt": turns[-2]["content"], "response": turns[-1]["content"]}
+
+
+NAMED: dict[str, Render] = {
+    "plain": Template("{prompt}"),
+    "question_answer": Template("Question: {question}\nAnswer:", " {answer}"),
+    "alpaca": _alpaca,
+    "text": Template("", "{text}"),
+    "chat": _chat,
+}
+"""`text` has no prompt: every token of the line is learned, as in language modeling."""
+
+
+def template(spec: str | Mapping[str, str] | None) -> Render:
+    """A template by name, from a prompt's format string, or from {prompt: ..., response: ...}.
+
+    None is `plain`. With a format string alone the response is the field `response` (map it by `fields`).
+    """
+    if isinstance(spec, Mapping):
+        if "prompt" not in spec or not set(spec) <= {"prompt", "response"}:
+            raise RecipeError(f"data.template has the keys {', '.join(spec)}; allowed are prompt and response")
+        return Template(**spec)
+    if spec is None or spec in NAMED:
+        return NAMED[spec or "plain"]
+    if "{" not in spec:
+        raise RecipeError(f"data.template = {spec!r} is neither a format string with {{placeholders}} nor one of "
+                          f"{', '.join(NAMED)}{nearest(spec, NAMED)}")
+    return Template(spec)

@@ -1,0 +1,158 @@
+"""FedRAG: what is found and by whom, how lists are merged and graded, and which text leaves a site."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fedllm
+from fedllm.core.errors import DataError, RecipeError
+from fedllm.core.layer import Layer
+from fedllm.core.program import drive
+from fedllm.data.federation import Federation, Shard
+from fedllm.methods.registry import make_method
+from fedllm.models import retrieval as rt
+from tests.methods.conftest import begin
+
+pytest.importorskip("bm25s")
+DOCS = {"c0": ["the court hears appeals on monday", "a clerk signs every invoice", ""],
+        "c1": ["the ward opens at nine", "invoices above ten are signed by the bank manager"],
+        "c2": ["buses leave the north station", "the east line is closed on sunday"]}
+
+
+class Tape(Layer):
+    def __init__(self):
+        self.sent = []
+
+    def client(self, fn, msg, client, call):
+        reply = call(msg)
+        self.sent.append((client.id, fn.__name__, reply))
+        return reply
+
+
+def world(docs=DOCS, engine="vectorized", layers=(), dtype=torch.float64, **knobs):
+    run = begin("fed_rag", engine=engine, dtype=dtype, layers=layers, **knobs)
+    shards = {c: Shard([{"text": t} for t in ts]) for c, ts in docs.items()}
+    run.world.federation = Federation(shards, (), "generation")
+    run.engine.infos = {c.id: c for c in run.world.infos()} | {"__global__": run.engine.infos["__global__"]}
+    return run
+
+
+def ask(run, query):
+    run.engine.begin(9)
+    return drive(run.method.answer(query, run.world.infos(), state=run.state), run.engine, run.engine.stack[1:])
+
+
+def test_the_answer_cites_what_it_rests_on():
+    run = world().go(1)
+    assert run.state["documents"] == {"c0": 3, "c1": 2, "c2": 2}
+    got = ask(run, "who signs an invoice")
+    assert got.passages[0].id == "c0/1" and got.answer == "a clerk signs every invoice [1]" and "c0" in got.clients
+    none = ask(run, "zebra")
+    assert none.answer is None and none.passages == () and none.clients == ()
+
+
+def test_without_a_round_the_index_is_made_for_the_question():
+    assert ask(world(), "who signs an invoice") == ask(world().go(1), "who signs an invoice")
+
+
+def test_sites_without_a_word_find_nothing():
+    run = world({"c0": ["", "  "], "c1": ["invoice"]}).go(1)
+    assert ask(run, "invoice").clients == ("c1",) and ask(run, "").answer is None
+
+
+def test_bm25_is_the_packages_own():
+    import bm25s
+
+    texts = [t for ts in DOCS.values() for t in ts if t]
+    index, known = rt.bm25_index(texts)
+    theirs = bm25s.BM25()
+    theirs.index([rt.words(t) for t in texts], show_progress=False)
+    for query in ("who signs the invoice", "the north station on sunday", "zebra"):
+        assert np.allclose(rt.bm25_scores(index, known, len(texts), query), theirs.get_scores(rt.words(query)))
+
+
+def test_merging():
+    lists = {"a": [("x", 30.0), ("y", 20.0)], "b": [("z", 0.9), ("x", 0.1)]}
+    by_rank = {d: w for d, w, _ in rt.merge(lists, "rrf", 60)}
+    assert by_rank == {"x": pytest.approx(1 / 61 + 1 / 62), "z": pytest.approx(1 / 61), "y": pytest.approx(1 / 62)}
+    merged = rt.merge(lists, "zscore", spread={"a": (10.0, 10.0), "b": (0.1, 0.1)})
+    assert [(d, round(w, 9), at) for d, w, at in merged] == [
+        ("z", 8.0, ("b",)), ("x", 2.0, ("a", "b")), ("y", 1.0, ("a",))]
+    assert rt.merge({}, "rrf") == [] and rt.merge({"a": []}, "zscore") == []
+
+
+def test_grades():
+    assert rt.ndcg(["a", "b"], {"a": 3, "b": 1}, 10) == 1.0
+    assert rt.ndcg(["x", "a"], {"a": 1}, 10) == pytest.approx(1 / np.log2(3))
+    assert rt.ndcg(["x", "a"], {"a": 1}, 1) == 0.0 and rt.recall(["x", "a"], {"a": 1, "q": 2, "r": 0}, 2) == 0.5
+    assert rt.relevant({"relevant": ["a"]}) == rt.relevant({"relevant": "a"}) == {"a": 1.0}
+
+
+@pytest.mark.parametrize("text, most", [("all", 6), ("picked", 1)])
+def test_no_more_text_leaves_than_the_card_says(text, most):
+    tape = Tape()
+    got = ask(world(layers=(tape,), text=text, snippet=12).go(1), "the invoice on sunday")
+    said = [t for _, _, r in tape.sent for t in r.get("texts", ())]
+    assert len(said) == most and all(len(t) <= 12 for t in said) and got.passages[0].text in said
+    if text == "picked":
+        found = sum(len(r["ids"]) for _, fn, r in tape.sent if fn == "lookup")
+        assert found > 1 and said == [got.passages[0].text]
+
+
+@pytest.mark.parametrize("knobs", [{"rank_by": "vectors"}, {"vectors_at": ("c1",)}])
+def test_engines_agree(knobs):
+    one, other = (world(engine=e, **knobs).go(1) for e in ("in_process", "vectorized"))
+    for query in ("w1 w2 w3", "w7 w9"):
+        a, b = ask(one, query), ask(other, query)
+        assert [p.id for p in a.passages] == [p.id for p in b.passages]
+        assert np.allclose([p.worth for p in a.passages], [p.worth for p in b.passages], atol=1e-10)
+    assert other.engine.memory["c1"]["vectors"].shape == (2, 16)
+
+
+def test_generation_reads_the_passages():
+    got = ask(world(generate=True, max_new_tokens=3).go(1), "the clerk")
+    assert got.answer.endswith("[1][2][3]") and len(got.passages) == 3 and set(got.clients) == {"c0", "c1", "c2"}
+
+
+def test_without_the_extra_words_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(RecipeError, match=r"'bm25' needs the optional extra: pip install 'fedlm\[rag\]'"):
+        make_method("fed_rag")
+    assert make_method("fed_rag", rank_by="vectors")
+
+
+@pytest.fixture
+def recipe_of_documents(tmp_path, tiny_llama_folder):
+    docs, queries = tmp_path / "docs.jsonl", tmp_path / "queries.jsonl"
+    rows = [{"id": f"{c}{i}", "text": t, "site": c} for c, ts in DOCS.items() for i, t in enumerate(ts) if t]
+    docs.write_text("\n".join(map(json.dumps, rows)))
+    queries.write_text("\n".join(map(json.dumps, [
+        {"text": "where do buses leave", "relevant": ["c20"]}, {"text": "who signs an invoice", "relevant": ["c01"]}])))
+    return {"name": "rag", "model": tiny_llama_folder, "rounds": 1, "method": "fed_rag",
+            "data": {"source": str(docs), "test": str(queries), "fields": {"text": "text"},
+                     "template": {"prompt": "{text}", "response": "{text}"},
+                     "partition": {"kind": "by_key", "key": "site"}, "client_test": 0.0}}
+
+
+def test_a_run_reports_its_own_metrics(recipe_of_documents, tmp_path):
+    data = recipe_of_documents["data"]
+    with pytest.raises(DataError, match="'relevant'"):
+        fedllm.run(recipe_of_documents, root=tmp_path)
+    data["fields"] |= {"id": "id", "relevant": "relevant"}
+    data["source"], both = str(tmp_path / "both.jsonl"), (tmp_path / "docs.jsonl").read_text().splitlines()
+    (tmp_path / "both.jsonl").write_text("\n".join(json.dumps({**json.loads(x), "relevant": []}) for x in both))
+    queries = [{**json.loads(x), "id": "q"} for x in (tmp_path / "queries.jsonl").read_text().splitlines()]
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    result = fedllm.run(recipe_of_documents, root=tmp_path)
+    assert result.evaluation["global"] == {"n": 2, "ndcg10": 1.0, "recall10": 1.0}
+    assert result.metrics == {"ndcg10": "max", "recall10": "max"} and result.bytes["evaluation"]["up"] > 0
+    assert "ndcg10 (higher is better)" in (result.folder / "report.html").read_text()
+    assert "ndcg10 (higher is better)" in (result.folder / "model_card.md").read_text()
+    assert fedllm.plan(recipe_of_documents).metrics == result.metrics
+    [got] = fedllm.ask(result.folder, "ward opens nine")
+    assert got.clients == ("c1",) and got.answer == "the ward opens at nine [1]" and got.bytes["up"] > 0
+    [none] = fedllm.ask(result.folder, "zebra")
+    assert none.answer is None and none.clients == ()
