@@ -175,11 +175,12 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels)
     if start is not None:
-        from fedllm.models.peft_io import load_adapter
+        from fedllm.models.peft_io import CONFIG, load_adapter
         from fedllm.models.reread import reread
 
         model.start = load_adapter(start, model)
-        reread(Path(start), model, model.initial())
+        if (Path(start) / CONFIG).exists():
+            reread(Path(start), model, model.initial())
     profiles = make_profiles(recipe, list(federation.clients))
     return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,

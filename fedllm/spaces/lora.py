@@ -132,12 +132,12 @@ class LoRA(Space):
 
     def from_peft(self, config: Mapping[str, Any], tree: Tree, fresh: Mapping[str, Tensor]) -> Tree:
         """Where the adapter's scale differs from this space's, the ratio is multiplied into B."""
-        out = dict(tree)
+        out, ranks = dict(tree), {path: a.shape[0] for path, (_, a) in factors(fresh).items()}
         for path, (b, a) in factors(tree).items():
             pattern, rank = config.get("alpha_pattern") or {}, a.shape[0]
             alpha = pattern.get(get_pattern_key(list(pattern), path.removeprefix("body.")), config["lora_alpha"])
             theirs = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            out[names_of(path)[0]] = b * (theirs / self.scale(factors(fresh)[path][1].shape[0]))
+            out[names_of(path)[0]] = b * (theirs / self.scale(ranks.get(path, rank)))
         return out
 
     def _sites(self, net: nn.Module) -> dict[str, nn.Module]:

@@ -94,10 +94,10 @@ def test_modules_to_save_that_cannot_be_are_refused(tiny_llama_folder):
     tied = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
     tied.lm_head.weight = tied.model.embed_tokens.weight
     for one, knobs, why in (
-            (net, {"modules_to_save": ["lm_hed"]}, "no such module"),
-            (net, {"targets": ["q_proj"], "modules_to_save": ["q_proj"]}, "by factors, not both"),
-            (tied, {"modules_to_save": ["lm_head"]}, "lm_head.weight is tied to model.embed_tokens.weight")):
-        with pytest.raises(RecipeError, match=why):
+            (net, {"modules_to_save": ["lm_hed"]}, "no module named 'lm_hed'"),
+            (net, {"targets": ["q_proj"], "modules_to_save": ["q_proj"]}, "has factors or is trained whole"),
+            (tied, {"modules_to_save": ["lm_head"]}, "'lm_head' shares its weights")):
+        with pytest.raises(ModelError, match=why):
             Model(one, None, "generation", make_space("lora", **knobs))
 
 
