@@ -87,7 +87,7 @@ class Head:
 
     def trained(self, names: Any) -> bool:
         """Whether any of these trainables lies in the head (tied weights lie there too)."""
-        own = [n.removeprefix(PEFT) for n in names]
+        own = [n.rpartition("/")[2].removeprefix(PEFT) for n in names]  # a stream's name stands before its trainables'
         return any(n in self.names or n.startswith(self.paths) for n in own) if self.paths else bool(
             self.names.intersection(own))
 

@@ -1,7 +1,8 @@
 """Stacked forms of a network's own parameters: one forward in which every lane has its own weights.
 
 Linear, Conv1D, Embedding, LayerNorm and the RMS norms have a stacked form; any other module that holds a trainable
-parameter (their subclasses too, which may do more) is called once for each lane, with the lane's rows.
+parameter (their subclasses too, which may do more) is called once for each lane, with the lane's rows; one that is made
+of modules runs one lane at a time.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ def install_params(net: nn.Module, stack: Stack, names: Mapping[str, str],
     `value` computes the stacked tensor from the tree's name (default: the tensor itself).
     """
     value = value or (lambda name: stack.tensors.get(name))
+    stackable = True
     owned: dict[str, dict[str, str]] = {}
     for path, name in names.items():
         owner, _, leaf = path.rpartition(".")
         owned.setdefault(owner, {})[leaf] = name
     for owner, leaves in owned.items():
         module = net.get_submodule(owner)
-        form = next((f for test, f in FORMS if test(module)), None) or lane_by_lane(module)
-        patch(module, _site(module, leaves, stack, value, form))
-    return True
+        form = next((f for test, f in FORMS if test(module)), None)
+        stackable &= form is not None or not list(module.children())  # what lies inside may be stacked itself
+        patch(module, _site(module, leaves, stack, value, form or lane_by_lane(module)))
+    return stackable
 
 
 def _site(module: nn.Module, leaves: Mapping[str, str], stack: Stack, value: Callable[[str], Tensor | None],
