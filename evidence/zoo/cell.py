@@ -79,6 +79,8 @@ def judge(name: str, space: str, encoder: bool) -> Verdict:
         model = _model(name, net, space, encoder, dtype)
         examine(model, cache=False)
         left = model.ways.without(type(model.ways)()) + (["silent"] if model.silent else [])
+        if not model.stackable and "together" not in left:  # the space itself says that its modules take one at a time
+            left.insert(0, "together")
         with tempfile.TemporaryDirectory() as folder:
             wrong = _wrong(model, name, encoder, dtype, Path(folder))
     except FedLLMError as error:
