@@ -15,6 +15,7 @@ from fedllm.data.encode import Encoded
 from fedllm.local.flops import FORWARD, cost_of
 from fedllm.local.spec import LocalSpec
 from fedllm.models.batch import Batch, collate
+from fedllm.models.heads import body_of
 from fedllm.models.kernels import fast, products
 from fedllm.models.model import Model
 
@@ -32,7 +33,7 @@ class View:
         net = self.model.net
         self.model.stack.rows = len(batch.ids)
         with self.model.using([self.theta]), fast(batch.ids.device, batch.ids.shape[1], self.model.fast_kernels):
-            out = net.base_model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+            out = body_of(net)(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
             z = self.model.logits_of(out.last_hidden_state)
         return out.hidden_states[self.middle][batch.mask], z[batch.mask].float()
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -164,7 +165,7 @@ def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
     from fedllm.data.canaries import planted
 
     return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
-                   load_tokenizer(recipe.model.name))
+                   load_tokenizer(recipe.model.name, recipe.model.trust_remote_code))
 
 
 def make_world(recipe: Recipe, federation: Federation) -> World:
@@ -174,9 +175,12 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels)
     if start is not None:
-        from fedllm.models.peft_io import load_adapter
+        from fedllm.models.peft_io import CONFIG, load_adapter
+        from fedllm.models.reread import reread
 
         model.start = load_adapter(start, model)
+        if (Path(start) / CONFIG).exists():
+            reread(Path(start), model, model.initial())
     profiles = make_profiles(recipe, list(federation.clients))
     return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
@@ -290,7 +294,8 @@ def _embedder(recipe: Recipe) -> Callable[[Sequence[str]], np.ndarray]:
         from fedllm.local.generate import prompt_ids
         from fedllm.local.requests import Embed
 
-        model = load_model(recipe.model.name, "classification", make_space("head"), labels=("any",))
+        model = load_model(recipe.model.name, "classification", make_space("head"), labels=("any",),
+                           trust_remote_code=recipe.model.trust_remote_code)
         rows = [Encoded(r, 0, 0) for r in prompt_ids(list(texts), model.tokenizer, 256)]
         return run_embeds([Embed("partition", model, {}, None, rows)], Limits())[0]
 

@@ -17,6 +17,7 @@ from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
 from fedllm.models.peft_io import save_adapter, save_trainables
 from fedllm.models.policy import POLICY
+from fedllm.models.reread import reread
 from fedllm.runs.folder import RunFolder
 
 BASE = "base_delta.safetensors"
@@ -51,6 +52,7 @@ def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Ma
     if form == "trainables":
         return save_trainables(folder, model, theta, resolve(model.name))
     save_adapter(folder, model, theta, resolve(model.name))
+    reread(folder, model, theta)
     if base:
         save_file({n: t.detach().cpu().contiguous() for n, t in base.items()}, folder / BASE)
 

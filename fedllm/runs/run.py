@@ -138,6 +138,8 @@ class Run:
         for why in self._cautions():
             self.record.emit("caution", why=why)
             log.warning(why)
+        for why in self.parts.world.model.said:  # it was logged when the model was loaded
+            self.record.emit("caution", why=why)
         clients = [{"id": c.id, "n": c.n, "rank": c.profile.rank,
                     "info": dict(self.parts.world.federation.clients[c.id].info)} for c in self.course.clients]
         self._write(lambda: self.folder.write_json("clients.json", clients))
