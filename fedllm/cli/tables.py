@@ -144,7 +144,7 @@ def show_method(console: Console, name: str) -> None:
     card, claim = kind.card, kind.card.claim
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
-    grid.add_column()
+    grid.add_column(overflow="fold")  # a path is of no use without its end
     rows: list[tuple[str, Any]] = [
         ("method", f"{name}: {card.title}"), ("paper", card.paper), ("topic", card.topic), ("sends", card.sends),
         ("needs", card.needs),
