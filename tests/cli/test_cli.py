@@ -135,8 +135,8 @@ def test_the_public_face_is_complete():
         assert getattr(fedllm, name) is not None
 
 
-@pytest.mark.parametrize("module", ["cli.federate", "federation.nvflare.join", "federation.flower.join"])
-def test_what_watches_over_a_site_is_light(module):
-    """`join` lives as long as the site does: the model's packages belong to the process that it watches."""
+@pytest.mark.parametrize("module", ["cli.main", "cli.federate", "federation.nvflare.join", "federation.flower.join"])
+def test_what_only_begins_or_watches_is_light(module):
+    """Help is there at once; `join` lives as long as the site does: the model's packages are the watched process's."""
     code = f"import sys, fedllm.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
