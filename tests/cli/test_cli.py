@@ -127,7 +127,8 @@ def test_a_fault_of_ours_is_no_traceback_either(capsys, monkeypatch):
 def test_importing_is_light():
     """`import fedllm` and its errors cost no torch."""
     code = "import sys, fedllm; assert 'torch' not in sys.modules; fedllm.FedLLMError; print(fedllm.__version__)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == fedllm.__version__
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    assert told == fedllm.__version__
 
 
 def test_the_public_face_is_complete():
