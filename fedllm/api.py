@@ -39,9 +39,10 @@ def ask(source: str | Path | Mapping[str, Any] | Recipe, *questions: str, timeou
     return [session.ask(question) for question in questions]
 
 
-def resume(path: str | Path, *, plugins: Sequence[str | Path] = ()) -> Result:
+def resume(path: str | Path, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False) -> Result:
     """Go on with a run that was stopped at any moment; it ends as if it had never stopped.
 
-    `plugins` says where the plugin files that the run began with lie now, if they have moved.
+    `plugins` says where the plugin files that the run began with lie now, if they have moved. A folder whose recipe
+    runs code that comes with its model is refused unless that code is trusted.
     """
-    return go_on(path, publish, plugins)
+    return go_on(path, publish, plugins=plugins, trust_remote_code=trust_remote_code)

@@ -30,7 +30,7 @@ MAY: Mapping[str, str] = {
     "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines",
     "report": "core methods tasks runs",
     "audits": "core data local models spaces tasks attacks defenses engines runs",
-    "federation": "core data local models tasks methods engines runs report",
+    "federation": "core data local models tasks wire privacy defenses methods engines runs report",
     "api": "runs report",
     "cli": "core data local models spaces tasks methods runs report audits federation api",
     "fedllm": "core data runs api",

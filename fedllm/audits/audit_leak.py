@@ -92,7 +92,8 @@ def _transcript(case: Any) -> tuple[ServerView, str]:
     engine.begin(0)
     cohort = [c for c in parts.world.infos() if c.id in cohorts[0]]
     layers = [view, *parts.layers]
-    drive(parts.method.round(first[1]["state"], cohort), engine, layers, [{}, *first[1]["layers"][: len(parts.layers)]])
+    states = [{**layer.init(), **kept} for layer, kept in zip(parts.layers, first[1]["layers"], strict=False)]
+    drive(parts.method.round(first[1]["state"], cohort), engine, layers, [{}, *states])  # secrets of noise are gone
     return view, next(iter(view.each), cohorts[0][0])
 
 

@@ -23,7 +23,7 @@ from fedllm.data.federation import Row, Shard
 from fedllm.runs.build import Parts, bound, build
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import OWN, load_recipe
+from fedllm.runs.recipe import OWN, received
 from fedllm.runs.result import Result
 
 FILE = "audit.json"
@@ -100,7 +100,7 @@ class Case:
 
 
 def audit_run(path: str | Path, *, gates: PrivacyAudit | None = None, only: Sequence[str] = (), shadows: int = 0,
-              rows: int = 1000, transcript: bool = False) -> Audited:
+              rows: int = 1000, transcript: bool = False, trust_remote_code: bool = False) -> Audited:
     """Audit the run in this folder; writes `audit.json` into it.
 
     `only` names parts (none: all that this run can be audited for); `shadows` runs of the recipe on random halves of
@@ -114,7 +114,7 @@ def audit_run(path: str | Path, *, gates: PrivacyAudit | None = None, only: Sequ
             raise RecipeError(f"audit part {name!r} is unknown; allowed are {', '.join(PARTS)}")
     if shadows == 1 or shadows < 0 or rows < 10:
         raise RecipeError(f"shadows = {shadows}, rows = {rows}: allowed are 0 shadows or 2 and more, and 10 rows up")
-    case = _case(Path(path), rows, shadows, transcript)
+    case = _case(Path(path), rows, shadows, transcript, trust_remote_code)
     if case.recipe.data.task not in ("generation", "classification"):
         raise RunError(f"data.task = {case.recipe.data.task!r}: allowed for an audit are generation, classification")
     planted = case.recipe.data.canaries
@@ -136,11 +136,11 @@ def audit_run(path: str | Path, *, gates: PrivacyAudit | None = None, only: Sequ
     return done
 
 
-def _case(path: Path, rows: int, shadows: int, transcript: bool) -> Case:
+def _case(path: Path, rows: int, shadows: int, transcript: bool, trust_remote_code: bool) -> Case:
     folder = RunFolder.open(path)
     if not (folder.path / "result.json").is_file():
         raise RunError(f"{path} is not finished, so there is no model to audit; `fedllm resume {path}` goes on with it")
-    recipe = load_recipe(folder.path / "recipe.yaml")
+    recipe = received(folder.path, trust_remote_code)
     if recipe.data.source == OWN:
         raise RunError(f"{path} is a run of a real federation: its rows are at the sites, and so are the members that "
                        "an audit would need")

@@ -40,6 +40,8 @@ def run(path: Path_,
         max_memorized: Annotated[float, typer.Option(help="Limit: share of training rows said, over held-out rows.")
                                  ] = 0.1,
         max_leak: Annotated[float, typer.Option(help="Limit: F1 of tokens read from messages, over a guess.")] = 0.2,
+        trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with "
+                                                        "the run's model.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False) -> None:
     """Measure what a run's model and messages give away. Exit code 1 when a figure is over its limit.
 
@@ -50,7 +52,8 @@ def run(path: Path_,
     from fedllm.report.report import write_report
 
     gates = PrivacyAudit(max_auc, max_exposure, max_memorized, max_leak)
-    done = audit_run(path, gates=gates, only=only or (), shadows=shadows, rows=rows, transcript=transcript)
+    done = audit_run(path, gates=gates, only=only or (), shadows=shadows, rows=rows, transcript=transcript,
+                     trust_remote_code=trust_remote_code)
     write_report(path)
     if as_json:
         typer.echo(json.dumps(done.as_json(), indent=1, default=float))
@@ -71,14 +74,18 @@ def run(path: Path_,
 @audit.command()
 def verify(path: Path_,
            head: Annotated[str | None, typer.Option(help="The hash that you kept of the run's last event.")] = None,
-           ) -> None:
+           key: Annotated[Path | None, typer.Option(help="audit.pub of whoever signed the run: then nothing that was "
+                                                         "rewritten passes.")] = None) -> None:
     """Find every line of a run's record that was edited, dropped, added or moved. Exit code 1 when there is one."""
     from fedllm.runs.seal import verify as look
+    from fedllm.runs.signature import against_signature
 
     found = look(path)
     findings = list(found.findings)
     if head is not None and head != found.head:
         findings.append(f"the last line's hash is {found.head or 'none'}, and you kept {head}")
+    if key is not None:
+        findings += against_signature(path, key, found.head)
     for finding in findings[:50]:
         console.print(f"[bold red]changed[/] {finding}", highlight=False, soft_wrap=True)
     if len(findings) > 50:
@@ -87,3 +94,24 @@ def verify(path: Path_,
         raise typer.Exit(1)
     state = "a finished run" if found.finished else "a run that is not finished"
     console.print(f"intact: {found.events} events of {state}\nhead    {found.head}", highlight=False, soft_wrap=True)
+
+
+@audit.command()
+def seal(path: Path_, key: Annotated[Path, typer.Option(help="audit.key of the coordinator.")]) -> None:
+    """Sign a finished run as it stands (after `fedllm audit run`, or a report written afresh)."""
+    from fedllm.runs.seal import verify as look
+    from fedllm.runs.signature import sign
+
+    if findings := look(path).findings:
+        console.print(f"[bold red]not sealed[/] {findings[0]}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+    console.print(f"sealed: {len(sign(path, key)['files'])} files", highlight=False)
+
+
+@audit.command("key")
+def new_key(folder: Annotated[Path, typer.Argument(help="Where audit.key and audit.pub are written.")]) -> None:
+    """Make a key that runs are sealed with."""
+    from fedllm.runs.audit_key import make_key
+
+    console.print(f"{make_key(folder)}: keep it; audit.pub beside it is for whoever verifies", highlight=False,
+                  soft_wrap=True)

@@ -16,7 +16,7 @@ from fedllm.models.model import Model
 from fedllm.models.peft_io import load_adapter
 from fedllm.runs.build import make_recipe_space, recipe_model
 from fedllm.runs.products import BASE
-from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.recipe import Recipe, received
 from fedllm.runs.result import Result
 from fedllm.tasks.templates import template
 
@@ -24,11 +24,11 @@ from fedllm.tasks.templates import template
 class Speaker:
     """A run's model, ready to continue prompts."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, trust_remote_code: bool = False) -> None:
         """Raises RunError when the run has no adapter to talk to."""
         result = Result.load(path)
         adapter = result.folder / "adapter"
-        self.recipe = load_recipe(result.folder / "recipe.yaml")
+        self.recipe = received(result.folder, trust_remote_code)
         if self.recipe.data.task != "generation":
             raise RunError(f"{path}: a classifier does not talk; `fedllm export` gives you the model")
         if not adapter.is_dir():
@@ -71,9 +71,9 @@ def _model(recipe: Recipe) -> Model:
 
 
 def chat(path: str | Path, console: Console, read: Callable[[], Iterator[str]], *, temperature: float,
-         raw: bool) -> None:
+         raw: bool, trust_remote_code: bool = False) -> None:
     """Answer line after line until there are no more; `/base TEXT` asks the untrained model."""
-    speaker = Speaker(path)
+    speaker = Speaker(path, trust_remote_code)
     console.print(f"[dim]{path}: {speaker.recipe.method.name} on {speaker.recipe.model.name}. "
                   "Empty line or Ctrl-D ends; /base TEXT asks the model before training.[/dim]")
     for turn, line in enumerate(read()):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fedllm.core.errors import FedLLMError, RecipeError
 
@@ -20,8 +21,13 @@ Folder = Annotated[Path, typer.Option("--federation", help="Folder that `fedllm 
 HERE = Path("federation")
 
 
+def plain(text: str) -> str:
+    """What may have come from a site, as a terminal may show it: no escapes, and not without an end."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:4000])
+
+
 def _refuse(error: FedLLMError) -> typer.Exit:
-    console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+    console.print(f"[bold red]{type(error).__name__}[/]: {escape(plain(str(error)))}", highlight=False)
     return typer.Exit(1)
 
 
@@ -35,7 +41,9 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
           metrics: Annotated[int | None, typer.Option(help="Port on this machine for /metrics and /healthz.")] = None,
           plugin: Annotated[list[Path] | None, typer.Option(
               "--plugin", metavar="FILE", show_default=False, help="Python file with the coordinator's half of a part "
-              "of your own (repeat); sites must have it installed.")] = None) -> None:
+              "of your own (repeat); sites must have it installed.")] = None,
+          trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Go on with a folder whose "
+                                                          "recipe runs its model's own code.")] = False) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.federation import serve as federate
     from fedllm.federation.process import stoppable
@@ -46,7 +54,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
             if recipe.is_dir():
                 if plugin:
                     raise RecipeError("--plugin: a run goes on with the plugins that it began with; leave it out")
-                result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics)
+                result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics,
+                                                 trust_remote_code=trust_remote_code)
             else:
                 more = {"plugins": [str(file) for file in plugin]} if plugin else {}
                 result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics,
@@ -68,13 +77,13 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
          models: Annotated[list[str] | None, typer.Option(help="Folder that models may be read from.")] = None,
          model: Annotated[str | None, typer.Option(help="Model that this site holds: a name of the recipe's models, a "
                                                         "folder, or an id; default: the recipe's.")] = None,
-         endpoint: Annotated[list[str] | None, typer.Option(help="Address of a text endpoint that this site's text may "
-                                                                 "be put to.")] = None,
+         endpoint: Annotated[str | None, typer.Option(help="Address of the text endpoint that this site's text may be "
+                                                           "put to, whatever the recipe names.")] = None,
          public: Annotated[Path | None, typer.Option(help="A copy of the run's public rows.")] = None,
          rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
          policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
                                                           "docs/federation.md.")] = None,
-         text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = True,
+         text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = False,
          threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1) -> None:
     """Take part in a federation with this machine's data, until stopped."""
     from fedllm.federation.flower.join import is_flower_kit, join_flower
@@ -83,7 +92,8 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
     take_part = join_flower if is_flower_kit(kit) else take_part
     try:
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
-                  threads=threads, model=model, endpoints=endpoint or [], public=str(public) if public else None,
+                  threads=threads, model=model, endpoint={"url": endpoint} if endpoint else None,
+                  public=str(public) if public else None,
                   profile={} if rank is None else {"rank": rank})
     except FedLLMError as error:
         raise _refuse(error) from None
@@ -107,7 +117,7 @@ def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="P
     out.print(f"{now['run']}: {now['state']}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
               f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False)
     for site, said in now["sites"].items():
-        out.print(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip(),
+        out.print(plain(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip()),
                   highlight=False, markup=False)
 
 

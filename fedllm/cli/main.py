@@ -31,6 +31,7 @@ app.command()(ask)
 out, err = Console(), Console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the run's model.")]
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
                                                        help="Keys of the recipe to change.")]
@@ -51,12 +52,12 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
 
 
 @app.command()
-def resume(path: RunPath, plugin: Plugins = None) -> None:
+def resume(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
     """Go on with a run that was stopped; it ends in the same state as if it had not been."""
     from fedllm.api import resume as go
     from fedllm.cli.tables import show_result
 
-    show_result(out, go(path, plugins=plugin or ()))
+    show_result(out, go(path, plugins=plugin or (), trust_remote_code=trust_remote_code))
 
 
 @app.command()
@@ -86,11 +87,12 @@ def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", 
 
 @app.command()
 def replay(path: RunPath, reducer: Annotated[str | None, typer.Option(help="mean, uniform or median; without it, the "
-                                                                      "method's own.")] = None) -> None:
+                                                                      "method's own.")] = None,
+           trust_remote_code: Trust = False) -> None:
     """Run the server again from recorded replies, with another reducer, without clients or data."""
     from fedllm.runs.replay import replay as again
 
-    got = again(path, reducer)
+    got = again(path, reducer, trust_remote_code)
     away = f"{got.distance:.1%} of the run's way from the recorded state"
     same = "the recorded state, bit for bit" if got.same else away
     out.print(f"{got.rounds} rounds folded again ({got.reducer}): {same}\nstate  {got.state_digest}\n"
@@ -117,11 +119,12 @@ def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", 
 
 @app.command()
 def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-         raw: Annotated[bool, typer.Option(help="Send lines without the recipe's frame.")] = False) -> None:
+         raw: Annotated[bool, typer.Option(help="Send lines without the recipe's frame.")] = False,
+         trust_remote_code: Trust = False) -> None:
     """Talk to a run's model."""
     from fedllm.cli.chat import chat as talk
 
-    talk(path, out, _lines, temperature=temperature, raw=raw)
+    talk(path, out, _lines, temperature=temperature, raw=raw, trust_remote_code=trust_remote_code)
 
 
 @app.command()

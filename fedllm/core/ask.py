@@ -14,17 +14,19 @@ from fedllm.core.reduce import Reducer
 ClientId = str
 
 
-def on_client(reduce: Reducer | None = None, gives: str | None = None) -> Callable[[Callable], Callable]:
+def on_client(reduce: Reducer | None = None, gives: str | None = None, *, test: bool = False, sealed: bool = False
+              ) -> Callable[[Callable], Callable]:
     """Mark a function that runs on clients, and say how its replies are folded (None: kept one by one).
 
     `gives` says what a reply holds, as `core.form` reads it: `"delta: tree, n: count, loss?: number"`. Servers refuse
-    any other reply by its client's name, and sites know by it what would leave them. Without it nothing is known, and
-    a site that is strict does not run the function.
+    any other reply by its client's name, and sites know by it what would leave them. `test`: it scores on held-out
+    rows and trains nothing, so that it may run where no layer stands. `sealed`: its replies hold keys, signatures and
+    sealed letters, bytes that are no words of rows.
     """
     form = None if gives is None else Form.of(gives)
 
     def mark(fn: Callable) -> Callable:
-        fn.__dict__.update(reduce=reduce, runs_on_client=True, form=form)
+        fn.__dict__.update(reduce=reduce, runs_on_client=True, form=form, test=test, sealed=sealed)
         return fn
 
     return mark

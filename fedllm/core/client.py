@@ -203,6 +203,11 @@ class Client(Protocol):
         """This very client with the model of this name for its own: its requests go there, its rows are read so."""
         ...
 
+    def spend(self, release: Any, count: int = 1) -> None:
+        """For layers: so many noisy releases (`privacy.accountant.Release`) are about to leave. A site of a real
+        federation books them in its own ledger, or refuses."""
+        ...
+
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` for a pure function, computed once per process for equal arguments; treat it as read-only."""
         ...

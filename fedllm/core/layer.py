@@ -54,6 +54,25 @@ class Layer:
     """
 
     algebra: ClassVar[Algebra] = Algebra()
+    session: ClassVar[tuple[str, ...]] = ()
+    """Keys of which a message holds one when this layer is at work; a site that holds to its layers refuses training
+    without. Empty: the client half needs to be told nothing."""
+
+    names: ClassVar[tuple[str, ...]] = ()
+    """Names of its own that stand in layouts of what it sends."""
+
+    secrets: ClassVar[tuple[str, ...]] = ()
+    """Keys of its state that nobody may read after the run: they leave its checkpoints when the run ends."""
+
+    asks: ClassVar[int] = 1
+    """How often it has the method's own question asked in a round."""
+
+    tells: ClassVar[tuple[str, ...]] = ()
+    """Keys of its replies that hold text about the client's machine, and never about its rows."""
+
+    optional: ClassVar[bool] = False
+    """Whether it only counts, so that a coordinator may ask a site with it or without."""
+
     card: ClassVar[Card | None] = None
     """What it says about itself, with a claim that `make claims` measures as it does those of methods."""
 

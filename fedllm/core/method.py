@@ -97,6 +97,10 @@ class Claim:
     """Passed on to the rig (for example other knobs, ranks or learning rates)."""
 
 
+KINDS = ("text", "tokens")
+"""Words that were made of rows, and the ids of such words."""
+
+
 @dataclass(frozen=True)
 class Card:
     """What a method says about itself; docs and tables are generated from it."""
@@ -109,6 +113,9 @@ class Card:
     claim: Claim
     evidence: str = ""
     """What of the paper was read where, and choices of our own."""
+    kinds: tuple[str, ...] = ()
+    """What leaves a client beside tensors and numbers, of `KINDS`: a site whose settings forbid it takes no part. It is
+    no permission: what is not declared here is held back at the site all the same."""
     also: Mapping[str, Claim] = field(default_factory=dict)
     """Further claims, each by a word of its own; `<id>:<word>` is its name in `fedllm claims`."""
 
@@ -168,6 +175,11 @@ class Method(Knobs):
     """The method's own metrics, by name, with the direction that is better: what `score` and `examine` return beside,
     or in place of, loss, accuracy and exact match."""
 
+    @property
+    def repeats(self) -> int:
+        """How often a round asks one client for the same function, at the most; a site counts its answers by it."""
+        return 1
+
     def check(self, model: Any) -> None:
         """Raise CompositionError or ModelError when this method cannot work with the model's space or task."""
 
@@ -224,7 +236,7 @@ class Method(Knobs):
         is no score of one model. Where a method has none, the server is tested by the very `score` that clients are."""
         raise NotImplementedError
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         return client.score(part(msg, "theta"), base=part(msg, "base") or None, on=msg["on"])
 

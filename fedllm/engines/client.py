@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
@@ -84,13 +85,27 @@ class Session(dict[str, Any]):
                        "that was started again; engine ray, whose workers keep none)")
 
 
+class Bounds:
+    """What its owner holds a client to; in a simulation nothing."""
+
+    def spend(self, release: Any, count: int) -> None:
+        """So many noisy releases are about to be made."""
+
+    def work(self, steps: int, tokens: int = 0) -> None:
+        """So much work is about to be done."""
+
+
+FREE = Bounds()
+
+
 class ClientCall(Holder):
     """One client during one call of one of its functions."""
 
     def __init__(self, info: ClientInfo, world: World, memory: MutableMapping[str, Any], round: int, phase: str,
                  visit: int, submit: Callable[[Request], Any], model: Model | None = None,
-                 session: Session | None = None) -> None:
+                 session: Session | None = None, bounds: Bounds = FREE) -> None:
         """`model` is the one that this client holds; None: the world's."""
+        self._bounds = bounds
         self.id, self.n, self.profile, self.model = info.id, info.n, info.profile, model or world.model
         self.memory, self.round, self.session = memory, round, Session() if session is None else session
         self._world, self._submit = world, submit
@@ -175,8 +190,12 @@ class ClientCall(Holder):
             trained = {n: t for n, t in theta.items() if not any(fnmatch.fnmatch(n, f) for f in still)}
             check_moments(moments, trained, spec)
         shared = numpy_stream(self._world.seed, self.round, "batch order")  # all clients see short and long alike
-        plan = batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared,
-                       steps=(count := steps or spec.steps), epochs=None if count else spec.epochs)
+        lengths, count = [len(e.ids) for e in rows], steps or spec.steps
+        most = count or spec.count(len(rows))
+        each = sum(lengths) + sum(len(e.ids) for v in beside.values() for e in v if isinstance(e, Encoded))
+        self._bounds.work(most, each * most * spec.batch_size // max(1, len(rows)))
+        plan = batches(lengths, spec.batch_size, self.rng("batches"), shared, steps=count,
+                       epochs=None if count else spec.epochs)
         self._stepped += len(plan)
         return self._ask(Fit(self.id, self.model, theta, base, rows, plan, spec, still, tuple(terms),
                              objective=goal, side=beside, moments=moments if moments or moments is False else None))
@@ -184,6 +203,7 @@ class ClientCall(Holder):
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
         self._open_rows()
+        self._bounds.work(steps)
         spec, rows = self._world.local, self._encoded("train")
         shared = numpy_stream(self._world.seed, self.round, "batch order")
         return batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared, steps=steps)
@@ -231,6 +251,7 @@ class ClientCall(Holder):
 
     def book(self, *, tokens: int, steps: float, flops: float = 0.0) -> None:
         """Count work that this function does by itself, before it does it: `steps` as local steps, of `fit`'s size."""
+        self._bounds.work(math.ceil(steps), tokens)
         self._ask(Booked(self.id, self.model, {}, None, tokens, steps, flops))
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
@@ -260,6 +281,7 @@ class ClientCall(Holder):
         """The gradients of that forward from `g`, dL/d(its states), or at the last segment from its `labels` [B, T]."""
         if (g is None) == (labels is None) or (labels is not None and not segment.last):
             raise CompositionError("backward takes either g or, at the last segment, labels")
+        self._bounds.work(1)
         return self._ask(Backward(self.id, self.model, theta, base, segment, x, mask, g, labels))
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
@@ -320,7 +342,12 @@ class ClientCall(Holder):
     def improve(self, theta: Tree, seen: np.ndarray, actions: np.ndarray, weights: np.ndarray, *,
                 steps: int = 1) -> Fitted:
         """Policy-gradient steps on what was done, by the recipe's optimizer."""
+        self._bounds.work(steps, steps * len(actions))
         return self._ask(Improve(self.id, self.model, theta, None, seen, actions, weights, self.training, steps))
+
+    def spend(self, release: Any, count: int = 1) -> None:
+        """For layers: so many noisy releases are about to leave; a real site books them, or refuses."""
+        self._bounds.spend(release, count)
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""

@@ -15,8 +15,10 @@ from fedllm.core.client import ClientInfo
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines.far.engine import Flare
+from fedllm.engines.far.reasons import Refused, sentence
 from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
+from fedllm.federation.identity import TOLD, differing, identity_of, keep_identity
 from fedllm.federation.public import MOST, PublicRows, file_rows
 from fedllm.federation.site import site_profile
 from fedllm.local.requests import Limits
@@ -86,8 +88,8 @@ class Opening:
         head, _ = self.sites.link.call(site, told, b"", self.sites.patience.opening)
         if head.get("lacks") == "public" and self.public is not None:
             head = self._ship(site, told, self.public)
-        if why := head.get("refused") or head.get("failed"):
-            raise Silence(f"refused by the site: {why}")
+        if "refused" in head:
+            raise Silence(f"refused by the site: {sentence(head['refused'])}")
         self.sites.table[site].boot = str(head["boot"])
         self.said[site] = head
 
@@ -112,6 +114,15 @@ class Opening:
             raise RunError(f"{len(names) - len(out)} of {len(names)} sites take part, {needed} are needed ({reasons})")
         for name in out:
             del self.sites.table[name]
+        return out
+
+    def without(self, out: Mapping[str, str], needed: int) -> Mapping[str, str]:
+        """These sites take no part; RunError when fewer than `needed` do."""
+        if len(self.said) - len(out) < needed:
+            reasons = "; ".join(f"{n}: {why}" for n, why in out.items())
+            raise RunError(f"{len(self.said) - len(out)} sites are left, {needed} are needed ({reasons})")
+        for name in out:
+            del self.sites.table[name], self.said[name]
         return out
 
     def close(self) -> dict[str, int]:
@@ -139,6 +150,9 @@ def for_sites(recipe: Recipe) -> dict[str, Any]:
     raw = recipe.model_dump(mode="json")
     raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
     raw["model"] |= {"name": recipe.model.at_clients or recipe.model.name, "at_clients": None}
+    for model in raw["models"].values():
+        (model["endpoint"] or {}).pop("api_key_env", None)
+    raw["method"] = {k: v for k, v in raw["method"].items() if k != "api_key_env"}  # a site names its own
     raw["engine"]["kind"] = "in_process"
     raw["evaluate"]["baselines"], raw["plugins"] = [], []
     return raw
@@ -192,18 +206,42 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0, public)
     left_out = opening.all(needed)
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
+    if strange := strangers(room, parts.world, recipe, opening.said):
+        left_out |= opening.without(strange, needed)
+        parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
     parts.engine = functools.partial(Flare, sites=table)
     try:
-        run = Run(parts, room, progress or Quiet(), publish)
-        for site, size in sorted(opening.shipped.items()):
-            run.record.crossed("down", "Opening.public", site, size, run.at, "Opening")
-        result = run.go()
+        with room.held(wait=30.0):  # the process before this one may still be ending
+            run = Run(parts, room, progress or Quiet(), publish)
+            for site, size in sorted(opening.shipped.items()):
+                run.record.crossed("down", "Opening.public", site, size, run.at, "Opening")
+            result = run.go()
     finally:
         table.hang_up()
     loads = opening.close()
     room.write_json("sites.json", {n: {"loads": loads.get(n), "suspect": s.suspect} for n, s in table.table.items()})
     return result
+
+
+def strangers(room: RunFolder, world: FarWorld, recipe: Recipe, said: Mapping[str, Mapping[str, Any]]
+              ) -> dict[str, str]:
+    """Sites that hold another base model or tokenizer than the run, and what is another there; those that hold a model
+    of their own, as the recipe or they say, are not compared.
+
+    What the run is on is the coordinator's own model, as it was when the run began; where sites hold another one
+    (`model.at_clients`), it is that which the site first by name holds.
+    """
+    mine: Mapping[str, Any] = identity_of(world.model)
+    try:
+        keep_identity(room.path, {name: mine[name] for name in TOLD})
+    except Refused as changed:
+        raise RunError(f"this coordinator's own model is not the one that the run began with: {changed}") from None
+    alike = sorted(c.id for c in world.infos() if c.profile.model in (None, recipe.model.name))
+    if recipe.model.at_clients and alike:
+        mine = said[alike[0]]
+    return {site: f"its {' and '.join(odd)} differ from those of the run"
+            for site in alike if (odd := differing(mine, said[site]))}
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from fedllm.core.errors import RunError
 from fedllm.engines.far.site import Body
-from fedllm.runs.store import Blobs, blobs_in, freeze, read_json, thaw, write_atomic
+from fedllm.runs.store import Blobs, blobs_in, freeze, private_folder, read_json, thaw, write_atomic
 
 AT_ONCE = 4
 """Attempts that may be staged at a time; the oldest is one that failed."""
@@ -47,7 +47,7 @@ class DiskMemory:
         self.folder, self.behind = folder, behind
         self.blobs = Blobs(folder / "blobs")
         self.attempts: OrderedDict[str, Staged] = OrderedDict()
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         for version in self.versions():
             if at is not None and version > at:
                 self._path(version).unlink()

@@ -28,6 +28,7 @@ from fedllm.runs.recipe import load_recipe
 
 SERVING = "serving.json"
 """In the run's folder while `fedllm serve` works on it: its pid, and when that process began."""
+HELD = ".serving.lock"
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -164,18 +165,22 @@ def metrics(run: Path, port: int, host: str = "127.0.0.1") -> Iterator[int]:
 @contextlib.contextmanager
 def announced(run: Path) -> Iterator[None]:
     """Says in the run's folder that this process works on it; RunError when another one does."""
+    room, me = RunFolder(run), psutil.Process()
     if other := serving(run):
         raise RunError(f"{run} is being served by process {other}; `fedllm stop {run}` ends it")
-    me = psutil.Process()
-    RunFolder(run).write_json(SERVING, {"pid": me.pid, "began": me.create_time()})
-    try:
-        yield
-    finally:
-        (run / SERVING).unlink(missing_ok=True)
+    with room.held(name=HELD):
+        room.write_json(SERVING, {"pid": me.pid, "began": me.create_time()})
+        try:
+            yield
+        finally:
+            (run / SERVING).unlink(missing_ok=True)
 
 
 def serving(run: Path) -> int | None:
-    """The pid of the `fedllm serve` that works on this run; None when none does, whatever a killed one left."""
+    """The pid of the `fedllm serve` that works on this run; None when none does, whatever a killed one left, and
+    whatever a folder that came from elsewhere names: the system knows who holds the lock."""
+    if not RunFolder(run).is_held(HELD):
+        return None
     try:
         said = json.loads((run / SERVING).read_text())
         process = psutil.Process(int(said["pid"]))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
 from collections.abc import Iterator
 from types import FrameType
 
 import psutil
+
+from fedllm.core.errors import RunError
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def end_tree(pid: int, patience: float = 10.0) -> None:
@@ -35,3 +41,31 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def need_port(port: int, what: str) -> None:
+    """RunError at once when something on this machine listens at the port already."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended a moment ago is no hindrance
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise RunError(f"port {port} of this machine cannot be had for {what} ({error.strerror}): end what uses "
+                           "it, or make keys for another port") from None
+
+
+@contextlib.contextmanager
+def no_proxy(*hosts: str) -> Iterator[None]:
+    """Proxies in the environment are not for this machine, nor for these hosts: children find that there too."""
+    before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
+    for name, value in before.items():
+        have = [x for x in (value or "").split(",") if x]
+        os.environ[name] = ",".join([*have, *(h for h in (*LOOPBACK, *hosts) if h not in have)])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -16,7 +16,7 @@ from fedllm.data.load import load_federation
 from fedllm.engines.far.site import Lacks
 from fedllm.federation.settings import SiteSettings
 from fedllm.runs.recipe import Recipe
-from fedllm.runs.store import write_atomic
+from fedllm.runs.store import private_folder, write_atomic
 
 log = logging.getLogger(__name__)
 MOST = 64 << 20
@@ -78,7 +78,7 @@ def site_rows(head: Mapping[str, Any], recipe: Recipe, settings: SiteSettings) -
         raise PayloadError(f"{len(body)} bytes of public rows came, which are too many ({MOST} at most) or not those "
                            f"with the hash {want[:12]}")
     rows = _rows(bytes(body), recipe)
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(private_folder(Path(settings.store)) / "public")
     write_atomic(kept, bytes(body))
     return rows
 

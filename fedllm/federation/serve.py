@@ -10,10 +10,13 @@ from typing import Any
 from fedllm.engines.far.sites import Patience
 from fedllm.federation import operate
 from fedllm.federation.coordinator import check_recipe
+from fedllm.federation.process import no_proxy
+from fedllm.runs.audit_key import AUDIT_KEY, make_key
 from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
-from fedllm.runs.recipe import OWN, Recipe, load_recipe
+from fedllm.runs.recipe import OWN, Recipe, load_recipe, received
 from fedllm.runs.result import Result, finished
+from fedllm.runs.signature import sign
 
 
 def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Path, *, root: str | Path = "runs",
@@ -29,19 +32,26 @@ def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Pat
     check_recipe(checked)
     folder = RunFolder.create(fresh_path(Path(root), checked.name),
                               {**checked.model_dump(mode="json"), "versions": versions()})
-    return resume_serving(folder.path, federation, needed=needed, wait=wait, patience=patience, metrics=metrics)
+    return resume_serving(folder.path, federation, needed=needed, wait=wait, patience=patience, metrics=metrics,
+                          trust_remote_code=True)  # the recipe is the caller's own
 
 
 def resume_serving(run: str | Path, federation: str | Path, *, needed: int | None = None, wait: float = 600.0,
-                   patience: Patience | None = None, metrics: int | None = None) -> Result:
-    """Go on with a federation's run, whatever was killed; it ends in the state of an undisturbed run."""
+                   patience: Patience | None = None, metrics: int | None = None,
+                   trust_remote_code: bool = False) -> Result:
+    """Go on with a federation's run, whatever was killed; it ends in the state of an undisturbed run, and its record is
+    signed with the federation's key. A folder whose recipe runs a model's own code is refused unless that is trusted.
+    """
     room = RunFolder.open(Path(run).resolve())
     if (room.path / "result.json").exists():
         return finished(room.path)
-    if load_recipe(room.path / "recipe.yaml").engine.kind == "flower":
+    if received(room.path, trust_remote_code=trust_remote_code).engine.kind == "flower":
         from fedllm.federation.flower.serve import serve_folder
     else:
         from fedllm.federation.nvflare.serve import serve_folder
     figures = contextlib.nullcontext() if metrics is None else operate.metrics(room.path, metrics)
-    with operate.announced(room.path), figures:
-        return serve_folder(room.path, Path(federation).resolve(), needed, wait, patience)
+    keys = Path(federation).resolve()
+    with operate.announced(room.path), figures, no_proxy():
+        result = serve_folder(room.path, keys, needed, wait, patience)
+        sign(room.path, keys / AUDIT_KEY if (keys / AUDIT_KEY).exists() else make_key(keys))
+        return result

@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.core.errors import RecipeError
 from fedllm.runs.device import Device
 
+if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it loads no model code
+    from fedllm.engines.far.leaving import Words
+    from fedllm.engines.far.reasons import Refused
+
 SETTINGS = "fedllm.json"
+PROFILE = ("rank", "memory_bytes", "bandwidth", "speed", "availability", "latency", "dropout", "device", "link",
+           "modality", "privacy")
+"""What `core.client.Profile` has; which model a site holds its `model` says."""
+WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+
+
+def _declared(values: dict[str, Any]) -> dict[str, Any]:
+    """What a site declares leaves it: known names, numbers, and single words."""
+    for key, value in values.items():
+        if key not in PROFILE:
+            raise ValueError(f"profile.{key} is unknown; allowed are {', '.join(PROFILE)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        if not (value is None or number or (isinstance(value, str) and WORD.fullmatch(value))):
+            raise ValueError(f"profile.{key} = {value!r}: it leaves this site; allowed is a number from 0, or a word")
+    return values
+
+
+Declared = Annotated[dict[str, Any], AfterValidator(_declared)]
+
+
+class EndpointSetting(BaseModel):
+    """A model behind an OpenAI-compatible API that this site's own rows may be sent to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    url: str
+    """Its address, up to and with the version."""
+    model: str = "local"
+    """The model's name there."""
+    key_env: str | None = None
+    """NAME of the environment variable of this site that holds its key."""
 
 
 class SiteSettings(BaseModel):
@@ -26,30 +64,71 @@ class SiteSettings(BaseModel):
     store: str
     """Folder for what the client remembers between rounds and runs."""
     methods: list[str] | None = None
-    """Ids of the methods that may run here; None: every installed one."""
+    """Ids of the methods that may run here; None: every installed one that the other settings let pass."""
     models: list[str] = Field(default_factory=list)
-    """Folders that models and adapters may be read from; embedded models and Hub ids need none."""
+    """Folders that models and adapters may be read from; embedded models need none."""
+    hosts: list[str] = Field(default_factory=list)
+    """Hosts that this site's work may reach beside its coordinator: `huggingface.co` for Hub ids, an endpoint's."""
+    keys: str | None = None
+    """This site's own folder of identity keys, for layers that use them (secagg, ring_all_reduce). None: none."""
+    endpoint: EndpointSetting | None = None
+    """The endpoint that this site's text may be put to: asked in the place of whatever address the recipe names."""
     model: str | None = None
     """Which model this site holds in the place of the run's: a name of the recipe's `models`, embedded, minilm, a
     folder of its own, or a Hub id; None: what the recipe says. Methods that need one model everywhere are refused."""
-    endpoints: list[str] = Field(default_factory=list)
-    """Addresses (base_url) of text endpoints that this site's text may be put to; a run that asks others is refused."""
     public: str | None = None
     """A copy of the run's public rows, which need then not be sent; it is used if its hash is the run's."""
-    profile: dict[str, Any] = Field(default_factory=dict)
-    """What this site declares: rank, memory_bytes, bandwidth, modality, privacy."""
-    text_leaves: bool = True
-    """Whether a reply may hold text."""
+    profile: Declared = Field(default_factory=dict)
+    """What this site declares: rank, memory_bytes, bandwidth, speed, latency, availability, dropout, device, link,
+    modality, privacy."""
+    text_leaves: bool = False
+    """Whether a reply may hold text, or the tokens of one."""
+    tests_leave: bool | None = None
+    """Whether test figures on held-out rows may leave; None: yes, but not under a budget of privacy (most_epsilon)."""
     most_bytes: int | None = Field(default=None, ge=1)
-    """Tensor bytes of the largest reply that may leave; None: any."""
+    """Bytes of the largest reply that may leave; None: any."""
     spaces: list[str] | None = None
     """Ids of the spaces that may be trained here (`[lora]`: LoRA only); None: any."""
     layers: list[str] = Field(default_factory=list)
     """Ids of layers that a run must have, all of them."""
-    most_epsilon: float | None = Field(default=None, gt=0)
-    """A run must have a layer of differential privacy that keeps within this budget; None: no such layer is needed."""
+    most_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Largest privacy budget of this site's rows, over all runs, by its own ledger. A run must then have a layer of
+    differential privacy; None: no such layer is needed."""
+    most_delta: float = Field(default=1e-5, gt=0, lt=1)
+    """The delta at which this site's ledger adds up; a layer with a larger one is refused."""
+    least_noise: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Smallest noise multiplier of a layer of differential privacy that these settings ask for."""
+    noise_by_coordinator: bool = False
+    """Whether a layer whose noise the coordinator adds (dp_fedavg, dp_ftrl) is enough: then it is trusted to add it."""
     most_rounds: int | None = Field(default=None, ge=1)
-    """Rounds of the longest run that this site takes part in; None: any."""
+    """Rounds that this site answers in one run, by its own count; None: any."""
+    rounds_in_all: int | None = Field(default=None, ge=1)
+    """The same over all runs."""
+    most_steps: int = Field(default=100_000, ge=1)
+    """Training steps of one answer."""
+    most_tokens: int = Field(default=200_000_000, ge=1)
+    """Tokens that the model reads and says for one answer."""
+    most_seconds: float = Field(default=3600.0, gt=0)
+    """Seconds of one answer."""
+    most_memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory that the site's process may hold; looked at before each step."""
+    steps_in_all: int | None = Field(default=None, ge=1)
+    """Training steps over all runs."""
+    tokens_in_all: int | None = Field(default=None, ge=1)
+    """Tokens over all runs."""
+    seconds_in_all: float | None = Field(default=None, gt=0)
+    """Seconds of work over all runs."""
+    task: str | None = None
+    """What rows are for here (`data.task`)."""
+    fields: dict[str, str] | None = None
+    """fedllm's names of fields and the columns that hold them here."""
+    template: str | dict[str, str] | None = None
+    """What makes prompt and response here."""
+    labels: list[str] | None = None
+    """The labels of this site's rows."""
+    rows_may_change: bool = False
+    """Whether each run may say anew how rows are shaped (task, fields, template, labels) where it is not said here. If
+    not, the first run that asks fixes it for good (`shape.json` in the store)."""
     trust_remote_code: bool = False
     """Whether a run may execute Python code that comes with a Hub model."""
     same_packages: list[str] = Field(default_factory=lambda: ["fedllm", "torch", "transformers", "peft"])
@@ -88,47 +167,95 @@ class SiteSettings(BaseModel):
         mine = cls.make({"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
                          "methods": None if methods is None else list(methods),
                          "models": [str(Path(m).resolve()) for m in models], **settings, **here}, policy)
-        (kit / "local" / SETTINGS).write_text(json.dumps(mine.model_dump(), indent=2))
+        fresh = kit / "local" / f".{SETTINGS}"
+        with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(json.dumps(mine.model_dump(), indent=2))
+        fresh.replace(kit / "local" / SETTINGS)
 
-    def forbids(self, recipe: Any, layers: Sequence[Any]) -> str | None:
+    @property
+    def tests(self) -> bool:
+        """Whether test figures leave."""
+        return self.most_epsilon is None if self.tests_leave is None else self.tests_leave
+
+    def forbids(self, recipe: Any, layers: Sequence[Any]) -> Refused | None:
         """Why this site takes no part in a run of this recipe with these layers, or None."""
-        if why := self.closed("method.endpoint", recipe.method.knobs.get("endpoint")):
-            return why
+        from fedllm.engines.far.reasons import Refused
+
         odd = [] if self.spaces is None else [s for s in trained(recipe) if s not in self.spaces]
         if odd:
-            return f"space.name = '{odd[0]}': this site trains {', '.join(self.spaces or ()) or 'nothing'} only"
+            only = ", ".join(self.spaces or ()) or "nothing"
+            return Refused("space", f"space.name = '{odd[0]}': this site trains {only} only")
         if missing := [n for n in self.layers if n not in [layer.name for layer in recipe.layers]]:
-            return f"layers: this site takes part under {', '.join(missing)} only"
+            return Refused("layers", f"layers: this site takes part under {', '.join(missing)} only")
+        if beside := self._beside(recipe, layers):
+            return Refused("layers", beside)
         if self.most_rounds is not None and recipe.rounds > self.most_rounds:
-            return f"rounds = {recipe.rounds}: this site takes part in {self.most_rounds} at most"
-        budgets = [getattr(layer, "epsilon", None) for layer in layers if layer.algebra.kind == "dp"]
-        if self.most_epsilon is not None and not any(b is not None and b <= self.most_epsilon for b in budgets):
-            has = f"its budgets are {budgets}" if budgets else "it has none"
-            return (f"this site asks for a layer of differential privacy with an epsilon of {self.most_epsilon:g} at "
-                    f"most (most_epsilon); {has}")
+            return Refused("rounds", f"rounds = {recipe.rounds}: this site takes part in {self.most_rounds} at most",
+                           allowed=self.most_rounds)
+        private = [layer for layer in layers if layer.algebra.kind == "dp"]
+        names = [layer.name for layer in recipe.layers]
+        for name, layer in zip(names, layers, strict=False):
+            if layer in private and (self.most_epsilon is not None or name in self.layers) and (
+                    why := self._too_little(name, layer)):
+                return Refused("noise", why)
+        return self._no_budget(private)
+
+    def _beside(self, recipe: Any, layers: Sequence[Any]) -> str | None:
+        """Why a run has a layer that no site wants, or that lets out figures of rows beside those it asks for."""
+        names = [layer.name for layer in recipe.layers]
+        protected = self.layers or self.most_epsilon is not None
+        for i, layer in enumerate(layers):  # behind the recipe's own stands a selector that hears of clients
+            name = names[i] if i < len(names) else recipe.select.name
+            if layer.algebra.kind == "attack":
+                return f"{name} is an attack, and this site's rows are no simulation"
+            if protected and layer.algebra.reads and name not in self.layers:
+                return f"{name} lets out figures that it reads from rows beside what the run hides"
         return None
 
-    def closed(self, key: str, address: str | None) -> str | None:
-        """Why no text of this site may be put to the endpoint at this address, or None."""
-        opened = [a.rstrip("/") for a in self.endpoints]
-        if address is None or address.rstrip("/") in opened:
-            return None
-        return (f"{key} = {address!r}: this site's text may not be put to that endpoint (it opened "
-                f"{', '.join(opened) or 'none'}; `fedllm join --endpoint ADDRESS` opens one)")
+    def _too_little(self, name: str, layer: Any) -> str | None:
+        """Why this layer's noise protects nobody."""
+        if layer.seed is not None:
+            return f"{name}.seed = {layer.seed}: whoever knows the recipe can take the noise off"
+        if layer.noise_multiplier is not None and layer.noise_multiplier < self.least_noise:
+            return f"{name}.noise_multiplier = {layer.noise_multiplier:g}: least_noise = {self.least_noise:g} here"
+        if layer.delta is not None and layer.delta > self.most_delta:
+            return f"{name}.delta = {layer.delta:g}: most_delta = {self.most_delta:g} here"
+        return None
 
-    def may(self, way: str, payload: Mapping[str, Any]) -> str | None:
-        """Why a payload may not pass here, or None."""
-        if way == "down":
-            return None
-        text = next((k for k, v in payload.items() if isinstance(v, str) or
-                     (isinstance(v, list) and any(isinstance(x, str) for x in v))), None)
-        if text is not None and not self.text_leaves:
-            return f"'{text}' is text, and this site lets no text leave (text_leaves = false)"
-        if self.most_bytes is not None:
-            from fedllm.core.payload import tensor_bytes
+    def _no_budget(self, private: Sequence[Any]) -> Refused | None:
+        """Why these layers of differential privacy do not keep within this site's budget."""
+        from fedllm.engines.far.reasons import Refused
 
-            if (size := tensor_bytes(payload)) > self.most_bytes:
-                return f"the reply has {size} bytes of tensors, this site allows {self.most_bytes}"
+        if self.most_epsilon is None:
+            return None
+        asks = f"this site asks for a layer of differential privacy with an epsilon of {self.most_epsilon:g} at most " \
+               "(most_epsilon)"
+        if not private:
+            return Refused("epsilon", f"{asks}; it has none")
+        here = [layer for layer in private if layer.algebra.needs != "sum" or self.noise_by_coordinator]
+        if not here:
+            return Refused("epsilon", f"{asks}, and its noise would be the coordinator's (noise_by_coordinator)")
+        budgets = [layer.epsilon for layer in here]
+        if not any(b is not None and b <= self.most_epsilon for b in budgets):
+            return Refused("epsilon", f"{asks}; its budgets are {budgets}")
+        return None
+
+    def may(self, way: str, payload: Mapping[str, Any], words: Words | None = None, sealed: bool = False,
+            tells: Sequence[str] = ()) -> str | None:
+        """Why a payload may not pass here, or None; `words` are those of the protocol itself (`far.leaving`)."""
+        if way == "down" or self.text_leaves:
+            return None
+        from fedllm.engines.far.leaving import Words, held_back
+
+        why = held_back(payload, words or Words.of((), ()), sealed, tells)
+        return f"{why}, and this site lets no text leave (text_leaves = false)" if why else None
+
+    def too_large(self, payload: Mapping[str, Any]) -> str | None:
+        """Why a payload is larger than may leave, or None."""
+        from fedllm.wire import codec
+
+        if self.most_bytes is not None and (size := codec.size(payload)) > self.most_bytes:
+            return f"the reply has {size} bytes, this site allows {self.most_bytes}"
         return None
 
 

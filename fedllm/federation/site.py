@@ -11,24 +11,31 @@ from typing import Any
 import numpy as np
 
 from fedllm.core.client import ClientInfo, Profile
-from fedllm.core.errors import CompositionError, DataError, RecipeError
+from fedllm.core.errors import RecipeError
 from fedllm.core.rng import numpy_stream
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.load import HOLD_BACK_FROM, _held_back, load_federation
+from fedllm.engines.far.reasons import Refused
 from fedllm.engines.far.site import SiteRun
 from fedllm.engines.far.sites import Head
 from fedllm.engines.world import World
+from fedllm.federation.admission import admitted, may_load, same_versions
+from fedllm.federation.guard import SiteGuard
+from fedllm.federation.identity import TOLD, identity_of, keep_identity
+from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.memory import DiskMemory
 from fedllm.federation.public import site_rows
 from fedllm.federation.settings import SiteSettings
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import METHODS, make_method
+from fedllm.methods.registry import make_method
 from fedllm.models.endpoint import Endpoint
-from fedllm.runs.build import compose, make_layers, make_recipe_space, need_public, recipe_model, versions
+from fedllm.runs.build import bound, compose, make_layers, make_recipe_space, need_public, recipe_model
 from fedllm.runs.models import check_held, check_names, need_named, shelves
 from fedllm.runs.profiles import make_profiles
-from fedllm.runs.recipe import NamedModel, Recipe, load_recipe
+from fedllm.runs.recipe import Recipe
+from fedllm.runs.store import private_folder
+from fedllm.runs.used import NOTE
 from fedllm.tasks.registry import task_of
 
 
@@ -37,26 +44,35 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
 
     Raises FedLLMError with the reason when the site's settings forbid it.
     """
-    _same_versions(head["versions"], settings)
-    recipe = _recipe(head["recipe"], settings)
+    same_versions(head["versions"], settings)
+    run, sites = str(head["run"]), sorted({site, *map(str, head["sites"])})
+    if not run.replace("-", "").isalnum():
+        raise Refused("message", f"run = {run!r} is no run's name")
+    recipe = admitted(head["recipe"], settings)
     method = make_method(recipe.method.name, **recipe.method.knobs)
-    layers, _ = make_layers(recipe, named=settings.model is not None)
+    layers, _ = make_layers(recipe, named=True)  # another site may hold a model of its own
     compose(method, layers)
     if why := settings.forbids(recipe, layers):
-        raise RecipeError(why)
+        raise why
     federation = replace(_own_rows(recipe, site, settings), public=site_rows(head, recipe, settings))
     if "clients" in method.public_at():
         need_public(recipe, method, len(federation.public))
-    profile = site_profile(recipe, site, head["sites"], declared(settings, recipe))
+    profile = site_profile(recipe, site, sites, declared(settings, recipe))
     world = _world(recipe, method, federation, {site: profile}, settings)
-    info = world.infos()[0]
-    run = str(head["run"])
-    if not run.replace("-", "").isalnum():
-        raise RecipeError(f"run = {run!r} is no run's name")
-    memory = DiskMemory(Path(settings.store) / run, head["at"], 2 * recipe.record.checkpoint_every)
+    info, mine = world.infos()[0], federation.clients[site]
+    if settings.most_epsilon is not None and settings.most_delta * info.n >= 1:
+        raise Refused("noise", f"most_delta = {settings.most_delta:g} may expose one of {info.n} rows; it must be less "
+                               "than one over their number")
+    layers = bound(layers, recipe, dict.fromkeys(sites, info.n), world.local)  # nobody tells a site the others' rows
+    folder = private_folder(Path(settings.store) / run)
+    found = identity_of(world.model, [*mine.train, *mine.test])
+    keep_identity(folder, found)
+    memory = DiskMemory(folder, head["at"], 2 * recipe.record.checkpoint_every)
+    guard = SiteGuard(settings, SiteLedger(Path(settings.store)), run, settings.most_epsilon is not None)
     said = {"n": info.n, "profile": declared(settings, recipe), "task": federation.task,
-            "labels": list(federation.labels)}
-    return SiteRun((method, *layers), world, ClientInfo(site, info.n, info.profile), memory, settings.may), said
+            "labels": list(federation.labels), **{name: found[name] for name in TOLD}}
+    known = [*sites, *(f"note/{NOTE}{name}" for name in (profile.model, *recipe.models) if name)]
+    return SiteRun((method, *layers), world, ClientInfo(site, info.n, info.profile), memory, guard, known), said
 
 
 def declared(settings: SiteSettings, recipe: Recipe) -> dict[str, Any]:
@@ -69,7 +85,9 @@ def declared(settings: SiteSettings, recipe: Recipe) -> dict[str, Any]:
 
 def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mapping[str, Profile],
            settings: SiteSettings) -> World:
-    """What the client stands on: the model that it holds is loaded, and whatever the method asks for by name."""
+    """What the client stands on, if the work of a round is no more than this site allows: the model that it holds is
+    loaded, and whatever the method asks for by name."""
+    local = _local(recipe, federation, settings)
     space, _ = make_recipe_space(recipe)
     main = functools.cache(lambda: recipe_model(recipe, space, federation.task, federation.labels, settings.device))
     (name,) = (p.model for p in profiles.values())
@@ -77,7 +95,7 @@ def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mappin
     check_names(recipe)
     need_named(recipe, method)
     named, held = shelves(recipe, federation.task, federation.labels, main, profiles, device=settings.device, own=own,
-                          guard=functools.partial(_may_load, settings))
+                          guard=functools.partial(may_load, settings))
     for asked in method.asks_for():
         if isinstance(model := named[asked], Endpoint):
             model.reach()
@@ -87,61 +105,17 @@ def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mappin
     else:
         check_held(recipe, method, name, model)
     e = recipe.evaluate
-    return World(model, federation, LocalSpec.make(recipe.local, "local"), recipe.seed, profiles,
-                 Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                 recipe.data.completion_only, recipe.rounds, None, named, held)
+    return World(model, federation, local, recipe.seed, profiles, Limits(batch_tokens=recipe.engine.batch_tokens),
+                 e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, None, named, held)
 
 
-def _may_load(settings: SiteSettings, key: str, spec: NamedModel) -> None:
-    """RecipeError for a model of the recipe that this site does not load, or put its text to."""
-    if spec.endpoint is not None:
-        address = str(Endpoint.make(spec.endpoint, f"{key}.endpoint").base_url)
-        if why := settings.closed(f"{key}.endpoint.base_url", address):
-            raise RecipeError(why)
-    _path_inside(key, spec.name, settings)
-
-
-def _same_versions(theirs: Mapping[str, str], settings: SiteSettings) -> None:
-    mine = versions()
-    for package in settings.same_packages:
-        if theirs.get(package) != mine.get(package):
-            raise CompositionError(f"the run asks for {package} {theirs.get(package)}, this site has installed "
-                                   f"{mine.get(package)}; install the same version on both sides")
-
-
-def _recipe(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
-    """The coordinator's recipe with this site's data, if it asks for nothing that is forbidden here."""
-    if raw.get("plugins"):
-        raise RecipeError(f"plugins = {raw['plugins']}: a site never loads code from a recipe; "
-                          "install the method here as a package (entry point fedllm.methods), and name it in this "
-                          "site's settings (methods)")
-    data = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
-    recipe = load_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
-                                          "partition": {"kind": "per_file"}}})
-    name = recipe.method.name
-    if settings.methods is not None and name not in settings.methods:
-        raise RecipeError(f"method '{name}' is not on this site's allow-list "
-                          f"({', '.join(settings.methods) or 'empty'})")
-    if name not in METHODS:
-        raise RecipeError(f"method '{name}' is not installed here, and this site runs installed code only")
-    if name not in METHODS.ours and settings.methods is None:
-        raise RecipeError(f"method '{name}' comes from {METHODS.whose(name)} and not from fedllm; name it in this "
-                          f"site's settings (methods: [{name}]) if it may run here")
-    if recipe.model.trust_remote_code and not settings.trust_remote_code:
-        raise RecipeError("model.trust_remote_code = true is forbidden by this site (trust_remote_code = false)")
-    for key, value in (("model.name", recipe.model.name), ("space.start_from", recipe.space.knobs.get("start_from"))):
-        _path_inside(key, value, settings)
-    return recipe
-
-
-def _path_inside(key: str, value: Any, settings: SiteSettings) -> None:
-    """A path that a run names must lie in a folder that the site opened for it."""
-    if not isinstance(value, str) or not (value.startswith(("/", ".", "~")) or Path(value).exists()):
-        return
-    real = Path(value).expanduser().resolve()
-    if not any(real.is_relative_to(Path(folder).resolve()) for folder in settings.models):
-        raise RecipeError(f"{key} = {value!r} is a path outside of the folders that this site opened "
-                          f"({', '.join(settings.models) or 'none'}); use a Hub id, or `fedllm join --models FOLDER`")
+def _local(recipe: Recipe, federation: Federation, settings: SiteSettings) -> LocalSpec:
+    """How this site trains, if that is no more work than it allows."""
+    local, (mine,) = LocalSpec.make(recipe.local, "local"), federation.clients.values()
+    if (steps := local.count(len(mine.train))) > settings.most_steps:
+        raise Refused("work", f"{steps} local steps a round, most_steps = {settings.most_steps}",
+                      allowed=settings.most_steps)
+    return local
 
 
 def site_profile(recipe: Recipe, site: str, sites: Sequence[str], declared: Mapping[str, Any]) -> Profile:
@@ -158,10 +132,10 @@ def site_profile(recipe: Recipe, site: str, sites: Sequence[str], declared: Mapp
 def _own_rows(recipe: Recipe, site: str, settings: SiteSettings) -> Federation:
     """This site's rows as one client, held back for its test as the same client's would be in a simulation."""
     if not Path(settings.data).exists():
-        raise DataError(f"this site's data ({settings.data}) does not exist")
+        raise Refused("no_data", settings.data)
     if "labels" in task_of(recipe.data.task).takes and not recipe.data.labels:
-        raise RecipeError("data.labels is empty; in a real federation the recipe names the labels, since no site "
-                          "knows the others'")
+        raise Refused("recipe", "data.labels is empty; in a real federation the recipe names the labels, since no site "
+                                "knows the others'")
     found = load_federation(recipe.data.model_copy(update={"client_test": 0.0}), recipe.seed)
     rows: list[Row] = found.pooled()
     fraction = recipe.data.client_test if len(rows) >= HOLD_BACK_FROM else 0.0

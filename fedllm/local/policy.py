@@ -47,6 +47,10 @@ class Rollout(Request):
         """Steps that it may take."""
         return sum(e.max_steps for e in self.envs)
 
+    @property
+    def reads(self) -> int:
+        return self.most
+
 
 @dataclass(frozen=True)
 class Improve(Request):

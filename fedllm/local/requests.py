@@ -59,6 +59,12 @@ class Request:
         """What its rows hold beside text: rows whose parts differ in shape cannot lie in one batch."""
         return ()
 
+    @property
+    def reads(self) -> int:
+        """Tokens of work that is no training (training is told beforehand, `engines.client.Bounds`); what is said is
+        counted as if it were as long as it may be."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Fit(Request):
@@ -112,6 +118,10 @@ class Losses(Request):
     def form(self) -> Hashable:
         return (self.tested, form_of(self.rows))
 
+    @property
+    def reads(self) -> int:
+        return sum(len(r.ids) for r in self.rows)
+
 
 @dataclass(frozen=True)
 class Logits(Losses):
@@ -135,6 +145,10 @@ class Probe(Losses):
 
     thetas: tuple[Tree, ...] = ()
 
+    @property
+    def reads(self) -> int:
+        return len(self.thetas) * super().reads
+
 
 @dataclass(frozen=True)
 class Sensitivity(Request):
@@ -145,6 +159,10 @@ class Sensitivity(Request):
     @property
     def form(self) -> Hashable:
         return form_of(self.rows)
+
+    @property
+    def reads(self) -> int:
+        return sum(len(r.ids) for r in self.rows)
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,10 @@ class Generate(Request):
     def group(self) -> Hashable:
         return (*super().group, self.max_new_tokens, self.temperature)
 
+    @property
+    def reads(self) -> int:
+        return sum(len(p) + self.max_new_tokens for p in self.prompts)
+
 
 @dataclass(frozen=True)
 class Complete(Request):
@@ -174,6 +196,11 @@ class Complete(Request):
     def group(self) -> Hashable:
         return type(self), id(self.model)
 
+    @property
+    def reads(self) -> int:
+        """No token has less than a character, or a byte, of the prompt."""
+        return sum(len(p.encode()) + self.max_new_tokens for p in self.prompts)
+
 
 @dataclass(frozen=True)
 class Embed(Request):
@@ -181,12 +208,20 @@ class Embed(Request):
 
     rows: Sequence[Encoded]
 
+    @property
+    def reads(self) -> int:
+        return sum(len(r.ids) for r in self.rows)
+
 
 @dataclass(frozen=True)
 class Outputs(Request):
     """Class logits of texts that are given as embeddings, each [T, d]."""
 
     rows: Sequence[Tensor]
+
+    @property
+    def reads(self) -> int:
+        return sum(map(len, self.rows))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ class Forward(Request):
     def group(self) -> object:  # type: ignore[override]
         return (*super().group, self.segment, self.x.dtype)  # type: ignore[misc]
 
+    @property
+    def reads(self) -> int:
+        return int(self.mask.sum())
+
 
 @dataclass(frozen=True)
 class Backward(Forward):

@@ -51,6 +51,6 @@ class Seeds(Star):
     def evaluate(self, state: State, clients: Any, on: str) -> Any:
         return (yield Ask(self.score, {c.id: pack(A=state["A"], seed=self.seed, on=on) for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg: Payload, client: Any) -> Payload:
         return client.score(self.built(msg, client), on=msg["on"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask
+from fedllm.core.errors import RunError
 from fedllm.core.payload import Payload, Tree, alike, norm
 from fedllm.core.reduce import Mean, wide
 from fedllm.core.rng import torch_stream
@@ -62,4 +63,7 @@ def fresh_secret() -> int:
 
 def noise_stream(seed: int | None, state: Mapping[str, Any], *key: object) -> torch.Generator:
     """The generator of this release; `seed`, if set, takes the place of the run's secret."""
+    if seed is None and "secret" not in state:
+        raise RunError("the secret of this run's noise was dropped when the run ended, so its releases cannot be made "
+                       "again")
     return torch_stream(state["secret"] if seed is None else seed, "dp", *key)

@@ -125,11 +125,12 @@ class Server:
     def _consents(self, alive: list[str]) -> Iterator[Any]:
         out = yield self._control(self.layer.consent, {c: {"alive": alive} for c in alive})
         text, good = keys.said("alive", self.sid, alive), {}
+        self.lost |= out.missing
         for c, reply in out.items():
             if keys.verify(self.adverts[c][2], reply.get("signature", b""), text):
                 good[c] = reply["signature"]
             else:
-                self.lost[c] = str(reply.get("refused", "its signature does not verify"))
+                self.lost[c] = "its signature does not verify"
         self._enough(good, "consistency")
         return good
 

@@ -43,6 +43,8 @@ class DPFedAvg(Knobs, Layer):
     """
 
     algebra = Algebra("dp", needs="sum", instead="dp_sgd, which works at the client under any method")
+    session = (OWN + "clip",)
+    secrets = ("secret",)
 
     noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon and rounds. 0 adds none", ge=0)
     clip_norm: float = knob(0.1, "the clip at the start; also the clip for good when clip_lr is 0", gt=0)
@@ -139,6 +141,8 @@ class DPFedAvg(Knobs, Layer):
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
         if OWN + "clip" not in msg:
             return call(msg)
+        if z := self._noise():  # nobody but the server knows who was drawn: without the drawing, at the full price
+            client.spend(Release(z))
         given, below = contribution(fn, msg, call)
         # Andrew et al.: b = 1 when NOT clipped, sent as b - 1/2 so that one client moves the count by 1/2
         return given | {BIT: torch.tensor(float(below) - 0.5)}

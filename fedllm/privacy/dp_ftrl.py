@@ -54,6 +54,8 @@ class DPFTRL(Knobs, Layer):
                     "independent noise of the same epsilon leaves in them", rig="prefix_noise",
                     metric="over_independent", holds="<=", threshold=0.6, options={"rounds": 256, "epsilon": 4.0}))
     algebra = Algebra("dp", needs="sum", instead="dp_sgd, which works at the client under any method")
+    session = (OWN + "clip",)
+    secrets = ("secret", "phases")
 
     noise_multiplier: float | None = knob(None, "fresh noise of a round / clip; None: from epsilon and rounds. 0 adds "
                                                 "none", ge=0)
@@ -92,6 +94,12 @@ class DPFTRL(Knobs, Layer):
             return math.sqrt(self.restart_every.bit_length())  # one leaf is in at most ceil(log2(T + 1)) nodes
         parts = math.ceil(self.restart_every / self.min_separation)
         return math.sqrt(parts * sum(c * c for c in self.bands))  # columns that are `apart` share no row
+
+    @property
+    def one_part(self) -> float:
+        """How far one answer moves what its span releases, in clips."""
+        parts = 1 if self.mechanism == "tree" else math.ceil(self.restart_every / self.min_separation)
+        return self.sensitivity / math.sqrt(parts)
 
     def init(self) -> dict[str, Any]:
         return {"secret": fresh_secret(), "phases": {}}
@@ -157,7 +165,11 @@ class DPFTRL(Knobs, Layer):
         return replace(out, value=put_back(value, common))
 
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
-        return contribution(fn, msg, call)[0] if OWN + "clip" in msg else call(msg)
+        if OWN + "clip" not in msg:
+            return call(msg)
+        if (z := self._noise()) and self.restart_every:
+            client.spend(Release(z / self.one_part))
+        return contribution(fn, msg, call)[0]
 
     def statement(self, state: Any) -> dict[str, Any]:
         ledger, delta = Ledger(dict(state)), self.delta or usual_delta(self.population or 2)

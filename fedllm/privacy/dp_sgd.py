@@ -144,7 +144,9 @@ class DPSGD(Knobs, Layer):
         n, steps = len(request.rows), len(request.plan)
         rate = min(1.0, request.spec.batch_size / n)
         book = client.memory.setdefault(BOOK, {})
-        Ledger(book).book(Release(self.noise_multiplier, "poisson" if rate < 1 else "none", rate, 0), steps)
+        release = Release(self.noise_multiplier, "poisson" if rate < 1 else "none", rate, 0)
+        client.spend(release, steps)
+        Ledger(book).book(release, steps)
         book["fits"] = book.get("fits", 0) + 1
         key = (self.seed, client.id, book["fits"])
         coins = np.random.default_rng(secrets.randbits(128)) if self.seed is None else numpy_stream(*key, "batches")

@@ -41,6 +41,7 @@ class HECKKS(Knobs, Layer):
     """
 
     algebra = Algebra("he", needs="sum", reveals="sum", instead="secagg, at 4 bytes a value")
+    session = (OWN + "lift",)
 
     poly_modulus_degree: Literal[4096, 8192, 16384] = knob(4096, "N; N/2 values a ciphertext",
                                                            options=(4096, 8192, 16384))

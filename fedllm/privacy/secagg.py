@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedllm.core.ask import on_client
-from fedllm.core.errors import CompositionError, PayloadError, RecipeError
+from fedllm.core.errors import CompositionError, PayloadError, RecipeError, Withheld
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.sums import is_control, must_lift, need_sums, without
@@ -38,6 +38,7 @@ class SecAgg(Knobs, Layer):
     """
 
     algebra = Algebra("secagg", needs="sum", reveals="sum", instead="dp_fedavg, which clips replies and hides none")
+    session = (OWN + "sid",)
 
     clip: float = knob(1024.0, "largest |entry| of a lifted reply (a change times the client's rows); more is refused",
                        gt=0)
@@ -109,6 +110,9 @@ class SecAgg(Knobs, Layer):
                 raise PayloadError(f"client '{client.id}' refuses the round: the key of '{peer}' does not verify")
         s.roster = {peer: list(row) for peer, row in roster.items()}
         holders = sorted([*roster, client.id])
+        if len(holders) < SMALLEST:
+            raise PayloadError(f"client '{client.id}' refuses the round: it would hide among {len(holders)} clients, "
+                               f"and fewer than {SMALLEST} hide nothing")
         t = self.needed(len(holders))
         secret = s.mask_key.private_bytes_raw()
         split = dict(zip(holders, zip(shamir.split(secret, t, len(holders)), shamir.split(s.seed, t, len(holders)),
@@ -125,7 +129,7 @@ class SecAgg(Knobs, Layer):
         for peer, box in zip(msg[OWN + "from"], msg[OWN + "mail"], strict=True):
             s.got[peer] = self._open(s, client.id, peer, box)
         if len(s.got) + 1 < self.needed(len(s.roster) + 1):
-            return {"refused": f"only {len(s.got)} of its {len(s.roster)} neighbors shared, too few to hide among"}
+            raise Withheld(f"only {len(s.got)} of its {len(s.roster)} neighbors shared, too few to hide among")
         lifted = self._lifted(fn, msg, client, call)
         ring, layout = encode(lifted, self.fraction(msg[OWN + "count"]), self.clip, f"client '{client.id}'")
         # y_u = x_u + PRG(b_u) + sum_{v > u} PRG(s_uv) - sum_{v < u} PRG(s_uv)  mod 2^32
@@ -146,7 +150,7 @@ class SecAgg(Knobs, Layer):
         if s.alive not in (None, alive):
             raise PayloadError(f"client '{client.id}' was told two sets of survivors in one session")
         if client.id not in alive or len(mine) + 1 < self.needed(len(s.roster) + 1):
-            return {"refused": f"{len(mine) + 1} of {len(s.roster) + 1} survive around it, below the threshold"}
+            raise Withheld(f"{len(mine) + 1} of {len(s.roster) + 1} survive around it, below the threshold")
         s.alive = alive
         return {"signature": seat.identity.sign(keys.said("alive", s.sid, alive))}
 

@@ -17,7 +17,7 @@ from fedllm.core.method import Card, Claim, knob
 from fedllm.core.payload import Payload, alike
 from fedllm.core.reduce import Lifted, Mean, wide
 from fedllm.core.sums import is_control, must_lift, without
-from fedllm.privacy._secagg_server import Server
+from fedllm.privacy._secagg_server import OWN, Server
 from fedllm.privacy.secagg import SecAgg
 from fedllm.spaces.layers import block_of
 
@@ -69,6 +69,10 @@ class THGSSecAgg(SecAgg):
         evidence="No code is public and the schedules are reconstructed by the dossier: density * (floor + (1 - floor) "
                  "(1 - t/T)) * depth_decay ** block. The places are agreed openly instead of the paper's sparse masks.",
     )
+
+    asks = 2
+    names = (TH + "values",)
+    session = (TH + "density", OWN + "sid")
 
     density: float = knob(0.1, "share of entries that each client asks for, in block 0 of the first round", gt=0, le=1)
     density_min: float = knob(0.01, "share that no block and no round falls below", gt=0, le=1)

@@ -238,7 +238,7 @@ def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
 
 def compose(method: Method, layers: list[Layer]) -> None:
     """Let every layer look at the method; what would be unsound is refused with a CompositionError."""
-    if layers and overrides(method, "answer") and not overrides(method, "round"):
+    if any(not layer.optional for layer in layers) and overrides(method, "answer") and not overrides(method, "round"):
         raise CompositionError(f"method '{type(method).__name__}' answers questions and has no rounds, so the layers "
                                f"{[type(x).__name__ for x in layers]} would never act; leave 'layers' out")
     reducers = {n: f.__dict__.get("reduce") for n in dir(type(method))

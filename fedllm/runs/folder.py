@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,17 @@ import yaml
 
 from fedllm.core.errors import RunError
 from fedllm.core.record import Event
-from fedllm.runs.store import Blobs, blobs_in, freeze, read_json, sync_folder, thaw, write_atomic
+from fedllm.runs.store import (
+    Blobs,
+    blobs_in,
+    freeze,
+    only_mine,
+    private_folder,
+    read_json,
+    sync_folder,
+    thaw,
+    write_atomic,
+)
 
 KEEP = 2
 """Checkpoints kept: the newest, and one before it."""
@@ -39,7 +51,7 @@ class EventLog:
         self.path, self.trouble = path, ""
         self.waiting: list[str] = []
         self.length, self.head, self.count = length, "", 0
-        path.touch()
+        path.touch(0o600)
         os.truncate(path, length)
         with path.open("rb") as file:
             for line in file:  # the chain goes on from the last line that stands
@@ -98,7 +110,8 @@ class RunFolder:
         """A fresh folder with its resolved recipe."""
         folder = cls(path)
         try:
-            folder.checkpoints.mkdir(parents=True)
+            private_folder(path)
+            folder.checkpoints.mkdir()
             write_atomic(path / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False).encode())
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be made: {error.strerror}") from None
@@ -112,6 +125,55 @@ class RunFolder:
             hint = f"; {path.parent} has {', '.join(near[:8])}" if near else ""
             raise RunError(f"{path} is no run folder (it has no recipe.yaml){hint}")
         return cls(path)
+
+    @contextlib.contextmanager
+    def held(self, wait: float = 2.0, name: str = ".lock") -> Iterator[None]:
+        """One process at a time works on this run: RunError when another one still does after `wait` seconds.
+
+        The system takes the lock back when its process ends, however it ends, so that none is ever stale.
+        """
+        with open(self.path / name, "a+", opener=only_mine) as file:
+            ends = time.monotonic() + wait
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > ends:
+                        file.seek(0)
+                        raise RunError(f"{self.path} is being worked on by process {file.read().strip() or '?'}; wait "
+                                       "for it, or end it") from None
+                    time.sleep(0.05)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def is_held(self, name: str = ".lock") -> bool:
+        """Whether a living process holds this lock."""
+        try:
+            with (self.path / name).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def rewrite(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change every checkpoint there is; what no checkpoint names any longer goes. May raise OSError."""
+        for number in self.rounds():
+            value = self.load(number)[1]  # type: ignore[index]
+            change(value)
+            doc = json.dumps(freeze(value, self.blobs), separators=(",", ":"))
+            write_atomic(self.checkpoints / f"{number:06d}.json", doc.encode())
+        self._prune()
+
+    def close_to_others(self) -> None:
+        """Only the owner may open what lies in this folder, whoever wrote it."""
+        for path in [self.path, *self.path.rglob("*")]:
+            if not path.is_symlink():
+                path.chmod(0o700 if path.is_dir() else 0o600)
 
     def save(self, round: int, value: Mapping[str, Any], *, pin: bool = False) -> None:
         """A checkpoint before `round`; a crash at any moment leaves it or the one before it. May raise OSError.

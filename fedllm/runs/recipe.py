@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
 from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
-from fedllm.runs.plugins import plugged
+from fedllm.runs.plugins import moved, plugged
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
@@ -271,6 +271,16 @@ class Recipe(Section):
     """Files with parts of one's own. The sites of a real federation load none: there a part is installed."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Written into a run's own recipe: what it ran with. Not read."""
+
+
+def received(folder: Path, trust_remote_code: bool = False, plugins: Sequence[str | Path] = ()) -> Recipe:
+    """The recipe of a run's folder, which may have come from elsewhere: RecipeError when it would run code that comes
+    with its model and nobody here said that it may. `plugins` are other places of the plugin files that it has."""
+    recipe = load_recipe(moved(read_yaml(folder / "recipe.yaml"), plugins))
+    if recipe.model.trust_remote_code and not trust_remote_code:
+        raise RecipeError(f"{folder / 'recipe.yaml'} says model.trust_remote_code = true, which runs Python code of "
+                          f"{recipe.model.name!r} on this machine; give --trust-remote-code if you trust it")
+    return recipe
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -21,7 +21,7 @@ from fedllm.runs.course import draw_cohort, in_order
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.layers import make_layer
 from fedllm.runs.products import write_served
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import received
 from fedllm.runs.tape import Playback
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Replayed:
     """L2 distance between the served trainables and the recorded ones, relative to how far the run had moved."""
 
 
-def replay(path: str | Path, reducer: str | None = None) -> Replayed:
+def replay(path: str | Path, reducer: str | None = None, trust_remote_code: bool = False) -> Replayed:
     """Fold the recorded replies again; the served model goes to `replay-<reducer>/` in the run's folder.
 
     Raises RunError when the run kept no replies, CompositionError when the method cannot use another reducer.
@@ -50,7 +50,7 @@ def replay(path: str | Path, reducer: str | None = None) -> Replayed:
     if reducer is not None and reducer not in REDUCERS:
         raise RecipeError(f"reducer = {reducer!r} is unknown; allowed are {', '.join(REDUCERS)}")
     folder = RunFolder.open(Path(path))
-    recipe = load_recipe(folder.path / "recipe.yaml")
+    recipe = received(folder.path, trust_remote_code)
     if not recipe.record.replies:
         raise RunError(f"{folder.path} kept no replies; run the recipe with record.replies=true")
     method = make_method(recipe.method.name, **recipe.method.knobs)

@@ -16,15 +16,13 @@ from fedllm.privacy.accountant import BudgetSpent, join, unaccounted
 from fedllm.runs import judge as judging
 from fedllm.runs.beside import Beside, beside, run_baselines
 from fedllm.runs.build import FAR, Parts, build, cohort_size, resolved
-from fedllm.runs.complaints import read_yaml
 from fedllm.runs.course import Course
 from fedllm.runs.folder import EventLog, RunFolder, fresh_path
 from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
-from fedllm.runs.plugins import moved
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.progress import Quiet, progress_bars
-from fedllm.runs.recipe import OWN, Recipe, load_recipe
+from fedllm.runs.recipe import OWN, Recipe, load_recipe, received
 from fedllm.runs.result import Result, finished
 from fedllm.runs.seal import figures_digest, sealed
 from fedllm.runs.spread import spread
@@ -42,20 +40,27 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
     """A new run, from its first test to its end."""
     parts = build(load_recipe(recipe, overrides))
     folder = RunFolder.create(fresh_path(Path(root), parts.recipe.name), resolved(parts))
-    with spread(parts), progress_bars() as progress:
+    with folder.held(), spread(parts), progress_bars() as progress:
         return Run(parts, folder, progress, publish).go()
 
 
-def go_on(path: str | Path, publish: Publish, plugins: Sequence[str | Path] = ()) -> Result:
-    """A run that was stopped at any moment, to its end; `plugins` are other places of the plugin files that it has."""
+def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False
+          ) -> Result:
+    """A run that was stopped at any moment, to its end; `plugins` are other places of the plugin files that it has, and
+    code that comes with its model runs only if it is trusted."""
     folder = RunFolder.open(Path(path))
     if (folder.path / "result.json").exists():
         return finished(folder.path)
-    recipe = load_recipe(moved(read_yaml(folder.path / "recipe.yaml"), plugins))
+    recipe = received(folder.path, plugins=plugins, trust_remote_code=trust_remote_code)
     if recipe.data.source == OWN:
         raise RunError(f"{path} is a run of a real federation: "
                        f"`fedllm serve {path} --federation FOLDER` goes on with it")
-    parts = build(recipe)
+    with folder.held():
+        parts = build(recipe)
+        return _go_on(parts, folder, publish)
+
+
+def _go_on(parts: Parts, folder: RunFolder, publish: Publish) -> Result:
     with spread(parts), progress_bars() as progress:
         return Run(parts, folder, progress, publish).go()
 
@@ -256,7 +261,9 @@ class Run:
         if not self.events.flush():
             raise RunError(f"{self.events.path} cannot be written: {self.events.trouble}. Make room, then "
                            f"`fedllm resume {self.folder.path}`")
+        self._write(self._forget_secrets)
         self._write(lambda: self._publish(result))
+        self._write(self.folder.close_to_others)
         return result
 
     def _failed(self, total: int, final: Mapping[str, Any]) -> str:
@@ -268,6 +275,19 @@ class Run:
             why = self.why_skipped or next((e["skipped"] for e in reversed(self.folder.events()) if "skipped" in e), "")
             return f"all of its {total} rounds were skipped, the last because {why}"
         return ""
+
+    def _forget_secrets(self) -> None:
+        """What noise was drawn from is of no use any longer to anybody who may: it leaves the checkpoints."""
+        layers = self.course.layers
+        if not any(layer.secrets for layer in layers):
+            return
+
+        def forget(value: dict[str, Any]) -> None:
+            for layer, state in zip(layers, value["layers"], strict=False):
+                for key in layer.secrets:
+                    state.pop(key, None)
+
+        self.folder.rewrite(forget)
 
     def _privacy(self) -> dict[str, Any] | None:
         """What the layers say of the privacy that the run has spent; None where none of them says anything."""

@@ -20,11 +20,25 @@ from fedllm.core.errors import RunError
 from fedllm.wire import codec
 
 
+def private_folder(path: Path) -> Path:
+    """The folder, made if need be, that only its owner may open."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path
+
+
+def only_mine(path: str, flags: int) -> int:
+    """Opens a file that only its owner may read, for `open(..., opener=only_mine)`."""
+    return os.open(path, flags, 0o600)
+
+
 def write_atomic(path: Path, data: bytes | bytearray) -> None:
-    """The file holds `data` or what it held before, whatever happens on the way; an OSError leaves nothing behind."""
+    """The file holds `data` or what it held before, whatever happens on the way; an OSError leaves nothing behind.
+
+    Only its owner may read it."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temp.open("wb") as file:
+        with open(temp, "wb", opener=only_mine) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -22,6 +22,8 @@ class ModelUsage(Layer):
     A call is one row or one prompt. Tests are not counted, as an energy meter does not count them.
     """
 
+    optional = True
+
     def init(self) -> dict[str, Any]:
         return {"total": {}, "round": {}}
 

@@ -77,6 +77,8 @@ class EdgeEnergy(Knobs, Layer):
     def init(self) -> dict[str, Any]:
         return {"total": dict.fromkeys(BOOKED, 0.0), "round": dict.fromkeys(BOOKED, 0.0), "skipped": ""}
 
+    tells = ("note/unmeasured",)
+
     def client(self, fn: Callable, msg: Payload, client: Any, call: Callable[[Payload], Payload]) -> Payload:
         done, steps = Work(), 0.0
 

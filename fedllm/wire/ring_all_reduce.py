@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Replies, on_client
 from fedllm.core.errors import CompositionError, PayloadError, QuorumError
-from fedllm.core.layer import Algebra, Layer
+from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import wide
@@ -23,6 +23,8 @@ from fedllm.wire.codec import DTYPES, NAMES
 
 OWN = "ring/"
 HELD = "ring_all_reduce"
+SMALLEST = 3
+"""A sum over two tells each of them the other's part."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,19 @@ class RingAllReduce(Knobs, Layer):
 
     algebra = Algebra("secagg", needs="sum", reveals="sum", additive=False,
                       instead="secagg, whose masked replies add up on any way")
+    session = (OWN + "sid",)
 
     keys: str | None = knob(None, "folder of identity keys, as of secagg; None: the relay must hand keys on unchanged")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "_least", 1)
+
+    def bind(self, facts: Facts) -> RingAllReduce:
+        """In a run of three clients or more nobody takes part in a ring of fewer."""
+        bound, n = replace(self), len(facts.rows)
+        object.__setattr__(bound, "_least", min(SMALLEST, facts.cohort or n, n))
+        return bound
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
@@ -101,6 +114,8 @@ class RingAllReduce(Knobs, Layer):
         """Step s: take part (i - s) from the left, add the own, hand it on; after N - 1 steps it is finished."""
         n, place, step = msg["n"], msg["place"], msg["step"]
         held = client.memory.get(HELD)
+        if n < (least := self.__dict__["_least"]):  # of one the server would read the whole reply
+            raise PayloadError(f"client '{client.id}' refuses a ring of {n}: fewer than {least} hide too little")
         if held is None or not 0 <= step < n:
             raise PayloadError(f"client '{client.id}' holds no reply for step {step} of a ring of {n}")
         part = (place - step) % n

@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from fedllm.api import run
-from fedllm.core.errors import FedLLMError, PayloadError, RunError
+from fedllm.core.errors import DidNothing, FedLLMError, PayloadError, RunError
 from fedllm.core.payload import pack
 from fedllm.engines.far.door import Door
 from fedllm.engines.far.site import SiteHost
 from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
 from fedllm.federation.coordinator import drive_run, for_sites
+from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.memory import DiskMemory
 from fedllm.federation.nvflare.serve import ServerGone, _follow
 from fedllm.federation.settings import SiteSettings
-from fedllm.federation.site import open_run, versions
-from fedllm.runs.build import build
+from fedllm.federation.site import open_run
+from fedllm.runs.build import build, versions
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
 from fedllm.wire import codec
@@ -102,7 +103,8 @@ ALONE = {"concurrency": 1}
 def test_the_result_is_the_simulations(data, tiny_llama_folder, method):
     spec = recipe(data, tiny_llama_folder, method, rounds=1 if method == "fed_sp_sc" else 2)
     here = run(spec, root=data / "runs")
-    far = drive_run(far_folder(data, spec), Line(data, tiny_llama_folder), SITES, patience=QUICK)
+    line = Line(data, tiny_llama_folder, text_leaves=method == "fed_sp_sc")
+    far = drive_run(far_folder(data, spec), line, SITES, patience=QUICK)
     assert far.state_digest == here.state_digest
     assert far.bytes == here.bytes
     assert far.evaluation["clients"] == here.evaluation["clients"]
@@ -205,7 +207,7 @@ def test_a_dead_site_is_missing_suspect_and_taken_back(data, tiny_llama_folder):
 
 def test_too_few_sites_say_why(data, tiny_llama_folder):
     line = Line(data, tiny_llama_folder, methods=["fedprox"])
-    with pytest.raises(RunError, match=r"0 of 3 sites take part, 3 are needed .*'fedavg' is not on this"):
+    with pytest.raises(RunError, match=r"0 of 3 sites take part, 3 are needed .*the method is not on this"):
         drive_run(far_folder(data, recipe(data, tiny_llama_folder)), line, SITES, patience=QUICK)
 
 
@@ -221,7 +223,59 @@ def test_what_sites_declare_reaches_the_method_and_a_policy_is_heard(data, tiny_
     path = far_folder(data, recipe(data, tiny_llama_folder, rounds=1), "two")
     drive_run(path, strict, SITES, 2, patience=QUICK)
     left = [e for e in map(json.loads, (path / "events.jsonl").read_text().splitlines()) if e["kind"] == "left_out"]
-    assert [e["client"] for e in left] == ["site-b"] and "epsilon of 3 at most" in left[0]["why"]
+    assert [e["client"] for e in left] == ["site-b"] and "differential privacy within its own budget" in left[0]["why"]
+
+
+def test_epsilon_alone_works_at_sites_that_keep_their_own_budget(data, tiny_llama_folder):
+    """Finding 10, and the sites' ledgers beside the coordinator's account: both stay within the budget."""
+    spec = recipe(data, tiny_llama_folder, layers=[{"name": "dp_sgd", "epsilon": 8.0}], rounds=2)
+    line = Line(data, tiny_llama_folder, most_epsilon=8.0, layers=["dp_sgd"])
+    far = drive_run(far_folder(data, spec), line, SITES, patience=QUICK)
+    assert far.skipped == [] and far.rounds == 2 and far.evaluation["clients"] == {}
+    said = far.privacy["layers"][0]["clients"]
+    for site in SITES:
+        own = SiteLedger(data / "store" / site).epsilon(1e-5)
+        assert 4.0 < own <= 8.0 and abs(own - said[site]) < 0.5
+    with pytest.raises(DidNothing, match="one more answer would pass its own budget"):  # in a run of any name
+        drive_run(far_folder(data, {**spec, "rounds": 1}, "again"), line, SITES, 0, patience=QUICK)
+
+
+class Other(Line):
+    """A line to three sites, of which one holds other base weights."""
+
+    def call(self, site, head, body, seconds, over=None):
+        said, data = super().call(site, head, body, seconds, over)
+        return (said | {"weights": "another's"} if site == "site-b" and "weights" in said else said), data
+
+
+def test_a_site_with_other_base_weights_takes_no_part_and_is_named(data, tiny_llama_folder):
+    spec = recipe(data, tiny_llama_folder, rounds=1)
+    with pytest.raises(RunError, match=r"2 sites are left, 3 are needed .site-b: its weights differ"):
+        drive_run(far_folder(data, spec), Other(data, tiny_llama_folder), SITES, patience=QUICK)
+    path = far_folder(data, spec, "two")
+    drive_run(path, Other(data, tiny_llama_folder), SITES, 2, patience=QUICK)
+    events = [json.loads(x) for x in (path / "events.jsonl").read_text().splitlines()]
+    assert [(e["client"], e["why"]) for e in events if e["kind"] == "left_out"] == [
+        ("site-b", "its weights differ from those of the run")]
+    assert not [e for e in events if e["kind"] == "wire" and e["client"] == "site-b"]
+    kept = json.loads((path / "identity.json").read_text())
+    (path / "identity.json").write_text(json.dumps({**kept, "weights": "before"}))
+    (path / "result.json").unlink()
+    with pytest.raises(RunError, match="own model is not the one that the run began with"):
+        drive_run(path, Line(data, tiny_llama_folder), SITES, patience=QUICK)
+
+
+@pytest.mark.parametrize("layer", ["secagg", "secagg_plus", "thgs_secagg", "he_ckks", "ring_all_reduce", "fedml_he"])
+def test_masks_and_ciphers_pass_sites_that_let_no_text_leave(data, tiny_llama_folder, layer):
+    """Finding 9: names of peers and layouts are the protocol's words; every round counts."""
+    if "he" in layer.split("_") or layer == "fedml_he":
+        pytest.importorskip("tenseal")
+    spec = recipe(data, tiny_llama_folder, layers=[layer], rounds=1, evaluate={"clients": False, "samples": 0})
+    line = Line(data, tiny_llama_folder, layers=[layer], most_rounds=2, rows_may_change=False)
+    far = drive_run(far_folder(data, spec), line, SITES, patience=QUICK)
+    assert far.skipped == [] and far.rounds == 1
+    events = [json.loads(x) for x in (data / "far" / "events.jsonl").read_text().splitlines()]
+    assert not [e for e in events if e["kind"] == "missing"]
 
 
 def test_a_rounds_scratch_lasts_from_ask_to_ask_at_a_site_and_no_longer(data, tiny_llama_folder):
@@ -258,10 +312,10 @@ def test_a_site_refuses_what_its_settings_forbid(data, tiny_llama_folder):
 
 
 def test_a_site_keeps_its_text_and_bounds_its_replies():
-    mine = SiteSettings(data="d", store="s", text_leaves=False, most_bytes=8)
+    mine = SiteSettings(data="d", store="s", most_bytes=200)  # by default no text leaves
     assert "lets no text leave" in mine.may("up", {"texts": ["a secret"]})
-    assert "this site allows 8" in mine.may("up", {"x": torch.zeros(3)})
-    assert mine.may("up", {"x": torch.zeros(2)}) is None and mine.may("down", {"texts": ["a"]}) is None
+    assert "this site allows 200" in mine.too_large({"x": torch.zeros(60)})
+    assert mine.too_large({"x": torch.zeros(2)}) is None and mine.may("down", {"texts": ["a"]}) is None
 
 
 @pytest.mark.parametrize("reply, why", [

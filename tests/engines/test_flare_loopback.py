@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -54,18 +55,18 @@ def context(startup, cert="client.crt", key="client.key"):
 
 
 @contextlib.contextmanager
-def dialed(rig, tls):
-    with socket.create_connection(("localhost", rig.port), 10) as raw, tls.wrap_socket(raw) as line:
+def dialed(rig, tls, port=None):
+    with socket.create_connection(("localhost", port or rig.port), 10) as raw, tls.wrap_socket(raw) as line:
         line.settimeout(10)
         yield line
 
 
-def refusal(rig, tls):
+def refusal(rig, tls, port=None):
     """What the server's TLS says to this certificate; TLS 1.3 says it after the client's half of the handshake.
 
     A line that is let in hears nothing until it speaks: `recv` runs into its limit, which is no refusal.
     """
-    with pytest.raises((ssl.SSLError, ConnectionError)) as caught, dialed(rig, tls) as line:
+    with pytest.raises((ssl.SSLError, ConnectionError)) as caught, dialed(rig, tls, port) as line:
         line.recv(4096)
         raise ConnectionResetError("closed by the server")
     return str(caught.value).lower()
@@ -183,7 +184,8 @@ def test_broken_messages_of_a_site_with_good_keys_change_nothing(rig, junk):
 
 
 def test_logs_hold_no_secret(rig):
-    secrets = [p.read_text().splitlines()[3] for p in rig.keys.folder.rglob("*.key")]
+    secrets = [p.read_text().splitlines()[3] for p in rig.keys.folder.rglob("*.key") if p.name != "audit.key"]
+    secrets.append((rig.keys.folder / "audit.key").read_text())
     state = json.loads(next((rig.keys.folder / "ca").rglob("cert.json")).read_text())
     secrets.append(state["root_pri_key"].splitlines()[3])
     logs = [p for name in ("*.log", "*log*.txt", "log.json") for p in rig.keys.folder.rglob(name)]
@@ -205,3 +207,22 @@ def test_a_run_gives_the_simulations_result_and_a_killed_join_leaves_nothing_beh
     join.kill()
     join.wait(10)
     until(lambda: not rig.processes("", "site-c"), 20, "the end of what the killed join had started")
+
+
+def test_inner_lines_ask_other_users_of_the_machine_for_a_certificate(rig):
+    """NVFlare's main and job processes talk on loopback, and where stands in `ps`: a key of the federation is asked."""
+    pids = rig.all_processes()
+    ports = {c.laddr.port for pid in pids for c in psutil.Process(pid).net_connections("tcp")
+             if c.status == psutil.CONN_LISTEN} - {rig.port}
+    assert ports
+    startup = rig.keys.kit("site-b") / "startup"
+    for port in ports:
+        assert "certificate" in refusal(rig, context(startup, cert=None), port), port
+        with socket.create_connection(("localhost", port), 10) as raw:  # in the clear, as NVFlare has it by default
+            raw.settimeout(10)
+            raw.sendall(bytes(64))
+            try:
+                said = raw.recv(4096)
+            except ConnectionError:
+                said = b""
+            assert said == b"" or said[0] == 21, said  # closed, or TLS's alert

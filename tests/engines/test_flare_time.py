@@ -15,7 +15,7 @@ from fedllm.core.method import Method
 from fedllm.core.payload import digest, pack, part
 from fedllm.core.program import drive
 from fedllm.engines.far.engine import Flare
-from fedllm.engines.far.site import GIVEN_UP, SiteHost, SiteRun
+from fedllm.engines.far.site import SiteHost, SiteRun
 from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
 from fedllm.engines.in_process import InProcess
 from fedllm.federation.memory import DiskMemory
@@ -197,7 +197,7 @@ def test_who_is_late_stops_in_the_middle_of_its_work(tmp_path):
     engine = far(line, method)
     go(engine, method, 1)
     assert "2 answers were enough" in missing(engine)["c001"]
-    until(lambda: ("c001", {"refused": GIVEN_UP}) in line.said, 60)
+    until(lambda: ("c001", {"code": "given_up"}) in [(c, s.get("refused")) for c, s in line.said], 60)
 
 
 def test_training_stops_between_two_steps():
@@ -342,7 +342,7 @@ def test_a_site_stops_its_work_when_another_coordinator_opens_the_run(tmp_path):
     host.open_run = lambda head: (host.run, {"n": 1})
     assert host.answer({"op": "open", "protocol": PROTOCOL, "incarnation": "new"}, b"")[0]["n"] == 1
     work.join(60)
-    assert said == [{"refused": GIVEN_UP}]
+    assert [s["refused"] for s in said] == [{"code": "given_up"}]
 
 
 def test_a_call_that_is_given_up_ends_soon_and_the_site_is_not_suspect():

@@ -10,6 +10,7 @@ from fedllm.federation import public as publics
 from fedllm.federation.coordinator import check_recipe, drive_run
 from fedllm.federation.operate import Tally
 from fedllm.federation.public import PublicRows
+from fedllm.federation.settings import EndpointSetting
 from fedllm.methods.distillation.fedmd import FedMD
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
@@ -102,12 +103,13 @@ def test_rows_that_a_method_needs_at_the_server_alone_are_not_sent(folder, spec,
     assert "Opening.public" not in far.bytes["by_phase"] and not (folder / "store" / "site-a" / "public").exists()
 
 
-def test_what_comes_in_the_place_of_the_rows_is_refused(folder, spec, line):
+def test_what_comes_in_the_place_of_the_rows_is_refused(folder, spec, line, caplog):
     call = line.call
     line.call = lambda site, head, body, *more: call(site, head, b"[]" if len(body) and head["op"] == "open" else body,
                                                      *more)
-    with pytest.raises(RunError, match=r"0 of 3 sites take part.*2 bytes of public rows came, which are .*not those"):
+    with pytest.raises(RunError, match=r"0 of 3 sites take part.*the message is none that it can answer"):
         drive(folder, spec, line)
+    assert "2 bytes of public rows came, which are " in caplog.text and "not those" in caplog.text
 
 
 def test_too_many_rows_are_not_sent(folder, spec, line, monkeypatch):
@@ -127,40 +129,63 @@ def test_a_federation_that_cannot_be_is_refused_before_anything_starts(spec, cha
         check_recipe(load_recipe(spec, change))
 
 
-def test_a_site_of_another_design_is_refused_where_trainables_are_joined(folder, spec, line, wide_bert_folder):
+def test_a_site_of_another_design_is_refused_where_trainables_are_joined(folder, spec, line, wide_bert_folder, caplog):
     settle(line, "site-b", model=wide_bert_folder)
-    with pytest.raises(RunError, match=r"site-b: refused .*'fedavg' cannot join clients that hold 'wi"):
+    with pytest.raises(RunError, match=r"site-b: refused .*parts of the run do not fit together there"):
         drive(folder, {**spec, "method": "fedavg"}, line)
+    assert "'fedavg' cannot join clients that hold 'wi" in caplog.text
     assert drive(folder, {**spec, "method": "fedavg"}, line, "two", needed=2).skipped == []
 
 
 @pytest.mark.parametrize("model", ["nowhere", "./nowhere"])
-def test_a_site_s_model_that_is_not_there(folder, spec, line, model):
+def test_a_site_s_model_that_is_not_there(folder, spec, line, model, caplog):
     settle(line, "site-b", model=model)
-    with pytest.raises(RunError, match=f"site-b: refused by the site: .*{model}"):
+    with pytest.raises(RunError, match="site-b: refused by the site: its model lacks something") as refused:
         drive(folder, spec, line)
+    assert model in caplog.text and model not in str(refused.value)  # it stays in the site's own log
 
 
-def test_a_recipe_s_folder_that_a_site_did_not_open(folder, spec, line, tiny_bert_folder):
+def test_a_recipe_s_folder_that_a_site_did_not_open(folder, spec, line, tiny_bert_folder, caplog):
     settle(line, "site-a", models=[tiny_bert_folder])
-    with pytest.raises(RunError, match=r"site-a: refused by the site: .*models.wide = .* is a path outside"):
+    with pytest.raises(RunError, match=r"site-a: refused by the site: a model of the run .* is a path outside"):
         drive(folder, {**spec, "clients": {"models": ["wide"]}}, line)
+    assert "models.wide = " in caplog.text
 
 
-def test_text_goes_to_no_endpoint_that_the_site_did_not_open(folder, spec, line, monkeypatch):
-    url = "http://127.0.0.1:9/v1"
+@pytest.mark.parametrize(("of", "dealt", "says"), [
+    ({"hub": "owner/name"}, ["hub"], "the run needs a host that its settings do not name"),
+    ({}, ["owner/name"], "the run needs a host that its settings do not name"),
+    ({"far": "http://127.0.0.1:9/model"}, ["far"], "the run needs a host that its settings do not name"),
+    ({}, ["../elsewhere/"], "is a path outside of the folders")])
+def test_what_a_site_does_not_fetch(folder, spec, line, of, dealt, says, monkeypatch):
+    (folder / "elsewhere").mkdir()
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    with pytest.raises(RunError, match=rf"0 of 3 sites take part.*{says}"):
+        drive(folder, {**spec, "models": {**spec["models"], **of}, "clients": {"models": dealt}}, line)
+
+
+def test_text_goes_to_no_endpoint_but_the_site_s_own(folder, spec, line, monkeypatch, caplog):
+    named, own = "http://127.0.0.1:9/v1", "http://127.0.0.1:7/v1"
     monkeypatch.setattr(FedMD, "asks_for", lambda self: ("teacher",))
-    far = {**spec, "models": {"teacher": {"endpoint": {"base_url": url, "retries": 0, "timeout": 2.0}}}}
-    with pytest.raises(RunError, match=r"site-a: .*models.teacher.endpoint.base_url = .*127.0.0.1:9.* this site's te"):
+    teacher = {"endpoint": {"base_url": named, "api_key_env": "HOME", "retries": 0, "timeout": 2.0}}
+    far = {**spec, "models": {"teacher": teacher}}
+    with pytest.raises(RunError, match=r"site-a: .*asks an endpoint, and this site's settings name none"):
         drive(folder, far, line)
+    assert f"models.teacher.endpoint is '{named}'" in caplog.text
     for site in SITES:
-        settle(line, site, endpoints=[url + "/"])
-    with pytest.raises(RunError, match=r"EndpointError: endpoint .*ConnectError"):  # it opened it, and nobody is there
+        settle(line, site, endpoint=EndpointSetting(url=own))
+    with pytest.raises(RunError, match=r"site-a: .*its endpoint did not answer"):  # nobody is there
         drive(folder, far, line, "two")
-    settle(line, "site-a", endpoints=[])
-    with pytest.raises(RunError, match=r"site-a: refused by the site: .*method.endpoint = 'http"):
+    tried = caplog.text.partition("EndpointError")[2]
+    assert ":7/v1" in tried and ":9" not in tried
+    other = {"endpoint": {"base_url": "http://127.0.0.1:11/v1"}}
+    with pytest.raises(RunError, match=r"site-a: .*asks an endpoint"):  # one cannot stand for two
+        drive(folder, {**spec, "models": {"teacher": teacher, "judge": other}}, line, "three")
+    settle(line, "site-a", endpoint=None)
+    with pytest.raises(RunError, match=r"site-a: refused by the site: .*asks an endpoint"):
         drive(folder, {**spec, "data": {**spec["data"], "task": "generation", "labels": None, "public": 0.0},
-                       "method": {"name": "fed_bbpt", "endpoint": url, "words": ["red", "blue"]}}, line, "three")
+                       "method": {"name": "fed_bbpt", "endpoint": named, "words": ["red", "blue"]}}, line, "four")
 
 
 def test_a_federation_in_which_nothing_counted_is_failed(folder, spec, line, monkeypatch):

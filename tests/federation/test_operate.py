@@ -105,7 +105,8 @@ def test_status_and_logs_are_printed(run, tmp_path):
 def refused(recipe, **policy):
     mine = SiteSettings(data="d", store="s", **policy)
     checked = load_recipe(recipe)
-    return mine.forbids(checked, [make_layer(n.name, n.knobs, "layers") for n in checked.layers])
+    why = mine.forbids(checked, [make_layer(n.name, n.knobs, "layers") for n in checked.layers])
+    return why and str(why)
 
 
 def test_a_flower_kit_has_two_logs(tmp_path):
@@ -121,8 +122,8 @@ def test_a_policy_refuses_with_a_reason():
     plain = {"space": "lora", "rounds": 5}
     private = {**plain, "layers": [{"name": "dp_sgd", "epsilon": 2.0}]}
     assert refused(plain, spaces=["lora"], most_rounds=5) is None
-    assert refused({**plain, "space": "full"}, spaces=["lora"]) == "space.name = 'full': this site trains lora only"
-    assert refused(plain, most_rounds=4) == "rounds = 5: this site takes part in 4 at most"
+    assert "space.name = 'full': this site trains lora only" in refused({**plain, "space": "full"}, spaces=["lora"])
+    assert "rounds = 5: this site takes part in 4 at most" in refused(plain, most_rounds=4)
     assert "takes part under secagg only" in refused(private, layers=["secagg"])
     assert "epsilon of 3 at most (most_epsilon); it has none" in refused(plain, most_epsilon=3)
     assert refused(private, most_epsilon=3) is None

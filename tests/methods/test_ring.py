@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fedllm.core.errors import CompositionError, QuorumError
+from fedllm.core.errors import CompositionError, PayloadError, QuorumError
+from fedllm.core.layer import Facts
 from fedllm.core.program import drive
 from fedllm.engines import Vectorized
 from fedllm.privacy.composition import clash
@@ -91,3 +93,11 @@ def test_single_replies_are_refused(begin):
     with pytest.raises(CompositionError, match="needs every single reply"):
         drive(run.method.round(run.state, run.world.infos()), run.engine, run.engine.stack[1:])
     assert OWN == "ring/"
+
+
+def test_a_ring_of_one_in_a_run_of_many_reads_nothing(begin):
+    """A server that names a ring of its own would read a whole reply in one step."""
+    layer = RingAllReduce().bind(Facts(dict.fromkeys("abcde", 3), 5, 2))
+    client = SimpleNamespace(id="a", memory={HELD: {"x": torch.ones(4), "y": torch.ones(1)}})
+    with pytest.raises(PayloadError, match="refuses a ring of 1"):
+        layer.turn({"sid": "1", "step": 0, "place": 0, "n": 1}, client)

@@ -43,6 +43,7 @@ def people():
     def make(count, size=40, seed=0):
         g = torch.Generator().manual_seed(seed)
         return {f"c{i:02}": SimpleNamespace(id=f"c{i:02}", x=torch.randn(size, generator=g), n=i + 1, memory={},
+                                            spend=lambda release, count=1: None,
                                             round=0) for i in range(count)}
 
     return make

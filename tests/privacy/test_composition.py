@@ -87,7 +87,9 @@ METHODS = dict(zip(foldings(), (Ship(), Factors(), Middle(), Apart()), strict=Tr
 def people():
     g = torch.Generator().manual_seed(1)
     b = torch.randn(48, 2, generator=g)
-    return {f"c{i}": SimpleNamespace(id=f"c{i}", n=3, memory={}, b=b, a=torch.randn(2, 40, generator=g) / 2,
+    return {f"c{i}": SimpleNamespace(id=f"c{i}", n=3, memory={},
+                                     spend=lambda release, count=1: None,
+                                     b=b, a=torch.randn(2, 40, generator=g) / 2,
                                      rng=lambda owner, i=i: numpy_stream(i, owner),
                                      through=lambda change, closed="": contextlib.nullcontext()) for i in range(5)}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import CompositionError, PayloadError, QuorumError, RecipeError
+from fedllm.core.errors import CompositionError, PayloadError, QuorumError, RecipeError, Withheld
 from fedllm.core.layer import Facts
 from fedllm.core.payload import pack
 from fedllm.core.program import drive
@@ -221,12 +221,21 @@ def test_clients_refuse_a_server_that_lies(loop, people):
     told = {"_secagg/sid": "s", "_secagg/count": 5, "_secagg/lift": True, "_secagg/from": peers,
             "_secagg/mail": [mail[p]["mail"][mail[p]["to"].index("c00")] for p in peers]}
     layer.client(Ship().local, told, one, lambda m: Ship().local(m, one))
-    assert "refused" in layer.consent({"sid": "s", "alive": ["c00", "c01"]}, one)
+    with pytest.raises(Withheld, match="below the threshold"):
+        layer.consent({"sid": "s", "alive": ["c00", "c01"]}, one)
     layer.consent({"sid": "s", "alive": ["c00", "c01", "c02", "c03"]}, one)
     with pytest.raises(PayloadError, match="two sets of survivors"):  # the road to both kinds of share of one client
         layer.consent({"sid": "s", "alive": ["c00", "c02", "c03", "c04"]}, one)
     with pytest.raises(PayloadError, match="only 1 signed its set"):
         layer.unmask({"sid": "s", "signers": ["c01"], "signatures": [b"no"]}, one)
+
+
+def test_a_client_hides_among_three_whatever_the_server_says(loop, people):
+    """A session of one client and a made-up peer would open what it sends."""
+    clients, layer = people(5), SecAgg(threshold=0.5)
+    adverts = {c.id: layer.advertise({"sid": "s"}, c)["advert"] for c in clients.values()}
+    with pytest.raises(PayloadError, match="hide among 2 clients"):
+        layer.share({"sid": "s", "peers": ["c01"], "adverts": [adverts["c01"]]}, clients["c00"])
 
 
 @pytest.mark.parametrize("make, says", [

@@ -23,6 +23,7 @@ from fedllm.engines.client import carry_out
 from fedllm.engines.clock import Clock
 from fedllm.engines.far.door import Door
 from fedllm.engines.far.real_time import RealTime
+from fedllm.engines.far.reasons import sentence
 from fedllm.engines.far.sites import PROTOCOL, Body, Head, Silence, Sites, Unsent
 from fedllm.engines.far.trip import Answer, Bodies, Trip
 from fedllm.engines.in_process import InProcess
@@ -138,9 +139,8 @@ class Flare(InProcess):
 
     def _read(self, msg: Payload, head: Head, body: Body) -> Payload | str:
         """The reply, or why it does not count."""
-        for verdict in ("refused", "failed"):
-            if verdict in head:
-                return f"{verdict} by the site: {str(head[verdict])[:500]}"
+        if "refused" in head:
+            return f"refused by the site: {sentence(head['refused'])}"
         if "oversized" in head:
             return f"reply refused: {head['oversized']}"
         try:

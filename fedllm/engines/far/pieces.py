@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fedllm.core.errors import PayloadError
+from fedllm.engines.far.reasons import sentence
 from fedllm.engines.far.sites import PROTOCOL, Body, Head, Link, Silence
 
 PIECE = 16 << 20
@@ -195,8 +196,8 @@ class _Trip:
 
     def _said(self, head: dict[str, Any], body: Body = b"") -> tuple[Head, Body]:
         said, data = self.ask({**head, "protocol": PROTOCOL}, body)
-        if why := said.get("refused") or said.get("failed"):
-            raise Silence(f"a piece was refused by the site: {why}")
+        if "refused" in said:
+            raise Silence(f"a piece was refused by the site: {sentence(said['refused'])}")
         return said, data
 
     def _each(self, places: Sequence[int], work: Any) -> None:

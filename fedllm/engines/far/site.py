@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
+import re
+import sys
 import threading
 import uuid
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from fedllm.core.client import ClientInfo
-from fedllm.core.errors import FedLLMError, PayloadError, Withheld
+from fedllm.core.errors import FedLLMError, Withheld
+from fedllm.core.layer import Layer
+from fedllm.core.method import Method
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
 from fedllm.engines.client import ClientCall, Session, carry_out
+from fedllm.engines.far.guard import Gate, Guard, Question
+from fedllm.engines.far.leaving import Words, texts
 from fedllm.engines.far.pieces import PIECE_OPS, Pieces
+from fedllm.engines.far.reasons import Refused, coded
 from fedllm.engines.far.sites import PROTOCOL, Body, Head
 from fedllm.engines.world import World, method_on
 from fedllm.local.requests import Request
+from fedllm.models.model import Model
+from fedllm.models.sealed import Sealed
 from fedllm.wire import codec
 
 log = logging.getLogger(__name__)
@@ -58,9 +69,14 @@ class SiteRun:
     """A run as one site takes part in it."""
 
     def __init__(self, stack: Sequence[Any], world: World, info: ClientInfo, memory: Memory,
-                 may: Callable[[str, Payload], str | None] = lambda way, payload: None) -> None:
-        """`may("down" or "up", payload)` is the site's own word: a reason to refuse, or None."""
-        self.stack, self.world, self.info, self.memory, self.may = tuple(stack), world, info, memory, may
+                 guard: Guard | None = None, known: Sequence[str] = ()) -> None:
+        """`guard` is the site's own word on every answer; `known` are names that the coordinator knows, as of all who
+        take part."""
+        self.stack, self.world, self.info, self.memory = tuple(stack), world, info, memory
+        self.guard = guard or Guard()
+        own = re.findall(r"[A-Za-z_]\w*", inspect.getsource(sys.modules[type(self.stack[0]).__module__]))
+        names = world.model.initial() if isinstance(world.model, Model | Sealed) else ()  # an endpoint has no tensors
+        self.words = replace(Words.of([info.id, *known], names), keys=frozenset(own))
         self.over = False  # set when another coordinator's process takes the run up
         self._dropped: tuple[tuple[str, str], ...] = ()
         self._session = "", Session()  # of the present attempt at a round
@@ -85,42 +101,92 @@ class SiteRun:
         self.hear(head)
         attempt, visit = str(head["attempt"]), f"{head['phase']}#{int(head['visit'])}"
         if (attempt, visit) in self._dropped:
-            return {"refused": GIVEN_UP}, b""
+            raise Refused("given_up")
         if (before := self.memory.answered(attempt, visit)) is not None:
             return {"boot": BOOT}, before
         msg = codec.decode(body) if len(body) else {}
         if bad := non_finite(msg):
-            return {"refused": f"'{bad}' of the message holds NaN or infinity"}, b""
-        if why := self.may("down", msg):
-            return {"refused": why}, b""
-        wanted = set(head["stack"])
-        stack = [part for part in self.stack if type(part).__name__ in wanted]
-        memory = self.memory.stage(attempt, int(head["round"]))
+            raise Refused("message", f"'{bad}' of the message holds NaN or infinity")
+        question, stack = self.question(head, msg)
+        self.guard.begin(question, body)
+        try:
+            data = self._work(question, stack, msg, attempt, f"{question.phase}#{question.visit}")
+        except BaseException as error:  # what it noted half-way does not count
+            self.memory.drop(attempt, visit)
+            if isinstance(error, GivenUp):
+                raise Refused("given_up") from None
+            raise
+        finally:
+            self.guard.end()
+        self.memory.keep(attempt, visit, data)
+        return {"boot": BOOT}, data
+
+    def question(self, head: Head, msg: Payload) -> tuple[Question, list[Any]]:
+        """What is asked, and the layers that stand over it: all that the run was opened with, or for a test none.
+
+        Raises `Refused` for any other stack, and for a message from outside of a layer's session.
+        """
+        phase, told = str(head["phase"]), list(head["stack"])
+        stack = [part for part in self.stack
+                 if not (isinstance(part, Layer) and part.optional) or type(part).__name__ in told]
+        names = [type(part).__name__ for part in stack]
+        owner, _, name = phase.partition(".")
+        at = names.index(owner) if owner in names else 0
+        fn = getattr(stack[at], name, None)
+        marks = getattr(fn, "__dict__", {}) if owner in names else {}
+        if not marks.get("runs_on_client"):
+            raise Refused("message", f"phase '{phase}' is not a client function of {names}")
+        test, asker = bool(marks.get("test")), stack[at]
+        own = isinstance(asker, Method) or (isinstance(asker, Layer) and asker.algebra.reads)
+        repeats = math.prod([stack[0].repeats, *(layer.asks for layer in stack[1:])])
+        question = Question(int(head["round"]), phase, int(head["visit"]), test, own, repeats)
+        if told == names and not (test and len(names) > 1):
+            self._in_session(stack, at, marks, msg)
+            return question, stack
+        if told == names[:1] and test:
+            return question, [stack[0]]
+        raise Refused("stack", f"'{phase}' was asked with the stack {told}; this run was opened with {names}")
+
+    def _in_session(self, stack: Sequence[Any], at: int, marks: Mapping[str, Any], msg: Payload) -> None:
+        """Layers below whoever asks must be at work on its answer; a layer's own question that folds nothing passes."""
+        if isinstance(stack[at], Layer) and marks.get("reduce") is None:
+            return
+        for layer in stack[at + 1 :]:
+            if layer.session and not any(key in msg for key in layer.session):
+                raise Refused("stack", f"the message lacks the session of layer '{type(layer).__name__}'")
+
+    def _work(self, question: Question, stack: Sequence[Any], msg: Payload, attempt: str, visit: str) -> Body:
+        """The reply in the codec's bytes, if nothing stands against it."""
+        memory = self.memory.stage(attempt, question.round)
         if self._session[0] != attempt:
             self._session = attempt, Session()
 
         def go_on() -> None:
             if self.over or (attempt, visit) in self._dropped:
                 raise GivenUp(GIVEN_UP)
+            self.guard.go_on()
 
         def submit(request: Request) -> Any:
             go_on()
+            self.guard.work(0, request.reads)
             return carry_out([request], limits)[0]
 
+        def look(reply: Payload) -> None:
+            self.guard.content(reply, self.words.more((), msg), sealed)
+            self.words = self.words.more((), reply)  # a layer may lay it out in a later question
+
         limits = replace(self.world.limits, go_on=go_on)
-        call = ClientCall(self.info, self.world, memory, int(head["round"]), str(head["phase"]), int(head["visit"]),
-                          submit, self.world.model_of(self.info.id, method_on(self.stack)), self._session[1])
-        try:
-            reply = serve(stack, str(head["phase"]), msg, call, call.keep)
-            go_on()
-        except GivenUp:
-            self.memory.drop(attempt, visit)
-            return {"refused": GIVEN_UP}, b""
-        if why := self.may("up", reply):
-            return {"refused": why}, b""
-        data = codec.encode(reply) if reply else b""
-        self.memory.keep(attempt, visit, data)
-        return {"boot": BOOT}, data
+        call = ClientCall(self.info, self.world, memory, question.round, question.phase, question.visit, submit,
+                          self.world.model_of(self.info.id, method_on(self.stack)), self._session[1], self.guard)
+        owner, _, name = question.phase.partition(".")
+        part = next((p for p in stack if type(p).__name__ == owner), None)
+        sealed = isinstance(part, Layer) or bool(getattr(getattr(part, name, None), "__dict__", {}).get("sealed"))
+        reply = serve([stack[0], Gate(look), *stack[1:]], question.phase, msg, call, call.keep)
+        go_on()
+        words = self.words.more(texts(msg), [*msg, *(name for layer in stack[1:] for name in layer.names)])
+        tells = [key for layer in stack[1:] for key in layer.tells]
+        self.guard.reply(reply, words, sealed, tells)
+        return codec.encode(reply) if reply else b""
 
 
 class SiteHost:
@@ -138,10 +204,10 @@ class SiteHost:
         self._said: dict[str, Any] = {}
 
     def answer(self, head: Head, body: Body) -> Said:
-        """The reply's envelope and body; what goes wrong is said in the envelope, under `refused` or `failed`."""
+        """The reply's envelope and body; what goes wrong is told in the envelope as a code, under `refused`."""
         try:
             if head.get("protocol") != PROTOCOL:
-                return {"refused": f"it speaks protocol {PROTOCOL}, the server {head.get('protocol')!r}"}, b""
+                return {"refused": {"code": "protocol"}}, b""
             if head.get("op") == "probe":
                 return {"boot": BOOT, "open": self.run is not None, "loads": self.loads}, b""
             if head.get("op") in PIECE_OPS:
@@ -159,14 +225,12 @@ class SiteHost:
                 with self._lock:
                     said = self._serve(head, body)
             return self.pieces.given(head, *said)
-        except (FedLLMError, KeyError, TypeError, ValueError) as error:
-            kind = "refused" if isinstance(error, PayloadError) or head.get("op") != "ask" else "failed"
-            log.warning("%s: %s", kind, error)
-            return {kind: f"{type(error).__name__}: {error}", "boot": BOOT}, b""
+        except FedLLMError as error:  # what went wrong may hold rows: it stays in this site's log
+            log.warning("refused: %s: %s", type(error).__name__, error)
+            return {"refused": coded(error), "boot": BOOT}, b""
         except Exception as error:
-            log.exception("a client function failed")
-            return {"failed": f"{head.get('phase')} of round {head.get('round')}: {type(error).__name__}: {error}",
-                    "boot": BOOT}, b""
+            log.exception("%s of round %s failed", head.get("phase"), head.get("round"))
+            return {"refused": coded(error), "boot": BOOT}, b""
 
     def _serve(self, head: Head, body: Body) -> Said:
         if head["op"] == "open":
@@ -178,7 +242,7 @@ class SiteHost:
         if head["op"] == "close":
             self.run.hear(head)
             return {"boot": BOOT, "loads": self.loads}, b""
-        raise PayloadError(f"'{head['op']}' is nothing that a site does")
+        raise Refused("message", f"'{head['op']}' is nothing that a site does")
 
     def _open(self, head: Head) -> dict[str, Any]:
         """Load the model once; told the same again it says the same again."""

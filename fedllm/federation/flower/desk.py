@@ -134,6 +134,7 @@ def main() -> None:
     """Serve the kit's site behind the SuperNode at the address."""
     import torch
 
+    from fedllm.federation.network import close
     from fedllm.federation.settings import SETTINGS, SiteSettings
     from fedllm.federation.site import open_run
 
@@ -143,6 +144,7 @@ def main() -> None:
     kit, address = Path(sys.argv[1]), sys.argv[2]
     site = json.loads(read(kit / KIT))["site"]
     settings = SiteSettings.read(kit / "local" / SETTINGS)
+    close(settings)  # it talks to the SuperNode on this machine alone
     torch.set_num_threads(settings.threads)
     with contextlib.suppress(KeyboardInterrupt):
         attend(Desk(lambda head: open_run(head, site, SiteSettings.read(kit / "local" / SETTINGS))), address,

@@ -18,7 +18,7 @@ from typing import IO, Any
 from fedllm.federation.flower.internals import check_flower
 from fedllm.federation.flower.keys import KIT
 from fedllm.federation.flower.wire import QUIET, read
-from fedllm.federation.process import end_tree, stoppable
+from fedllm.federation.process import end_tree, no_proxy, stoppable
 from fedllm.federation.settings import SiteSettings
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def join_flower(address: str, data: str | Path, *, kit: str | Path, methods: Seq
     target = json.loads(read(kit / KIT))["address"]
     SiteSettings.settle(kit, address, target, data, methods=methods, models=models, store=store, policy=policy,
                         **settings)
-    with contextlib.suppress(KeyboardInterrupt), stoppable():
+    with contextlib.suppress(KeyboardInterrupt), stoppable(), no_proxy():
         while not stop():
             with site_processes(kit, target) as pair:
                 while all(p.poll() is None for p in pair) and not stop():

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm.core.errors import RecipeError
+from fedllm.runs.audit_key import AUDIT_KEY, AUDIT_PUB, make_key
 
 YEARS = 2
 KIT = "flower.json"
@@ -127,6 +128,8 @@ def _read(path: Path, changed: int) -> dict[str, Any]:
 
 
 def _with(folder: Path, spec: dict[str, Any], sites: Sequence[str]) -> FlowerFederation:
+    if not (folder / AUDIT_KEY).exists():
+        make_key(folder)
     for name in sites:
         if not name.replace("-", "").isalnum() or not name[:1].isalpha() or name in (
                 *spec["sites"], *spec.get("revoked", ())):
@@ -139,6 +142,7 @@ def _with(folder: Path, spec: dict[str, Any], sites: Sequence[str]) -> FlowerFed
         _secret(kit / "node.key", key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
                                                     serialization.NoEncryption()))
         (kit / "ca.crt").write_bytes((folder / "server" / "ca.crt").read_bytes())
+        (kit / AUDIT_PUB).write_bytes((folder / AUDIT_PUB).read_bytes())
         (kit / KIT).write_text(json.dumps({"site": name, "address": f"{spec['host']}:{spec['port']}"}))
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         spec["sites"][name] = public.decode()

@@ -22,7 +22,7 @@ from fedllm.federation.flower.join import watched
 from fedllm.federation.flower.keys import FlowerFederation
 from fedllm.federation.flower.link import FlowerLink
 from fedllm.federation.flower.wire import read
-from fedllm.federation.process import end_tree
+from fedllm.federation.process import end_tree, need_port
 from fedllm.runs.result import Result
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: f
                  patience: Patience | None = None) -> Result:
     """Begin the run in a folder, or go on with it: a SuperLink for as long as it takes."""
     keys = FlowerFederation(federation)
+    need_port(int(keys.spec["port"]), "Flower's SuperLink")
     with superlink(keys) as nodes:
         return carry_out_flower(keys, nodes, run, needed, wait, patience)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedllm.core.errors import RecipeError
 from fedllm.federation.nvflare.process import kit_process
-from fedllm.federation.process import stoppable
+from fedllm.federation.process import no_proxy, stoppable
 from fedllm.federation.settings import SiteSettings
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def join(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[s
     SiteSettings.settle(kit, address, target, data, methods=methods, models=models, store=store, policy=policy,
                         **settings)
     name = json.loads((kit / "startup" / "fed_client.json").read_text())["client"]["fqsn"]
-    with contextlib.suppress(KeyboardInterrupt), stoppable():
+    with contextlib.suppress(KeyboardInterrupt), stoppable(), no_proxy():
         while not stop():
             words = (f"uid={name}", f"org={name.replace('-', '_')}")
             with kit_process(kit, "client", "fed_client.json", *words) as process:

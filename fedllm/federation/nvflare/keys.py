@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fedllm.core.errors import FedLLMError, RecipeError
+from fedllm.runs.audit_key import AUDIT_KEY, AUDIT_PUB, make_key
 
 log = logging.getLogger(__name__)
 ADMIN = "admin@fedllm.org"
@@ -93,6 +94,10 @@ def _write(folder: Path, spec: dict[str, Any], sites: list[str]) -> Federation:
     for name, source in {**fresh, **{s: s for s in sites}}.items():
         shutil.copytree(made / source, kits / name)
         (kits / name).chmod(0o700)
+    if not (folder / AUDIT_KEY).exists():
+        make_key(folder)
+    for name in [*fresh, *sites]:
+        shutil.copy(folder / AUDIT_PUB, kits / name / AUDIT_PUB)
     shutil.rmtree(made)  # no second copy of the private keys
     if fresh:
         _server_policy(kits / "server")
@@ -144,6 +149,14 @@ def _server_policy(kit: Path) -> None:
     raw["components"].append({"id": "reviver", "path": REVIVER, "args": {}})
     _save(local / "resources.json", raw)
     _save(local / "authorization.json", PERMISSIONS)
+    inner_lines(kit)
+
+
+def inner_lines(kit: Path) -> None:
+    """NVFlare's main process and its job processes prove to each other who they are: without a key of the federation
+    no other user of this machine can talk to them. (Left to itself NVFlare lets anybody in on loopback.)"""
+    _save(kit / "local" / "comm_config.json", {"allow_adhoc_conns": False, "backbone_conn_gen": 2, "internal": {
+        "scheme": "tcp", "resources": {"host": "localhost", "connection_security": "mtls"}}})
 
 
 def site_policy(kit: Path) -> None:
@@ -160,6 +173,7 @@ def site_policy(kit: Path) -> None:
          "path": f"{kind}_consumers.passthrough_resource_consumer.PassthroughResourceConsumer"}, launcher]
     _save(local / "resources.json", raw)
     _save(local / "authorization.json", PERMISSIONS)
+    inner_lines(kit)
 
 
 def _save(path: Path, value: Any) -> None:

@@ -30,9 +30,11 @@ from nvflare.fuel.f3.cellnet.utils import new_cell_message
 
 from fedllm.core.errors import FedLLMError
 from fedllm.engines.far.pieces import InPieces
+from fedllm.engines.far.reasons import coded
 from fedllm.engines.far.site import SiteHost
 from fedllm.engines.far.sites import Body, Head, Patience, Silence
 from fedllm.federation.coordinator import FAILED, NotAllHere, drive_run
+from fedllm.federation.network import close
 from fedllm.federation.nvflare.line import bench
 from fedllm.federation.nvflare.reviver import CHANNEL, TOPIC
 from fedllm.federation.settings import SETTINGS, SiteSettings
@@ -138,6 +140,12 @@ class CoordinatorNode:
             raise
 
 
+def coordinators(startup: Path) -> list[str]:
+    """The hosts that a site's kit was made for."""
+    servers = json.loads((startup / "fed_client.json").read_text())["servers"]
+    return [str(s["service"]["target"]).rpartition(":")[0] for s in servers]
+
+
 class SiteNode:
     """A site's object: one process a run, which keeps the base model loaded."""
 
@@ -147,14 +155,21 @@ class SiteNode:
     @collab.publish
     def handle(self, head: str, body: Any) -> dict[str, Any]:
         """Any message of the coordinator: envelope (JSON) and payload in, the same out."""
-        if self.host is None:
-            site = collab.site_name
-            context = collab.fl_ctx
-            settings = SiteSettings.read(Path(context.get_engine().get_workspace().get_site_config_dir()) / SETTINGS)
-            torch.set_num_threads(settings.threads)
-            self.host = SiteHost(lambda opening: open_run(opening, site, settings))
-        said, data = self.host.answer(json.loads(head), unpacked(body))
+        try:
+            self.host = self.host or self._begin()
+            said, data = self.host.answer(json.loads(head), unpacked(body))
+        except Exception as error:  # NVFlare would send its words to the server
+            log.exception("a message could not be answered")
+            said, data = {"refused": coded(error)}, b""
         return {"head": json.dumps(said), "body": packed(data)}
+
+    def _begin(self) -> SiteHost:
+        """This site's host, under its settings as they are now."""
+        site, workspace = collab.site_name, collab.fl_ctx.get_engine().get_workspace()
+        settings = SiteSettings.read(Path(workspace.get_site_config_dir()) / SETTINGS)
+        close(settings, coordinators(Path(workspace.get_startup_kit_dir())))
+        torch.set_num_threads(settings.threads)
+        return SiteHost(lambda opening: open_run(opening, site, settings))
 
 
 class Conductor(CollabController):

@@ -19,6 +19,7 @@ from fedllm.engines.far.sites import Patience
 from fedllm.federation.coordinator import FAILED
 from fedllm.federation.nvflare.keys import ADMIN, NODES, Federation
 from fedllm.federation.nvflare.process import kit_process
+from fedllm.federation.process import need_port
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result, finished
 
@@ -32,6 +33,7 @@ def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: f
     """Begin the run in a folder, or go on with it, with a server that is started again when it dies."""
     keys = Federation(federation)
     needed = len(keys.spec["sites"]) if needed is None else needed
+    need_port(int(keys.spec["port"]), "NVFlare's server")
     for _ in _starts(run, f"NVFlare's server (see {keys.kit('server') / 'process.log'})"):
         with server(keys) as process:
             try:

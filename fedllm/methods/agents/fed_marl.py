@@ -104,7 +104,7 @@ class FedMARL(Star):
     def evaluate(self, state: State, clients: Sequence[Any], on: str) -> Program:
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         """Mean return in each environment, over the same episodes at every test, and how many were cut off."""
         rows = client.held_out(msg["on"])

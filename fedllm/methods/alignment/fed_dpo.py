@@ -75,7 +75,7 @@ class FedDPO(Star):
     def merge(self, state: State, out: Any) -> State:
         return {**state, "theta": add(state["theta"], part(out.value, "delta"))}
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         """The usual metrics on chosen answers; `preference` is the share of pairs whose chosen answer has gained more,
         half of the ties."""

@@ -73,6 +73,6 @@ class FedExLoRA(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg, client):
         return client.score(part(msg, "theta"), base=held(client, msg), on=msg["on"])

@@ -61,7 +61,7 @@ class FloraStacking(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg, client):
         return client.score(part(msg, "heads"), base=held(client, msg), on=msg["on"])
 

@@ -131,6 +131,6 @@ class FedMD(Method):
     def evaluate(self, state: State, clients, on: str) -> Program:
         return (yield Ask(self.score, {c.id: pack(on=on) for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg, client):
         return client.score(client.memory.get("theta") or client.model.initial(), on=msg["on"])

@@ -73,7 +73,7 @@ class DatasetGrouper(Star):
             return (yield from super().evaluate(state, clients, on))
         return (yield Ask(self.score, {c.id: pack(theta=state["theta"], on=on, tune=self.tune_steps) for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg, client):
         theta = part(msg, "theta")
         if msg.get("tune") and client.n:  # the server has no rows of its own to tune on

@@ -29,6 +29,7 @@ class FedYolo(Method):
               "the training loss; once: the names of its tasks",
         needs="a space that leaves the backbone frozen (lora, adapter, prefix, soft_prompt, ...); rows that name their "
               "task where a client holds several",
+        kinds=("text",),
         claim=Claim("after task A and then task B it has lost at least 10 points less on A than full fine-tuning by "
                     "FedAvg, with the same rounds and local work", baseline="fedavg",
                     options={"spaces": {"fedavg": "full"}}, **FORGETS),  # type: ignore[arg-type]
@@ -113,7 +114,7 @@ class FedYolo(Method):
             msgs[c.id] = pack(on=on, tasks=held, **mine)
         return (yield Ask(self.score, msgs))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg, client):
         known = {t: part(msg, str(i)) for i, t in enumerate(msg["tasks"])}
         each = [client.score(known.get(t) or client.model.initial(), on=msg["on"], only={self.by: t} if t else None)

@@ -69,7 +69,7 @@ class FFALoRA(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg, client):
         return client.score({**client.once(FFALoRA.start, self, client.model), **part(msg, "theta")}, on=msg["on"])
 

@@ -57,6 +57,10 @@ class FwdLLM(Method):
     lr: float = knob(0.01, "the server's rate", gt=0)
     law: Literal["gaussian", "rademacher"] = knob("gaussian", "distribution of a direction's entries", options=LAWS)
 
+    @property
+    def repeats(self) -> int:
+        return self.most + 1
+
     def init(self, model: Any) -> State:
         theta = model.initial()
         return {"theta": theta, "gradient": torch.zeros(len(flat(theta))), "round": 0, "asked": [], "forced": 0}

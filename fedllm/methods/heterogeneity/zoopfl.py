@@ -138,7 +138,7 @@ class ZooPFL(BlackBox):
     def served(self, state: State) -> tuple[Tree, None]:
         return state["theta"], None
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         theta, rows = around.exact(part(msg, "theta")), client.encode(client.held_out(msg["on"]))
         if not rows:

@@ -36,6 +36,7 @@ class FedRAG(Asking):
               "all its scores, and the first `snippet` "
               "characters of their TEXT: of all of them, or (text='picked') of those alone that the server reads",
         needs="rows that are documents; for generation a text model at the server; the extra `rag` for BM25",
+        kinds=("text",),
         claim=Claim("the merged list holds more of the wanted documents than a site finds among its own",
                     rig="federated_search", metric="recall_gain", holds=">", threshold=0.3, wins=5),
         evidence="Written from a dossier. Selection of sites and re-ranking are not here. Where no document is held "

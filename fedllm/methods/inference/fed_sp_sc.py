@@ -31,7 +31,7 @@ class FedSPSC(Asking):
         paper="Liu, Pang, Fan, Federated Prompting and Chain-of-Thought Reasoning, KSEM 2023, arXiv 2304.13911",
         topic="prompt learning: chain of thoughts",
         sends="up: questions, or two hashes of each and the text of those that match; down: the answer",
-        needs="a text model, ours or an endpoint; no training",
+        needs="a text model, ours or an endpoint; no training", kinds=("text",),
         claim=Claim("a vote over five wordings is right more often than the mean single wording",
                     rig="synonyms", metric="gain", holds=">", threshold=0.0, wins=5),
         evidence="written from a dossier, not the paper; no code is public. Ours: prompts, hashes, thresholds")

@@ -87,7 +87,7 @@ class FedLoRAWu(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: pack(theta=state["theta"], on=on) for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg, client):
         both = {"sigma": part(msg, "theta"), "tau": self.tau(client)}
         return client.score(pack(**(both if self.use == "both" else {self.use: both[self.use]})), on=msg["on"])

@@ -33,6 +33,7 @@ class FedGFPT(BlackBox):
         sends="up: n token ids (2n bytes); down: Phi ids and 16-bit coefficients a position (4 n Phi bytes), or the "
               "whole prompt to a client that missed a round",
         needs="the losses of rows under prompt embeddings and the token embeddings (space soft_prompt); no gradients",
+        kinds=("tokens",),
         claim=Claim("on a small language model of four grammars, clients of one of them: the loss on unseen rows is "
                     "below that of the untuned prompt", rig="grammar_prompt", metric="gain", holds=">", threshold=0.0,
                     wins=4),
@@ -138,7 +139,7 @@ class FedGFPT(BlackBox):
     def served(self, state: State) -> tuple[dict[str, Tensor], None]:
         return {NAME: state["prompt"]}, None
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         theta, kept = part(msg, "theta"), client.memory.get("search")
         return client.score(self.own(kept["mean"], theta, client) if kept else theta, on=msg["on"])

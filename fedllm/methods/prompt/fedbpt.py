@@ -124,7 +124,7 @@ class FedBPT(BlackBox):
         msg = {"mean": fp32(state["search"]["mean"].numpy()), "scale": state["scale"], "on": on}
         return (yield Ask(self.score, {c.id: msg for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg: Payload, client: Any) -> Payload:
         first = client.model.initial()
         return client.score(client.once(prompt, msg["mean"].double(), first, msg["scale"], self.seed), on=msg["on"])

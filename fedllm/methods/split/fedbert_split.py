@@ -43,6 +43,10 @@ class FedBERTSplit(Method):
     cut: int = knob(0, "blocks that clients hold before the middle, and as many behind it", ge=0)
     steps: int = knob(4, "steps of a round", ge=1)
 
+    @property
+    def repeats(self) -> int:
+        return self.steps  # each step asks for `top` and `turn` once
+
     def check(self, model) -> None:
         self.cuts(model)
 

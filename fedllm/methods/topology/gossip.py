@@ -90,8 +90,8 @@ class Gossip(Method):
                        "envelopes": [wrote[d]["envelopes"][links[d].index(c)] for d in heard],
                        **pack(letter={str(i): wrote[d]["letter"] for i, d in enumerate(heard)})}
         out = yield Ask(self.mix, msgs)
-        for why in [why for reply in out.values() for why in reply["broken"]]:
-            log.warning("round %s: %s", sid, why)
+        for c, peer in [(c, peer) for c, reply in out.items() for peer in reply["broken"]]:
+            log.warning("round %s: client '%s' cannot open the letter of '%s'", sid, c, peer)
         return {**state, "round": state["round"] + 1}
 
     def neighbors(self, ids: Sequence[str], t: int) -> dict[str, list[str]]:
@@ -99,11 +99,11 @@ class Gossip(Method):
             return joined(ids, ((a, b) for a, b in self.edges if a in ids and b in ids))
         return graph_of(self.graph, ids, self.degree, self.graph_seed, t if self.redraw else 0)
 
-    @on_client()
+    @on_client(sealed=True)
     def greet(self, msg, client):
         return {"key": letters.greet(client, msg["sid"], self.keys)}
 
-    @on_client()
+    @on_client(sealed=True)
     def local(self, msg, client):
         theta = client.memory.get("theta") or client.model.initial()
         if not self.tracking:
@@ -133,7 +133,8 @@ class Gossip(Method):
                 theirs = letters.unseal(client, msg["sid"], peer, key, sealed[str(i)], envelope, self.keys, like=mine)
                 opened.append((w, theirs))
             except PayloadError as error:
-                broken.append(str(error))
+                log.warning("%s", error)
+                broken.append(peer)
         letters.forget(client)
         mean = mixed(mine, opened)
         client.memory["theta"] = part(mean, "theta")
@@ -145,6 +146,6 @@ class Gossip(Method):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: pack(on=on) for c in clients}))
 
-    @on_client()
+    @on_client(test=True)
     def score(self, msg, client):
         return client.score(client.memory.get("theta") or client.model.initial(), on=msg["on"])

@@ -44,6 +44,10 @@ class Hierarchical(Branching, Method):
     )
     kappa_2: int = knob(1, "edge rounds to one round of the cloud", ge=1)
 
+    @property
+    def repeats(self) -> int:
+        return self.kappa_2
+
     def init(self, model) -> State:
         return {"theta": model.initial(), "wide_area": {"up": 0, "down": 0}}
 
