@@ -78,7 +78,7 @@ class InProcess:
     def send(self, asks: Sequence[Ask]) -> list[Replies]:
         if self.timed or any(ask.enough is not None or ask.flight is not None for ask in asks):
             return self.clock.send(asks)
-        folds = [Fold(ask, self.quorum) for ask in asks]
+        folds = [Fold(ask, self.quorum, rows={c: i.n for c, i in self.infos.items()}) for ask in asks]
         for job, reply in self.answers(self.jobs(folds)):
             self.land(job.fold, job.client, reply if isinstance(reply, str) else self.cross("up", job, reply))
         return [self.close(fold) for fold in folds]

@@ -52,9 +52,11 @@ class ServerTree(Branching, Layer):
             raise CompositionError(f"server_tree and '{ask.phase}' do not fit together: it takes the first answers "
                                    "that come, and an edge does not know which these are; leave the tree out")
         own = ask.reducer == ask.fn.__dict__.get("reduce")
+        form = ask.lifted() if own else ask.form
         reduce = Lifted() if own else ask.reducer  # a layer's own: lifted, masked or encrypted, and still a summand
         places = self.places(list(ask.msgs))
-        outs = yield [replace(ask, msgs={c: {**ask.msgs[c], OWN + "lift": own} for c in mine}, reduce=reduce, quorum=0)
+        outs = yield [replace(ask, msgs={c: {**ask.msgs[c], OWN + "lift": own} for c in mine}, reduce=reduce, quorum=0,
+                              form=form)
                       for mine in places.values()]
         answered = {c for out in outs for c in out.answered}
         missing = {c: why for out in outs for c, why in out.missing.items()}

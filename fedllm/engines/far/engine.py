@@ -16,7 +16,6 @@ from typing import Any
 from fedllm.core.ask import ClientId
 from fedllm.core.client import SERVER
 from fedllm.core.errors import PayloadError
-from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload
 from fedllm.core.record import Record
 from fedllm.engines.client import carry_out
@@ -44,7 +43,7 @@ class Flare(InProcess):
         """`sites` carries the messages; `loopback` means nothing here, since every message becomes bytes."""
         self.sites = sites
         self._reminded = False
-        self.door = door or Door.of(world.model, coded=any(isinstance(s, Layer) for s in stack[1:]))
+        self.door = door or Door.of(world.model)
         self._heard: deque[tuple[str, dict[str, Any]]] = deque()
         super().__init__(stack, world, record, quorum=quorum)
 
