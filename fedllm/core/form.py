@@ -69,7 +69,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "summand": ("a tensor or a finite number", lambda v: isinstance(v, Tensor) or _number(v)),
     "bytes": ("bytes", lambda v: isinstance(v, bytes | bytearray)),
     "blobs": ("a list of bytes", _all(lambda x: isinstance(x, bytes | bytearray))),
-    "layouts": ("lists of numbers", lambda v: isinstance(v, list | tuple) and all(map(_number, v))),
+    "places": ("lists of numbers, or tensors of whole numbers", lambda v: _whole(v) or _all(_number)(v)),
     "layout": ("a list of names and numbers", _nested(lambda x: _number(x) or (isinstance(x, str) and len(x) <= 256))),
 }
 """Kind of a part -> what it is in words, and whether a leaf is one. Those in `MANY` stand under `<part>/<name>`.
@@ -78,7 +78,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 `rows` is a count of the client's own rows: at most `MORE` times what it declared when it joined. `summand` is what a
 sum takes.
 """
-MANY = ("tree", "some", "tensors", "wholes", "layouts")
+MANY = ("tree", "some", "tensors", "wholes", "places")
 TEXT = ("text", "texts")
 
 

@@ -21,11 +21,10 @@ def functions():
     found = {}
     for one in pkgutil.walk_packages(fedllm.__path__, "fedllm."):
         if not one.name.startswith(("fedllm.cli", "fedllm.federation")):
-            modules = [importlib.import_module(one.name)]
-            for _, kind in (pair for m in modules for pair in inspect.getmembers(m, inspect.isclass)):
-                for name, fn in vars(kind).items():
-                    if getattr(fn, "__dict__", {}).get("runs_on_client"):
-                        found[f"{kind.__name__}.{name}"] = fn
+            for _, kind in inspect.getmembers(importlib.import_module(one.name), inspect.isclass):
+                if kind.__module__ == one.name:
+                    found |= {f"{kind.__name__}.{n}": fn for n, fn in vars(kind).items()
+                              if inspect.isfunction(fn) and fn.__dict__.get("runs_on_client")}
     for name in registry.METHODS:
         kind = registry.method_class(name)
         found |= {f"{kind.__name__}.{n}": fn for n, fn in inspect.getmembers(kind, inspect.isfunction)
