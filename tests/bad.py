@@ -16,8 +16,8 @@ JUNK: tuple[Any, ...] = (
     torch.zeros(2, 2), torch.ones(3, dtype=torch.int64), torch.tensor([-5]), torch.tensor([2**62]),
     torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.complex64), torch.zeros(1, 2, 3, 4),
     [["x", "float32", 10**6, 10**6, 10**6]], [["x", "float32", -2, -3]], [["x", "nonsense", 2]], "[[", "[[1],2]")
-KEYS = ("n", "loss", "delta", "delta/x", "theta/x", "note/x", "note/mean", "note/energy", "refused", "ring", "layout", "",
-        "/", "a/b/c", "x" * 5000, 7, None, ("a",), b"n")
+KEYS = ("n", "loss", "delta", "delta/x", "theta/x", "note/x", "note/mean", "note/energy", "refused", "ring", "layout",
+        "", "/", "a/b/c", "x" * 5000, 7, None, ("a",), b"n")
 
 
 def junk(rnd: random.Random) -> Any:

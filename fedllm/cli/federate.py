@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fedllm.core.errors import FedLLMError, RecipeError
 
@@ -21,7 +22,7 @@ HERE = Path("federation")
 
 
 def _refuse(error: FedLLMError) -> typer.Exit:
-    console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+    console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
     return typer.Exit(1)
 
 
@@ -104,10 +105,12 @@ def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="P
     if as_json:
         out.print_json(json.dumps(now))
         return
-    out.print(f"{now['run']}: {now['state']}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
-              f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False)
+    out.print(f"{now['run']}: {plain(now['state'])}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
+              f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False,
+              markup=False)
     for site, said in now["sites"].items():
-        out.print(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip(),
+        out.print(f"  {plain(site)}: {said['state']}, {said['missing']} answers missing, "
+                  f"{said['refused']} refused {said['why']}".rstrip(),
                   highlight=False, markup=False)
 
 

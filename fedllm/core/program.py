@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, ClientId, Program, Replies
 from fedllm.core.client import SERVER
-from fedllm.core.errors import PayloadError, QuorumError
+from fedllm.core.errors import PayloadError, QuorumError, plain
 from fedllm.core.form import KINDS
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload, length, non_finite, part
@@ -146,7 +146,7 @@ class Fold:
 
     def miss(self, client: ClientId, why: str) -> None:
         """This client gives no answer, or none that counts."""
-        self.missing[client] = why
+        self.missing[client] = plain(why)
 
     def take(self, client: ClientId, reply: Payload, seconds: float | None = None) -> bool:
         """One answer, and how long it took where the engine says so; whether it may count."""
@@ -155,7 +155,7 @@ class Fold:
             pile = self._fold(reply)
         except Exception as error:  # whatever a stranger's reply does to the fold, the round goes on
             why = str(error) if isinstance(error, PayloadError) else f"{type(error).__name__}: {error}"
-            self.miss(client, f"reply refused: {why[:300]}")
+            self.miss(client, f"reply refused: {why}")
             return False
         pile.clients.append(client)
         self.taken.append(client)

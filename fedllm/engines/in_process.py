@@ -9,7 +9,7 @@ from typing import Any
 
 from fedllm.core.ask import Ask, ClientId, Replies
 from fedllm.core.client import SERVER, Fleet
-from fedllm.core.errors import ClientError, FedLLMError, Withheld
+from fedllm.core.errors import ClientError, FedLLMError, Withheld, plain
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
@@ -87,6 +87,7 @@ class InProcess:
         """Fold a reply that has come, or book why there is none."""
         told = {} if seconds is None else {"seconds": seconds}
         if isinstance(reply, str):
+            reply = plain(reply)
             self.record.emit("missing", round=self.round, phase=fold.ask.phase, client=client, why=reply, **told)
             return fold.miss(client, reply)
         if not fold.take(client, reply, seconds):
@@ -98,7 +99,7 @@ class InProcess:
     def close(self, fold: Fold) -> Replies:
         """What came of an ask; whose reply the others' outvote is written down."""
         for client, why in fold.outvoted().items():
-            self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client, why=why)
+            self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client, why=plain(why))
         return fold.done()
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:

@@ -61,7 +61,7 @@ class FedDPO(Star):
         said = client.measure(theta, [*better, *worse], log_likelihood)[:, 0]
         return said[: len(better)] - said[len(better) :]
 
-    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss: number")
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         theta = part(msg, "theta")
         better, worse = self.pairs(client, client.data)

@@ -42,7 +42,7 @@ class FedExLoRA(Star):
     def down(self, state: State, client):
         return pack(theta=state["theta"]) | news(state, client.id)
 
-    @on_client(reduce=Products(means=True), gives="theta: tree, n: rows, scale: count, loss: number")
+    @on_client(reduce=Products(means=True), gives="theta: tree, n: rows, scale: count, loss?: number")
     def local(self, msg, client):
         space = client.model.space
         fitted = client.fit(part(msg, "theta"), base=held(client, msg))  # W <- W + s R

@@ -43,7 +43,7 @@ class FloraStacking(Star):
     def down(self, state: State, client):
         return pack(heads=split_heads(state["theta"])) | news(state, client.id, self.downlink == "dense")
 
-    @on_client(reduce=Products(), gives="theta: tensors, n: rows, scale: count, loss: number")
+    @on_client(reduce=Products(), gives="theta: tensors, n: rows, scale: count, loss?: number")
     def local(self, msg, client):
         base = held(client, msg)  # W <- W + B* A*
         rank = client.profile.rank or client.model.space.rank

@@ -119,7 +119,7 @@ class FedMD(Method):
             w = torch.from_numpy(here).to(z.dtype)
         return {"z": z * w, "w": w}
 
-    @on_client(reduce=Mean(by="uniform"), gives="loss: number, gap: number")
+    @on_client(reduce=Mean(by="uniform"), gives="loss?: number, gap: number")
     def local(self, msg, client):
         rows = self.rows(client, msg["t"])
         met = client.fit(client.memory["theta"], on=rows, steps=self.digest_steps, objective=Match(),

@@ -44,7 +44,7 @@ class DatasetGrouper(Star):
         theta = model.initial()
         return {"theta": theta, "m": zeros_like(theta), "v": zeros_like(theta), "t": 0}
 
-    @on_client(reduce=Mean("uniform"), gives="gradient: tree, loss: number")
+    @on_client(reduce=Mean("uniform"), gives="gradient: tree, loss?: number")
     def local(self, msg, client):
         theta, tau = part(msg, "theta"), client.training.count(client.n)
         if self.algorithm == "fedavg":

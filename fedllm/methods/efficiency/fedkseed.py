@@ -58,7 +58,7 @@ class FedKSeed(Seeds):
             return need(reply["G"].shape == (self.K,), f"'G' has shape {tuple(reply['G'].shape)}, allowed is {self.K}")
         scalars(reply, self.K)
 
-    @on_client(reduce=Pools(), gives="K?: count, at?: whole, g?: tensor, G?: tensor, n: rows, loss: number", fits=fits)
+    @on_client(reduce=Pools(), gives="K?: count, at?: whole, g?: tensor, G?: tensor, n: rows, loss?: number", fits=fits)
     def local(self, msg, client):
         drawn = client.rng("fedkseed").integers(self.K, size=self.steps)
         went = self.walk(msg, client, drawn)

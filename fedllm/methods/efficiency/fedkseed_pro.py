@@ -66,7 +66,7 @@ class FedKSeedPro(Seeds):
     def fits(self, msg, reply):
         scalars(reply, self.K)
 
-    @on_client(reduce=Histories(1000.0), gives="K: count, at: whole, g: tensor, n: rows, loss: number", fits=fits)
+    @on_client(reduce=Histories(1000.0), gives="K: count, at: whole, g: tensor, n: rows, loss?: number", fits=fits)
     def local(self, msg, client):
         drawn = client.rng("fedkseed").choice(self.K, size=self.steps, p=checked(msg["p"], self.K))
         went = self.walk(msg, client, drawn)

@@ -94,7 +94,7 @@ class FedMeZO(Star):
         need(reply["g"].shape == (self.steps,), f"'g' has shape {tuple(reply['g'].shape)}, allowed is {self.steps}")
 
     @on_client(reduce=Moves("gaussian"), gives="move?: tensor, seed?: integer, lr?: number, P?: count, g?: tensor, "
-                                               "n: rows, loss: number, note/score?: number",
+                                               "n: rows, loss?: number, note/score?: number",
                fits=fits)
     def local(self, msg, client):
         if self.up == "scalars" and client.training.weight_decay:

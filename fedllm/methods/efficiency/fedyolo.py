@@ -87,7 +87,7 @@ class FedYolo(Method):
     def enroll(self, msg, client):
         return {"tasks": sorted(self.tasks(client))}
 
-    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss: number")
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta, tokens = part(msg, "theta"), client.tokens
         rows = self.tasks(client)[msg["task"]]

@@ -56,7 +56,7 @@ class FFALoRA(Star):
     def down(self, state: State, client):
         return pack(theta=moving(state["theta"]))
 
-    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss: number")
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = {**client.once(FFALoRA.start, self, client.model), **part(msg, "theta")}
         fitted = client.fit(theta, freeze=["*." + A])

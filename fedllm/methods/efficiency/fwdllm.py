@@ -87,7 +87,7 @@ class FwdLLM(Method):
         shape = tuple(reply["jvp"].shape)
         need(shape == (self.perturbations,), f"'jvp' is of shape {shape}; allowed is ({self.perturbations},)")
 
-    @on_client(gives="jvp: tensor, n: rows, loss: number", fits=fits)
+    @on_client(gives="jvp: tensor, n: rows, loss?: number", fits=fits)
     def perturb(self, msg: Payload, client: Any) -> Payload:
         """jvp_i = (L(w + h v_i) - L(w - h v_i)) / 2h, on the round's batch: the same one however often it is asked."""
         like: Tree = part(msg, "theta")

@@ -102,7 +102,7 @@ class HetLoRA(Star):
         want = {n: tuple(t.shape) for n, t in first_ranks(theta, r).items()}
         need({n: tuple(t.shape) for n, t in delta.items()} == want, f"'delta' does not have the shapes of rank {r}")
 
-    @on_client(reduce=Padded(), gives="delta: tensors, cover: tensor, rank_max: count, n: count, loss: number",
+    @on_client(reduce=Padded(), gives="delta: tensors, cover: tensor, rank_max: count, n: count, loss?: number",
                fits=fits)
     def local(self, msg, client):
         theta = part(msg, "theta")  # A[:r_k], B[:, :r_k]

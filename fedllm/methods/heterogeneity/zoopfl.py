@@ -88,7 +88,7 @@ class ZooPFL(BlackBox):
         out = yield Ask(self.pretrain, {c.id: self.down(state, c) for c in clients})
         return {**self.merge(state, out), "round": state["round"] + 1}
 
-    @on_client(reduce=Mean(), gives="theta: some, n: rows, loss: number")
+    @on_client(reduce=Mean(), gives="theta: some, n: rows, loss?: number")
     def pretrain(self, msg: Payload, client: Client) -> Payload:
         """min ||x - s([q(x), 0])||^2 over the embeddings of the client's tokens; nothing is asked of the box."""
         x = client.model.words[torch.from_numpy(np.concatenate([r.ids for r in client.tokens])).long()].float()
@@ -102,7 +102,7 @@ class ZooPFL(BlackBox):
             adam.step()
         return pack(theta={n: t.detach() for n, t in learned.items()}, n=client.n, loss=float(loss.detach()))
 
-    @on_client(reduce=Mean(), gives="theta: some, n: rows, loss: number, " + TOLD)
+    @on_client(reduce=Mean(), gives="theta: some, n: rows, loss?: number, " + TOLD)
     def local(self, msg: Payload, client: Client) -> Payload:
         theta, meter, rng = around.exact(part(msg, "theta")), Meter(client), client.rng("zoopfl")
         own, rows, loss = self.own(theta, client), client.tokens, 0.0

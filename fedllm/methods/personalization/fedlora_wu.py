@@ -57,7 +57,7 @@ class FedLoRAWu(Star):
         self.check(model)
         return {"theta": part(model.initial(), "sigma")}
 
-    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss: number")
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         sigma, tau = part(msg, "theta"), self.tau(client)
         theta, steps = pack(sigma=sigma, tau=tau), client.training.count(client.n)

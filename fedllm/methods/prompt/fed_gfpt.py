@@ -19,7 +19,7 @@ from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, part
 from fedllm.local.evolve import Search, rank_weights
 from fedllm.methods._blackbox import TOLD, BlackBox, Meter, empty_ledger, prompt, usual_ids
-from fedllm.methods._token_prompt import NAME, SHORTLIST, held, moved, nearest, short, sparse, stamp, whole
+from fedllm.methods._token_prompt import NAME, SHORTLIST, held, moved, nearest, readable, short, sparse, stamp
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class FedGFPT(BlackBox):
     def fits(self, msg: Payload, reply: Payload) -> None:
         need(reply["ids"].dim() == 1, f"'ids' has shape {tuple(reply['ids'].shape)}, allowed is one list")
 
-    @on_client(gives="ids: whole, loss: number, " + TOLD, fits=fits)
+    @on_client(gives="ids: whole, loss?: number, " + TOLD, fits=fits)
     def local(self, msg: Payload, client: Client) -> Payload:
         p, meter, rng = held(msg, client).clone(), Meter(client), client.rng("fed_gfpt")
         table, usual = client.model.words.float(), torch.from_numpy(usual_ids(client.model)).long()
@@ -115,7 +115,8 @@ class FedGFPT(BlackBox):
 
     def merge(self, state: State, out: Replies) -> State:
         table, before = state["table"], state["prompt"]
-        sent = torch.stack([whole(out[c]["ids"], len(before), len(table)) for c in out.answered])  # [clients, n]
+        read = readable({c: out[c]["ids"] for c in out.answered}, len(before), len(table))
+        sent = torch.stack(list(read.values()))  # [clients, n]
         rest = table[sent].mean(0) - before  # R[t] = mean_k E[ids_kt] - p'[t]
         told = [sparse(r, table, self.phi, self.lasso_alpha) for r in rest]
         ids, w = torch.stack([i for i, _ in told]), torch.stack([w for _, w in told])  # [n, phi]

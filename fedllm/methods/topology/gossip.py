@@ -110,7 +110,7 @@ class Gossip(Method):
     def fits(self, msg, reply):
         aligned(reply, ("envelopes",), len(msg["to"]))
 
-    @on_client(gives="letter: whole, envelopes: blobs, loss: number", fits=fits)
+    @on_client(gives="letter: whole, envelopes: blobs, loss?: number", fits=fits)
     def local(self, msg, client):
         theta = client.memory.get("theta") or client.model.initial()
         if not self.tracking:
