@@ -66,3 +66,9 @@ class DidNothing(RunError):
 
 class BudgetSpent(RunError):
     """One more round would cost more than a budget allows: of privacy, or of calls of a model."""
+
+
+def plain(why: object, most: int = 300) -> str:
+    """A reason that another machine gave, for terminals and records: one line, printable, and no longer than this."""
+    text = "".join(c if c.isprintable() else " " for c in str(why)[: 4 * most])
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -236,7 +236,7 @@ class Method(Knobs):
         is no score of one model. Where a method has none, the server is tested by the very `score` that clients are."""
         raise NotImplementedError
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         return client.score(part(msg, "theta"), base=part(msg, "base") or None, on=msg["on"])
 

@@ -114,7 +114,8 @@ class DPFedAvg(Knobs, Layer):
         tell, common = told(ask, state["clip"], lift)
         out, total = Replies(), {}
         if chosen := self._draw(list(ask.msgs), noise_stream(self.seed, state, ask.phase, state["asked"], "cohort")):
-            out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted())
+            out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted(),
+                                form=ask.lifted())
             total = dict(out.value)
             state["shapes"] = [[k, list(v.shape)] for k, v in total.items()]
         else:

@@ -157,7 +157,8 @@ class DPFTRL(Knobs, Layer):
             raise QuorumError(f"{ask.phase}: all {len(ask.msgs)} clients asked took part less than {self.apart} rounds "
                               "ago; ask more of them (clients.per_round)")
         tell, common = told(ask, self.clip_norm, lift)
-        out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted())
+        out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted(),
+                            form=ask.lifted())
         noise = self._noise_of(dict(out.value), ask.phase, at, t, state)
         noisy = {k: v + noise[k] for k, v in out.value.items()}
         # fixed denominator: who answers must not move it

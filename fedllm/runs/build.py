@@ -90,7 +90,7 @@ def build(recipe: Recipe) -> Parts:
     federation = with_canaries(federation, recipe)
     layers = bound(layers, recipe, {c: len(s.train) for c, s in federation.clients.items()}, local)
     ids = list(federation.clients)
-    method.check_clients(ids, cohort_size(recipe.clients.per_round, len(ids)))
+    check_cohort(recipe, method, ids)
     need_public(recipe, method, len(federation.public))
     world = make_world(recipe, federation)
     check_acting(recipe, method)
@@ -262,6 +262,16 @@ def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], loca
 def make_facts(recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> Facts:
     """What layers may know of this run."""
     return Facts(rows, cohort_size(recipe.clients.per_round, len(rows)), recipe.rounds, local)
+
+
+def check_cohort(recipe: Recipe, method: Method, clients: Sequence[str]) -> None:
+    """RecipeError or CompositionError where so many clients a round cannot do what the recipe wants of them."""
+    asked = cohort_size(recipe.clients.per_round, len(clients))
+    quorum = recipe.clients.quorum
+    if isinstance(quorum, int) and quorum > asked:
+        raise RecipeError(f"clients.quorum = {quorum} is not allowed with {asked} clients a round (of {len(clients)}): "
+                          f"no round could count; it must be <= {asked}, or a share such as 1.0")
+    method.check_clients(clients, asked)
 
 
 def cohort_size(per_round: int | float, clients: int) -> int:

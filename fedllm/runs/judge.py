@@ -134,8 +134,8 @@ def mean_of(metrics: Mapping[str, Metrics]) -> Metrics | None:
     """The plain mean over clients; `n` is the sum."""
     if not metrics:
         return None
-    names = [n for n in next(iter(metrics.values())) if n != "n"]
     have = list(metrics.values())
+    names = [n for n in have[0] if n != "n" and all(n in m for m in have)]
     return {n: sum(m[n] for m in have) / len(have) for n in names} | {"n": sum(m["n"] for m in have)}
 
 

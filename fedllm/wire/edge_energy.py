@@ -115,7 +115,7 @@ class EdgeEnergy(Knobs, Layer):
 
     def server(self, ask: Ask, state: MutableMapping[str, Any]) -> Program:
         out = yield ask
-        told = {c: dict(zip(TOLD, n["energy"].tolist(), strict=True)) for c, n in out.notes.items() if "energy" in n}
+        told = heard(out)
         state["skipped"] = next((str(n["unmeasured"]) for n in out.notes.values() if "unmeasured" in n),
                                 state["skipped"])
         self.book(state["round"], told, ask, out)
@@ -161,9 +161,15 @@ class EdgeEnergy(Knobs, Layer):
                 "not_measured": skipped, "constants": constants}
 
 
-def joules_of(told: torch.Tensor) -> float:
+def heard(out: Replies) -> dict[str, dict[str, float]]:
+    """What clients say that their answers took; what is no such bill, or a negative one, is passed over."""
+    bills = {c: n.get("energy") for c, n in out.notes.items()}
+    return {c: dict(zip(TOLD, b.tolist(), strict=True)) for c, b in bills.items()
+            if isinstance(b, torch.Tensor) and b.shape == (len(TOLD),) and bool((b >= 0).all() and (b < 1e30).all())}
+
+
+def joules_of(t: Mapping[str, float]) -> float:
     """What one answer cost its client: computing, its end of the link, and idling while messages travel."""
-    t = dict(zip(TOLD, told.tolist(), strict=True))
     return t["compute_joules"] + t["radio_joules"] + t["idle_watts"] * (t["receive_seconds"] + t["send_seconds"])
 
 

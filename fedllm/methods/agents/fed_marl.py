@@ -65,7 +65,7 @@ class FedMARL(Star):
     def down(self, state: State, client) -> Payload:
         return pack(theta=state["theta"]) if self.share == "policy" else {"alone": True}
 
-    @on_client(reduce=Mean(by="uniform"))
+    @on_client(reduce=Mean(by="uniform"), gives="delta?: tree, n: rows, mean_return: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         start, rng, got = self.own(msg, client), client.rng("fed_marl"), []
         theta = start
@@ -104,7 +104,7 @@ class FedMARL(Star):
     def evaluate(self, state: State, clients: Sequence[Any], on: str) -> Program:
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         """Mean return in each environment, over the same episodes at every test, and how many were cut off."""
         rows = client.held_out(msg["on"])

@@ -61,7 +61,7 @@ class FedDPO(Star):
         said = client.measure(theta, [*better, *worse], log_likelihood)[:, 0]
         return said[: len(better)] - said[len(better) :]
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         theta = part(msg, "theta")
         better, worse = self.pairs(client, client.data)
@@ -75,7 +75,7 @@ class FedDPO(Star):
     def merge(self, state: State, out: Any) -> State:
         return {**state, "theta": add(state["theta"], part(out.value, "delta"))}
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         """The usual metrics on chosen answers; `preference` is the share of pairs whose chosen answer has gained more,
         half of the ties."""

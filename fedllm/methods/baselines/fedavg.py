@@ -30,7 +30,7 @@ class FedAvg(Star):
     weighting: Literal["n", "uniform"] = knob("n", "clients weigh by their examples, or all alike",
                                               options=("n", "uniform"))
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

@@ -29,7 +29,7 @@ class FedAvgM(Star):
     server_lr: float = knob(1.0, "eta_s, the server's step", gt=0)
     momentum: float = knob(0.9, "beta, share of the last step that is kept; 0 is FedAvg", ge=0, lt=1)
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

@@ -42,7 +42,7 @@ class FedExLoRA(Star):
     def down(self, state: State, client):
         return pack(theta=state["theta"]) | news(state, client.id)
 
-    @on_client(reduce=Products(means=True))
+    @on_client(reduce=Products(means=True), gives="theta: tree, n: rows, scale: count, loss?: number")
     def local(self, msg, client):
         space = client.model.space
         fitted = client.fit(part(msg, "theta"), base=held(client, msg))  # W <- W + s R
@@ -73,6 +73,6 @@ class FedExLoRA(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score(part(msg, "theta"), base=held(client, msg), on=msg["on"])

@@ -33,7 +33,7 @@ class FedIT(Star):
         need_lora(self, model)
         return super().init(model)
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

@@ -30,7 +30,7 @@ class FedProx(Star):
     trial = Trial({"mu": 0.1})
     mu: float = knob(0.01, "strength of the proximal term; 0 is FedAvg", ge=0)
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         terms = [Proximal(self.mu, theta)] if self.mu else []  # + mu/2 ||theta - theta_t||^2

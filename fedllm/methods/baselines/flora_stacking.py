@@ -43,7 +43,7 @@ class FloraStacking(Star):
     def down(self, state: State, client):
         return pack(heads=split_heads(state["theta"])) | news(state, client.id, self.downlink == "dense")
 
-    @on_client(reduce=Products())
+    @on_client(reduce=Products(), gives="theta: tensors, n: rows, scale: count, loss?: number")
     def local(self, msg, client):
         base = held(client, msg)  # W <- W + B* A*
         rank = client.profile.rank or client.model.space.rank
@@ -61,7 +61,7 @@ class FloraStacking(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score(part(msg, "heads"), base=held(client, msg), on=msg["on"])
 

@@ -50,7 +50,7 @@ class RoLoRA(Star):
         current = state["at"].get(client.id) == t  # it was there in the last round, so it lacks only what that changed
         return pack(theta=self.moving(theta, t - 1) if current else theta, round=t)
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tensors, n: rows, loss?: number")
     def local(self, msg, client):
         t = msg["round"]
         theta = {**client.memory.get("theta", {}), **part(msg, "theta")}

@@ -103,7 +103,7 @@ class FedMD(Method):
         at = numpy_stream(self.seed, "fedmd", t).choice(n, min(self.alignment, n), replace=False)
         return [client.public[i] for i in at]
 
-    @on_client(reduce=Mean(by="uniform"))
+    @on_client(reduce=Mean(by="uniform"), gives="z: tensor, w: tensor")
     def tell(self, msg, client):
         if "theta" not in client.memory:
             theta = client.model.initial()
@@ -119,7 +119,7 @@ class FedMD(Method):
             w = torch.from_numpy(here).to(z.dtype)
         return {"z": z * w, "w": w}
 
-    @on_client(reduce=Mean(by="uniform"))
+    @on_client(reduce=Mean(by="uniform"), gives="loss?: number, gap: number")
     def local(self, msg, client):
         rows = self.rows(client, msg["t"])
         met = client.fit(client.memory["theta"], on=rows, steps=self.digest_steps, objective=Match(),
@@ -131,6 +131,6 @@ class FedMD(Method):
     def evaluate(self, state: State, clients, on: str) -> Program:
         return (yield Ask(self.score, {c.id: pack(on=on) for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score(client.memory.get("theta") or client.model.initial(), on=msg["on"])

@@ -44,7 +44,7 @@ class CEFHRI(Star):
             raise CompositionError(f"method 'cefhri' recognizes classes, and the task is '{model.task}'; use "
                                    "data.task: classification, or method: fedavg with the space 'st_adapter'")
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import on_client
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, State, Trial
 from fedllm.core.payload import Payload, pack
 from fedllm.core.reduce import Mean, Sum
-from fedllm.methods._seeds import Seeds
+from fedllm.methods._seeds import Seeds, scalars
 
 
 class Pools(Sum):
@@ -51,7 +52,13 @@ class FedKSeed(Seeds):
     )
     trial = Trial({"K": 8, "steps": 3, "lr": 1e-3, "eps": 1e-3}, {"name": "full"}, rounding="divides by 2 eps")
 
-    @on_client(reduce=Pools())
+    def fits(self, msg, reply):
+        """All K sums, or sums of candidates that there are."""
+        if "G" in reply:
+            return need(reply["G"].shape == (self.K,), f"'G' has shape {tuple(reply['G'].shape)}, allowed is {self.K}")
+        scalars(reply, self.K)
+
+    @on_client(reduce=Pools(), gives="K?: count, at?: whole, g?: tensor, G?: tensor, n: rows, loss?: number", fits=fits)
     def local(self, msg, client):
         drawn = client.rng("fedkseed").integers(self.K, size=self.steps)
         went = self.walk(msg, client, drawn)

@@ -10,6 +10,7 @@ import torch
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part
 from fedllm.core.reduce import Mean, Sum
@@ -82,7 +83,19 @@ class FedMeZO(Star):
         msgs = {c.id: pack(theta=state["theta"], lr=rates.get(c.id, self.lr)) for c in clients}
         return self.merge(state, (yield Ask(self.local, msgs, reduce=Moves(self.law))))
 
-    @on_client(reduce=Moves("gaussian"))
+    def fits(self, msg, reply):
+        """A move as long as all trainables are together, or what it can be made from."""
+        size = sum(t.numel() for t in part(msg, "theta").values())
+        if "move" in reply:
+            return need(reply["move"].shape == (size,), f"'move' has shape {tuple(reply['move'].shape)}, not {size}")
+        need({"seed", "lr", "P", "g"} <= reply.keys(), "of 'seed', 'lr', 'P' and 'g' one is lacking")
+        need(reply["P"] == size, f"'P' is {reply['P']}, allowed is {size}")
+        need(reply["seed"] >= 0, f"'seed' is {reply['seed']}, allowed is a number from 0")
+        need(reply["g"].shape == (self.steps,), f"'g' has shape {tuple(reply['g'].shape)}, allowed is {self.steps}")
+
+    @on_client(reduce=Moves("gaussian"), gives="move?: tensor, seed?: integer, lr?: number, P?: count, g?: tensor, "
+                                               "n: rows, loss?: number, note/score?: number",
+               fits=fits)
     def local(self, msg, client):
         if self.up == "scalars" and client.training.weight_decay:
             raise CompositionError("fedmezo's scalars do not tell what weight decay did; use weight_decay = 0 or "
@@ -104,7 +117,8 @@ class FedMeZO(Star):
 
     def merge(self, state: State, out) -> State:
         keep = 5 if self.rates == "five" else 1
-        told = {c: [*state["seen"].get(c, []), note["score"]][-keep:] for c, note in out.notes.items()}
+        told = {c: [*state["seen"].get(c, []), note["score"]][-keep:] for c, note in out.notes.items()
+                if "score" in note}
         move = unflat(out.value["move"].to(flat(state["theta"]).dtype), state["theta"])
         return {"theta": add(state["theta"], move), "seen": {**state["seen"], **told}}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError, DataError, QuorumError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
@@ -14,6 +15,9 @@ from fedllm.spaces.full import Full
 
 FORGETS = {"rig": "two_tasks", "metric": "forgotten", "relative": "difference", "holds": "<=", "threshold": -0.10,
            "wins": 4}
+
+MOST_TASKS = 1000
+"""A client names no more tasks."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,15 @@ class FedYolo(Method):
             raise QuorumError(f"FedYolo.local: none of {len(clients)} clients answered for any of their tasks")
         return {**state, "modules": modules, "holds": holds}
 
-    @on_client()
+    def few(self, msg, reply):
+        need(len(set(reply["tasks"])) == len(reply["tasks"]) <= MOST_TASKS,
+             f"'tasks' names {len(reply['tasks'])}; allowed are {MOST_TASKS}, each once")
+
+    @on_client(gives="tasks: names", fits=few)
     def enroll(self, msg, client):
         return {"tasks": sorted(self.tasks(client))}
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta, tokens = part(msg, "theta"), client.tokens
         rows = self.tasks(client)[msg["task"]]
@@ -114,7 +122,7 @@ class FedYolo(Method):
             msgs[c.id] = pack(on=on, tasks=held, **mine)
         return (yield Ask(self.score, msgs))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         known = {t: part(msg, str(i)) for i, t in enumerate(msg["tasks"])}
         each = [client.score(known.get(t) or client.model.initial(), on=msg["on"], only={self.by: t} if t else None)

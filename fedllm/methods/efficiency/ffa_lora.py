@@ -56,7 +56,7 @@ class FFALoRA(Star):
     def down(self, state: State, client):
         return pack(theta=moving(state["theta"]))
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = {**client.once(FFALoRA.start, self, client.model), **part(msg, "theta")}
         fitted = client.fit(theta, freeze=["*." + A])
@@ -69,7 +69,7 @@ class FFALoRA(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score({**client.once(FFALoRA.start, self, client.model), **part(msg, "theta")}, on=msg["on"])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.errors import PayloadError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.rng import seed_of
@@ -87,7 +87,11 @@ class FwdLLM(Method):
         return {"theta": theta, "gradient": mean, "round": state["round"] + 1, "forced": state["forced"] + (not enough),
                 "asked": [*state["asked"], pool.count]}
 
-    @on_client()
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        shape = tuple(reply["jvp"].shape)
+        need(shape == (self.perturbations,), f"'jvp' is of shape {shape}; allowed is ({self.perturbations},)")
+
+    @on_client(gives="jvp: tensor, n: rows, loss?: number", fits=fits)
     def perturb(self, msg: Payload, client: Any) -> Payload:
         """jvp_i = (L(w + h v_i) - L(w - h v_i)) / 2h, on the round's batch: the same one however often it is asked."""
         like: Tree = part(msg, "theta")
@@ -109,8 +113,6 @@ class FwdLLM(Method):
 
     def gradients(self, seed: int, jvp: Tensor, last: Tensor | None, like: Tree) -> Iterator[Tensor]:
         """jvp_i v_i, from the scalars."""
-        if tuple(jvp.shape) != (self.perturbations,):
-            raise PayloadError(f"'jvp' is of shape {tuple(jvp.shape)}; allowed is ({self.perturbations},)")
         for g, v in zip(jvp.tolist(), directions(self.law, seed, self.perturbations, self.candidates, last, like),
                         strict=True):
             yield g * v

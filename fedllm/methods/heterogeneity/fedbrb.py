@@ -90,7 +90,7 @@ class FedBRB(Method):
                  "permuted": rng.permutation(clients) * b}[self.rolling]
         return [[int((at + j) % self.n_blocks) for j in range(b)] for at in first]
 
-    @on_client(reduce=Covered())
+    @on_client(reduce=Covered(), gives="delta: some, at: places, n: rows, loss?: number")
     def local(self, msg, client):
         sent = part(msg, "theta")
         whole = client.once(nothing, client.model)  # zeros in the shape of all trainables

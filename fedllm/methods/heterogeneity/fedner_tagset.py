@@ -56,7 +56,7 @@ class FedNERTagset(Star):
     def down(self, state: State, client: ClientInfo) -> Payload:
         return pack(theta=state["theta"], round=state["round"])
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="theta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         theta, rows = part(msg, "theta"), client.tokens
         labels = client.model.labels

@@ -66,7 +66,7 @@ class FlexLoRA(Star):
             tree[b_name], tree[a_name] = b * live.to(b.dtype), torch.where(live[:, None], a, spare)
         return tree
 
-    @on_client(reduce=Products())
+    @on_client(reduce=Products(), gives="theta: tree, n: rows, scale: count, loss?: number")
     def local(self, msg, client):
         fitted = client.fit(part(msg, "theta"))
         s_k = client.model.space.scale(rank_of(fitted.theta))

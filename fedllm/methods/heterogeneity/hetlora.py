@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Tree, pack, part, sub
 from fedllm.local.terms import sum_lanes
@@ -85,11 +86,24 @@ class HetLoRA(Star):
                                      for c, r in ranks.items()})
         return self.merge(state, out)
 
-    @on_client()
+    def holds(self, msg, reply):
+        r = reply["rank"]
+        need(isinstance(r, int) and 1 <= r <= msg["rank"], f"'rank' is {r}, allowed is 1 to {msg['rank']}")
+
+    @on_client(gives="rank: count", fits=holds)
     def rank(self, msg, client):
         return pack(rank=min(client.memory.get("rank", msg["rank"]), msg["rank"]))
 
-    @on_client(reduce=Padded())
+    def fits(self, msg, reply):
+        """The tensors that it was sent, of the first ranks of these."""
+        theta, delta, (r, *more) = part(msg, "theta"), part(reply, "delta"), reply["cover"].shape or (0,)
+        need(not more and reply["rank_max"] == msg["rank_max"] and 1 <= r <= rank_of(theta),
+             f"'cover' has shape {tuple(reply['cover'].shape)}, allowed is a rank of 1 to {rank_of(theta)}")
+        want = {n: tuple(t.shape) for n, t in first_ranks(theta, r).items()}
+        need({n: tuple(t.shape) for n, t in delta.items()} == want, f"'delta' does not have the shapes of rank {r}")
+
+    @on_client(reduce=Padded(), gives="delta: tensors, cover: tensor, rank_max: count, n: count, loss?: number",
+               fits=fits)
     def local(self, msg, client):
         theta = part(msg, "theta")  # A[:r_k], B[:, :r_k]
         r = rank_of(theta)

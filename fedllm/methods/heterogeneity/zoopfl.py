@@ -18,7 +18,7 @@ from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.reduce import Mean
 from fedllm.core.rng import torch_stream
 from fedllm.methods import _surgery as around
-from fedllm.methods._blackbox import BlackBox, Meter, empty_ledger
+from fedllm.methods._blackbox import TOLD, BlackBox, Meter, empty_ledger
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ZooPFL(BlackBox):
         out = yield Ask(self.pretrain, {c.id: self.down(state, c) for c in clients})
         return {**self.merge(state, out), "round": state["round"] + 1}
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="theta: some, n: rows, loss?: number")
     def pretrain(self, msg: Payload, client: Client) -> Payload:
         """min ||x - s([q(x), 0])||^2 over the embeddings of the client's tokens; nothing is asked of the box."""
         x = client.model.words[torch.from_numpy(np.concatenate([r.ids for r in client.tokens])).long()].float()
@@ -101,7 +101,7 @@ class ZooPFL(BlackBox):
             adam.step()
         return pack(theta={n: t.detach() for n, t in learned.items()}, n=client.n, loss=float(loss.detach()))
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="theta: some, n: rows, loss?: number, " + TOLD)
     def local(self, msg: Payload, client: Client) -> Payload:
         theta, meter, rng = around.exact(part(msg, "theta")), Meter(client), client.rng("zoopfl")
         own, rows, loss = self.own(theta, client), client.tokens, 0.0
@@ -138,7 +138,7 @@ class ZooPFL(BlackBox):
     def served(self, state: State) -> tuple[Tree, None]:
         return state["theta"], None
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         theta, rows = around.exact(part(msg, "theta")), client.encode(client.held_out(msg["on"]))
         if not rows:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER
+from fedllm.core.form import aligned
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.methods.asking import Asking
 from fedllm.models import questions as qa
@@ -134,17 +135,20 @@ class FedSPSC(Asking):
         return ([qa.Entry(c, *qa.skeleton(t), qa.one_line(t)) for c, r in out.items() for t in r.get("texts", ())]
                 + [qa.Entry(c, h[: qa.HASH], h[qa.HASH :]) for c, r in out.items() for h in r.get("hashes", ())])
 
-    @on_client()
+    @on_client(gives="texts?: texts, hashes?: names")
     def offer(self, msg, client):
         mine = qa.pooled(client.data)
         return {"texts": mine} if self.pool == "raw" else {"hashes": ["".join(qa.skeleton(t)) for t in mine]}
 
-    @on_client()
+    def whole(self, msg, reply):
+        aligned(reply, ("texts",), len(msg["wanted"]))
+
+    @on_client(gives="texts: texts", fits=whole)
     def reveal(self, msg, client):
         mine = {"".join(qa.skeleton(t)): t for t in qa.pooled(client.data)}
         return {"texts": [mine.get(h, "") for h in msg["wanted"]]}
 
-    @on_client()
+    @on_client(gives="")
     def told(self, msg, client):
         client.memory["answers"] = [*client.memory.get("answers", []), dict(msg)]
         return {}

@@ -57,7 +57,7 @@ class FedLoRAWu(Star):
         self.check(model)
         return {"theta": part(model.initial(), "sigma")}
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         sigma, tau = part(msg, "theta"), self.tau(client)
         theta, steps = pack(sigma=sigma, tau=tau), client.training.count(client.n)
@@ -87,7 +87,7 @@ class FedLoRAWu(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: pack(theta=state["theta"], on=on) for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         both = {"sigma": part(msg, "theta"), "tau": self.tau(client)}
         return client.score(pack(**(both if self.use == "both" else {self.use: both[self.use]})), on=msg["on"])

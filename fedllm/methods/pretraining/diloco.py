@@ -41,7 +41,7 @@ class DiLoCo(Star):
     inner_state: Literal["persist", "reset"] = knob("persist", "whether a client's optimizer goes on where it was",
                                                     options=("persist", "reset"))
 
-    @on_client(reduce=Mean("uniform"))
+    @on_client(reduce=Mean("uniform"), gives="delta: tree, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         theta = part(msg, "theta")
         if self.inner_state == "reset":

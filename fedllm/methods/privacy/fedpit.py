@@ -70,7 +70,7 @@ class FedPIT(Star):
             raise CompositionError("method 'FedPIT' and data.task = classification do not fit together: it invents "
                                    "instructions with responses; use data.task = generation")
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, synthetic: count")
     def local(self, msg, client):
         w, own = part(msg, "theta"), list(client.data)
         synthetic = self.invent(client, w, own)
@@ -89,7 +89,7 @@ class FedPIT(Star):
     def merge(self, state: State, out) -> State:
         return {**state, "theta": add(state["theta"], part(out.value, "delta"))}
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         """At home it is theta_pri that answers."""
         return client.score(client.memory.get("private") or part(msg, "theta"), on=msg["on"])

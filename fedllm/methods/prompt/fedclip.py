@@ -41,7 +41,7 @@ class FedCLIP(Star):
             raise CompositionError(f"method 'fedclip' trains the attention on image features, and space "
                                    f"'{type(model.space).__name__}' something else; space = 'feature_attention' works")
 
-    @on_client(reduce=Mean(by="uniform"))
+    @on_client(reduce=Mean(by="uniform"), gives="theta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         fitted = client.fit(part(msg, "theta"))  # min CE(exp(s) cos(I', T_c), y)
         return pack(theta=fitted.theta, n=client.n, loss=fitted.loss)

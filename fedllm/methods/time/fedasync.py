@@ -53,7 +53,7 @@ class FedAsync(Method):
         theta = tree_map(lambda x, y: ((1 - w) * x + self.alpha * y).to(x.dtype), state["theta"], theirs)
         return {**state, "theta": theta, "version": v + 1, **booked(state, out)}
 
-    @on_client()
+    @on_client(gives="theta: tree, version: count, n: rows, loss?: number")
     def local(self, msg, client):
         fitted = client.fit(part(msg, "theta"))
         return pack(theta=fitted.theta, version=msg["version"], n=1, loss=fitted.loss)

@@ -65,7 +65,7 @@ class FedBuff(Method):
         theta = add(state["theta"], part(out.value, "delta"), self.server_lr)
         return {**state, "theta": theta, "version": v + 1, **booked(state, out)}
 
-    @on_client()
+    @on_client(gives="delta: tree, version: count, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

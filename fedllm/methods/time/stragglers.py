@@ -60,7 +60,7 @@ class Stragglers(Method):
             d = scale(d, out.value["tau"])  # w <- w + tau_eff sum_k a_k d_k, tau_eff = sum_k a_k tau_k
         return {**state, "theta": add(state["theta"], d)}
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, tau: number, n: rows, loss?: number")
     def local(self, msg, client):
         theta, steps = part(msg, "theta"), client.training.count(client.n)
         if (budget := msg.get("budget")) is not None and client.pace:

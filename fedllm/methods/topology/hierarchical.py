@@ -80,7 +80,7 @@ class Hierarchical(Branching, Method):
                 "down": state["wide_area"]["down"] + len(links) * codec.size(pack(theta=state["theta"]))}
         return {**state, "theta": add(state["theta"], part(mean.done(total), "delta")), "wide_area": wide}
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)
