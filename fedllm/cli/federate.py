@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedllm.core.errors import FedLLMError, RecipeError
+from fedllm.core.errors import FedLLMError, RecipeError, plain
 
 app = typer.Typer(no_args_is_help=True, help="Run between organisations on different machines.")
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: one CA, and a kit for each site.")
