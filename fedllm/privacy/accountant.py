@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 Kind = Literal["pld", "rdp"]
 Sampling = Literal["none", "poisson", "fixed"]
 ORDERS = [1 + x / 10 for x in range(8, 100)] + [*range(11, 64), 96, 128, 256, 512]
-MOST_EPSILON = 1000.0
-"""No budget is larger."""
+MOST_EPSILON, LOOSE = 1000.0, 200.0
+"""No budget is larger; what is larger than the second is told by RDP alone."""
 COARSE = 300
 """Up to so many releases a grid of 1e-3 for the privacy loss is as good as one of 1e-4, and ten times as fast."""
 
@@ -138,7 +138,7 @@ def spent(rows: tuple[tuple[Any, ...], ...], delta: float, kind: Kind | None = N
             accountant.compose(Release(*fields).event, count)
         return float(accountant.get_epsilon(delta))
 
-    if use_rdp or (kind is None and by(RdpAccountant(ORDERS, relation)) > 2 * MOST_EPSILON):
+    if use_rdp or (kind is None and by(RdpAccountant(ORDERS, relation)) > LOOSE):
         # a bound that promises nothing either way, and tight figures of so little noise take minutes
         return by(RdpAccountant(ORDERS, relation))
     return by(PLDAccountant(relation, grid))
@@ -194,8 +194,8 @@ def check_budget(layer: Any) -> None:
 def check_epsilon(epsilon: float) -> None:
     """Raise RecipeError for an epsilon that promises nothing."""
     if not 0 < epsilon <= MOST_EPSILON:
-        raise RecipeError(f"epsilon = {epsilon!r} is not allowed; it must be > 0 and <= {MOST_EPSILON:g}: more promises "
-                          "nothing")
+        raise RecipeError(f"epsilon = {epsilon!r} is not allowed; it must be > 0 and <= {MOST_EPSILON:g}: more "
+                          "promises nothing")
 
 
 def check_delta(delta: float, units: int | None = None) -> None:
