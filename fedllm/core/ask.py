@@ -65,6 +65,10 @@ class Ask:
     opened: Callable[[ClientId, Payload], Payload] | None = None
     """Takes a layer's coding off a reply, before anything else is asked of it; raises PayloadError where it cannot."""
 
+    hidden: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Layer -> keys of a reply of which nobody but its clients can read the values by themselves: masked, encrypted or
+    sealed. The record says so."""
+
     @property
     def owner(self) -> Any:
         return self.fn.__self__  # type: ignore[attr-defined]

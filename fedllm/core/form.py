@@ -63,6 +63,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "numbers": ("a list of finite numbers", _all(_number)),
     "text": ("text", lambda v: isinstance(v, str)),
     "texts": ("a list of texts", _all(lambda x: isinstance(x, str))),
+    "code": ("a text of the protocol", lambda v: isinstance(v, str)),
     "name": ("a name", lambda v: isinstance(v, str) and len(v) <= 256),
     "names": ("a list of names", _all(lambda x: isinstance(x, str) and len(x) <= 256)),
     "mask": ("a tensor of true and false, or of whole numbers", lambda v: _whole(v) or _of_bits(v)),
@@ -74,12 +75,13 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """Kind of a part -> what it is in words, and whether a leaf is one. Those in `MANY` stand under `<part>/<name>`.
 
-`text` and `texts` are what people or models wrote; `name`, `names` and `layout` are of the protocol (ids, keys).
+`text` and `texts` are what people or models wrote; `code`, `name`, `names` and `layout` are of the protocol (ids).
 `rows` is a count of the client's own rows: at most `MORE` times what it declared when it joined. `summand` is what a
 sum takes.
 """
 MANY = ("tree", "some", "tensors", "wholes", "places")
 TEXT = ("text", "texts")
+CODES = ("code", "name", "names", "layout")
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,28 @@ def _what(v: Any) -> str:
     if isinstance(v, Tensor):
         return f"a tensor of {str(v.dtype).removeprefix('torch.')}"
     return f"{v!r:.40}" if isinstance(v, int | float) else type(v).__name__
+
+
+def crossing(payload: Payload, form: Form | None, hidden: Mapping[str, frozenset[str]]) -> dict[str, str]:
+    """What a reply holds in the clear, in words (`clear`), and by which layer other parts of it cannot be read
+    (`hidden`). Text that its form calls a name or a layout is of the protocol; other text is somebody's."""
+    clear, behind = set[str](), set[str]()
+    for key, v in payload.items():
+        if layers := [name for name, keys in hidden.items() if key in keys]:
+            behind.update(layers)
+            continue
+        part = form.part_of(key) if form is not None and isinstance(key, str) else None
+        kind = form.parts[part] if form is not None and part else ""
+        clear |= {"names"} if kind in CODES else _words(v)
+    return {k: ", ".join(sorted(v)) for k, v in (("clear", clear), ("hidden", behind)) if v}
+
+
+def _words(v: Any) -> set[str]:
+    if isinstance(v, list | tuple):
+        return set().union(*map(_words, v)) if v else set()
+    if isinstance(v, Tensor):
+        return {"tensors"}
+    return {"text" if isinstance(v, str) else "bytes" if isinstance(v, bytes | bytearray) else "numbers"}
 
 
 def need(holds: bool, why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -50,6 +51,10 @@ class Knobs:
             raise RecipeError(f"{path}: {error}") from None
 
 
+LARGEST, LONGEST = 1e15, 100_000
+"""No knob is a larger decimal number, or a longer text."""
+
+
 def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind: Any = "") -> None:
     """Raise RecipeError naming the knob, the value and what is allowed."""
     limits = [f"{sign} {meta[op]}" for op, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
@@ -59,12 +64,10 @@ def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind:
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None and "None" in kind:
         return
-    wants_int = kind.replace(" ", "") in ("int", "int|None")
     bad = (
-        (meta.get("options") and value not in meta["options"])
+        (meta.get("options") and not any(type(value) is type(o) and value == o for o in meta["options"]))
         or (limits and not numeric)
-        or (wants_int and (isinstance(value, bool) or not isinstance(value, int)))
-        or (kind == "bool" and not isinstance(value, bool))
+        or not any(_is_of(one.strip(), value) for one in re.split(r"\|(?![^\[]*\])", kind))
         or (numeric and (
             (meta.get("ge") is not None and not value >= meta["ge"])
             or (meta.get("gt") is not None and not value > meta["gt"])
@@ -72,7 +75,25 @@ def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind:
             or (meta.get("lt") is not None and not value < meta["lt"])))
     )
     if bad:
-        raise RecipeError(f"{owner}.{name} = {value!r} is not allowed; it must be {allowed or kind}")
+        raise RecipeError(f"{owner}.{name} = {value!r:.200} is not allowed; it must be {allowed or kind}"
+                          + (f" ({kind})" if limits and not meta.get("options") else ""))
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value is of one of the types that knobs are annotated with; of others nothing is known here."""
+    if kind == "None":
+        return value is None
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind in ("int", "float"):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return whole or (kind == "float" and isinstance(value, float) and abs(value) <= LARGEST)
+    if kind == "str":
+        return isinstance(value, str) and len(value) <= LONGEST and "\0" not in value
+    if kind.startswith("tuple"):
+        of = kind[len("tuple["):].partition(",")[0] if "[" in kind else ""
+        return isinstance(value, tuple | list) and all(not of or _is_of(of, v) for v in value)
+    return not kind.startswith("Mapping") or isinstance(value, Mapping)
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class OfficeSpec(BaseModel):
     """The knobs of the synthetic office; what is left out takes the office's own default."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
-    clients: Annotated[int, Field(ge=1)] = 8
+    clients: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 8
     """Number of institutions."""
-    rows: Annotated[int, Field(ge=1)] = 200
+    rows: Annotated[int, Field(ge=1, le=10**7, strict=True)] = 200
     """Training rows of each institution, on average."""
     label_skew: Annotated[float, Field(gt=0)] | None = None
     """Dirichlet concentration over kinds of record: 0.1 is harsh, 100 nearly even; none is even."""
@@ -49,7 +49,7 @@ class OfficeSpec(BaseModel):
     """Rows of the global test."""
     client_test_rows: Annotated[int, Field(ge=0)] = 40
     """Test rows of each institution."""
-    categories: Annotated[int, Field(ge=1)] = 12
+    categories: Annotated[int, Field(ge=1, le=10**4, strict=True)] = 12
     """Number of kinds of record."""
     public_rows: Annotated[int, Field(ge=0)] = 0
     """Rows that belong to nobody, for methods that train at the server."""
@@ -58,7 +58,7 @@ class OfficeSpec(BaseModel):
 class DataSpec(BaseModel):
     """The `data` section of a recipe: where rows come from, what they become, and who holds which."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
     source: str | list[str] = "office"
     """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`,
@@ -84,9 +84,9 @@ class DataSpec(BaseModel):
     """How rows are shared out: `kind` (iid, dirichlet, shards, quantity, by_key, per_file, by_cluster) and knobs."""
     client_test: Fraction = 0.1
     """Fraction that a client with 10 rows or more keeps back for its own test."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Most rows of the source to use, drawn at random; the global test counts among them if it is a fraction."""
-    test_limit: Annotated[int, Field(ge=1)] | None = None
+    test_limit: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Most rows of the global test, drawn at random."""
     office: OfficeSpec | None = None
     """Knobs of the office; only with `source: office`."""

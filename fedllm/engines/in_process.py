@@ -10,6 +10,7 @@ from typing import Any
 from fedllm.core.ask import Ask, ClientId, Replies
 from fedllm.core.client import SERVER, Fleet
 from fedllm.core.errors import ClientError, FedLLMError, Withheld, plain
+from fedllm.core.form import crossing
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
@@ -175,5 +176,7 @@ class InProcess:
         data = codec.encode(payload) if self.loopback else None
         size = codec.size(payload) if data is None else len(data)
         job.took.count(way, size)
-        self.record.crossed(way, job.fold.ask.phase, job.client, size, self.round, name)
+        ask = job.fold.ask
+        holds = crossing(payload, ask.expects, ask.hidden) if way == "up" else {}
+        self.record.crossed(way, ask.phase, job.client, size, self.round, name, **holds)
         return payload if data is None else codec.decode(data)

@@ -21,7 +21,7 @@ from fedllm.wire import _keys as keys
 
 log = logging.getLogger(__name__)
 OWN = "_secagg/"
-MASKED = Form.of("ring?: whole, layout?: text, refused?: text")
+MASKED = Form.of("ring?: whole, layout?: code, refused?: code")
 """Of a masked reply, or why there is none."""
 
 
@@ -108,7 +108,8 @@ class Server:
             msgs[c] = {**self.ask.msgs[c], OWN + "sid": self.sid, OWN + "count": len(self.ask.msgs),
                        OWN + "lift": self.lift, OWN + "from": peers, OWN + "mail": [mail[v][c] for v in peers]}
         quorum = None if self.ask.quorum is None else self.ask.needed()
-        out = yield replace(self.ask, msgs=msgs, reduce=RingSum(), quorum=quorum, form=MASKED)
+        out = yield replace(self.ask, msgs=msgs, reduce=RingSum(), quorum=quorum, form=MASKED,
+                            hidden={type(self.layer).__name__: frozenset({"ring"})})
         self.lost |= out.missing
         self._enough(out.answered, "masked input")
         return out

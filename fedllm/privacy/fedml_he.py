@@ -65,7 +65,8 @@ class FedMLHE(HECKKS):
         told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "unit": self.unit,
                 OWN + "bits": state["map"]["bits"], OWN + "of": state["map"]["of"]}
         out = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in here}, reduce=MixedSum(live["public"]),
-                            form=MIXED)
+                            form=MIXED,
+                            hidden={type(self).__name__: frozenset({"cipher"})})
         sealed = {k: out.value[k] for k in ("cipher", "sizes", "names")} | {"tensors": []}
         reply = yield from self._first(self.open, out.answered, sealed)
         total: dict[str, Any] = self._numbers(reply)

@@ -87,7 +87,8 @@ class HECKKS(Knobs, Layer):
             yield from self._ceremony(new, live)
         told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "unit": self.unit}
         msgs = {c: {**ask.msgs[c], **told} for c in ask.msgs if c in live["holders"]}
-        out = yield replace(ask, msgs=msgs, reduce=CipherSum(live["public"]), form=SEALED)
+        out = yield replace(ask, msgs=msgs, reduce=CipherSum(live["public"]), form=SEALED,
+                            hidden={type(self).__name__: frozenset({"cipher"})})
         reply = yield from self._first(self.open, out.answered, out.value)
         total: dict[str, Any] = self._numbers(reply)
         at = 0

@@ -209,7 +209,7 @@ def _energy(result: Result) -> str:
 
 
 def _privacy(facts: Facts, result: Result) -> str:
-    said = escape(" ".join(summary(result)).replace("**", "").replace("`", ""))
+    said = escape(" ".join(summary(result, facts)).replace("**", "").replace("`", ""))
     rows = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row) + "</tr>" for row in seen(facts, result))
     table = ("<details><summary>Who saw what</summary><div class='scroll text'><table><thead><tr><th>party</th>"
              f"<th>phase</th><th>messages</th><th>bytes</th><th>what</th></tr></thead><tbody>{rows}</tbody></table>"

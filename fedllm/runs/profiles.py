@@ -94,6 +94,6 @@ def check_profile(path: str, key: str, value: Any) -> None:
         raise RecipeError(f"{path}.{key}: unknown key{hint} Allowed here: {', '.join(names)}")
     kind = next(f.type for f in fields(Profile) if f.name == key)
     check_knob(path, key, value, LIMITS.get(key, {}), kind)
-    said = isinstance(value, str) and value.isprintable() and len(value) <= 256
-    if value is not None and not LIMITS.get(key) and not said:
+    text = isinstance(value, str) and value.isprintable() and len(value) <= 256
+    if value is not None and not LIMITS.get(key) and not text:
         raise RecipeError(f"{path}.{key} = {value!r} is not allowed; it must be a text of up to 256 characters")

@@ -16,26 +16,30 @@ from fedllm.runs.plugins import moved, plugged
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 def _share(value: Any) -> int | float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+    if not number or not (1 <= value <= 10**9 if isinstance(value, int) else 0 < value <= 1):
         raise ValueError("allowed is a count (a whole number from 1) or a share (a decimal above 0, up to 1.0)")
     return value
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e15
 
 
 def _law(value: Any) -> Any:
     """A number for all, a list that is dealt in order, or a law by which each client draws its own."""
     kinds = {"lognormal": 1, "uniform": 2, "choice": None}
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    ok = _positive(value)
     if isinstance(value, list):
-        ok = bool(value) and all(isinstance(v, int | float) and v > 0 for v in value)
+        ok = bool(value) and all(map(_positive, value))
     elif isinstance(value, dict) and len(value) == 1 and next(iter(value)) in kinds:
         ((kind, given),) = value.items()
         given = given if isinstance(given, list) else [given]
-        ok = (all(isinstance(v, int | float) and v > 0 for v in given) and kinds[kind] in (None, len(given))
+        ok = (all(map(_positive, given)) and kinds[kind] in (None, len(given))
               and (kind != "uniform" or given[0] <= given[-1]))
     if not ok:
         raise ValueError("allowed is a number above 0, a list of such (dealt in order), {lognormal: sigma}, "
@@ -56,7 +60,8 @@ Law = Annotated[Any, PlainValidator(_law)]
 class Section(BaseModel):
     """A part of a recipe: nothing in it is guessed, and an unknown key is refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True,
+                              allow_inf_nan=False)
 
 
 class ModelSpec(Section):
@@ -195,13 +200,13 @@ class EngineSpec(Section):
     kind: Literal["in_process", "vectorized", "ray", "flare", "flower"] = "vectorized"
     """One client at a time, many in one forward and backward, many on each worker of a Ray cluster; for
     `fedllm serve` the engine of a real federation: flare (NVFlare) or flower."""
-    workers: Count = 2
+    workers: Annotated[int, Field(ge=1, le=4096)] = 2
     """Workers of the Ray cluster (kind ray): each holds the model and has `threads` cores."""
     address: str | None = None
     """A running Ray cluster's address, or auto (kind ray); without it one is started on this machine for the run."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
     """Most tokens in one step over all clients together."""
-    threads: Count = 1
+    threads: Annotated[int, Field(ge=1, le=4096)] = 1
     """Threads of one operation on the CPU. The last bits of a result depend on it, so the recipe says it."""
     loopback: bool = False
     """Turn every message into bytes and back, as a network would."""
@@ -262,9 +267,9 @@ class Recipe(Section):
     """Who of the clients is asked in a round, for any method."""
     energy: EnergySpec | None = None
     """Meter the run: devices, links, and whether to read the machine's own counters."""
-    rounds: Annotated[int, Field(ge=0)] = 10
+    rounds: Annotated[int, Field(ge=0, le=10**6)] = 10
     engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     record: RecordSpec = Field(default_factory=RecordSpec)
     plugins: list[Annotated[Plugin, _short("file")]] = Field(default_factory=list)

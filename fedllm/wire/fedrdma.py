@@ -21,7 +21,7 @@ from fedllm.core.sums import without
 from fedllm.wire import codec
 
 OWN = "fedrdma/"
-CHUNKS = Form.of(f"{OWN}crc: numbers, {OWN}id?: text, fedrdma?: wholes")
+CHUNKS = Form.of(f"{OWN}crc: numbers, {OWN}id?: code, fedrdma?: wholes")
 """Of what is on the wire: chunks, their checksums, and whose they are."""
 
 

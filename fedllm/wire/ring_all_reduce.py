@@ -74,7 +74,7 @@ class RingAllReduce(Knobs, Layer):
         met = yield Ask(self.greet, {c: {"sid": sid} for c in ask.msgs}, quorum=ask.quorum, deadline=ask.deadline)
         told = {OWN + "sid": sid, OWN + "lift": lift}
         held = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in met}, reduce=SameLayout(),
-                             form=Form.of("layout: text"))
+                             form=Form.of("layout: code"))
         ring = list(held.answered)
         chunks = yield from self._around(ring, {c: list(met[c]["key"]) for c in ring}, sid, ask.deadline)
         total = unflat([chunks[k] for k in range(len(ring))], held.value["layout"])
@@ -89,7 +89,8 @@ class RingAllReduce(Knobs, Layer):
                         "left": (left := ring[i - 1]), "left_key": keys[left], **post.get(left, {}),
                         "right": (right := ring[(i + 1) % n]), "right_key": keys[right]}
                     for i, c in enumerate(ring)}
-            got = yield Ask(self.turn, msgs, quorum=1, deadline=deadline)
+            got = yield Ask(self.turn, msgs, quorum=1, deadline=deadline,
+                            hidden={"RingAllReduce": frozenset({"letter", "envelope"})})
             if got.missing:
                 who = "; ".join(f"{c}: {why}" for c, why in list(got.missing.items())[:5])
                 raise QuorumError(f"RingAllReduce gives the round up: the ring broke in step {step + 1} of {n} ({who})")

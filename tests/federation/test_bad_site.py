@@ -122,7 +122,7 @@ def test_no_reply_ends_or_spoils_a_round(name):
 
 
 LAYERED = {name: {} for name in LAYERS} | {
-    "dp_fedavg": {"noise_multiplier": 0.1}, "dp_ftrl": {"noise_multiplier": 0.1, "min_separation": 1},
+    "dp_fedavg": {"noise_multiplier": 0.1}, "dp_ftrl": {"noise_multiplier": 0.1, "restart_every": 1},
     "dp_sgd": {"noise_multiplier": 1.0}, "codec_quant": {"skip_below": 0}, "codec_powersgd": {"rank": 1},
     "he_ckks": {"poly_modulus_degree": 8192}, "secagg_plus": {"degree": 4}}
 

@@ -82,7 +82,8 @@ class Gossip(Method):
         met = yield Ask(self.greet, {c: {"sid": sid} for c in ids})
         links = {c: [d for d in near[c] if d in met] for c in met}
         keys = {c: [list(met[d]["key"]) for d in links[c]] for c in met}
-        wrote = yield Ask(self.local, {c: {"sid": sid, "to": links[c], "keys": keys[c]} for c in met})
+        wrote = yield Ask(self.local, {c: {"sid": sid, "to": links[c], "keys": keys[c]} for c in met},
+                          hidden={"Gossip": frozenset({"letter", "envelopes"})})
         w, msgs = metropolis(near), {}
         for c in wrote:
             heard = [d for d in links[c] if d in wrote]  # W_ij of a silent neighbor goes back to W_ii, at both ends
