@@ -21,6 +21,7 @@ from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.tasks.registry import task_of, tasks
+from fedllm.tasks.row import Placed
 from fedllm.tasks.task import Shape
 from fedllm.tasks.templates import template
 
@@ -176,9 +177,10 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         return environments(str(spec.source), spec.environment or EnvironmentSpec(), seed)
     if isinstance(spec.source, str) and spec.source.startswith(PREFIX):
         return _grouped(spec, seed)
-    tables = read_tables(spec.source, spec.split, spec.subset)
     held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
     open_ = read_tables(spec.public, spec.split, spec.subset) if isinstance(spec.public, str) else []
+    tables = read_tables(spec.source, spec.split, spec.subset,
+                         but=[table.path for table in (*held, *open_) if table.path])
     labels = _labels(spec, [*tables, *held, *open_])
     rows, test = _shape(spec, tables, labels), _shape(spec, held, labels).lean
     kept = np.arange(len(rows.lean))
@@ -249,8 +251,14 @@ def _complaint(one: Mapping[str, Any]) -> str:
 
 def _mapped(spec: DataSpec, table: Table) -> list[tuple[dict[str, Any], str]]:
     """Each row under fedllm's field names, and where it is."""
-    where = [table.where(i) for i in range(len(table.rows))]
-    return [(map_fields(row, spec.fields, at), at) for row, at in zip(table.rows, where, strict=True)]
+    out = []
+    for i, row in enumerate(table.rows):
+        at = table.where(i)
+        try:
+            out.append((map_fields(row, spec.fields, at), at))
+        except DataError as error:
+            raise error.at(table.name, i + 1) from None
+    return out
 
 
 def _labels(spec: DataSpec, tables: Sequence[Table]) -> tuple[str, ...]:
@@ -279,10 +287,13 @@ def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...]) -> 
     wide: list[Row] = []
     for file, table in zip(_file_names(tables), tables, strict=True):
         how = Shape(render, labels, table.folder)
-        for row, at in _mapped(spec, table):
-            made = task.shape(row, at, how)
+        for i, (row, at) in enumerate(_mapped(spec, table)):
+            try:
+                made = task.shape(row, at, how)
+            except DataError as error:
+                raise error.at(table.name, i + 1) from None
             stays = {name: row[name] for name in (*spec.fields, "category") if name in row}
-            lean.append({**stays, **made})
+            lean.append(Placed({**stays, **made}, table.name, i + 1, table.lines[i] if table.lines else 0))
             wide.append({**row, **made, FILE: file})
     return _Rows(lean, wide)
 

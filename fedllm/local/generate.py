@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.core.errors import RecipeError
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded
 from fedllm.local.forward import lanes_of, lots_of_lanes
@@ -22,8 +23,13 @@ from fedllm.models.sealed import opened
 def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[list[int]]]:
     """Token ids that follow each prompt, without the end token."""
     out: list[list[list[int]]] = [[[] for _ in r.prompts] for r in requests]
-    asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p, p, 0) for p in r.prompts]) for r in requests]
     first = requests[0]
+    room = opened(first.model).positions - opened(first.model).space.virtual - first.max_new_tokens
+    if room < 1:
+        raise RecipeError(f"max_new_tokens = {first.max_new_tokens} leaves no room for a prompt: the model has "
+                          f"{opened(first.model).positions} positions")
+    asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p[-room:], p[-room:], 0) for p in r.prompts])
+             for r in requests]
     for lot in lots_of_lanes(lanes_of(asked), limits):
         at, model = 0, opened(first.model)
         longest = len(lot[0].rows[0][2].ids) + first.max_new_tokens
@@ -65,7 +71,7 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
         feed = {"inputs_embeds": torch.cat([prompt.embeds.to(text.dtype), text], 1),
                 "position_ids": torch.cat([torch.arange(ahead, device=place.device).expand(n, -1), place], 1)}
     cache = as_cache(prompt) if prompt and prompt.cache else None
-    ends = set(np.atleast_1d(model.tokenizer.eos_token_id).tolist())
+    ends = model.ends
     said: list[list[int]] = [[] for _ in range(n)]
     talking = {i for i, seat in enumerate(seats) if seat is not None}
     for step in range(how.max_new_tokens):

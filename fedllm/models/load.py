@@ -43,9 +43,9 @@ def resolve(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer that goes with a model."""
-    return _load(AutoTokenizer, name)
+    return _load(AutoTokenizer, name, trust_remote_code=trust_remote_code)
 
 
 def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
@@ -63,7 +63,7 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
     place = place_of(device)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     made_by = {"weights": weights, "seed": seed, "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
@@ -72,12 +72,25 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
         images = _load(AutoImageProcessor, name)
     net = load_net(name, task, labels, pooling, tokenizer, **made_by).to(DTYPES[dtype])
     net.to(place)
+    check_vocabulary(name, net, tokenizer)
     model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
                   weights=weights, images=images)
     if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
         raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
                                f"together: '{min(still)}' would stay random; use space: full")
     return model
+
+
+def check_vocabulary(name: str, net: Any, tokenizer: Any) -> None:
+    """ModelError for a tokenizer whose tokens have no embedding."""
+    body = net.body if isinstance(net, HeadedEncoder) else net
+    if isinstance(net, DualEncoder):
+        return
+    top, rows = max(tokenizer.get_vocab().values(), default=0), body.get_input_embeddings().weight.shape[0]
+    if top >= rows:
+        raise ModelError(f"model {name!r}: its tokenizer has {top + 1:,} tokens and its embeddings {rows:,} rows, so "
+                         f"that {tokenizer.convert_ids_to_tokens(top)!r} stands for nothing; save the model after "
+                         "resize_token_embeddings, or the tokenizer without the added tokens")
 
 
 def bare(kind: Any, name: str, *, weights: str = "pretrained", seed: int = 0, dtype: torch.dtype = torch.float32,
