@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -18,6 +18,7 @@ from fedllm.data.cluster import Embed
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.grouped import PREFIX, grouped_clients
 from fedllm.data.partition import FILE, Grouped, partitioner
+from fedllm.data.meant import odd_labels, unread
 from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.tasks.registry import task_of, tasks
@@ -79,6 +80,8 @@ class DataSpec(BaseModel):
     """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}."""
     template: str | dict[str, str] | None = None
     """Makes prompt and response: plain, question_answer, alpaca, text, chat, or format strings over columns."""
+    empty: Literal["refuse", "leave_out"] = "refuse"
+    """Rows with an empty response: refuse the data, naming the first, or leave them out (and say how many)."""
     labels: list[str] | None = None
     """Label names by index; by default the labels found, sorted."""
     partition: dict[str, Any] = Field(default_factory=lambda: {"kind": "iid", "clients": 10})
@@ -182,14 +185,15 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     tables = read_tables(spec.source, spec.split, spec.subset,
                          but=[table.path for table in (*held, *open_) if table.path])
     labels = _labels(spec, [*tables, *held, *open_])
-    rows, test = _shape(spec, tables, labels), _shape(spec, held, labels).lean
+    said: list[str] = []
+    rows, test = _shape(spec, tables, labels, said), _shape(spec, held, labels, said).lean
     kept = np.arange(len(rows.lean))
     if spec.limit is not None and spec.limit < len(kept):
         kept = np.sort(numpy_stream(seed, "data.limit").choice(kept, spec.limit, replace=False))
     if isinstance(spec.test, float):
         out, kept = _held_back(kept, spec.test, numpy_stream(seed, "data.test"))
         test = rows.take(out).lean
-    public = _shape(spec, open_, labels).lean
+    public = _shape(spec, open_, labels, said).lean
     if isinstance(spec.public, float) and spec.public:
         out, kept = _held_back(kept, spec.public, numpy_stream(seed, "data.public"))
         public = rows.take(out).lean
@@ -200,7 +204,9 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     if spec.test_limit is not None and spec.test_limit < len(test):
         few = np.sort(numpy_stream(seed, "data.test_limit").choice(len(test), spec.test_limit, replace=False))
         test = [test[i] for i in few]
-    return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels, public)
+    said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels)]
+    return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels, public,
+                      tuple(said))
 
 
 def _grouped(spec: DataSpec, seed: int) -> Federation:
@@ -280,21 +286,33 @@ def _file_names(tables: Sequence[Table]) -> list[str]:
     return [os.path.join(path.parent.name, path.stem) if path.stem in twice else path.stem for path in paths]
 
 
-def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...]) -> _Rows:
-    """Rows of the task; what `fields` maps and `category` stay with the row, other columns only serve the partition."""
+def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...], said: list[str] | None = None) -> _Rows:
+    """Rows of the task; what `fields` maps and `category` stay with the row, other columns only serve the partition.
+    What was left out is added to `said`."""
     task, render = task_of(spec.task), template(spec.template)
     lean: list[Row] = []
     wide: list[Row] = []
+    left: list[str] = []
     for file, table in zip(_file_names(tables), tables, strict=True):
         how = Shape(render, labels, table.folder)
         for i, (row, at) in enumerate(_mapped(spec, table)):
             try:
                 made = task.shape(row, at, how)
             except DataError as error:
+                if error.kind == "empty" and spec.empty == "leave_out":
+                    left.append(at)
+                    continue
+                if error.kind == "empty" and "template" in task.takes:
+                    error = DataError(f"{error} (data.empty: leave_out leaves such rows out)", kind="empty")
                 raise error.at(table.name, i + 1) from None
             stays = {name: row[name] for name in (*spec.fields, "category") if name in row}
             lean.append(Placed({**stays, **made}, table.name, i + 1, table.lines[i] if table.lines else 0))
             wide.append({**row, **made, FILE: file})
+    if left and said is not None:
+        said.append(f"{len(left)} rows are left out, since their response is empty: {', '.join(left[:3])}"
+                    + (", ..." if len(left) > 3 else ""))
+    if tables and not lean:
+        raise DataError(f"{tables[0].name}: every row has an empty response", file=tables[0].name, kind="empty")
     return _Rows(lean, wide)
 
 

@@ -67,7 +67,8 @@ def read_tables(source: str | Sequence[str], split: str = "train", subset: str |
     """All tables of a source: a path, a list of paths, a folder of files, a saved `datasets` folder or a Hub id.
 
     `split` and `subset` pick a part of a `datasets` source. Files `but` (resolved) are left out of folders, as are
-    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). Raises DataError for what is missing, empty or broken.
+    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). Raises DataError for what is missing,
+    empty or broken.
     """
     paths = [source] if isinstance(source, str) else list(source)
     if not paths:
@@ -87,8 +88,8 @@ def _read(source: str, split: str, subset: str | None, but: frozenset[Path]) -> 
         return _folder(path, split, but)
     if path.is_file():
         if path.resolve() in but:
-            raise DataError(f"{source!r} is both in data.source and held out (data.test or data.public): nothing may be "
-                            "trained on and tested on; name it once", file=str(path))
+            raise DataError(f"{source!r} is both in data.source and held out (data.test or data.public): nothing may "
+                            "be trained on and tested on; name it once", file=str(path))
         return [_file(path)]
     if path.exists():
         raise DataError(f"{source!r} is neither a file nor a folder (a pipe, a socket or a device); rows are read from "

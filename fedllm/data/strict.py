@@ -27,7 +27,7 @@ def loads(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON ({error.msg} at column {error.colno})", kind="broken") from error
     except RecursionError:
-        raise DataError(f"{where}: broken JSON (its brackets are nested too deeply to be read)", kind="broken") from None
+        raise DataError(f"{where}: broken JSON (its brackets are nested too deep to be read)", kind="broken") from None
     except DataError:
         raise
     except ValueError as error:
@@ -122,8 +122,8 @@ def _why(error: csv.Error, begins: int, ends: int) -> str:
     if "unexpected end of data" in str(error):
         return f"a quote that opens in the row beginning here is never closed (the file ends on line {ends})"
     if "expected after" in str(error):
-        return (f"a quote is not closed where it opened: on line {ends} text follows its end; close it, or write \"\" for "
-                "a quote mark")
+        return (f"a quote is not closed where it opened: on line {ends} text follows its end; close it, or write \"\" "
+                "for a quote mark")
     return str(error)
 
 

@@ -106,7 +106,7 @@ def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
     """A field that must be text (bytes are read as UTF-8)."""
     value = value_of(row, name, where)
     if not isinstance(value, str | bytes):
-        raise DataError(f"{where}: {name!r} is {_shown(value)}; it must be a string", kind="value")
+        raise DataError(f"{where}: {name!r} is {value!r:.80}; it must be a string", kind="value")
     return as_text(value, name, where)
 
 

@@ -126,3 +126,13 @@ def template(spec: str | Mapping[str, str] | None) -> Render:
         raise RecipeError(f"data.template = {spec!r} is neither a format string with {{placeholders}} nor one of "
                           f"{', '.join(NAMED)}{nearest(spec, NAMED)}")
     return Template(spec)
+
+
+def columns_of(spec: str | Mapping[str, str] | None) -> set[str]:
+    """Fields that a template may read."""
+    made = template(spec)
+    if made is _alpaca:
+        made = _WITH_INPUT
+    if not isinstance(made, Template):
+        return {"prompt", "response", "system"}
+    return {name for part in made._parts for _, name in part if name is not None}
