@@ -56,7 +56,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
         raise typer.Exit(130) from None
     except FedLLMError as error:
         raise _refuse(error) from None
-    console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})")
+    console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})",
+                  markup=False, highlight=False)
 
 
 @app.command()
@@ -105,7 +106,8 @@ def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="P
         out.print_json(json.dumps(now))
         return
     out.print(f"{now['run']}: {now['state']}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
-              f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False)
+              f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False,
+              markup=False)
     for site, said in now["sites"].items():
         out.print(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip(),
                   highlight=False, markup=False)
@@ -130,7 +132,8 @@ def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait
     from fedllm.federation.operate import stop as end
 
     try:
-        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False)
+        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False,
+                  markup=False)
     except FedLLMError as error:
         raise _refuse(error) from None
 

@@ -17,8 +17,8 @@ from fedllm.core.rng import numpy_stream
 from fedllm.data.cluster import Embed
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.grouped import PREFIX, grouped_clients
-from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.meant import odd_labels, unread
+from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.tasks.registry import task_of, tasks
@@ -113,7 +113,8 @@ class DataSpec(BaseModel):
     @classmethod
     def _task_is_known(cls, value: str) -> str:
         if value not in tasks():
-            raise ValueError(f"data.task = {value!r} is unknown{nearest(value, tasks())} Allowed: {', '.join(tasks())}")
+            raise ValueError(f"data.task = {value!r} is unknown{nearest(value, tasks()) or '.'} Allowed: "
+                             f"{', '.join(tasks())}")
         return value
 
     @field_validator("partition")

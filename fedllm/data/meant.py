@@ -10,8 +10,8 @@ from fedllm.tasks.registry import task_of
 from fedllm.tasks.templates import columns_of
 
 INPUTS = ("input", "inputs", "context", "passage", "document", "article", "background", "history", "system",
-          "system_prompt", "instruction", "question", "query", "prompt", "premise", "hypothesis", "sentence1", "sentence2",
-          "text", "knowledge", "evidence", "options", "choices")
+          "system_prompt", "instruction", "question", "query", "prompt", "premise", "hypothesis", "sentence1",
+          "sentence2", "text", "knowledge", "evidence", "options", "choices")
 """Names of columns that people put in for a model to read."""
 
 
@@ -28,8 +28,8 @@ def unread(task: str, template: str | Mapping[str, str] | None, fields: Mapping[
         for column in columns:
             if column.lower() in INPUTS and column not in taken and any(
                     row.get(column) not in (None, "", [], {}) for row in table.rows):
-                yield (f"{table.name}: no row's {column!r} is read by data.template = {template or 'plain'!r}, so that the "
-                       "model never sees it; a format string over columns takes it in")
+                yield (f"{table.name}: no row's {column!r} is read by data.template = {template or 'plain'!r}, so that "
+                       "the model never sees it; a format string over columns takes it in")
                 break
 
 

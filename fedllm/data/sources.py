@@ -67,8 +67,8 @@ def read_tables(source: str | Sequence[str], split: str = "train", subset: str |
     """All tables of a source: a path, a list of paths, a folder of files, a saved `datasets` folder or a Hub id.
 
     `split` and `subset` pick a part of a `datasets` source. Files `but` (resolved) are left out of folders, as are
-    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). Raises DataError for what is missing,
-    empty or broken.
+    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). Raises DataError for what is
+    missing, empty or broken.
     """
     paths = [source] if isinstance(source, str) else list(source)
     if not paths:

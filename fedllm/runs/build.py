@@ -164,7 +164,7 @@ def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
     from fedllm.data.canaries import planted
 
     return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
-                   load_tokenizer(recipe.model.name))
+                   load_tokenizer(recipe.model.name, recipe.model.trust_remote_code))
 
 
 def make_world(recipe: Recipe, federation: Federation) -> World:
@@ -180,8 +180,8 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     profiles = make_profiles(recipe, list(federation.clients))
     return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe), 
-                 *shelves(recipe, model.task, model.labels, lambda: model, profiles))
+                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe),
+                 *shelves(recipe, model.task, model.labels, lambda: model, profiles), metric=e.metric)
 
 
 def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] = (),

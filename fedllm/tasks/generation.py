@@ -18,7 +18,7 @@ class Generation(Task):
     """Next tokens of a response; `exact_match` is asked of the generated answer."""
 
     net, columns, takes, speaks = "causal", ("prompt", "response"), ("template",), True
-    metrics: ClassVar = {"exact_match": Metric("max")}
+    metrics: ClassVar = {name: Metric("max") for name in ("exact_match", "last_number", "choice", "judged")}
 
     def shape(self, row: Row, where: str, how: Shape) -> dict[str, Any]:
         return how.template(row, where)

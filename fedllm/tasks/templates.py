@@ -136,3 +136,20 @@ def columns_of(spec: str | Mapping[str, str] | None) -> set[str]:
     if not isinstance(made, Template):
         return {"prompt", "response", "system"}
     return {name for part in made._parts for _, name in part if name is not None}
+
+
+def prompt_columns(spec: str | Mapping[str, str] | None) -> list[str]:
+    """Fields of a template's prompt, in order; none where the prompt is plain or the tokenizer's own matter."""
+    made = template(spec)
+    made = _WITH_INPUT if made is _alpaca else made
+    if not isinstance(made, Template):
+        return []
+    return list(dict.fromkeys(name for _, name in made._parts[0] if name is not None))
+
+
+def asked(spec: str | Mapping[str, str] | None, fields: Row) -> str:
+    """A template's prompt alone, for a question whose answer is not there yet."""
+    made = template(spec)
+    if made is _alpaca:
+        made = _WITH_INPUT if fields.get("input") else _NO_INPUT
+    return _fill(made._parts[0], fields, "what you typed") if isinstance(made, Template) else ""
