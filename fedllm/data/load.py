@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -275,8 +275,19 @@ def _labels(spec: DataSpec, tables: Sequence[Table]) -> tuple[str, ...]:
         return ()
     column = task.columns[-1]
     found = tuple(spec.labels or ()) or tables[0].classes.get(spec.fields.get(column, column), ())
-    found = found or task.found(row_at for table in tables for row_at in _mapped(spec, table))
-    task.agree((row_at for table in tables for row_at in _mapped(spec, table)), found)
+    at: list[Any] = ["", 0]
+
+    def rows() -> Iterator[tuple[dict[str, Any], str]]:
+        for table in tables:
+            for i, row_at in enumerate(_mapped(spec, table)):
+                at[:] = table.name, i + 1
+                yield row_at
+
+    try:
+        found = found or task.found(rows())
+        task.agree(rows(), found)
+    except DataError as error:
+        raise (error.at(*at) if error.kind == "label" else error) from None
     return found
 
 
