@@ -65,7 +65,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
         raise typer.Exit(130) from None
     except FedLLMError as error:
         raise _refuse(error) from None
-    console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})")
+    console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})",
+                  markup=False, highlight=False)
 
 
 @app.command()
@@ -142,7 +143,8 @@ def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait
     from fedllm.federation.operate import stop as end
 
     try:
-        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False)
+        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False,
+                  markup=False)
     except FedLLMError as error:
         raise _refuse(error) from None
 

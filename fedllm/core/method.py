@@ -42,17 +42,54 @@ class Knobs:
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise RecipeError(f"{path}.{key}: unknown key{hint} Allowed here: {', '.join(names) or 'nothing'}")
+                raise RecipeError(f"{path}.{key}: unknown key{hint_of(str(key), names, path)} Allowed here: "
+                                  f"{', '.join(names) or 'nothing'}")
         try:
-            return cls(**values)
+            return cls(**{key: _cased(value, cls.knobs()[key]["options"]) for key, value in values.items()})
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from None
 
 
 LARGEST, LONGEST = 1e15, 100_000
 """No knob is a larger decimal number, or a longer text."""
+
+ELSEWHERE: Mapping[str, str] = {
+    "learning_rate": "local.lr", "per_device_train_batch_size": "local.batch_size", "train_batch_size":
+    "local.batch_size", "micro_batch_size": "local.batch_size", "num_train_epochs": "local.epochs (of a round)",
+    "num_epochs": "local.epochs (of a round)", "max_steps": "local.steps (of a round)",
+    "max_seq_length": "local.max_length", "max_seq_len": "local.max_length", "cutoff_len": "local.max_length",
+    "sequence_len": "local.max_length", "model_max_length": "local.max_length", "optim": "local.optimizer",
+    "lr_scheduler_type": "local.over_rounds", "lr_scheduler": "local.over_rounds", "warmup_steps": "local.warmup",
+    "warmup_ratio": "local.warmup (in steps)", "max_grad_norm": "local.clip_norm", "adam_beta1": "local.beta1",
+    "adam_beta2": "local.beta2", "lora_r": "space.rank", "r": "space.rank", "lora_rank": "space.rank",
+    "lora_alpha": "space.alpha", "target_modules": "space.targets", "lora_target_modules": "space.targets",
+    "model_name_or_path": "model.name", "model_name": "model.name", "dataset_name": "data.source", "dataset":
+    "data.source", "dataset_path": "data.source", "train_file": "data.source", "validation_file": "data.test",
+    "chat_template": "data.template: chat", "completion_only_loss": "data.completion_only", "assistant_only_loss":
+    "data.completion_only", "bf16": "model.dtype: bfloat16", "torch_dtype": "model.dtype", "num_rounds": "rounds",
+    "num_clients": "data.partition.clients", "fraction_fit": "clients.per_round", "output_dir":
+    "the option --root of `fedllm run`", "eval_steps": "evaluate.every (in rounds)", "save_steps":
+    "record.checkpoint_every (in rounds)", "gradient_accumulation_steps": "local.batch_size (rows of a whole step; "
+    "engine.batch_tokens bounds what is held at once)", "generation_max_length": "evaluate.max_new_tokens",
+}
+"""Keys that people know from TRL, transformers, PEFT, Axolotl and Flower, and what they are called here."""
+
+
+def hint_of(key: str, names: Sequence[str], path: str = "") -> str:
+    """What ends `unknown key`: where the key is known from elsewhere its name here, else the nearest one."""
+    if key in ELSEWHERE:
+        here = ELSEWHERE[key]
+        inside = here.removeprefix(f"{path}.") if path else here
+        return f"; here it is '{inside if inside.split()[0] in names else here}'."
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean '{near[0]}'?" if near else "."
+
+
+def _cased(value: Any, options: Sequence[Any] | None) -> Any:
+    """An option written in another case (AdamW) as it is called here."""
+    if not options or not isinstance(value, str) or value in options:
+        return value
+    return next((o for o in options if isinstance(o, str) and o.lower() == value.lower()), value)
 
 
 def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind: Any = "") -> None:

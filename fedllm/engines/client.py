@@ -56,7 +56,7 @@ from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 from fedllm.models.sealed import Sealed
 from fedllm.models.segments import Segment
-from fedllm.tasks.generation import same_answer
+from fedllm.tasks.answers import judge_of
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
@@ -321,8 +321,8 @@ class ClientCall(Holder):
         metrics = {"loss": got.mean, "n": len(rows), **self.model.measured(got.figures)}
         if self.model.rules.speaks and self._world.exact_match:
             said = self._continue([e.prompt for e in encoded], theta, base, self._world.max_new_tokens)
-            hits = [same_answer(s, r["response"]) for s, r in zip(said, rows, strict=True)]
-            metrics["exact_match"] = sum(hits) / len(hits)
+            name, right = judge_of(self._world.metric)
+            metrics[name] = sum(right(s, r["response"]) for s, r in zip(said, rows, strict=True)) / len(rows)
         return metrics
 
     def env(self, rng: np.random.Generator) -> Bounded:

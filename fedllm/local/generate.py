@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.core.errors import RecipeError
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded
 from fedllm.local.forward import Lane, lanes_of, lots_of_lanes
@@ -23,8 +24,13 @@ from fedllm.models.sealed import opened
 def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[list[int]]]:
     """Token ids that follow each prompt, without the end token."""
     out: list[list[list[int]]] = [[[] for _ in r.prompts] for r in requests]
-    asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p, p, 0) for p in r.prompts]) for r in requests]
     first = requests[0]
+    room = opened(first.model).positions - opened(first.model).space.virtual - first.max_new_tokens
+    if room < 1:
+        raise RecipeError(f"max_new_tokens = {first.max_new_tokens} leaves no room for a prompt: the model has "
+                          f"{opened(first.model).positions} positions")
+    asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p[-room:], p[-room:], 0) for p in r.prompts])
+             for r in requests]
     lots = (lot for lanes in _for_one_batch(lanes_of(asked)) for lot in lots_of_lanes(lanes, limits))
     for lot in lots:
         at, model = 0, opened(first.model)
@@ -67,8 +73,7 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
 
     `seats` holds one random stream a row, None for rows that only fill the rectangle.
     """
-    text = Continuation(model, batch)
-    ends = set(np.atleast_1d(model.tokenizer.eos_token_id).tolist()) if model.tokenizer else set()
+    text, ends = Continuation(model, batch), model.ends
     said: list[list[int]] = [[] for _ in seats]
     talking = {i for i, seat in enumerate(seats) if seat is not None}
     for _ in range(how.max_new_tokens):

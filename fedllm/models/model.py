@@ -34,6 +34,9 @@ from fedllm.tasks.row import IGNORE
 from fedllm.tasks.task import Task, wide
 
 log = logging.getLogger(__name__)
+UNBOUND = 1 << 20
+PADDED = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet", "data2vec-text", "esm")
+"""Families that number a row's places from the padding token's on."""
 
 RowLoss = Callable[["Model", Batch], tuple[Tensor, Tensor, Tensor]]
 
@@ -137,6 +140,25 @@ class Model:
     @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
+
+    @functools.cached_property
+    def positions(self) -> int:
+        """Tokens that the network has places for, virtual ones among them; a large number where it sets no bound."""
+        config = getattr(self.net, "config", None)  # a policy has none
+        said: dict[str, Any] = config.to_dict() if config else {}
+        said |= said.get("text_config") or {}
+        keys = ("max_position_embeddings", "n_positions", "max_seq_len")
+        bound = [said[k] for k in keys if isinstance(said.get(k), int)]
+        if said.get("model_type") in PADDED:  # their first places are the padding's
+            bound = [b - 1 - (said.get("pad_token_id") or 1) for b in bound]
+        return min((b for b in bound if b > 1), default=UNBOUND)
+
+    @functools.cached_property
+    def ends(self) -> set[int]:
+        """Tokens that end an answer: the tokenizer's, and all that the model's generation_config names."""
+        own = getattr(self.net, "generation_config", None)
+        said = (self.tokenizer and self.tokenizer.eos_token_id, own and own.eos_token_id)
+        return {int(t) for s in said if s is not None for t in np.atleast_1d(s)}
 
     @property
     def pad(self) -> int:

@@ -184,8 +184,8 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     profiles = make_profiles(recipe, list(federation.clients))
     return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe), 
-                 *shelves(recipe, model.task, model.labels, lambda: model, profiles))
+                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe),
+                 *shelves(recipe, model.task, model.labels, lambda: model, profiles), metric=e.metric)
 
 
 def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] = (),

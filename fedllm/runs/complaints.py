@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from fedllm.core.errors import RecipeError
+from fedllm.core.method import hint_of
 
 SHORT = {"model": "name", "data": "source", "method": "name", "space": "name", "engine": "kind",
          "select": "name"}
@@ -156,8 +157,7 @@ def complaint(root: type[BaseModel], one: Mapping[str, Any]) -> str:
     text = one["msg"].removeprefix("Value error, ")
     if one["type"] == "extra_forbidden":
         key = str(loc[-1])
-        near = difflib.get_close_matches(key, model.model_fields, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = hint_of(key, list(model.model_fields), path.rpartition(".")[0])
         return f"{path}: unknown key{hint} Allowed here: {', '.join(model.model_fields)}"
     if one["type"] == "missing":
         return f"{path}: this key is needed"

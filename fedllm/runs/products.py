@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -104,4 +105,7 @@ def _write_memory(folder: Path, model: Model, kept: Mapping[str, Any], names: se
 
 def safe(client: str) -> str:
     """A client's id as a folder name."""
-    return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in client).lstrip(".") or "_"
+    name = "".join(c if c.isalnum() or c in "-_.@~" else "_" for c in client).lstrip(".") or "_"
+    if len(name.encode()) <= 200:
+        return name
+    return name.encode()[:180].decode(errors="ignore") + "-" + hashlib.sha256(client.encode()).hexdigest()[:12]

@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
 from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
 from fedllm.runs.plugins import moved, plugged
+from fedllm.tasks.answers import judge_of
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
@@ -219,8 +229,18 @@ class EvaluateSpec(Section):
     """Also after every so many rounds; always before the first and after the last."""
     exact_match: bool = True
     """Generate answers and compare them (generation tasks)."""
+    metric: str = "exact"
+    """When a generated answer is right: exact (the whole of it, up to white space), last_number, choice (a letter), or
+    call:module:function, a function of (said, wanted) that gives True, False or a number from 0 to 1."""
     max_new_tokens: Count = 32
     """Longest answer, in tokens."""
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_is_known(cls, value: str) -> str:
+        judge_of(value)
+        return value
+
     baselines: list[Literal["local_only", "centralized"]] = Field(default_factory=list)
     """Methods to run beside this one on the same work."""
     samples: Annotated[int, Field(ge=0)] = 4
@@ -257,7 +277,9 @@ class Recipe(Section):
     """Further models by name, for client functions (`client.models["teacher"]`) and for clients to hold."""
     data: Annotated[Data, _short("source")] = Field(default_factory=Data)
     method: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="fedavg"))
+    """The method and its knobs (`fedllm methods` lists them)."""
     space: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="lora"))
+    """What of the model is trained: lora, full, ia3, prefix, soft_prompt, head, ... and its knobs."""
     local: dict[str, Any] = Field(default_factory=dict)
     """Knobs of a client's training: optimizer, lr, steps or epochs, batch_size, ..."""
     layers: list[Annotated[Named, _short("name")]] = Field(default_factory=list)
@@ -268,8 +290,10 @@ class Recipe(Section):
     energy: EnergySpec | None = None
     """Meter the run: devices, links, and whether to read the machine's own counters."""
     rounds: Annotated[int, Field(ge=0, le=10**6)] = 10
+    """Rounds of the run; 0 tests the model as it is."""
     engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of every draw: equal recipe and seed give an equal state."""
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     record: RecordSpec = Field(default_factory=RecordSpec)
     plugins: list[Annotated[Plugin, _short("file")]] = Field(default_factory=list)
@@ -309,5 +333,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         raise RecipeError(complaints(Recipe, error.errors())) from None
     if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
         raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
+    if recipe.data.source == OWN and recipe.evaluate.metric != "exact":
+        raise RecipeError(f"evaluate.metric = {recipe.evaluate.metric!r}: the sites of a real federation compare whole "
+                          "answers; allowed there is exact")
     files = plugged([(p.file, p.sha256) for p in recipe.plugins])
     return recipe.model_copy(update={"plugins": [Plugin(**f) for f in files]})
