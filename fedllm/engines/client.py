@@ -319,7 +319,7 @@ class ClientCall(Holder):
     def improve(self, theta: Tree, seen: np.ndarray, actions: np.ndarray, weights: np.ndarray, *,
                 steps: int = 1) -> Fitted:
         """Policy-gradient steps on what was done, by the recipe's optimizer."""
-        return self._ask(Improve(self.id, self.model, theta, None, seen, actions, weights, self.local, steps))
+        return self._ask(Improve(self.id, self.model, theta, None, seen, actions, weights, self.training, steps))
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)` of a pure function, computed once for all clients of this process."""

@@ -22,8 +22,11 @@ class FedAsync(Method):
         topic="time", sends="down: the trainables and their version; up: what they became, that version, n, the loss",
         needs="any model and space; layers that need no whole round (no secure aggregation, no central DP)",
         claim=Claim("with log-normal speeds (sigma 1) and 10 clients at work, it reaches the target in less virtual "
-                    "time than synchronous FedAvg", rig="asynchrony", metric="seconds", baseline="fedavg",
-                    relative="ratio", holds="<", threshold=1.0, seeds=5, options={"knobs": {"concurrency": 10}}),
+                    "time than synchronous FedAvg, each at its best server rate (alpha)", rig="asynchrony",
+                    metric="seconds", baseline="fedavg", relative="ratio", holds="<", threshold=1.0,
+                    options={"knobs": {"concurrency": 10}},
+                    grid={"knobs.alpha": (0.1, 0.3, 0.6, 0.9), "knobs.server_lr": (0.3, 1.0, 3.0, 6.0, 10.0)},
+                    unequal="what is measured is the time to a target, and each works until it is there"),
         evidence="alpha_s = alpha (1 + s)^-a, the paper's polynomial form. FedBuff's paper sees this one 2.5 times "
                  f"slower than FedBuff. {REAL}",
     )
