@@ -91,6 +91,8 @@ def interval_and_p(margins: np.ndarray) -> tuple[float, float, float]:
                 low, high = float(got.low), float(got.high)
                 if math.isfinite(low) and math.isfinite(high):
                     break
+    if len(margins) < 2:
+        return low, high, 1.0
     flips = stats.permutation_test((margins,), np.mean, permutation_type="samples", n_resamples=9999,
                                    rng=np.random.default_rng(0))
     return low, high, float(flips.pvalue)

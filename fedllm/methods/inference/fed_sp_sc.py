@@ -33,8 +33,8 @@ class FedSPSC(Asking):
         topic="prompt learning: chain of thoughts",
         sends="up: questions, or two hashes of each and the text of those that match; down: the answer",
         needs="a text model, ours or an endpoint; no training",
-        claim=Claim("a vote over five wordings is right more often than the mean single wording",
-                    rig="synonyms", metric="gain", holds=">", threshold=0.0, wins=5),
+        claim=Claim("a vote over five wordings is right more often than the mean wording", rig="synonyms", metric="gain",
+                    holds=">", threshold=0.0),
         evidence="written from a dossier, not the paper; no code is public. Ours: prompts, hashes, thresholds")
     trial = Trial({"max_new_tokens": 16, "embed": "tfidf"}, far={"rounds": 1})
     mode: Literal["sp_sc", "dp_cot"] = knob("sp_sc", "vote over synonyms, or show voted answers of like questions",

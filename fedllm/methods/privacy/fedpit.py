@@ -44,8 +44,8 @@ class FedPIT(Star):
         evidence="Written from a dossier on both versions; no code is public. Ours: the audit, one continuation that "
                  "gives instruction and response, and a start of theta_pri halfway between the shared model and the "
                  "private one. FewFedPIT's score of synthetic rows is left out. With beta = 1 nothing that "
-                 "was trained on own rows is sent, so canaries cannot come out of it. On our rig clients pay at home: a "
-                 "loss of 2.4 with theta_pri against 1.5 with FedIT's model (three seeds).",
+                 "was trained on own rows is sent, so canaries cannot come out of it. On our rig clients pay at home: "
+                 "a loss of 2.4 with theta_pri against 1.5 with FedIT's model (three seeds).",
     )
     trial = Trial({"synthetic_ratio": 0.0, "beta": 0.5},  # a model of random weights writes no row that can be read
                   far={"method.synthetic_ratio": 1.0, "method.beta": 1.0})
