@@ -43,7 +43,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy fedllm/__init__.py fedllm/core
 
 claims: $(VENV)/.dev
-	$(BIN)/fedllm claims $(ONLY)
+	$(BIN)/fedllm claims $(ONLY) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
 
 bench: $(VENV)/.bench
 	$(BIN)/fedllm bench $(ONLY)

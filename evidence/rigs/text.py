@@ -113,13 +113,14 @@ def untrained(seed: int, width: int = 64, space: Space | None = None, task: str 
 
 @functools.lru_cache(maxsize=2)
 def imperfect_solver(seed: int, steps: int = 640) -> LocalText:
-    """A small model that solves word problems and often errs: in each wording it saw another half of the known ones.
+    """A small model that solves word problems and often errs: in every wording it saw the same half of the known ones.
 
     It never sees the first `UNSEEN` of `word_problems(seed)`, in no wording and no order.
     """
     model, rng, draw = untrained(seed), Random(f"solver-{seed}"), numpy_stream(seed, "solver")
     known = [p for q in word_problems(seed)[UNSEEN:] for p in (q, q.swapped)]
-    pairs = [worked(p, w) for w in range(len(WORDINGS)) for p in rng.sample(known, len(known) // 2)]
+    seen = rng.sample(known, len(known) // 2)  # one half for all: else wordings would be judges of separate schooling
+    pairs = [worked(p, w) for w in range(len(WORDINGS)) for p in seen]
     rows = [think for think, _ in pairs] + [answer for _, answer in pairs[::5]]  # to repeat a number is soon learned
     coded = encode_rows(rows, model.tokenizer, "generation", 512)
     theta = model.initial()

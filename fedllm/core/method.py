@@ -138,8 +138,8 @@ class Claim:
     """A sentence that can fail: on `rig`, `metric` of the method against the same metric of `baseline`, over seeds.
 
     `holds` is one of "<=", ">=", "<", ">" between `figure` and `threshold`; with `relative="ratio"` the figure is
-    method / baseline, with "difference" method - baseline, with "own" the method's metric alone. It passes when it
-    holds in at least `wins` of `seeds` seeds.
+    method / baseline, with "difference" method - baseline, with "own" the method's metric alone. What is said of it
+    is not up to the author: `evidence/verdict.py` judges the figures of seeds that nobody looked at while building.
     """
 
     says: str
@@ -149,10 +149,37 @@ class Claim:
     threshold: float
     baseline: str | None = None
     relative: Literal["own", "ratio", "difference"] = "own"
-    seeds: int = 5
+    seeds: int | None = None
+    """Measured seeds; at least 10 where the figure can vary, and where it cannot (`exact`) 3 unless more are said."""
     wins: int | None = None
+    """Of the rules before there were verdicts; nothing depends on it."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Passed on to the rig (for example other knobs, ranks or learning rates)."""
+    """Passed on to the rig (for example other knobs, ranks or learning rates); `knobs` to the method's arm alone."""
+    against: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the baseline's arm alone, over `options`."""
+    kind: Literal["", "order", "level", "exact"] = ""
+    """order: against a baseline. level: against a number. exact: an identity, or bytes that are counted, which no seed
+    moves. "": order with a baseline, level without."""
+    grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Option of the rig (`local.lr`, `knobs.server_lr`) -> values from which each arm gets its best, on seeds apart."""
+    better: Literal["", "min", "max"] = ""
+    """Which way the metric is better, for the grid. "": the way that `holds` points."""
+    unequal: str = ""
+    """Why the two arms may do unequal work; "": the run is refused when the rig reports that they did."""
+    unseen: int = 4000
+    """The first measured seed. All below were, or may have been, looked at while building."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "order" and self.baseline is None:
+            raise RecipeError(f"claim {self.says!r}: kind 'order' is not allowed without a baseline")
+        if self.unseen < 4000:
+            raise RecipeError(f"claim {self.says!r}: unseen = {self.unseen} is not allowed; it must be >= 4000, since "
+                              "seeds below were looked at while building, or are those that rates are tuned on")
+
+    @property
+    def sort(self) -> Literal["order", "level", "exact"]:
+        """Its kind, also where it is not said."""
+        return self.kind or ("order" if self.baseline else "level")
 
 
 KINDS = ("text", "tokens")
@@ -176,6 +203,8 @@ class Card:
     no permission: what is not declared here is held back at the site all the same."""
     also: Mapping[str, Claim] = field(default_factory=dict)
     """Further claims, each by a word of its own; `<id>:<word>` is its name in `fedllm claims`."""
+    only_exact: str = ""
+    """Why there is no claim whose figure could vary, where there is none."""
 
 
 @dataclass(frozen=True)

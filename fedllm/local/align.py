@@ -50,7 +50,8 @@ def align(teacher: View, student: View, trained: Tree, rows: Sequence[Encoded], 
           spec: LocalSpec, gamma: float) -> tuple[Tree, float]:
     """Train `trained`, a part of the student's trainables, on the batches of `plan`; returns it with the mean loss.
 
-    loss = mean ||(h_T - h_S) / rms(h_T)||^2 + gamma KL(teacher || student), over the tokens of right-padded rows.
+    loss = mean ||(h_T - h_S) / rms(h_T)||^2 + gamma KL(teacher || student), over the tokens of right-padded rows;
+    the rms is one number for the batch, as in FedBiOT's code.
     """
     params = {n: t.to(student.model.device).detach().clone().requires_grad_() for n, t in trained.items()}
     optimizer = spec.optimizer_over(list(params.values()))
@@ -60,7 +61,7 @@ def align(teacher: View, student: View, trained: Tree, rows: Sequence[Encoded], 
         with torch.no_grad():
             h_t, z_t = teacher.look(batch)
         h_s, z_s = View(student.model, {**student.theta, **params}, student.middle).look(batch)
-        near = ((h_t - h_s) / h_t.pow(2).mean(-1, keepdim=True).sqrt()).pow(2).mean()
+        near = ((h_t - h_s) / h_t.pow(2).mean().sqrt()).pow(2).mean()
         loss = near + gamma * F.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), reduction="batchmean", log_target=True)
         optimizer.zero_grad(set_to_none=True)
         with products(loss.device, student.model.fast_kernels):

@@ -40,14 +40,15 @@ class EdgeEnergy(Knobs, Layer):
         topic="energy", sends="up: twelve numbers with each reply, under any method",
         needs="clients that tell how many tokens they train on; declared devices and links, or readable counters",
         claim=Claim("tokens a joule times joules are the tokens, and the shares of clients, link and server add up to "
-                    "the total, to 1e-9", rig="energy", metric="identity_error", holds="<=", threshold=1e-9, seeds=3),
+                    "the total, to 1e-9", rig="energy", metric="identity_error", holds="<=", threshold=1e-9,
+                    kind="exact"),
         also={"bandwidth": Claim("half the bandwidth halves the ratio of computing to sending, to 1 %", rig="energy",
-                                 metric="bandwidth_error", holds="<=", threshold=0.01, seeds=3),
+                                 metric="bandwidth_error", holds="<=", threshold=0.01, kind="exact"),
               "lora": Claim("on MiniLM LoRA of rank 8 raises that ratio at least 20 times over full fine-tuning",
                             rig="energy_minilm", metric="granularity_gain", holds=">=", threshold=20.0, seeds=3),
               "flops": Claim("counted operations are within 10 % of torch's counter on a tiny Llama: full, LoRA and "
                              "forward only, the worst of the three", rig="energy_flops", metric="worst", holds="<=",
-                             threshold=0.10, seeds=3)},
+                             threshold=0.10, kind="exact")},
         evidence="Abstract read; no code was found. Constants are declared (core/energy.py) and said in the report.",
     )
     algebra: ClassVar[Algebra] = Algebra(kind="meter", reads=True, instead="no energy section")

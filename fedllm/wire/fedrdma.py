@@ -43,14 +43,15 @@ class FedRDMA(Knobs, Layer):
         sends="what it wraps, and a checksum a chunk",
         needs="nothing of the model; the place next to the wire",
         claim=Claim("a message crosses loopback sockets bit by bit although a fifth of its chunks is lost, doubled, "
-                    "swapped or changed (bytes that differ)", rig="line", metric="wrong", holds="<=", threshold=0.0),
+                    "swapped or changed (bytes that differ)", rig="line", metric="wrong", holds="<=", threshold=0.0,
+                    kind="exact"),
         also={"bytes": Claim("at a loss of 1e-4 per packet of 4096 bytes 100 MB in chunks of 4 MiB take at most 1.2 "
                              "times their bytes (closed form)", rig="line", metric="chunked_bytes", holds="<=",
-                             threshold=1.2),
+                             threshold=1.2, kind="exact"),
               "time": Claim("and at most a third of the time of resending the whole message (closed form)", rig="line",
-                            metric="time_ratio", holds="<=", threshold=1 / 3),
+                            metric="time_ratio", holds="<=", threshold=1 / 3, kind="exact"),
               "tuned": Claim("for packets of 1500 bytes the tuner picks chunks of 1 MiB or less (MiB)", rig="line",
-                             metric="tuned_1500", holds="<=", threshold=1.0),
+                             metric="tuned_1500", holds="<=", threshold=1.0, kind="exact"),
               "resume": Claim("a transfer cut at 60% sends at most 45% of its bytes again", rig="line",
                               metric="after_cut", holds="<=", threshold=0.45)},
         evidence="Speed-ups of RDMA over TCP are not measured: there is no such hardware here, and chunking alone "

@@ -29,7 +29,7 @@ class FedExLoRA(Star):
         needs="the space lora, one rank for all; a base that can drift",
         claim=Claim("ends with a lower loss on the IID test than FedIT under label skew, on the same work",
                     rig="label_skew", metric="global_loss", baseline="fedit", relative="ratio",
-                    holds="<=", threshold=1.0, wins=4),
+                    holds="<=", threshold=1.0, grid={"local.lr": (1e-3, 3e-3, 1e-2)}),
         evidence="Repository of the authors read; weights p_k = n_k / n where it has 1 / K. It transposes the "
                  "residual, which is right for GPT-2's Conv1D alone; here the drift is always [out, in].",
     )

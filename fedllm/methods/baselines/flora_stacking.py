@@ -26,9 +26,12 @@ class FloraStacking(Star):
               "up: A_k and B_k of the client's own rank",
         needs="the space lora; a base that can drift; any rank for each client",
         claim=Claim("merges clients of ranks 1, 2, 4 and 8 without error, where averaging the factors is far off",
-                    rig="exactness", metric="error", holds="<=", threshold=1e-5, wins=5),
-        evidence="Repository of the authors read. It throws the learned factors away each round: its loss is not below "
-                 "FedIT's on our rig.",
+                    rig="exactness", metric="error", holds="<=", threshold=1e-5, kind="exact"),
+        also={"skew": Claim("under label skew it ends with a lower loss than FedIT on the same work, each at its best "
+                            "rate", rig="label_skew", metric="global_loss", baseline="fedit",
+                            relative="difference", holds="<", threshold=0.0, grid={"local.lr": (1e-3, 3e-3, 1e-2)})},
+        evidence="Repository of the authors read. It throws the learned factors away each round. At one untuned rate "
+                 "its loss was below FedIT's on our rig in 5 of 5 seeds (0 to 4); tuned: claim `skew`.",
     )
     trial = Trial(space={"name": "lora", "rank": 8}, ranks=(1, 2, 4, 8))
     reads_ranks = True

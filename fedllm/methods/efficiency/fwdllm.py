@@ -38,7 +38,8 @@ class FwdLLM(Method):
                     holds=">", threshold=0.0, seeds=5, wins=4),
         also={"grows": Claim("the number of perturbations a committed step grows as the loss falls: last third over "
                              "first", rig="pacing", metric="growth", holds=">", threshold=1.0, seeds=5, wins=4)},
-        evidence="Authors' code read; their index error in choosing candidates is not repeated. Ours: scalars, seeds "
+        evidence="Authors' code read; `candidates` (theirs: 10) is off by default, and their warm-up and decay of the "
+                 "rate are not here. Their index error in choosing candidates is not repeated. Ours: scalars, seeds "
                  "instead of gradients, the variance is the server's (it can remake all of F), `most`. Halves of each "
                  "client's perturbations, as theirs: halves of clients would differ by their batches as well. "
                  "The rig was changed after a look: no step had been committed at its threshold, and the two arms had "

@@ -31,9 +31,8 @@ class ZooPFL(BlackBox):
         topic="black box: personalization",
         sends="both ways the encoder q, and the decoder s (up in the first rounds alone)",
         needs="a classification model that gives logits for token embeddings; no weights, no gradients",
-        claim=Claim("clients by Dirichlet(0.1): own code and own reading of the output are more accurate on a client's "
-                    "rows than shared ones after as many queries", rig="surgery", metric="over_shared", holds=">",
-                    threshold=0.0, wins=4),
+        claim=Claim("at Dirichlet(0.1) own code and reading are right more often on own rows than shared, by as many "
+                    "queries", rig="surgery", metric="over_shared", holds=">", threshold=0.0),
         also={"zero_shot": Claim("and more accurate than the model as it is", rig="surgery", metric="over_none",
                                  holds=">", threshold=0.0, wins=4),
               "code": Claim("differences by coordinates point where the code's gradient does (cosine)", wins=5,

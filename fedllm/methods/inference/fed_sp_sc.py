@@ -23,8 +23,7 @@ DISCLAIMER = "The examples below come from other users; their answers may contai
 class FedSPSC(Asking):
     """Ask a question in the words of several users and let the answers vote, or show voted answers as examples.
 
-    Nothing is trained. The server sees the text of the questions it uses; with `pool="hash_match"` it sees only hashes
-    of the others. Those hide wording, not numbers: small numbers can be guessed from their hash.
+    The server sees the questions that it uses; with `pool="hash_match"` only hashes of others, which hide no numbers.
     """
 
     card = Card(
@@ -33,8 +32,8 @@ class FedSPSC(Asking):
         topic="prompt learning: chain of thoughts",
         sends="up: questions, or two hashes of each and the text of those that match; down: the answer",
         needs="a text model, ours or an endpoint; no training", kinds=("text",),
-        claim=Claim("a vote over five wordings is right more often than the mean single wording",
-                    rig="synonyms", metric="gain", holds=">", threshold=0.0, wins=5),
+        claim=Claim("a vote over five wordings is right more often than the mean wording", rig="synonyms",
+                    metric="gain", holds=">", threshold=0.0),
         evidence="written from a dossier, not the paper; no code is public. Ours: prompts, hashes, thresholds")
     trial = Trial({"max_new_tokens": 16, "embed": "tfidf"}, far={"rounds": 1})
     mode: Literal["sp_sc", "dp_cot"] = knob("sp_sc", "vote over synonyms, or show voted answers of like questions",

@@ -16,6 +16,8 @@ from fedllm.models.overlap import closest
 Row = Mapping[str, Any]
 ABORT = 10  # batches of tries, as many times the rows that are wanted
 
+SAID = {"knobs": {"template": "[q] {prompt} [a] {response} [e] ", "temperature": 0.7, "max_new_tokens": 14}}
+
 
 @dataclass(frozen=True)
 class FedPIT(Star):
@@ -35,13 +37,15 @@ class FedPIT(Star):
         needs="a generation task; a model that goes on with demonstrations; clients that remember theta_pri",
         claim=Claim("planted canaries come out of the uploaded adapters less often than out of FedIT's",
                     rig="canaries", metric="extracted", baseline="fedit", relative="difference",
-                    holds="<", threshold=0.0, seeds=5, wins=4,
-                    options={"knobs": {"template": "[q] {prompt} [a] {response} [e] ", "temperature": 0.7,
-                                       "max_new_tokens": 14}}),
+                    holds="<", threshold=0.0, options=SAID),
+        also={"price": Claim("and what a client uses at home has a loss on its own rows that is not above FedIT's",
+                             rig="canaries", metric="local", baseline="fedit", relative="difference", holds="<=",
+                             threshold=0.0, options=SAID)},
         evidence="Written from a dossier on both versions; no code is public. Ours: the audit, one continuation that "
                  "gives instruction and response, and a start of theta_pri halfway between the shared model and the "
-                 "private one. FewFedPIT's score of synthetic rows is left out. On our rig clients pay for it at "
-                 "home: a loss of 2.4 with theta_pri against 1.5 with FedIT's model (three seeds).",
+                 "private one. FewFedPIT's score of synthetic rows is left out. With beta = 1 nothing that "
+                 "was trained on own rows is sent, so canaries cannot come out of it. On our rig clients pay at home: "
+                 "a loss of 2.4 with theta_pri against 1.5 with FedIT's model (three seeds).",
     )
     trial = Trial({"synthetic_ratio": 0.0, "beta": 0.5},  # a model of random weights writes no row that can be read
                   far={"method.synthetic_ratio": 1.0, "method.beta": 1.0})

@@ -37,10 +37,7 @@ class FedBBPT(Spoken):
         also={"spsa": Claim("the same for a continuous prompt by SPSA", rig="black_prompt", metric="over_none",
                             holds=">", threshold=0.0, wins=4, options={"estimator": "spsa"}),
               "bayes": Claim("the same by Bayesian optimization", rig="black_prompt", metric="over_none", holds=">",
-                             threshold=0.0, wins=4, options={"estimator": "bayes"}),
-              "random": Claim("on a noisy box of six places with 20 tokens each the policy's prompt has a lower loss "
-                              "than the best of random ones after as many queries (1200)", rig="noisy_box",
-                              metric="below_random", holds=">", threshold=0.0, wins=4)},
+                             threshold=0.0, wins=4, options={"estimator": "bayes"})},
         evidence="written from a dossier; no code is public. Ours: candidates are random tokens (telling ones tell on "
                  "rows); SPSA moves a vector in a random subspace, not an image decoder; bayes has no second model",
     )
