@@ -2,29 +2,20 @@
 
 import pytest
 
-from evidence.bench.federation import SPECS
-from fedllm.api import run
-from fedllm.core.program import Fold
+from fedllm.core.program import Fold, drive
 from fedllm.engines.far.leaving import Words, held_back
-from fedllm.federation.nvflare.loopback import Loopback
-from fedllm.methods.registry import make_method, method_class, modules
-from fedllm.runs.build import build
-from fedllm.runs.recipe import load_recipe
+from fedllm.methods.registry import METHODS, method_class
+from tests.methods.conftest import begin, tried
 
-
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory, tiny_llama_folder):
-    return Loopback(tmp_path_factory.mktemp("rows"), tiny_llama_folder)
+APART = {name for name in METHODS if method_class(name).trial.apart}
+"""Methods with no common trial of rounds; which of them say words."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(modules()))
-def test_a_method_sends_what_its_card_declares(rig, name, monkeypatch):
-    spec = {**rig.recipe(name, **SPECS.get(name, {})), "rounds": 1}
-    method = make_method(**spec["method"])
-    if method.simulation_only:
-        pytest.skip("no site runs it")
-    found, take, names = [], Fold.take, build(load_recipe(spec)).world.model.initial()
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in APART and not method_class(n).simulation_only])
+def test_a_method_sends_what_its_card_declares(name, monkeypatch):
+    made, found, take = begin(name, **tried(name)), [], Fold.take
+    names = made.world.model.initial()
 
     def look(self, client, reply, seconds=None):
         sealed = self.ask.fn.__dict__.get("sealed", False)
@@ -34,5 +25,10 @@ def test_a_method_sends_what_its_card_declares(rig, name, monkeypatch):
         return take(self, client, reply, seconds)
 
     monkeypatch.setattr(Fold, "take", look)
-    run(spec, root=rig.folder / "runs")
+    made.go(1)
+    drive(made.method.evaluate(made.state, made.world.infos(), "local"), made.engine)
     assert bool(found) <= bool(method_class(name).card.kinds), found[:3]
+
+
+def test_methods_that_answer_with_text_say_so():
+    assert {name for name in APART if method_class(name).card.kinds} >= {"fed_rag", "fed_sp_sc"} & APART

@@ -13,9 +13,10 @@ import fedllm
 from fedllm.cli.main import main
 from fedllm.core import found
 from fedllm.core.errors import RecipeError
+from fedllm.engines.far.reasons import Refused
+from fedllm.federation.admission import admitted
 from fedllm.federation.coordinator import for_sites
 from fedllm.federation.settings import SiteSettings
-from fedllm.federation.site import _recipe
 from fedllm.methods import registry
 from fedllm.methods.baselines import fedavg
 from fedllm.methods.registry import METHODS, method_class, modules
@@ -157,15 +158,15 @@ def test_a_site_runs_installed_code_that_its_settings_name(monkeypatch, tmp_path
     spec = load_recipe({"model": tiny_llama_folder, "method": "fedmine", "plugins": [str(mine)]})
     raw = for_sites(spec)
     assert raw["plugins"] == []
-    mine_too = SiteSettings(data="d", store="s", models=[tiny_llama_folder])
-    with pytest.raises(RecipeError, match="a site never loads code from a recipe; install the method here as a pack"):
-        _recipe({**raw, "plugins": spec.model_dump()["plugins"]}, mine_too)
-    with pytest.raises(RecipeError, match="method 'fedmine' is not installed here"):
-        _recipe(raw, mine_too)
+    mine_too = SiteSettings(data="d", store=str(tmp_path / "s"), models=[tiny_llama_folder])
+    with pytest.raises(Refused, match="a site never loads code from a recipe: plugins = .*: install the method here as a pack"):
+        admitted({**raw, "plugins": spec.model_dump()["plugins"]}, mine_too)
+    with pytest.raises(Refused, match="the method is not installed here, .*'fedmine'"):
+        admitted(raw, mine_too)
     bring(monkeypatch, Point("fedmine", "fedllm.methods.baselines.fedavg"))
-    with pytest.raises(RecipeError, match="comes from the installed package 'theirs' and not from fedllm; name it in"):
-        _recipe(raw, mine_too)
-    assert _recipe(raw, mine_too.model_copy(update={"methods": ["fedmine"]})).method.name == "fedmine"
+    with pytest.raises(Refused, match="comes from the installed package 'theirs' and not from fedllm; name it in"):
+        admitted(raw, mine_too)
+    assert admitted(raw, mine_too.model_copy(update={"methods": ["fedmine"]})).method.name == "fedmine"
 
 
 def test_the_command_line_takes_plugins(tmp_path, mine, capsys):
