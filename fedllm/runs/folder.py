@@ -267,7 +267,7 @@ class RunFolder:
         out = []
         with (self.path / "events.jsonl").open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):
+                if b"\0" in line or line.endswith(b"\n"):
                     try:
                         event = json.loads(line)
                     except ValueError:

@@ -66,6 +66,8 @@ def class_losses(z: Tensor, y: Tensor) -> Losses:
 
 def one_name(rows: Iterable[tuple[Row, str]], labels: tuple[str, ...]) -> None:
     """A DataError where some rows have a label's name and others its number."""
+    if any(is_number(name) for name in labels):  # numbers are names then, and none is a place
+        return
     by_name, by_number = "", ""
     for row, where in rows:
         name = str(raw_label(row, where))

@@ -239,6 +239,16 @@ def test_a_label_that_is_none_is_refused(tmp_path, label):
     assert caught.value.row == 1
 
 
+def test_a_zero_among_stars_is_told_as_what_it_is(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x", "label": i % 6}) + "\n" for i in range(24)))
+    spec = {"source": str(path), "task": "classification", "labels": ["1", "2", "3", "4", "5"],
+            "partition": {"kind": "iid", "clients": 2}}
+    with pytest.raises(DataError, match=r"row 1 \(line 1\): 'label' is 0; the labels are 1, 2, 3, 4, 5") as caught:
+        load_federation(spec, 0)
+    assert (caught.value.row, caught.value.kind) == (1, "label")
+
+
 def test_a_row_knows_its_place_through_a_pickle():
     import pickle
 
