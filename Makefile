@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test wheel lint claims bench drills fuzz clean
+.PHONY: demo test wheel lint claims bench drills models fuzz clean
 
 # A stamp for each set of extras, younger than pyproject.toml when it is installed.
 # The build of torch that everything here was measured with; another is fine (TORCH='torch>=2.9').
@@ -43,7 +43,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy fedllm/__init__.py fedllm/core
 
 claims: $(VENV)/.dev
-	$(BIN)/fedllm claims $(ONLY)
+	$(BIN)/fedllm claims $(ONLY) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
 
 bench: $(VENV)/.bench
 	$(BIN)/fedllm bench $(ONLY)
@@ -51,6 +51,10 @@ bench: $(VENV)/.bench
 # Faults done to the real processes of federations on this machine; ONLY='faults soak' picks some.
 drills: $(VENV)/.dev
 	$(BIN)/python -m evidence.drills $(ONLY)
+
+# Every architecture of evidence/zoo with every space, against plain transformers and PEFT: docs/results/models.md.
+models: $(VENV)/.dev
+	$(BIN)/python -m evidence.models $(ONLY)
 
 # Ten minutes of made-up messages; FUZZ_SECONDS for more. What it finds it leaves as crash-* in build/fuzz.
 FUZZ_SECONDS ?= 600

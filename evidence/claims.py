@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
-import operator
+import math
 import pkgutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,19 +26,16 @@ from rich.table import Table
 
 import evidence.rigs
 import fedllm.methods
+from evidence.pages.verdicts import figure_text, write_table
 from evidence.rigs.topics import cache_dir
+from evidence.verdict import RELATIVE, fingerprint, judge, measured_on, same_work, tuned_on
 from fedllm.audits.registry import audit_classes
-from fedllm.core.errors import RecipeError
+from fedllm.core.errors import FedLLMError, RecipeError
 from fedllm.core.method import Card, Claim
 from fedllm.methods.registry import METHODS, source_of
 from fedllm.runs.layers import layer_classes
 from fedllm.selectors.registry import selector_classes
 
-HOLDS: Mapping[str, Callable[[float, float], bool]] = {
-    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-RELATIVE: Mapping[str, Callable[[float, float], float]] = {
-    "own": lambda mine, _: mine, "ratio": lambda mine, other: mine / other,
-    "difference": lambda mine, other: mine - other}
 DOCS = Path(__file__).parents[1] / "docs"
 BEGAN = time.time()
 Rig = Callable[..., Mapping[str, float]]
@@ -84,7 +84,7 @@ def measure(rig: str, method: str, seed: int, options: Mapping[str, Any], fresh:
     The cache sees changes to the method, to what methods share and to the rigs; after changes elsewhere run afresh.
     """
     run = known_rigs()[rig]
-    what = (rig, method, seed, sorted(options.items(), key=repr), _code(method))
+    what = (rig, method, seed, sorted(options.items(), key=repr), _code(rig, method))
     key = hashlib.sha256(repr(what).encode()).hexdigest()[:24]
     path = cache_dir() / "claims" / f"{rig}-{method}-{seed}-{key}.json"
     if path.is_file() and not (fresh and path.stat().st_mtime < BEGAN):
@@ -96,93 +96,131 @@ def measure(rig: str, method: str, seed: int, options: Mapping[str, Any], fresh:
 
 
 @functools.cache
-def _code(method: str) -> str:
-    """A digest of the files that a run's numbers depend on most: the method's, what methods share, and the rigs."""
+def _code(rig: str, method: str) -> str:
+    """A digest of the files that a run's numbers depend on most: the method's, what methods share, and the rig's."""
     shared = Path(fedllm.methods.__file__ or "").parent.glob("_*.py")
-    files = [claimed()[method].source, *shared, *Path(__file__).parent.glob("rigs*.py")]
+    files = {claimed()[method].source, *shared, *_rig_files(Path(inspect.getsourcefile(known_rigs()[rig]) or ""))}
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()
 
 
-def judge(method: str, claim: Claim, seed: int, fresh: bool = False) -> tuple[float, bool]:
-    """The figure of one seed, and whether the claim holds for it.
+def _rig_files(file: Path) -> set[Path]:
+    """The rig's file, and those of other rigs that it imports from."""
+    found, todo = set(), [file]
+    while todo:
+        found.add(at := todo.pop())
+        named = {n.module.rpartition(".")[2] for n in ast.walk(ast.parse(at.read_text()))
+                 if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("evidence.rigs.")}
+        todo += [f for f in (at.parent / f"{name}.py" for name in named) if f not in found]
+    return found
 
-    `options["knobs"]` are the method's own and do not go to the baseline; all other options go to both.
+
+class Arm(NamedTuple):
+    """One side of a claim: a method under the options that it runs with."""
+
+    rig: str
+    method: str
+    options: Mapping[str, Any]
+
+    def run(self, seed: int, fresh: bool = False) -> dict[str, float]:
+        return measure(self.rig, self.method, seed, self.options, fresh)
+
+    def at(self, rates: Mapping[str, float]) -> Arm:
+        """The same arm with these options set; `local.lr` is `lr` in the option `local`."""
+        options = dict(self.options)
+        for path, value in rates.items():
+            group, _, name = path.rpartition(".")
+            options |= {group: {**options.get(group, {}), name: value}} if group else {name: value}
+        return Arm(self.rig, self.method, options)
+
+
+def arms_of(name: str, claim: Claim) -> dict[str, Arm]:
+    """The method's arm, and the baseline's if there is one: `knobs` are the method's own, other options go to both."""
+    mine = Arm(claim.rig, name.partition(":")[0], claim.options)
+    shared = {k: v for k, v in claim.options.items() if k != "knobs"} | dict(claim.against)
+    return {"method": mine, **({"baseline": Arm(claim.rig, claim.baseline, shared)} if claim.baseline else {})}
+
+
+def tune(claim: Claim, arm: Arm, fresh: bool = False) -> dict[str, float]:
+    """The point of the claim's grid at which this arm's mean metric is best, on seeds that are not measured.
+
+    A knob that the arm's method does not have is no part of its grid; a run that fails or diverges is the worst.
     """
-    method = method.partition(":")[0]
-    mine = measure(claim.rig, method, seed, claim.options, fresh)[claim.metric]
-    shared = {k: v for k, v in claim.options.items() if k != "knobs"}
-    other = measure(claim.rig, claim.baseline, seed, shared, fresh)[claim.metric] if claim.baseline else 0.0
-    figure = RELATIVE[claim.relative](mine, other)
-    return figure, HOLDS[claim.holds](figure, claim.threshold)
+    has = METHODS[arm.method].knobs() if arm.method in METHODS else {}
+    axes = {k: list(v) for k, v in claim.grid.items() if not k.startswith("knobs.") or k.partition(".")[2] in has}
+    sign = 1.0 if (claim.better or {"<": "min", ">": "max"}[claim.holds[0]]) == "min" else -1.0
+
+    def worth(point: Mapping[str, float]) -> float:
+        try:
+            got = float(np.mean([arm.at(point).run(seed, fresh)[claim.metric] for seed in tuned_on(claim)]))
+        except FedLLMError:
+            return math.inf
+        return sign * got if math.isfinite(got) else math.inf
+
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    worths = [worth(point) for point in points] if len(points) > 1 else [0.0]
+    if min(worths) == math.inf:
+        raise RecipeError(f"{arm.method} on {arm.rig}: no point of the grid {axes} gives a finite {claim.metric}")
+    return points[worths.index(min(worths))]
+
+
+def weigh(name: str, claim: Claim, fresh: bool = False, budget: float | None = None,
+          step: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Tune both arms, run both on every measured seed that the budget (seconds) allows, and judge the figures."""
+    began, arms = time.perf_counter(), arms_of(name, claim)
+    step(f"{name}, tuning" if claim.grid else name)
+    rates = {side: tune(claim, arm, fresh) for side, arm in arms.items()} if claim.grid else {}
+    arms = {side: arm.at(rates.get(side, {})) for side, arm in arms.items()}
+    wanted, work = measured_on(claim), ""
+    each: dict[str, list[float]] = {side: [] for side in arms}
+    for seed in wanted:
+        if each["method"] and budget is not None and time.perf_counter() - began > budget:
+            break
+        step(f"{name}, seed {seed}")
+        got = {side: arm.run(seed, fresh) for side, arm in arms.items()}
+        work = same_work(name, claim, got["method"], got["baseline"]) if claim.baseline else ""
+        for side in arms:
+            each[side].append(got[side][claim.metric])
+    others = each.get("baseline", [0.0] * len(each["method"]))
+    figures = [RELATIVE[claim.relative](m, o) for m, o in zip(each["method"], others, strict=True)]
+    judged, seeds = judge(claim, figures), wanted[: len(figures)]
+    return {"method": name, "claim": claim.says, "of": fingerprint(claim), **asdict(judged), "each": figures,
+            "arms": each, "seeds": seeds, "asked": len(wanted), "budget": budget, "tuned_on": tuned_on(claim),
+            "rates": rates, "work": work, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def run_claims(methods: Iterable[str] | None = None, out: Path = DOCS, console: Console | None = None,
-               fresh: bool = False) -> list[dict[str, Any]]:
+               fresh: bool = False, budget: float | None = None) -> list[dict[str, Any]]:
     """Measure the claims of these methods (None: all), and write `results/claims.json` and `methods.md` under `out`.
 
-    Rows of methods that are not measured now are kept as they were.
+    Rows of methods that are not measured now are kept as they were, unless their claim has changed since.
     """
     known = claimed()
-    names = list(methods or known)
+    names = list(known if methods is None else methods)
     if unknown := [name for name in names if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         raise RecipeError(f"claim {unknown[0]!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''} Allowed: "
                           f"{', '.join(known)}")
-    claims = {name: known[name].claim for name in names}
     path = out / "results" / "claims.json"
     rows = {r["method"]: r for r in json.loads(path.read_text())} if path.is_file() else {}
+    rows = {n: r for n, r in rows.items() if n in known and r.get("of") == fingerprint(known[n].claim)}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("claims", total=sum(c.seeds for c in claims.values()))
-        for name, claim in claims.items():
-            began, figures, wins = time.perf_counter(), [], 0
-            for seed in range(claim.seeds):
-                progress.update(task, description=f"{name}, seed {seed}")
-                figure, holds = judge(name, claim, seed, fresh)
-                figures.append(figure)
-                wins += holds
-                progress.advance(task)
-            rows[name] = _row(name, claim, figures, wins, time.perf_counter() - began)
-            _write(path, [rows[n] for n in sorted(rows) if n in known])
-    write_table([rows[n] for n in sorted(rows) if n in known], out / "methods.md")
+        task = progress.add_task("claims", total=len(names))
+        for name in names:
+            rows[name] = weigh(name, known[name].claim, fresh, budget,
+                               lambda what: progress.update(task, description=what))
+            _write(path, [rows[n] for n in sorted(rows)])
+            progress.advance(task)
+    write_table(known, rows, out)
     return [rows[n] for n in names]
 
 
-def _row(name: str, claim: Claim, figures: Sequence[float], wins: int, seconds: float) -> dict[str, Any]:
-    return {"method": name, "claim": claim.says, "rig": claim.rig, "metric": claim.metric, "baseline": claim.baseline,
-            "relative": claim.relative, "figure": float(np.mean(figures)), "holds": claim.holds,
-            "threshold": claim.threshold, "seeds": claim.seeds, "wins": wins, "needed": claim.wins or claim.seeds,
-            "each": list(figures), "pass": wins >= (claim.wins or claim.seeds), "seconds": round(seconds, 1)}
-
-
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Whole or not at all: a run of hours may be stopped at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The methods' table, from cards and measured claims; a method without a measurement says so."""
-    measured = {r["method"]: r for r in rows}
-    lines = ["# Methods", "", "Generated by `python -m evidence.claims` from each method's card and from measured "
-             "claims (`results/claims.json`); do not edit. A figure is the mean over seeds; `wins` is in how many "
-             "seeds the claim held, and of how many.", "",
-             "| method | title | topic | sends | claim | figure | wins | holds |", "|---|---|---|---|---|---|---|---|"]
-    known = claimed()
-    for name in sorted(known, key=lambda n: (known[n].chapter, n)):
-        (card, claim, source, _), row = known[name], measured.get(name)
-        link = f"[`{name}`](../{source.relative_to(Path(__file__).parents[1])})"
-        result = [figure_text(row), f"{row['wins']}/{row['seeds']}", "yes" if row["pass"] else "**no**"] if row else (
-            ["not measured", "", ""])
-        cells = [link, card.title, card.topic, card.sends, claim.says, *result]
-        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-
-
-def figure_text(row: Mapping[str, Any]) -> str:
-    """For example `global_loss - fedavg = -0.31 (< 0)`."""
-    versus = {"own": "", "ratio": f" / {row['baseline']}", "difference": f" - {row['baseline']}"}[row["relative"]]
-    return f"{row['metric']}{versus} = {row['figure']:.3g} ({row['holds']} {row['threshold']:g})"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    partial.replace(path)
 
 
 def main() -> None:
@@ -191,11 +229,16 @@ def main() -> None:
     parser.add_argument("method", nargs="*", help="ids of methods and layers, or `<id>:<word>`; none: all")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the docs")
     parser.add_argument("--fresh", action="store_true", help="use no cached runs")
+    parser.add_argument("--budget", type=float, metavar="SECONDS",
+                        help="of each claim: no seed is begun after it; with few seeds a verdict is open")
+    parser.add_argument("--table", action="store_true", help="measure nothing: write the page anew from claims.json")
     given = parser.parse_args()
-    console = Console()
-    table = Table("method", "figure", "wins", "holds")
-    for row in run_claims(given.method or None, given.out, console, given.fresh):
-        table.add_row(row["method"], figure_text(row), f"{row['wins']}/{row['seeds']}", "yes" if row["pass"] else "NO")
+    if given.budget is not None and not given.budget > 0:
+        raise RecipeError(f"--budget {given.budget:g} is not allowed; it must be > 0 seconds")
+    console, table = Console(), Table("method", "figure", "seeds", "verdict")
+    names = [] if given.table else given.method or None
+    for row in run_claims(names, given.out, console, given.fresh, given.budget):
+        table.add_row(row["method"], figure_text(row), f"{len(row['seeds'])} of {row['asked']}", row["verdict"])
     console.print(table)
 
 

@@ -116,9 +116,10 @@ def reading(attack: str, seed: int, *, variant: str = "cos", layers: Sequence[st
             rows: int = 1, length: int = 8, steps: int = 200, knobs: Mapping[str, Any] | None = None) -> Metrics:
     """Gradient inversion on client 0's rows (8 tokens each) after one step of SGD on all weights of a small encoder.
 
-    The word embeddings' rows, which name the tokens without any search, are hidden from the attacker. `over_guess` is
-    its recall over that of the commonest public tokens; `less_than_one` how much less than of one row alone, and
-    `order_gain` how much more ROUGE-L than Inverting Gradients.
+    Of a sum the attacker looks for the rows of all clients at once. The word embeddings' rows, which name the tokens
+    without any search, are hidden from the attacker. `over_guess` is its recall over that of the commonest public
+    tokens; `less_than_one` how much less than of one row alone, and `order_gain` how much more ROUGE-L than
+    Inverting Gradients.
     """
     torch.set_num_threads(1)
     options = {"layers": layers, "clients": clients, "length": length, "steps": steps, "knobs": knobs or {}}
@@ -141,7 +142,8 @@ def _read(seed: int, variant: str, rows: int, layers: Sequence[str], clients: in
                   local, seed)
     view = one_round(world, bound_layers(layers, clients, rows, local, seed))
     moved, start = change(view, "client-0"), model.initial()
-    real, public = data["client-0"], labelled(numpy_stream(seed, "public"), 200, length)
+    at_once = [e for held in data.values() for e in held] if view.sums else data["client-0"]  # all whom the sum shows
+    real, public = at_once, labelled(numpy_stream(seed, "public"), 200, length)
     with torch.no_grad():
         for name, p in plain.named_parameters():
             p.copy_(start[name])
@@ -149,8 +151,8 @@ def _read(seed: int, variant: str, rows: int, layers: Sequence[str], clients: in
     seen = {n: (-t, torch.ones_like(t, dtype=torch.bool)) for n, t in moved.items() if "word_embeddings" not in n}
     prior = bigrams([e.ids.tolist() for e in public], TOKENS)
     how = Inversion.variant(variant, **{"steps": steps, "seed": seed, **knobs})
-    known = [int(e.labels) for e in real] if rows > 1 else None  # type: ignore[arg-type]
-    found = how.recover_rows(plain.eval(), seen, length, rows, known, prior)
+    known = [int(e.labels) for e in real] if len(real) > 1 else None  # type: ignore[arg-type]
+    found = how.recover_rows(plain.eval(), seen, length, len(real), known, prior)
     return against_guess(found, [e.ids.tolist() for e in real], [e.ids.tolist() for e in public])
 
 

@@ -215,5 +215,5 @@ def grammar_prompt(method: str, seed: int, *, rounds: int = 10, tuning: int = 2,
 
 
 RIGS: dict[str, Callable[..., Metrics]] = {
-    "pacing": pacing, "black_box": black_box, "black_prompt": black_prompt, "noisy_box": noisy_box,
+    "pacing": pacing, "black_box": black_box, "black_prompt": black_prompt, 
     "grammar_prompt": grammar_prompt}

@@ -264,7 +264,7 @@ def canaries(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, 
                          world.limits)[0].mean for c in secrets]
     return {"extracted": leak(model, given, secrets), "base": leak(model, dict.fromkeys(secrets, model.initial()),
                                                                    secrets),
-            "uploads": float(len(given)), "local": float(np.mean(own)), "shared": float(np.mean(shared))}
+            "uploads": float(len(given)), "local": float(np.mean(own)), "shared": float(np.mean(shared)), **run.work()}
 
 
 def leak(model: Model, given: Mapping[str, Tree], secrets: Mapping[str, list[dict[str, str]]]) -> float:

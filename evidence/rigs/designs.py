@@ -21,14 +21,14 @@ from fedllm.models.shelf import Shelf
 from fedllm.spaces import make_space
 
 COARSE, CLIENTS, SHARE = 4, 4, 0.4
-STEPS, DIGEST, OWN = 20, 30, 40
+STEPS, DIGEST, OWN = 20, 30, 50
 """Local steps of a round, those towards the consensus, and those before the first round."""
 PUBLIC = 400
 OURS = {"digest_steps": DIGEST, "own_steps": OWN, "alignment": PUBLIC}
 
 
 def designs(method: str, seed: int, *, skew: str = "subclass", knobs: Mapping[str, Any] | None = None,
-            rounds: int = 6) -> Metrics:
+            rounds: int = 6, local: Mapping[str, Any] | None = None) -> Metrics:
     """Encoders of one and of two blocks, by turns; 400 public rows of all kinds.
 
     `subclass`: four clients know all of four labels, each by a topic of its own. `label`: eight clients by
@@ -41,14 +41,17 @@ def designs(method: str, seed: int, *, skew: str = "subclass", knobs: Mapping[st
     two, one = _net(seed, len(labels), 2), _net(seed, len(labels), 1)
     profiles = {c: Profile(model="one block") for c in list(fed.clients)[::2]}
     own = method == "fedmd"
-    spec = LocalSpec(optimizer="adamw", lr=2e-3, batch_size=16, steps=STEPS if own else STEPS + DIGEST)
+    told = {"optimizer": "adamw", "lr": 2e-3, "batch_size": 16, "steps": STEPS if own else STEPS + DIGEST}
+    spec = LocalSpec(**{**told, **(local or {})})
     world = World(two, fed, spec, seed, profiles, held=Shelf({"one block": lambda: one}))
     run = Trial(method, world, {**(OURS if own else {}), **(knobs or {})})
-    run.rounds(rounds if own else rounds + round(OWN / (STEPS + DIGEST)))
+    run.rounds(rounds if own else rounds + OWN // (STEPS + DIGEST))
+    steps = run.t * (STEPS + DIGEST) + (OWN if own else 0)
     scores = run.scores("global").values()
     first = [e for e in run.engine.record.events if e["kind"] == "wire" and e["round"] == 0]
     each = {c: sum(e["bytes"] for e in first if e["client"] == c) for c in fed.clients}
-    return {"accuracy": float(np.mean([s["accuracy"] for s in scores])),
+    return {"work_steps": float(steps), "work_rows_a_step": float(spec.batch_size),
+            "accuracy": float(np.mean([s["accuracy"] for s in scores])),
             "least": float(min(s["accuracy"] for s in scores)),
             "bytes_spread": float(max(each.values()) - min(each.values()))}
 

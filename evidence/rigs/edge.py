@@ -66,8 +66,8 @@ def order_federation(seed: int, clients: int = 8, alpha: float = 0.5, rows: int 
     return Federation(shards, test, "classification", tuple(f"order-{y}" for y in range(ORDERS)))  # type: ignore[arg-type]
 
 
-def blind_encoder(seed: int) -> HeadedEncoder:
-    """A frozen random BERT of two blocks that cannot tell positions: its position embeddings are zero."""
+def frozen_encoder(seed: int, blind: bool) -> HeadedEncoder:
+    """A frozen random BERT of two blocks; a blind one cannot tell positions: its position embeddings are zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         body = BertModel(BertConfig(
@@ -75,13 +75,15 @@ def blind_encoder(seed: int) -> HeadedEncoder:
             max_position_embeddings=FRAMES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0),
             add_pooling_layer=False)
         torch.nn.init.normal_(body.embeddings.word_embeddings.weight)
-        torch.nn.init.zeros_(body.embeddings.position_embeddings.weight)
+        where = torch.nn.init.zeros_ if blind else torch.nn.init.normal_
+        where(body.embeddings.position_embeddings.weight)
         return HeadedEncoder(body, ORDERS, "mean")
 
 
 def frame_order(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 20, size: int = 24,
-                local: Mapping[str, Any] | None = None) -> Metrics:
-    """Accuracy on recordings whose label is the order of their steps and nothing else.
+                blind: bool = False, local: Mapping[str, Any] | None = None) -> Metrics:
+    """Accuracy on recordings whose label is the order of their steps and nothing else; a blind encoder leaves it to
+    the adapters alone to see it.
 
     Both adapters have the same number of parameters up to one more unit of the plain one's bottleneck.
     """
@@ -89,13 +91,13 @@ def frame_order(method: str, seed: int, *, knobs: Mapping[str, Any] | None = Non
     fed = order_federation(seed)
     timed = make_space("st_adapter", size=size, kernel=(3, 1, 1))
     space = timed if method in TIMED else make_space("adapter", size=size + 1)
-    model = Model(blind_encoder(seed), None, "classification", space, labels=fed.labels, seed=seed)
+    model = Model(frozen_encoder(seed, blind), None, "classification", space, labels=fed.labels, seed=seed)
     spec = LocalSpec(**{"lr": 1e-2, "steps": 20, "batch_size": 16, **(local or {})})
     run = Trial(method, World(model, fed, spec, seed), dict(knobs or {})).rounds(rounds)
     scores = run.scores("global").values()
     return {"accuracy": float(np.mean([s["accuracy"] for s in scores])),
             "loss": float(np.mean([s["loss"] for s in scores])),
-            "trained": float(sum(t.numel() for t in model.initial().values()))}
+            "trained": float(sum(t.numel() for t in model.initial().values())), **run.work()}
 
 
 def minilm_bytes(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None,
@@ -129,8 +131,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def two_tasks(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 10,
-              spaces: Mapping[str, str] | None = None, local: Mapping[str, Any] | None = None) -> Metrics:
+              spaces: Mapping[str, str] | None = None, local: Mapping[str, Any] | None = None,
+              together: bool = False) -> Metrics:
     """Ten rounds of four clients with topics of task A, then ten of four others with those of task B, on one encoder.
+
+    `together`: in each of the twenty rounds two clients of either task take part, by turns: as much work, and nothing
+    to forget. `accuracy` is the mean over both tasks at the end, `least` the lesser.
 
     `spaces` gives a method another space than LoRA. `forgotten` is the accuracy on A lost by B, `changed` the largest
     change of a test row's loss, `backbone_changed` whether any frozen weight differs at the end.
@@ -148,14 +154,20 @@ def two_tasks(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None,
     spec = LocalSpec(**{"lr": lr, "steps": 10, "batch_size": 16, **(local or {})})
     run = Trial(method, World(model, Federation(shards, [], "classification", CLASSES), spec, seed), dict(knobs or {}))
     before, seen = backbone_of(model), {}
-    for task in "AB":
-        run.rounds(rounds, [c for c in run.world.infos() if c.id.startswith(task)])
+    everybody = run.world.infos()
+    for half, task in enumerate("AB"):
+        for t in range(rounds):
+            pair = (t + half * rounds) % 2  # clients 0 and 1, or 2 and 3, of either task
+            run.rounds(1, [c for c in everybody if (int(c.id[2:]) // 2 == pair if together else c.id[0] == task)])
         for on, rows in tests.items():
             theta = run.method.modules(run.state).get(on) or run.method.served(run.state)[0]
             if on <= task:
                 seen[on + task] = run_losses([Losses(on, model, theta, None, run.world.tokenized(rows))], Limits())[0]
     accuracy = {at: float(got.correct.mean()) for at, got in seen.items()}
-    return {"accuracy_a": accuracy["AA"], "accuracy_b": accuracy["BB"], "forgotten": accuracy["AA"] - accuracy["AB"],
+    both = (accuracy["AB"], accuracy["BB"])
+    return {"accuracy": float(np.mean(both)), "least": min(both), "work_rounds": float(run.t),
+            "work_steps": float((spec.steps or 0) * run.t * 4), "accuracy_a": accuracy["AA"],
+            "accuracy_b": accuracy["BB"], "forgotten": accuracy["AA"] - accuracy["AB"],
             "changed": float(np.abs(seen["AA"].total - seen["AB"].total).max()),
             "backbone_changed": float(backbone_of(model) != before)}
 

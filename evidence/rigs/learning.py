@@ -54,7 +54,7 @@ def preferences(method: str, seed: int, *, knobs: Mapping[str, Any] | None = Non
     run = Trial(method, world, dict(knobs or {})).rounds(rounds)
     after = _scores(world, run.method.served(run.state)[0])
     mean = {m: float(np.mean([s[m] for s in after])) for m in ("preference", "dpo_loss")}
-    return {**mean, "start_error": max(abs(s["dpo_loss"] - math.log(2)) for s in before)}
+    return {**mean, **run.work(), "start_error": max(abs(s["dpo_loss"] - math.log(2)) for s in before)}
 
 
 def _scores(world: World, theta: Any) -> list[Mapping[str, Any]]:

@@ -59,7 +59,7 @@ def topic_run(method: str, seed: int, space: Space, knobs: Mapping[str, Any] | N
     for on in ("global", "local"):
         scores = run.scores(on).values()
         out |= {f"{on}_{m}": float(np.mean([s[m] for s in scores])) for m in ("loss", "accuracy")}
-    return out
+    return {**out, **run.work()}
 
 
 RIGS: dict[str, Callable[..., Metrics]] = {"two_streams": two_streams, "small_to_large": small_to_large}

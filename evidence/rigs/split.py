@@ -35,7 +35,7 @@ class Listening(Layer):
 
 
 def split_lm(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 6,
-             steps: int = 10) -> Metrics:
+             steps: int = 10, local: Mapping[str, Any] | None = None) -> Metrics:
     """A 2-layer Llama from scratch on sequences of a Markov chain, four clients, whole models, plain SGD.
 
     `loss` is that on the global test. Of a model that is cut also: `off_unsplit`, by how much 3 rounds of one step on
@@ -47,12 +47,12 @@ def split_lm(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, 
 
     def trial(name: str, steps: int, batch: int, **more: Any) -> Trial:
         model = Model(_tiny_llama(32, seed), None, "generation", make_space("full"), seed=seed)
-        spec = LocalSpec(optimizer="sgd", lr=0.1, steps=steps, batch_size=batch)
+        spec = LocalSpec(**{"optimizer": "sgd", "lr": 0.1, "steps": steps, "batch_size": batch, **(local or {})})
         own = {"steps": steps, **(knobs or {})} if name == method and cut else {}
         return Trial(name, World(model, _chain(seed), spec, seed, exact_match=False), own, **more)
 
     run = trial(method, steps, 8).rounds(rounds)
-    found = {"loss": float(np.mean([s["loss"] for s in run.scores("global").values()]))}
+    found = {"loss": float(np.mean([s["loss"] for s in run.scores("global").values()])), **run.work()}
     if cut:
         ear = Listening()
         mine = trial(method, 1, EVERY, layers=(ear,)).rounds(3)

@@ -42,24 +42,26 @@ def tag_federation(seed: int, clients: int = 3, rows: int = 150) -> Federation:
     return Federation(shards, [sentence(all_) for _ in range(200)], "tokens", TAGS)  # type: ignore[list-item, arg-type]
 
 
-def tagger(seed: int, kind: str, knobs: Mapping[str, Any], rounds: int) -> dict[str, float]:
+def tagger(seed: int, kind: str, knobs: Mapping[str, Any], rounds: int, local: Mapping[str, Any]) -> dict[str, float]:
     """What a method's tagger scores on fully tagged sentences after its rounds."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = HeadedEncoder(encoder(), len(TAGS), "each")
     model = Model(net, None, "tokens", make_space("full"), labels=TAGS, seed=seed)
-    spec = LocalSpec(optimizer="adamw", lr=3e-3, steps=10, batch_size=16)
+    spec = LocalSpec(**{"optimizer": "adamw", "lr": 3e-3, "steps": 10, "batch_size": 16, **local})
     trial = Trial(kind, World(model, tag_federation(seed), spec, seed), dict(knobs)).rounds(rounds)
-    return dict(next(iter(trial.scores("global").values())))
+    return {**next(iter(trial.scores("global").values())), **trial.work()}
 
 
-def hidden_tags(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 12) -> Metrics:
+def hidden_tags(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 12,
+                local: Mapping[str, Any] | None = None) -> Metrics:
     """Macro- and entity-F1 over all six types; `over_marginal`: above the same method that never leaves its warm-up."""
     torch.set_num_threads(1)
-    got = tagger(seed, method, knobs or {}, rounds)
-    out = {m: got[m] for m in ("macro_f1", "entity_f1", "loss")}
+    got = tagger(seed, method, knobs or {}, rounds, local or {})
+    out = {m: v for m, v in got.items() if m in ("macro_f1", "entity_f1", "loss") or m.startswith("work_")}
     if method == "fedner_tagset":
-        out["over_marginal"] = out["macro_f1"] - tagger(seed, method, {"warmup_rounds": rounds}, rounds)["macro_f1"]
+        marginal = tagger(seed, method, {"warmup_rounds": rounds}, rounds, local or {})
+        out["over_marginal"] = out["macro_f1"] - marginal["macro_f1"]
     return out
 
 

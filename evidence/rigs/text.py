@@ -99,7 +99,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
                                    unk_token="<unk>")
 
 
-def untrained(seed: int, width: int = 64, space: Space | None = None) -> Model:
+def untrained(seed: int, width: int = 64, space: Space | None = None, task: str = "generation") -> Model:
     """A two-layer Llama with fresh weights, all of them to be trained unless a space says which."""
     tokenizer = word_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -108,18 +108,19 @@ def untrained(seed: int, width: int = 64, space: Space | None = None) -> Model:
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
             pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    return Model(net, tokenizer, "generation", space or make_space("full"), seed=seed)
+    return Model(net, tokenizer, task, space or make_space("full"), seed=seed)
 
 
 @functools.lru_cache(maxsize=2)
 def imperfect_solver(seed: int, steps: int = 640) -> LocalText:
-    """A small model that solves word problems and often errs: in each wording it saw another half of the known ones.
+    """A small model that solves word problems and often errs: in every wording it saw the same half of the known ones.
 
     It never sees the first `UNSEEN` of `word_problems(seed)`, in no wording and no order.
     """
     model, rng, draw = untrained(seed), Random(f"solver-{seed}"), numpy_stream(seed, "solver")
     known = [p for q in word_problems(seed)[UNSEEN:] for p in (q, q.swapped)]
-    pairs = [worked(p, w) for w in range(len(WORDINGS)) for p in rng.sample(known, len(known) // 2)]
+    seen = rng.sample(known, len(known) // 2)  # one half for all: else wordings would be judges of separate schooling
+    pairs = [worked(p, w) for w in range(len(WORDINGS)) for p in seen]
     rows = [think for think, _ in pairs] + [answer for _, answer in pairs[::5]]  # to repeat a number is soon learned
     coded = encode_rows(rows, model.tokenizer, "generation", 512)
     theta = model.initial()

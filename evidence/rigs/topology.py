@@ -34,7 +34,7 @@ def peers(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rou
           d: int = 10, lr: float = 0.05, steps: int = 5) -> Metrics:
     """Quadratic losses, and every client's own w: `worst` is how far above the minimum of the mean the mean's value is
     at the worst client's w, `apart` the root mean square distance of the clients from their mean."""
-    run, a, c = quadratic_world(method, seed, knobs, rounds, clients, d, lr, steps)
+    run, a, c = quadratic_world(method, seed, knobs, rounds, clients, d, {"lr": lr, "steps": steps})
     w = torch.stack([run.engine.memory[f"client-{k}"]["theta"]["w.weight"][0] for k in range(clients)])  # [clients, d]
     apart = (w - w.mean(0)).pow(2).sum(1).mean().sqrt()
     return {"worst": max(above_least(a, c, x) for x in w), "apart": float(apart)}

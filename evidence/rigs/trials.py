@@ -51,7 +51,7 @@ def label_skew(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None
     profiles = {c: Profile(rank=r) for c, r in zip(fed.clients, ranks, strict=False)}
     run = Trial(method, World(model, fed, spec, seed, profiles), dict(knobs or {})).rounds(rounds)
     wire = run.engine.record.totals()
-    out = {"train_bytes": float(wire["up"] + wire["down"]), "up_bytes": float(wire["up"])}
+    out = {"train_bytes": float(wire["up"] + wire["down"]), "up_bytes": float(wire["up"]), **run.work()}
     for on in ("global", "local"):
         scores = run.scores(on).values()
         out |= {f"{on}_{m}": float(np.mean([s[m] for s in scores])) for m in ("loss", "accuracy")}
@@ -68,7 +68,7 @@ class Quadratic(nn.Module):
 
 
 def quadratic_world(method: str, seed: int, knobs: Mapping[str, Any] | None, rounds: int, clients: int, d: int,
-                    lr: float, steps: int) -> tuple[Trial, Tensor, Tensor]:
+                    local: Mapping[str, Any]) -> tuple[Trial, Tensor, Tensor]:
     """A run over clients whose losses are f_k(w) = 1/2 sum_j a_kj (w_j - c_kj)^2 with a ~ U(0.1, 2), c ~ N(0, 9):
     the trial after its rounds, a and c [clients, d]."""
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def quadratic_world(method: str, seed: int, knobs: Mapping[str, Any] | None, rou
     row = np.zeros(1, np.int32)
     fed = Federation({f"client-{k}": Shard([Encoded(row, k, 1)]) for k in range(clients)}, [], "classification")  # type: ignore[list-item]
     model = Model(Quadratic(d), None, "classification", make_space("full"), seed=seed, loss=loss)
-    spec = LocalSpec(optimizer="sgd", lr=lr, steps=steps, batch_size=1)
+    spec = LocalSpec(**{"optimizer": "sgd", "lr": 0.2, "steps": 20, "batch_size": 1, **local})
     return Trial(method, World(model, fed, spec, seed), dict(knobs or {})).rounds(rounds), a, c
 
 
@@ -97,12 +97,13 @@ def above_least(a: Tensor, c: Tensor, w: Tensor) -> float:
 
 
 def quadratic(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 100, clients: int = 6,
-              d: int = 10, lr: float = 0.2, steps: int = 20) -> Metrics:
+              d: int = 10, local: Mapping[str, Any] | None = None) -> Metrics:
     """`distance` to the minimum of the mean of quadratic losses, and how far above it the mean's value is
     (`suboptimality`)."""
-    run, a, c = quadratic_world(method, seed, knobs, rounds, clients, d, lr, steps)
+    run, a, c = quadratic_world(method, seed, knobs, rounds, clients, d, local or {})
     w = run.method.served(run.state)[0]["w.weight"][0]
-    return {"distance": float((w - (a * c).sum(0) / a.sum(0)).norm()), "suboptimality": above_least(a, c, w)}
+    return {"distance": float((w - (a * c).sum(0) / a.sum(0)).norm()), "suboptimality": above_least(a, c, w),
+            **run.work()}
 
 
 class Scripted(InProcess):
@@ -201,7 +202,7 @@ def tiny_lm(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, r
     sends and gets in a round, the largest over model `sizes`, and `bytes_spread` by how much it differs between them.
     """
     torch.set_num_threads(1)
-    trips, falls = [], []
+    trips, falls, work = [], [], {}
     for hidden in sizes:
         model = Model(_tiny_llama(hidden, seed), None, "generation", make_space(space), seed=seed)
         spec = LocalSpec(**{"optimizer": "sgd", "lr": 0.1, "steps": 10, "batch_size": 8, **(local or {})})
@@ -209,12 +210,13 @@ def tiny_lm(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, r
         run = Trial(method, world, dict(knobs or {}))
         before = np.mean([s["loss"] for s in run.scores("global").values()])
         run.rounds(rounds if hidden == sizes[0] else 1)
+        work = work or run.work()
         falls.append(before - np.mean([s["loss"] for s in run.scores("global").values()]))
         first = [e for e in run.engine.record.events if e["kind"] == "wire" and "score" not in e["phase"]]
         trips.append(max(sum(e["bytes"] for e in first if e["client"] == c and e["round"] == 0)
                          for c in world.federation.clients))
     return {"fall": float(falls[0]), "bytes_round_trip": float(max(trips)),
-            "bytes_spread": float(max(trips) - min(trips))}
+            "bytes_spread": float(max(trips) - min(trips)), **work}
 
 
 def _tiny_llama(hidden: int, seed: int) -> LlamaForCausalLM:
@@ -271,6 +273,12 @@ class Trial:
             self.engine.commit()
             self.t += 1
         return self
+
+    def work(self) -> Metrics:
+        """Rounds, local steps of all clients together, and rows a step: what both arms of a claim must do alike."""
+        spec, clients = self.world.local, len(self.world.infos())
+        return {"work_rounds": float(self.t), "work_rows_a_step": float(spec.batch_size),
+                "work_steps": float((spec.steps or 0) * self.t * clients)}
 
     def scores(self, on: str) -> Mapping[str, Metrics]:
         """What each client's model scores; layers take no part in a test."""

@@ -42,7 +42,8 @@ def grid_worlds(method: str, seed: int, *, clients: int = 6, side: int = 5, wall
     each = drive(m.evaluate(state, world.infos(), "local"), engine)
     everywhere = drive(m.evaluate(state, world.infos() if alone else [server_info()], "global"), engine)
     mean = lambda got, name: float(np.mean([r[name] for r in got.values()]))  # noqa: E731
-    return {"return": mean(each, "return"), "cut": mean(each, "cut"), "elsewhere": mean(everywhere, "return")}
+    return {"return": mean(each, "return"), "cut": mean(each, "cut"), "elsewhere": mean(everywhere, "return"),
+            "work_rounds": float(rounds)}
 
 
 RIGS = {"grid_worlds": grid_worlds}

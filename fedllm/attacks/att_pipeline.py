@@ -28,16 +28,16 @@ class AttPipeline(Knobs):
         sends="a corrupted activation or gradient in the place of the honest one",
         needs="a pipeline of residual stages; the defense a copy of each stage at the next one",
         claim=Claim("redundant stages find every lie of a stage that lies in half of the steps", rig="pipeline",
-                    metric="detected", holds=">=", threshold=1.0, seeds=5),
+                    metric="detected", holds=">=", threshold=1.0, kind="exact"),
         evidence="Abstract, code and the dossier. Stages are small residual blocks in one process.",
         also={"false": Claim("and accuse nobody else", rig="pipeline", metric="false", holds="<=", threshold=0.0,
-                             seeds=5),
+                             kind="exact"),
               "loss": Claim("training with them ends within 5 % of the loss without a liar", rig="pipeline",
                             metric="defended", holds="<=", threshold=1.05, seeds=5),
               "undefended": Claim("without them it ends with a higher loss", rig="pipeline", metric="undefended",
                                   holds=">", threshold=1.0, seeds=5, wins=4),
               "backward": Claim("lies about gradients are all found too", rig="pipeline", metric="detected",
-                                holds=">=", threshold=1.0, seeds=5, options={"way": "backward"})})
+                                holds=">=", threshold=1.0, kind="exact", options={"way": "backward"})})
 
     rate: float = knob(0.5, "probability that a step is attacked", ge=0, le=1)
     mode: Literal["reverse", "noise"] = knob("reverse", "what is sent in the place of x", options=("reverse", "noise"))

@@ -37,7 +37,7 @@ class FILM(Knobs):
         sends="nothing: it reads the change of the word embeddings, and the model",
         needs="word embeddings that are trained, and a causal model",
         claim=Claim("the rows of an untied embedding that change are the batch's input tokens, all and none other",
-                    rig="film", metric="bag_errors", holds="<=", threshold=0.0, seeds=3),
+                    rig="film", metric="bag_errors", holds="<=", threshold=0.0, kind="exact"),
         evidence="The bag follows the paper and its repository's cutoff rule. Reordering swaps and moves words for the "
                  "loss alone: the gradient norm that the paper adds to it costs a backward pass a try.",
         also={
@@ -49,7 +49,7 @@ class FILM(Knobs):
             "unseen": Claim("and with ROUGE-L <= 0.3 by a model that never saw the text", rig="film",
                             metric="rouge_l", holds="<=", threshold=0.3, seeds=3, options={"rows": 1}),
             "frozen": Claim("with LoRA on attention nothing is found", rig="film", metric="recall", holds="<=",
-                            threshold=0.0, seeds=3, options={"space": "lora"})})
+                            threshold=0.0, kind="exact", options={"space": "lora"})})
 
     beams: int = knob(16, "sentences that are kept at each step", ge=1)
     cutoff: float = knob(1.5, "standard deviations above the mean log norm (tied embeddings)", gt=0)

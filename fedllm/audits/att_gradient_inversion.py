@@ -45,7 +45,8 @@ class Inversion(Knobs):
                     rig="reading", metric="recall", holds=">=", threshold=0.9, seeds=5),
         evidence="From one random start two rows of five stay in a local minimum (5 and 6 of 8 tokens); the nearest "
                  "of four starts reads both whole. LAMP's language model is here a table of bigrams of public text, "
-                 "and it tries fewer moves.",
+                 "and it tries fewer moves. DLG is here by Adam with every label tried; the paper optimizes a soft "
+                 "label along with the input, by L-BFGS.",
         also={
             "dp": Claim("under dp_sgd at epsilon 8 no more than 5 points above a guess", rig="reading",
                         metric="over_guess", holds="<=", threshold=0.05, seeds=5, options={"layers": ("dp_sgd",)}),

@@ -43,7 +43,7 @@ class Kept:
     """A reducer that also keeps a copy of each reply that it takes."""
 
     def __init__(self, inner: Reducer) -> None:
-        self.inner, self.ragged = inner, inner.ragged
+        self.inner, self.ragged = inner, getattr(inner, "ragged", False)
         self.replies: list[Payload] = []
 
     def zero(self) -> Any:

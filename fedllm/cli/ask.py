@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from fedllm.cli.typed import lines
-from fedllm.report.facts import duration, size
-from fedllm.runs.asking import PATIENCE, Answered, Session
-from fedllm.runs.complaints import parse_override
+
+if TYPE_CHECKING:
+    from fedllm.runs.asking import Answered
 
 out = Console()
+PATIENCE = 300.0
+"""Seconds that one question, or all rounds before the first, may take."""
 
 
 def ask(source: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", show_default=False,
@@ -28,6 +30,9 @@ def ask(source: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", show_def
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each question.")] = False
         ) -> None:
     """Ask a method that answers questions: [bold]fedllm ask recipes/rag.yaml "Who signs an invoice?"[/bold]."""
+    from fedllm.runs.asking import Session  # heavy, as the whole of a run is
+    from fedllm.runs.complaints import parse_override
+
     session = Session(source, dict(parse_override(text) for text in change or ()), timeout)
     for question in questions or lines():
         show(session.ask(question), as_json)
@@ -35,6 +40,8 @@ def ask(source: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", show_def
 
 def show(got: Answered, as_json: bool) -> None:
     """The answer, whom it rests on, and what it cost."""
+    from fedllm.report.facts import duration, size
+
     if as_json:
         return out.print_json(json.dumps(got.as_json(), default=str))
     out.print(f"[cyan]{escape(got.question)}[/cyan]", soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 
@@ -63,10 +64,10 @@ def run(path: Path_,
             console.print(f"{mark} {c.name:18} {c.figure:8.3f} <= {c.limit:<8g} {c.says}", highlight=False,
                           soft_wrap=True)
         for name, why in done.left_out.items():
-            console.print(f"[dim]none[/] {name:18} {why}", highlight=False, soft_wrap=True)
+            console.print(f"[dim]none[/] {name:18} {escape(str(why))}", highlight=False, soft_wrap=True)
         broken = [c.name for c in done.checks if not c.holds]
         said = f"FAIL: {', '.join(broken)}" if broken else "PASS"
-        console.print(f"audit of {path}: {said}", highlight=False, soft_wrap=True)
+        console.print(f"audit of {escape(str(path))}: {said}", highlight=False, soft_wrap=True)
     if not done.passes:
         raise typer.Exit(1)
 
@@ -87,7 +88,7 @@ def verify(path: Path_,
     if key is not None:
         findings += against_signature(path, key, found.head)
     for finding in findings[:50]:
-        console.print(f"[bold red]changed[/] {finding}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]changed[/] {escape(str(finding))}", highlight=False, soft_wrap=True)
     if len(findings) > 50:
         console.print(f"and {len(findings) - 50} more", highlight=False)
     if findings:

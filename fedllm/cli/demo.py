@@ -12,7 +12,7 @@ from fedllm.cli.tables import client_table, show_result
 from fedllm.report.facts import duration
 from fedllm.report.report import publish
 from fedllm.runs.build import build, resolved
-from fedllm.runs.folder import RunFolder, fresh_path
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.progress import progress_bars
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.run import Run
@@ -32,7 +32,7 @@ def demo(console: Console, root: Path, recipe: Path = RECIPE) -> None:
         "Each knows the routing codes of its own kinds only, and none may show its records to another. They tune a "
         "small language model together (LoRA), and the test asks for every kind. Then each trains alone, and all in "
         "one place, for comparison.", title="fedllm demo", border_style="blue"))
-    folder = RunFolder.create(fresh_path(root, parts.recipe.name), resolved(parts))
+    folder = RunFolder.fresh(root, parts.recipe.name, resolved(parts))
     with progress_bars(console) as progress:
         result = Run(parts, folder, progress, publish).go()
     console.print(client_table(result))

@@ -21,13 +21,13 @@ Folder = Annotated[Path, typer.Option("--federation", help="Folder that `fedllm 
 HERE = Path("federation")
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     """What may have come from a site, as a terminal may show it: no escapes, and not without an end."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:4000])
 
 
 def _refuse(error: FedLLMError) -> typer.Exit:
-    console.print(f"[bold red]{type(error).__name__}[/]: {escape(plain(str(error)))}", highlight=False)
+    console.print(f"[bold red]{type(error).__name__}[/]: {escape(printable(str(error)))}", highlight=False)
     return typer.Exit(1)
 
 
@@ -65,7 +65,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
         raise typer.Exit(130) from None
     except FedLLMError as error:
         raise _refuse(error) from None
-    console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})")
+    console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})",
+                  markup=False, highlight=False)
 
 
 @app.command()
@@ -114,10 +115,12 @@ def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="P
     if as_json:
         out.print_json(json.dumps(now))
         return
-    out.print(f"{now['run']}: {now['state']}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
-              f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False)
+    out.print(f"{now['run']}: {printable(now['state'])}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
+              f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False,
+              markup=False)
     for site, said in now["sites"].items():
-        out.print(plain(f"  {site}: {said['state']}, {said['missing']} answers missing {said['why']}".rstrip()),
+        out.print(f"  {printable(site)}: {said['state']}, {said['missing']} answers missing, "
+                  f"{said['refused']} refused {said['why']}".rstrip(),
                   highlight=False, markup=False)
 
 
@@ -140,7 +143,8 @@ def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait
     from fedllm.federation.operate import stop as end
 
     try:
-        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False)
+        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False,
+                  markup=False)
     except FedLLMError as error:
         raise _refuse(error) from None
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,8 @@ app.add_typer(audit, name="audit")
 app.command()(ask)
 out, err = Console(), Console(stderr=True)
 
+PROGRESS = "fedllm.progress"
+"""The logger of progress lines; without a terminal they take the place of bars."""
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the run's model.")]
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
@@ -48,7 +52,8 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
     from fedllm.api import run as go
     from fedllm.cli.tables import show_result
 
-    show_result(out, go(recipe, root=root, **_parsed(overrides, plugin)))
+    with _stopped("nothing was kept yet"):
+        show_result(out, go(recipe, root=root, **_parsed(overrides, plugin)))
 
 
 @app.command()
@@ -57,7 +62,8 @@ def resume(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = Fal
     from fedllm.api import resume as go
     from fedllm.cli.tables import show_result
 
-    show_result(out, go(path, plugins=plugin or (), trust_remote_code=trust_remote_code))
+    with _stopped(f"`fedllm resume {path}` goes on where the run stood"):
+        show_result(out, go(path, plugins=plugin or (), trust_remote_code=trust_remote_code))
 
 
 @app.command()
@@ -67,7 +73,8 @@ def plan(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None
     from fedllm.cli.tables import show_plan
     from fedllm.runs.plan import plan as foresee
 
-    found = foresee(recipe, **_parsed(overrides, plugin))
+    with _stopped("a plan writes nothing"):
+        found = foresee(recipe, **_parsed(overrides, plugin))
     if as_json:
         out.print_json(json.dumps(found.as_json()))
     else:
@@ -96,7 +103,18 @@ def replay(path: RunPath, reducer: Annotated[str | None, typer.Option(help="mean
     away = f"{got.distance:.1%} of the run's way from the recorded state"
     same = "the recorded state, bit for bit" if got.same else away
     out.print(f"{got.rounds} rounds folded again ({got.reducer}): {same}\nstate  {got.state_digest}\n"
-              f"model  {got.folder}", highlight=False)
+              f"model  {got.folder}", highlight=False, markup=False)
+
+
+@app.command()
+def recipe(keys: Annotated[bool, typer.Option("--keys", help="Every key: type, default, meaning.")] = False) -> None:
+    """What a recipe may hold: [bold]fedllm recipe --keys[/bold]."""
+    from fedllm.runs.keys import page
+
+    if not keys:
+        raise RecipeError("`fedllm recipe --keys` shows every key that a recipe may have; docs/recipe.md is the same "
+                          "page")
+    typer.echo(page(), nl=False)
 
 
 @app.command()
@@ -104,7 +122,7 @@ def report(path: RunPath) -> None:
     """Write report.html and model_card.md afresh from a run's record."""
     from fedllm.report.report import write_report
 
-    out.print(str(write_report(path)), highlight=False, soft_wrap=True)
+    out.print(str(write_report(path)), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -114,17 +132,20 @@ def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", 
     """Export a run's model for transformers, vLLM or llama.cpp."""
     from fedllm.runs.export import export as go
 
-    out.print(str(go(path, to, merge=merge)), highlight=False, soft_wrap=True)
+    out.print(str(go(path, to, merge=merge)), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+         max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: the recipe's "
+                                                                        "evaluate.max_new_tokens.")] = None,
          raw: Annotated[bool, typer.Option(help="Send lines without the recipe's frame.")] = False,
          trust_remote_code: Trust = False) -> None:
     """Talk to a run's model."""
     from fedllm.cli.chat import chat as talk
 
-    talk(path, out, _lines, temperature=temperature, raw=raw, trust_remote_code=trust_remote_code)
+    talk(path, out, _lines, temperature=temperature, raw=raw, max_new_tokens=max_new_tokens,
+         trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -140,7 +161,8 @@ def group(source: Annotated[list[str], typer.Argument(help="Files: .jsonl, .txt,
     from fedllm.data.grouper import group as go
 
     made = go(source, to, key, shards=shards, workers=workers, seed=seed, memory_mb=memory_mb)
-    out.print(f"{made.groups:,} groups, {made.rows:,} rows, {made.bytes:,} bytes in {to}", highlight=False)
+    out.print(f"{made.groups:,} groups, {made.rows:,} rows, {made.bytes:,} bytes in {to}", highlight=False,
+              markup=False)
 
 
 @app.command()
@@ -148,7 +170,8 @@ def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's fold
     """Eight institutions tune the embedded model together; offline, in a few minutes."""
     from fedllm.cli.demo import demo as show
 
-    show(out, root)
+    with _stopped("nothing was kept yet"):
+        show(out, root)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -182,6 +205,16 @@ def _tool(name: str, args: list[str]) -> None:
         raise typer.Exit(code)
 
 
+@contextlib.contextmanager
+def _stopped(otherwise: str) -> Iterator[None]:
+    """Say on Ctrl-C what was kept and how to go on (typer would end first, without a word)."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        err.print(f"\n{error or f'stopped by hand: {otherwise}'}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
 def _parsed(overrides: list[str] | None, plugins: list[Path] | None = None) -> dict[str, Any]:
     from fedllm.runs.complaints import parse_override
 
@@ -195,6 +228,9 @@ def main(args: list[str] | None = None) -> None:
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
     _quiet(debug)
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows another one, and goes on
+            stream.reconfigure(errors="replace")
     known = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     word = next((a for a in given if not a.startswith("-")), None)
     if word and given[0] == word and word not in known:
@@ -236,6 +272,7 @@ def _quiet(debug: bool) -> None:
     """Warnings of ours to the terminal; those of the libraries below only with --debug."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s",
                         handlers=[RichHandler(console=err, show_time=False, show_path=False)])
+    logging.getLogger(PROGRESS).setLevel(logging.INFO)
     if debug:
         return
     import warnings

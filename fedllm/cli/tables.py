@@ -110,8 +110,10 @@ def show_plan(console: Console, plan: Plan) -> None:
         console.print("tested by " + ", ".join(label(n, plan.metrics) for n in plan.metrics), highlight=False)
     extra = f", baselines {duration(plan.seconds_baselines)} more" if plan.seconds_baselines else ""
     privacy = "\n        ".join(map(privacy_line, plan.privacy)) or "no layer that accounts for it"
+    for why in plan.cautions:
+        console.print(f"[yellow]mind[/]    {escape(why)}", highlight=False)
     console.print(f"time    {duration(plan.seconds)}{extra}\nmemory  {size(plan.peak_memory_bytes)} at the peak\n"
-                  f"privacy {privacy}", highlight=False)
+                  f"privacy {escape(privacy)}", highlight=False)
 
 
 def privacy_line(says: Mapping[str, Any]) -> str:
@@ -144,7 +146,7 @@ def show_method(console: Console, name: str) -> None:
     card, claim = kind.card, kind.card.claim
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
-    grid.add_column()
+    grid.add_column(overflow="fold")  # a path is of no use without its end
     rows: list[tuple[str, Any]] = [
         ("method", f"{name}: {card.title}"), ("paper", card.paper), ("topic", card.topic), ("sends", card.sends),
         ("needs", card.needs),

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedllm.core.form import Form
+from fedllm.core.form import ANY, Form
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Reducer
 
 ClientId = str
 
 
-def on_client(reduce: Reducer | None = None, gives: str | None = None, *, test: bool = False, sealed: bool = False
+def on_client(reduce: Reducer | None = None, gives: str | None = None,
+              fits: Callable[[Any, Payload, Payload], None] | None = None, *, test: bool = False, sealed: bool = False
               ) -> Callable[[Callable], Callable]:
     """Mark a function that runs on clients, and say how its replies are folded (None: kept one by one).
 
     `gives` says what a reply holds, as `core.form` reads it: `"delta: tree, n: count, loss?: number"`. Servers refuse
-    any other reply by its client's name, and sites know by it what would leave them. `test`: it scores on held-out
-    rows and trains nothing, so that it may run where no layer stands. `sealed`: its replies hold keys, signatures and
-    sealed letters, bytes that are no words of rows.
+    any other reply by its client's name, and sites know by it what would leave them. Without it nothing is known.
+    `fits(method, msg, reply)` raises PayloadError for values that the server's half could not use: a rank that nobody
+    has, an index out of range. `test`: it scores on held-out rows and trains nothing, so that it may run where no layer
+    stands. `sealed`: its replies hold keys, signatures and sealed letters, bytes that are no words of rows.
     """
     form = None if gives is None else Form.of(gives)
 
     def mark(fn: Callable) -> Callable:
-        fn.__dict__.update(reduce=reduce, runs_on_client=True, form=form, test=test, sealed=sealed)
+        fn.__dict__.update(reduce=reduce, runs_on_client=True, form=form, fits=fits, test=test, sealed=sealed)
         return fn
 
     return mark
@@ -34,7 +36,7 @@ def on_client(reduce: Reducer | None = None, gives: str | None = None, *, test: 
 
 def on_server(fn: Callable) -> Callable:
     """Mark a function that the server asks of itself, and that sees public rows alone: no layer touches it."""
-    fn.__dict__.update(reduce=None, runs_on_client=True, on_server=True, form=None)
+    fn.__dict__.update(reduce=None, runs_on_client=True, on_server=True, form=None, fits=None)
     return fn
 
 
@@ -59,7 +61,13 @@ class Ask:
     enough: int | None = None
     flight: int | None = None
     form: Form | None = None
-    """What a reply must be, where a layer codes replies or the trainables are known; None: as the function says."""
+    """What a reply must be, where a layer lifts, masks or encrypts it; None: as the function says."""
+    opened: Callable[[ClientId, Payload], Payload] | None = None
+    """Takes a layer's coding off a reply, before anything else is asked of it; raises PayloadError where it cannot."""
+
+    hidden: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Layer -> keys of a reply of which nobody but its clients can read the values by themselves: masked, encrypted or
+    sealed. The record says so."""
 
     @property
     def owner(self) -> Any:
@@ -83,6 +91,23 @@ class Ask:
     def expects(self) -> Form | None:
         """What a reply must be; None: nobody says."""
         return self.form or self.fn.__dict__.get("form")
+
+    def fits(self, client: ClientId, reply: Payload) -> None:
+        """PayloadError where the server's half could not use these values; a layer's form has none of the function's.
+        """
+        if self.form is None and (holds := self.fn.__dict__.get("fits")) is not None:
+            holds(self.owner, self.msgs.get(client, {}), reply)
+
+    def coded(self, decode: Callable[[Payload], Payload], **changes: Any) -> Ask:
+        """The same ask of replies that a layer has coded."""
+        above = self.opened or (lambda client, reply: reply)
+        return replace(self, opened=lambda client, reply: above(client, decode(reply)), **changes)
+
+    def lifted(self) -> Form:
+        """What a reply must be where the client has lifted it for a sum: the names are the reducer's own."""
+        known = self.expects
+        n = {"n": known.parts["n"]} if known is not None and "n" in known.parts else {}
+        return Form({**n, ANY: "summand"}, frozenset(n))
 
     def needed(self, default: float | int = 1) -> int:
         """How many answers are enough, as a count (at least one, unless the ask says 0: then none is)."""

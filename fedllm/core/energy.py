@@ -65,6 +65,6 @@ def _named(kind: type[Part], known: Mapping[str, Part], value: Any, path: str) -
     if not isinstance(value, str) or value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise RecipeError(f"{path} = {value!r} is unknown{hint} Allowed: {', '.join(known)}, or a mapping of "
+        raise RecipeError(f"{path} = {value!r} is unknown{hint or '.'} Allowed: {', '.join(known)}, or a mapping of "
                           f"{', '.join(kind.knobs())}")
     return known[value]

@@ -25,7 +25,21 @@ class RecipeError(FedLLMError, ValueError):
 
 
 class DataError(FedLLMError, ValueError):
-    """Rows or files cannot be used; the message names the file, the line and the field."""
+    """Rows or files cannot be used; the message names the file, the line and the field.
+
+    Beside the message, for whoever must not pass it on: `file`, `row` (from 1; 0: of no row), `kind` (one of KINDS).
+    """
+
+    KINDS = ("rows", "unreadable", "broken", "value", "empty", "label", "chat")
+
+    def __init__(self, message: str = "", *, file: str = "", row: int = 0, kind: str = "rows") -> None:
+        super().__init__(message)
+        self.file, self.row, self.kind = file, row, kind
+
+    def at(self, file: str, row: int) -> "DataError":
+        """The same error, of this row unless it knows better."""
+        self.file, self.row = self.file or file, self.row or row
+        return self
 
 
 class ModelError(FedLLMError):
@@ -66,3 +80,9 @@ class DidNothing(RunError):
 
 class BudgetSpent(RunError):
     """One more round would cost more than a budget allows: of privacy, or of calls of a model."""
+
+
+def plain(why: object, most: int = 300) -> str:
+    """A reason that another machine gave, for terminals and records: one line, printable, and no longer than this."""
+    text = "".join(c if c.isprintable() else " " for c in str(why)[: 4 * most])
+    return text if len(text) <= most else text[: most - 3] + "..."

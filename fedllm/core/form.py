@@ -16,6 +16,12 @@ from fedllm.core.payload import Payload
 MOST = 1e12
 """No count (rows, tokens, steps, versions) of a reply is larger."""
 
+MORE = 10
+"""So many times the rows that a client declared when it joined a reply of its may claim: data grows between the two."""
+
+ANY = "*"
+"""The part whose name the method does not fix, such as metrics: whatever is named by none of the others."""
+
 
 def _number(v: Any) -> bool:
     return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
@@ -38,6 +44,10 @@ def _whole(v: Any) -> bool:
     return isinstance(v, Tensor) and not v.is_floating_point() and not v.is_complex() and v.dtype != torch.bool
 
 
+def _of_bits(v: Any) -> bool:
+    return isinstance(v, Tensor) and v.dtype == torch.bool
+
+
 KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "tree": ("floating-point tensors, one for each trainable that was sent", _real),
     "some": ("floating-point tensors, named as trainables that were sent", _real),
@@ -45,24 +55,33 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "wholes": ("tensors of whole numbers", _whole),
     "tensor": ("a floating-point tensor", _real),
     "whole": ("a tensor of whole numbers", _whole),
-    "count": ("a number from 0", lambda v: _number(v) and 0 <= v <= MOST),
+    "count": (f"a number from 0 to {MOST:g}", lambda v: _number(v) and 0 <= v <= MOST),
+    "rows": (f"a number from 0 to {MOST:g}", lambda v: _number(v) and 0 <= v <= MOST),
+    "integer": ("a whole number of 64 bits", lambda v: _number(v) and isinstance(v, int) and -(2**63) <= v < 2**63),
     "number": ("a finite number", _number),
     "flag": ("true or false", lambda v: isinstance(v, bool)),
-    "numbers": ("a list of finite numbers", _nested(_number)),
+    "numbers": ("a list of finite numbers", _all(_number)),
     "text": ("text", lambda v: isinstance(v, str)),
-    "texts": ("a list of texts", _nested(lambda x: isinstance(x, str))),
+    "texts": ("a list of texts", _all(lambda x: isinstance(x, str))),
+    "code": ("a text of the protocol", lambda v: isinstance(v, str)),
     "name": ("a name", lambda v: isinstance(v, str) and len(v) <= 256),
-    "names": ("a list of names", _nested(lambda x: isinstance(x, str) and len(x) <= 256)),
+    "names": ("a list of names", _all(lambda x: isinstance(x, str) and len(x) <= 256)),
+    "mask": ("a tensor of true and false, or of whole numbers", lambda v: _whole(v) or _of_bits(v)),
+    "summand": ("a tensor or a finite number", lambda v: isinstance(v, Tensor) or _number(v)),
     "bytes": ("bytes", lambda v: isinstance(v, bytes | bytearray)),
-    "blobs": ("a list of bytes", _nested(lambda x: isinstance(x, bytes | bytearray))),
+    "blobs": ("a list of bytes", _all(lambda x: isinstance(x, bytes | bytearray))),
+    "places": ("lists of numbers, or tensors of whole numbers", lambda v: _whole(v) or _all(_number)(v)),
     "layout": ("a list of names and numbers", _nested(lambda x: _number(x) or (isinstance(x, str) and len(x) <= 256))),
 }
 """Kind of a part -> what it is in words, and whether a leaf is one. Those in `MANY` stand under `<part>/<name>`.
 
-`text` and `texts` are what people or models wrote; `name`, `names` and `layout` are of the protocol (ids, keys).
+`text` and `texts` are what people or models wrote; `code`, `name`, `names` and `layout` are of the protocol (ids).
+`rows` is a count of the client's own rows: at most `MORE` times what it declared when it joined. `summand` is what a
+sum takes.
 """
-MANY = ("tree", "some", "tensors", "wholes")
+MANY = ("tree", "some", "tensors", "wholes", "places")
 TEXT = ("text", "texts")
+CODES = ("code", "name", "names", "layout")
 
 
 @dataclass(frozen=True)
@@ -124,25 +143,38 @@ class Form:
         """Whether text of people or models is among the parts."""
         return any(kind in TEXT for kind in self.parts.values())
 
-    def check(self, reply: Payload) -> None:
-        """Raise PayloadError for the first part that is not as declared."""
+    def part_of(self, key: str) -> str | None:
+        """The part to which a key of a reply belongs; None: to none."""
+        if self.parts.get(key) not in (None, *MANY):
+            return key
+        head, slash, _ = key.partition("/")
+        if slash and self.parts.get(head) in MANY:
+            return head
+        return ANY if ANY in self.parts and key not in self.parts and len(key) <= 256 else None
+
+    def check(self, reply: Payload, declared: float | None = None) -> None:
+        """Raise PayloadError for the first part that is not as declared; `declared`: rows that its client said to have.
+        """
         seen: dict[str, set[str]] = {}
         for key, v in reply.items():
             if not isinstance(key, str):
                 raise PayloadError(f"a part is named by {type(key).__name__}, allowed is text")
-            head, slash, tail = key.partition("/")
-            name = key if key in self.parts and self.parts[key] not in MANY else head
-            kind = self.parts.get(name)
-            if kind is None or (kind in MANY) != bool(slash and name == head):
+            name = self.part_of(key)
+            if name is None:
                 raise PayloadError(f"'{key[:80]}' is no part of this reply; it has {', '.join(self.parts) or 'none'}")
+            kind = self.parts[name]
             what, fits = KINDS[kind]
             if not fits(v):
                 raise PayloadError(f"'{key[:80]}' is {_what(v)}, allowed is {what}")
+            if kind == "rows" and declared is not None and v > (most := MORE * max(1.0, declared)):
+                raise PayloadError(f"'{key}' is {v:.6g} and it joined with {declared:g} rows; allowed is up to "
+                                   f"{most:g}")
+            tail = key.partition("/")[2]
             seen.setdefault(name, set()).add(tail)
             if kind in ("tree", "some") and self.told and self.told.shapes:
                 self._shape(key, tail, v, self.told.shapes)
         for name, kind in self.parts.items():
-            if name not in seen and name not in self.optional:
+            if name not in seen and name not in self.optional and name != ANY:
                 raise PayloadError(f"'{name}' is lacking")
             if kind == "tree" and name in seen and self.told and self.told.trees and seen[name] not in self.told.trees:
                 raise PayloadError(f"'{name}' holds {len(seen[name])} trainables, and not those that were sent")
@@ -159,3 +191,40 @@ def _what(v: Any) -> str:
     if isinstance(v, Tensor):
         return f"a tensor of {str(v.dtype).removeprefix('torch.')}"
     return f"{v!r:.40}" if isinstance(v, int | float) else type(v).__name__
+
+
+def crossing(payload: Payload, form: Form | None, hidden: Mapping[str, frozenset[str]]) -> dict[str, str]:
+    """What a reply holds in the clear, in words (`clear`), and by which layer other parts of it cannot be read
+    (`hidden`). Text that its form calls a name or a layout is of the protocol; other text is somebody's."""
+    clear, behind = set[str](), set[str]()
+    for key, v in payload.items():
+        if layers := [name for name, keys in hidden.items() if key in keys]:
+            behind.update(layers)
+            continue
+        part = form.part_of(key) if form is not None and isinstance(key, str) else None
+        kind = form.parts[part] if form is not None and part else ""
+        clear |= {"names"} if kind in CODES else _words(v)
+    return {k: ", ".join(sorted(v)) for k, v in (("clear", clear), ("hidden", behind)) if v}
+
+
+def _words(v: Any) -> set[str]:
+    if isinstance(v, list | tuple):
+        return set().union(*map(_words, v)) if v else set()
+    if isinstance(v, Tensor):
+        return {"tensors"}
+    return {"text" if isinstance(v, str) else "bytes" if isinstance(v, bytes | bytearray) else "numbers"}
+
+
+def need(holds: bool, why: str) -> None:
+    """PayloadError with this reason unless it holds."""
+    if not holds:
+        raise PayloadError(why)
+
+
+def aligned(reply: Payload, names: Sequence[str], count: int | None = None) -> None:
+    """PayloadError unless these lists of a reply are as long as one another, and of `count` entries where it is known.
+    """
+    sizes = {name: len(reply[name]) for name in names}
+    want = next(iter(sizes.values())) if count is None else count
+    if odd := [name for name, size in sizes.items() if size != want]:
+        raise PayloadError(f"'{odd[0]}' has {sizes[odd[0]]} entries, allowed are {want}")

@@ -153,7 +153,7 @@ class Room(Mapping[str, type[T]]):
         if name not in self:
             near = difflib.get_close_matches(name, list(self), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise RecipeError(f"{path} = {name!r} is unknown{hint} Allowed: {', '.join(self)}")
+            raise RecipeError(f"{path} = {name!r} is unknown{hint or '.'} Allowed: {', '.join(self)}")
         return self[name]
 
     def _one(self, module: ModuleType) -> type[T]:

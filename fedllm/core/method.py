@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -41,13 +42,54 @@ class Knobs:
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise RecipeError(f"{path}.{key}: unknown key{hint} Allowed here: {', '.join(names) or 'nothing'}")
+                raise RecipeError(f"{path}.{key}: unknown key{hint_of(str(key), names, path)} Allowed here: "
+                                  f"{', '.join(names) or 'nothing'}")
         try:
-            return cls(**values)
+            return cls(**{key: _cased(value, cls.knobs()[key]["options"]) for key, value in values.items()})
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from None
+
+
+LARGEST, LONGEST = 1e15, 100_000
+"""No knob is a larger decimal number, or a longer text."""
+
+ELSEWHERE: Mapping[str, str] = {
+    "learning_rate": "local.lr", "per_device_train_batch_size": "local.batch_size", "train_batch_size":
+    "local.batch_size", "micro_batch_size": "local.batch_size", "num_train_epochs": "local.epochs (of a round)",
+    "num_epochs": "local.epochs (of a round)", "max_steps": "local.steps (of a round)",
+    "max_seq_length": "local.max_length", "max_seq_len": "local.max_length", "cutoff_len": "local.max_length",
+    "sequence_len": "local.max_length", "model_max_length": "local.max_length", "optim": "local.optimizer",
+    "lr_scheduler_type": "local.over_rounds", "lr_scheduler": "local.over_rounds", "warmup_steps": "local.warmup",
+    "warmup_ratio": "local.warmup (in steps)", "max_grad_norm": "local.clip_norm", "adam_beta1": "local.beta1",
+    "adam_beta2": "local.beta2", "lora_r": "space.rank", "r": "space.rank", "lora_rank": "space.rank",
+    "lora_alpha": "space.alpha", "target_modules": "space.targets", "lora_target_modules": "space.targets",
+    "model_name_or_path": "model.name", "model_name": "model.name", "dataset_name": "data.source", "dataset":
+    "data.source", "dataset_path": "data.source", "train_file": "data.source", "validation_file": "data.test",
+    "chat_template": "data.template: chat", "completion_only_loss": "data.completion_only", "assistant_only_loss":
+    "data.completion_only", "bf16": "model.dtype: bfloat16", "torch_dtype": "model.dtype", "num_rounds": "rounds",
+    "num_clients": "data.partition.clients", "fraction_fit": "clients.per_round", "output_dir":
+    "the option --root of `fedllm run`", "eval_steps": "evaluate.every (in rounds)", "save_steps":
+    "record.checkpoint_every (in rounds)", "gradient_accumulation_steps": "local.batch_size (rows of a whole step; "
+    "engine.batch_tokens bounds what is held at once)", "generation_max_length": "evaluate.max_new_tokens",
+}
+"""Keys that people know from TRL, transformers, PEFT, Axolotl and Flower, and what they are called here."""
+
+
+def hint_of(key: str, names: Sequence[str], path: str = "") -> str:
+    """What ends `unknown key`: where the key is known from elsewhere its name here, else the nearest one."""
+    if key in ELSEWHERE:
+        here = ELSEWHERE[key]
+        inside = here.removeprefix(f"{path}.") if path else here
+        return f"; here it is '{inside if inside.split()[0] in names else here}'."
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean '{near[0]}'?" if near else "."
+
+
+def _cased(value: Any, options: Sequence[Any] | None) -> Any:
+    """An option written in another case (AdamW) as it is called here."""
+    if not options or not isinstance(value, str) or value in options:
+        return value
+    return next((o for o in options if isinstance(o, str) and o.lower() == value.lower()), value)
 
 
 def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind: Any = "") -> None:
@@ -59,12 +101,10 @@ def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind:
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None and "None" in kind:
         return
-    wants_int = kind.replace(" ", "") in ("int", "int|None")
     bad = (
-        (meta.get("options") and value not in meta["options"])
+        (meta.get("options") and not any(type(value) is type(o) and value == o for o in meta["options"]))
         or (limits and not numeric)
-        or (wants_int and (isinstance(value, bool) or not isinstance(value, int)))
-        or (kind == "bool" and not isinstance(value, bool))
+        or not any(_is_of(one.strip(), value) for one in re.split(r"\|(?![^\[]*\])", kind))
         or (numeric and (
             (meta.get("ge") is not None and not value >= meta["ge"])
             or (meta.get("gt") is not None and not value > meta["gt"])
@@ -72,7 +112,25 @@ def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind:
             or (meta.get("lt") is not None and not value < meta["lt"])))
     )
     if bad:
-        raise RecipeError(f"{owner}.{name} = {value!r} is not allowed; it must be {allowed or kind}")
+        raise RecipeError(f"{owner}.{name} = {value!r:.200} is not allowed; it must be {allowed or kind}"
+                          + (f" ({kind})" if limits and not meta.get("options") else ""))
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value is of one of the types that knobs are annotated with; of others nothing is known here."""
+    if kind == "None":
+        return value is None
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind in ("int", "float"):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return whole or (kind == "float" and isinstance(value, float) and abs(value) <= LARGEST)
+    if kind == "str":
+        return isinstance(value, str) and len(value) <= LONGEST and "\0" not in value
+    if kind.startswith("tuple"):
+        of = kind[len("tuple["):].partition(",")[0] if "[" in kind else ""
+        return isinstance(value, tuple | list) and all(not of or _is_of(of, v) for v in value)
+    return not kind.startswith("Mapping") or isinstance(value, Mapping)
 
 
 @dataclass(frozen=True)
@@ -80,8 +138,8 @@ class Claim:
     """A sentence that can fail: on `rig`, `metric` of the method against the same metric of `baseline`, over seeds.
 
     `holds` is one of "<=", ">=", "<", ">" between `figure` and `threshold`; with `relative="ratio"` the figure is
-    method / baseline, with "difference" method - baseline, with "own" the method's metric alone. It passes when it
-    holds in at least `wins` of `seeds` seeds.
+    method / baseline, with "difference" method - baseline, with "own" the method's metric alone. What is said of it
+    is not up to the author: `evidence/verdict.py` judges the figures of seeds that nobody looked at while building.
     """
 
     says: str
@@ -91,10 +149,37 @@ class Claim:
     threshold: float
     baseline: str | None = None
     relative: Literal["own", "ratio", "difference"] = "own"
-    seeds: int = 5
+    seeds: int | None = None
+    """Measured seeds; at least 10 where the figure can vary, and where it cannot (`exact`) 3 unless more are said."""
     wins: int | None = None
+    """Of the rules before there were verdicts; nothing depends on it."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Passed on to the rig (for example other knobs, ranks or learning rates)."""
+    """Passed on to the rig (for example other knobs, ranks or learning rates); `knobs` to the method's arm alone."""
+    against: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the baseline's arm alone, over `options`."""
+    kind: Literal["", "order", "level", "exact"] = ""
+    """order: against a baseline. level: against a number. exact: an identity, or bytes that are counted, which no seed
+    moves. "": order with a baseline, level without."""
+    grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Option of the rig (`local.lr`, `knobs.server_lr`) -> values from which each arm gets its best, on seeds apart."""
+    better: Literal["", "min", "max"] = ""
+    """Which way the metric is better, for the grid. "": the way that `holds` points."""
+    unequal: str = ""
+    """Why the two arms may do unequal work; "": the run is refused when the rig reports that they did."""
+    unseen: int = 4000
+    """The first measured seed. All below were, or may have been, looked at while building."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "order" and self.baseline is None:
+            raise RecipeError(f"claim {self.says!r}: kind 'order' is not allowed without a baseline")
+        if self.unseen < 4000:
+            raise RecipeError(f"claim {self.says!r}: unseen = {self.unseen} is not allowed; it must be >= 4000, since "
+                              "seeds below were looked at while building, or are those that rates are tuned on")
+
+    @property
+    def sort(self) -> Literal["order", "level", "exact"]:
+        """Its kind, also where it is not said."""
+        return self.kind or ("order" if self.baseline else "level")
 
 
 KINDS = ("text", "tokens")
@@ -118,6 +203,8 @@ class Card:
     no permission: what is not declared here is held back at the site all the same."""
     also: Mapping[str, Claim] = field(default_factory=dict)
     """Further claims, each by a word of its own; `<id>:<word>` is its name in `fedllm claims`."""
+    only_exact: str = ""
+    """Why there is no claim whose figure could vary, where there is none."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +323,7 @@ class Method(Knobs):
         is no score of one model. Where a method has none, the server is tested by the very `score` that clients are."""
         raise NotImplementedError
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         return client.score(part(msg, "theta"), base=part(msg, "base") or None, on=msg["on"])
 

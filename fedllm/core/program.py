@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, ClientId, Program, Replies
 from fedllm.core.client import SERVER
-from fedllm.core.errors import PayloadError, QuorumError
+from fedllm.core.errors import PayloadError, QuorumError, plain
 from fedllm.core.form import KINDS
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload, length, non_finite, part
@@ -119,7 +119,10 @@ class Fold:
     names or shapes, those of most clients count, never those of who came first.
     """
 
-    def __init__(self, ask: Ask, quorum: float | int = 1, farthest: float = FARTHEST) -> None:
+    def __init__(self, ask: Ask, quorum: float | int = 1, farthest: float = FARTHEST,
+                 rows: Mapping[ClientId, float] | None = None) -> None:
+        """`rows`: how many each client said to have when it joined, where that is known."""
+        self.rows = rows or {}
         self.ask, self.needed, self.reducer = ask, ask.needed(quorum), ask.reducer
         self.farthest = farthest
         self.form = None if ask.expects is None else ask.expects.bound(ask.msgs)
@@ -143,18 +146,16 @@ class Fold:
 
     def miss(self, client: ClientId, why: str) -> None:
         """This client gives no answer, or none that counts."""
-        self.missing[client] = why
+        self.missing[client] = plain(why)
 
     def take(self, client: ClientId, reply: Payload, seconds: float | None = None) -> bool:
         """One answer, and how long it took where the engine says so; whether it may count."""
         try:
-            notes = self._checked(client, reply)
-            if notes:
-                reply = {key: v for key, v in reply.items() if not key.startswith("note/")}
+            reply, notes = self._checked(client, reply)
             pile = self._fold(reply)
         except Exception as error:  # whatever a stranger's reply does to the fold, the round goes on
             why = str(error) if isinstance(error, PayloadError) else f"{type(error).__name__}: {error}"
-            self.miss(client, f"reply refused: {why[:300]}")
+            self.miss(client, f"reply refused: {why}")
             return False
         pile.clients.append(client)
         self.taken.append(client)
@@ -167,22 +168,33 @@ class Fold:
             self.seconds[client] = seconds
         return True
 
-    def _checked(self, client: ClientId, reply: Payload) -> Payload:
-        """The reply's notes; PayloadError where it cannot count."""
+    def _checked(self, client: ClientId, reply: Payload) -> tuple[Payload, Payload]:
+        """The reply without layers' coding, and its notes; PayloadError where it cannot count."""
         if not isinstance(reply, Mapping):
             raise PayloadError(f"a reply is {type(reply).__name__}, allowed is a mapping")
+        if odd := [key for key in reply if not isinstance(key, str)]:
+            raise PayloadError(f"a part is named by {type(odd[0]).__name__}, allowed is text")
         if bad := non_finite(reply):
-            raise PayloadError(f"'{bad}' holds NaN or infinity")
+            raise PayloadError(f"'{bad[:80]}' holds NaN or infinity")
+        if self.ask.opened is not None:
+            reply = self.ask.opened(client, reply)
+            if bad := non_finite(reply):
+                raise PayloadError(f"'{bad[:80]}' holds NaN or infinity")
         notes = part(reply, "note")
         if self.form is not None:
-            self.form.check({k: v for k, v in reply.items() if not str(k).startswith("note/")})
+            declared = {k: v for k, v in reply.items() if not k.startswith("note/") or k in self.form.parts}
+            self.form.check(declared, self.rows.get(client))
+        if notes:
+            reply = {key: v for key, v in reply.items() if not key.startswith("note/")}
         for name, note in notes.items():
-            if not any(KINDS[kind][1](note) for kind in NOTES):
-                raise PayloadError(f"'note/{str(name)[:80]}' is {type(note).__name__}, allowed is {' or '.join(NOTES)}")
+            known = self.form is not None and f"note/{name}" in self.form.parts
+            if not known and not any(KINDS[kind][1](note) for kind in NOTES):
+                raise PayloadError(f"'note/{name[:80]}' is {type(note).__name__}, allowed is {' or '.join(NOTES)}")
         far = self.farthest * max(1.0, self._told(client))
-        if not (long := length({k: v for k, v in reply.items() if k.partition("/")[2] not in notes})) <= far:
+        if not (long := length(reply)) <= far:
             raise PayloadError(f"its tensors are {long:.3g} long, allowed is {far:.3g}")
-        return notes
+        self.ask.fits(client, reply)
+        return reply, notes
 
     def _told(self, client: ClientId) -> float:
         """How long the client's message is; messages that hold the same tensors are measured once."""
@@ -195,8 +207,9 @@ class Fold:
     def _fold(self, reply: Payload) -> Pile:
         if self.reducer is None:
             return self.piles.setdefault(None, Pile(None))
-        sign = None if self.reducer.ragged else frozenset(
-            (k, tuple(v.shape) if isinstance(v, Tensor) else ()) for k, v in reply.items())
+        ragged = getattr(self.reducer, "ragged", False)
+        sign = (None if ragged is True else ragged(reply) if callable(ragged) else frozenset(
+            (k, str(tuple(v.shape)) if isinstance(v, Tensor) else "") for k, v in reply.items()))
         known = self.piles.get(sign)
         pile = known if known is not None else Pile(self.reducer.zero())
         pile.acc = self.reducer.add(pile.acc, reply)

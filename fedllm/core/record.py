@@ -43,11 +43,12 @@ class Record:
         else:
             self.events.append(event)
 
-    def crossed(self, direction: str, phase: str, client: str, size: int, round: int, payload: str) -> None:
-        """Book `size` bytes of one payload between server and `client` ("down" or "up")."""
+    def crossed(self, direction: str, phase: str, client: str, size: int, round: int, payload: str,
+                **holds: str) -> None:
+        """Book `size` bytes of one payload between server and `client` ("down" or "up"); `holds`: what is in it."""
         self.bytes[direction, phase] += size
         self.emit("wire", round=round, phase=phase, client=client, direction=direction, payload=payload, bytes=size,
-                  **self.purpose)
+                  **holds, **self.purpose)
 
     def totals(self) -> dict[str, Any]:
         """`up`, `down` and `by_phase` of the rounds, in bytes; under `evaluation` the same of what was sent to test."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -15,10 +16,11 @@ from fedllm.core.payload import Payload
 
 class Reducer(Protocol):
     """Folds replies: `zero`, then `add` one at a time, then `done`. `add` raises before it changes `acc`, or not at
-    all: what it raises for is left out, and the fold goes on."""
+    all: what it raises for is left out, and the fold goes on.
 
-    ragged: bool
-    """Whether replies may differ in names and shapes. Where they may not, those that most clients share count."""
+    Where replies differ in names or shapes, those that most clients share count, and never those of who came first; a
+    reducer that takes such replies together says so by `ragged = True`, or by `ragged(reply)`, what of a reply must be
+    as in the others: (name, value) each."""
 
     def zero(self) -> Any: ...
     def add(self, acc: Any, reply: Payload) -> Any: ...
@@ -32,7 +34,7 @@ class Sum:
     buffers can compute any `Sum`, because all that they need is `lift` there, `+` here, and `done` at the end.
     """
 
-    ragged: ClassVar[bool] = False
+    ragged: ClassVar[bool | Callable[[Payload], frozenset[tuple[str, str]]]] = False
     divides: ClassVar[bool] = False
     """Whether `done` divides one entry of the sum by another: noise or a dropped entry then does more than blur it."""
 

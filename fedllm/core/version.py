@@ -1,3 +1,3 @@
 """The version of the code, which records, statements and sites' settings compare."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -24,9 +24,9 @@ def encode_row(row: Row, tokenizer: Any, task: str, max_length: int, completion_
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: Any, task: str, max_length: int, completion_only: bool = True,
-                images: Any = None) -> list[Encoded]:
-    """All rows as the task reads them (`Task.encode`); a DataError names a row (from 1) that cannot be used."""
-    how = How(tokenizer, max_length, completion_only, images)
+                images: Any = None, *, every_turn: bool = True, whole: int | None = None) -> list[Encoded]:
+    """All rows as the task reads them (`Task.encode`, `How`); a DataError names a row that cannot be used."""
+    how = How(tokenizer, max_length, completion_only, images, every_turn, whole)
     out = task_of(task).encode(rows, how) if rows else []
     same_form(out)
     return out

@@ -30,6 +30,8 @@ class Federation:
     """The id of a task (`fedllm/tasks`)."""
     labels: tuple[str, ...] = ()  # of a task with labels: their names by index
     public: Sequence[Row] = ()  # nobody's rows: whoever takes part may train on them
+    cautions: tuple[str, ...] = ()
+    """What of the rows may not be meant."""
     streamed: bool = False
     """Whether clients' rows are read when asked for, and should not be kept: there may be a million of them."""
 

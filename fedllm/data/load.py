@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -17,10 +17,12 @@ from fedllm.core.rng import numpy_stream
 from fedllm.data.cluster import Embed
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.grouped import PREFIX, grouped_clients
+from fedllm.data.meant import odd_labels, unread
 from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.tasks.registry import task_of, tasks
+from fedllm.tasks.row import Placed
 from fedllm.tasks.task import Shape
 from fedllm.tasks.templates import template
 
@@ -33,11 +35,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class OfficeSpec(BaseModel):
     """The knobs of the synthetic office; what is left out takes the office's own default."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
-    clients: Annotated[int, Field(ge=1)] = 8
+    clients: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 8
     """Number of institutions."""
-    rows: Annotated[int, Field(ge=1)] = 200
+    rows: Annotated[int, Field(ge=1, le=10**7, strict=True)] = 200
     """Training rows of each institution, on average."""
     label_skew: Annotated[float, Field(gt=0)] | None = None
     """Dirichlet concentration over kinds of record: 0.1 is harsh, 100 nearly even; none is even."""
@@ -49,7 +51,7 @@ class OfficeSpec(BaseModel):
     """Rows of the global test."""
     client_test_rows: Annotated[int, Field(ge=0)] = 40
     """Test rows of each institution."""
-    categories: Annotated[int, Field(ge=1)] = 12
+    categories: Annotated[int, Field(ge=1, le=10**4, strict=True)] = 12
     """Number of kinds of record."""
     public_rows: Annotated[int, Field(ge=0)] = 0
     """Rows that belong to nobody, for methods that train at the server."""
@@ -58,7 +60,7 @@ class OfficeSpec(BaseModel):
 class DataSpec(BaseModel):
     """The `data` section of a recipe: where rows come from, what they become, and who holds which."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
     source: str | list[str] = "office"
     """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`,
@@ -78,15 +80,17 @@ class DataSpec(BaseModel):
     """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}."""
     template: str | dict[str, str] | None = None
     """Makes prompt and response: plain, question_answer, alpaca, text, chat, or format strings over columns."""
+    empty: Literal["refuse", "leave_out"] = "refuse"
+    """Rows with an empty response: refuse the data, naming the first, or leave them out (and say how many)."""
     labels: list[str] | None = None
     """Label names by index; by default the labels found, sorted."""
     partition: dict[str, Any] = Field(default_factory=lambda: {"kind": "iid", "clients": 10})
     """How rows are shared out: `kind` (iid, dirichlet, shards, quantity, by_key, per_file, by_cluster) and knobs."""
     client_test: Fraction = 0.1
     """Fraction that a client with 10 rows or more keeps back for its own test."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Most rows of the source to use, drawn at random; the global test counts among them if it is a fraction."""
-    test_limit: Annotated[int, Field(ge=1)] | None = None
+    test_limit: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Most rows of the global test, drawn at random."""
     office: OfficeSpec | None = None
     """Knobs of the office; only with `source: office`."""
@@ -109,7 +113,8 @@ class DataSpec(BaseModel):
     @classmethod
     def _task_is_known(cls, value: str) -> str:
         if value not in tasks():
-            raise ValueError(f"data.task = {value!r} is unknown{nearest(value, tasks())} Allowed: {', '.join(tasks())}")
+            raise ValueError(f"data.task = {value!r} is unknown{nearest(value, tasks()) or '.'} Allowed: "
+                             f"{', '.join(tasks())}")
         return value
 
     @field_validator("partition")
@@ -176,18 +181,20 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         return environments(str(spec.source), spec.environment or EnvironmentSpec(), seed)
     if isinstance(spec.source, str) and spec.source.startswith(PREFIX):
         return _grouped(spec, seed)
-    tables = read_tables(spec.source, spec.split, spec.subset)
     held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
     open_ = read_tables(spec.public, spec.split, spec.subset) if isinstance(spec.public, str) else []
+    tables = read_tables(spec.source, spec.split, spec.subset,
+                         but=[table.path for table in (*held, *open_) if table.path])
     labels = _labels(spec, [*tables, *held, *open_])
-    rows, test = _shape(spec, tables, labels), _shape(spec, held, labels).lean
+    said: list[str] = []
+    rows, test = _shape(spec, tables, labels, said), _shape(spec, held, labels, said).lean
     kept = np.arange(len(rows.lean))
     if spec.limit is not None and spec.limit < len(kept):
         kept = np.sort(numpy_stream(seed, "data.limit").choice(kept, spec.limit, replace=False))
     if isinstance(spec.test, float):
         out, kept = _held_back(kept, spec.test, numpy_stream(seed, "data.test"))
         test = rows.take(out).lean
-    public = _shape(spec, open_, labels).lean
+    public = _shape(spec, open_, labels, said).lean
     if isinstance(spec.public, float) and spec.public:
         out, kept = _held_back(kept, spec.public, numpy_stream(seed, "data.public"))
         public = rows.take(out).lean
@@ -198,7 +205,9 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     if spec.test_limit is not None and spec.test_limit < len(test):
         few = np.sort(numpy_stream(seed, "data.test_limit").choice(len(test), spec.test_limit, replace=False))
         test = [test[i] for i in few]
-    return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels, public)
+    said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels)]
+    return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels, public,
+                      tuple(said))
 
 
 def _grouped(spec: DataSpec, seed: int) -> Federation:
@@ -249,8 +258,14 @@ def _complaint(one: Mapping[str, Any]) -> str:
 
 def _mapped(spec: DataSpec, table: Table) -> list[tuple[dict[str, Any], str]]:
     """Each row under fedllm's field names, and where it is."""
-    where = [table.where(i) for i in range(len(table.rows))]
-    return [(map_fields(row, spec.fields, at), at) for row, at in zip(table.rows, where, strict=True)]
+    out = []
+    for i, row in enumerate(table.rows):
+        at = table.where(i)
+        try:
+            out.append((map_fields(row, spec.fields, at), at))
+        except DataError as error:
+            raise error.at(table.name, i + 1) from None
+    return out
 
 
 def _labels(spec: DataSpec, tables: Sequence[Table]) -> tuple[str, ...]:
@@ -260,8 +275,19 @@ def _labels(spec: DataSpec, tables: Sequence[Table]) -> tuple[str, ...]:
         return ()
     column = task.columns[-1]
     found = tuple(spec.labels or ()) or tables[0].classes.get(spec.fields.get(column, column), ())
-    found = found or task.found(row_at for table in tables for row_at in _mapped(spec, table))
-    task.agree((row_at for table in tables for row_at in _mapped(spec, table)), found)
+    at: list[Any] = ["", 0]
+
+    def rows() -> Iterator[tuple[dict[str, Any], str]]:
+        for table in tables:
+            for i, row_at in enumerate(_mapped(spec, table)):
+                at[:] = table.name, i + 1
+                yield row_at
+
+    try:
+        found = found or task.found(rows())
+        task.agree(rows(), found)
+    except DataError as error:
+        raise (error.at(*at) if error.kind == "label" else error) from None
     return found
 
 
@@ -272,18 +298,33 @@ def _file_names(tables: Sequence[Table]) -> list[str]:
     return [os.path.join(path.parent.name, path.stem) if path.stem in twice else path.stem for path in paths]
 
 
-def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...]) -> _Rows:
-    """Rows of the task; what `fields` maps and `category` stay with the row, other columns only serve the partition."""
+def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...], said: list[str] | None = None) -> _Rows:
+    """Rows of the task; what `fields` maps and `category` stay with the row, other columns only serve the partition.
+    What was left out is added to `said`."""
     task, render = task_of(spec.task), template(spec.template)
     lean: list[Row] = []
     wide: list[Row] = []
+    left: list[str] = []
     for file, table in zip(_file_names(tables), tables, strict=True):
         how = Shape(render, labels, table.folder)
-        for row, at in _mapped(spec, table):
-            made = task.shape(row, at, how)
+        for i, (row, at) in enumerate(_mapped(spec, table)):
+            try:
+                made = task.shape(row, at, how)
+            except DataError as error:
+                if error.kind == "empty" and spec.empty == "leave_out":
+                    left.append(at)
+                    continue
+                if error.kind == "empty" and "template" in task.takes:
+                    error = DataError(f"{error} (data.empty: leave_out leaves such rows out)", kind="empty")
+                raise error.at(table.name, i + 1) from None
             stays = {name: row[name] for name in (*spec.fields, "category") if name in row}
-            lean.append({**stays, **made})
+            lean.append(Placed({**stays, **made}, table.name, i + 1, table.lines[i] if table.lines else 0))
             wide.append({**row, **made, FILE: file})
+    if left and said is not None:
+        said.append(f"{len(left)} rows are left out, since their response is empty: {', '.join(left[:3])}"
+                    + (", ..." if len(left) > 3 else ""))
+    if tables and not lean:
+        raise DataError(f"{tables[0].name}: every row has an empty response", file=tables[0].name, kind="empty")
     return _Rows(lean, wide)
 
 

@@ -6,9 +6,11 @@ sorted, by client id. A row may carry columns that the model never sees; `FILE` 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -19,9 +21,13 @@ import numpy as np
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.cluster import Embed, clusters
 from fedllm.data.federation import Row
-from fedllm.data.sources import nearest, value_of
+from fedllm.tasks.row import as_text, nearest, value_of
 
 FILE = "_file"
+NOBODY = "\0null"
+"""Groups rows whose key is null: a client of their own, and not those whose key reads null."""
+LONGEST_ID = 120
+"""Bytes of a client's id."""
 Parts = dict[str, list[int]]
 """Each client's row indices, in order."""
 
@@ -75,7 +81,9 @@ def _groups(rows: Sequence[Row], by: str | None) -> dict[str, list[int]]:
     by = by or ("label" if rows and "label" in rows[0] else "category")
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(str(value_of(row, by, f"data.partition by {by!r}: row {i + 1}")), []).append(i)
+        where = f"data.partition by {by!r}: row {i + 1}"
+        value = value_of(row, by, where)
+        groups.setdefault(NOBODY if value is None else as_text(value, by, where), []).append(i)
     return dict(sorted(groups.items()))
 
 
@@ -234,9 +242,13 @@ def _safe_ids(values: Sequence[str]) -> list[str]:
     seen: Counter[str] = Counter()
     ids = []
     for value in values:
-        name = re.sub(r"[^\w.-]+", "_", value).strip(".") or "_"
-        seen[name] += 1
-        ids.append(name if seen[name] == 1 else f"{name}~{seen[name]}")
+        name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", value)).strip(".") or "_"
+        if len(name.encode()) > LONGEST_ID:  # a folder's name has 255 bytes at most, and needs room for what is added
+            digest = hashlib.sha256(value.encode()).hexdigest()[:12]
+            name = f"{name.encode()[:LONGEST_ID - 13].decode(errors='ignore')}-{digest}"
+            logger.warning("the client id %s... (%d bytes) is shortened to %s", name[:40], len(value.encode()), name)
+        seen[name.casefold()] += 1  # some file systems do not tell Ward from ward
+        ids.append(name if seen[name.casefold()] == 1 else f"{name}~{seen[name.casefold()]}")
     return ids
 
 

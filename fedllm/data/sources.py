@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DataError
+from fedllm.data.strict import delimited, loads
 from fedllm.tasks.row import nearest, value_of
 
 __all__ = ["Table", "map_fields", "nearest", "read_tables", "resolve", "value_of"]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+ABOUT = ("readme", "read_me", "license", "licence", "copying", "notice", "changelog", "changes", "citation", "authors")
+"""Stems of files that lie beside data and are none."""
+log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -25,10 +30,12 @@ class Table:
     name: str
     rows: Sequence[Mapping[str, Any]]
     lines: Sequence[int] = ()
-    """JSONL and text: the line of each row, counted from 1, since blank lines are skipped."""
+    """JSONL, CSV, TSV and text: the line on which each row begins, from 1, since blank lines are skipped."""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Class names by column, where a `datasets` dataset declares them."""
 
+    path: Path | None = None
+    """The file, where there is one."""
     folder: Path | None = None
     """Where relative paths in rows begin; None: where the program runs."""
 
@@ -55,29 +62,38 @@ def resolve(path: str) -> Path:
     return found
 
 
-def read_tables(source: str | Sequence[str], split: str = "train", subset: str | None = None) -> list[Table]:
+def read_tables(source: str | Sequence[str], split: str = "train", subset: str | None = None,
+                but: Iterable[Path] = ()) -> list[Table]:
     """All tables of a source: a path, a list of paths, a folder of files, a saved `datasets` folder or a Hub id.
 
-    `split` and `subset` pick a part of a `datasets` source. Raises DataError for what is missing, empty or broken.
+    `split` and `subset` pick a part of a `datasets` source. Files `but` (resolved) are left out of folders, as are
+    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). Raises DataError for what is
+    missing, empty or broken.
     """
     paths = [source] if isinstance(source, str) else list(source)
     if not paths:
         raise DataError("data.source is an empty list: give at least one path")
-    tables = [table for path in paths for table in _read(path, split, subset)]
+    tables = [table for path in paths for table in _read(path, split, subset, frozenset(but))]
     for table in tables:
         if not table.rows:
-            raise DataError(f"{table.name} is empty: it holds no rows")
+            raise DataError(f"{table.name} is empty: it holds no rows", file=table.name, kind="empty")
     return tables
 
 
-def _read(source: str, split: str, subset: str | None) -> list[Table]:
+def _read(source: str, split: str, subset: str | None, but: frozenset[Path]) -> list[Table]:
     if source.startswith("hub:"):
         return [_hub(source.removeprefix("hub:"), split, subset)]
     path = resolve(source)
     if path.is_dir():
-        return _folder(path, split)
+        return _folder(path, split, but)
     if path.is_file():
+        if path.resolve() in but:
+            raise DataError(f"{source!r} is both in data.source and held out (data.test or data.public): nothing may "
+                            "be trained on and tested on; name it once", file=str(path))
         return [_file(path)]
+    if path.exists():
+        raise DataError(f"{source!r} is neither a file nor a folder (a pipe, a socket or a device); rows are read from "
+                        "files", file=str(path), kind="unreadable")
     if HUB_ID.fullmatch(source) and path.suffix.lower() not in READERS:
         return [_hub(source, split, subset)]
     raise DataError(f"{source!r}: no such file or folder (looked in {Path.cwd()}); a dataset of the Hub is written "
@@ -89,17 +105,36 @@ def _file(path: Path) -> Table:
     if reader is None:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; known are {', '.join(READERS)}")
     try:
-        return replace(reader(path), folder=path.parent)
+        return replace(reader(path), path=path.resolve(), folder=path.parent)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+        raise DataError(f"{path} is not UTF-8 text: {error}; save it as UTF-8", file=str(path),
+                        kind="unreadable") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", file=str(path),
+                        kind="unreadable") from None
+    except DataError as error:
+        raise error.at(str(path), 0) from error.__cause__
 
 
-def _folder(path: Path, split: str) -> list[Table]:
+def _folder(path: Path, split: str, but: frozenset[Path]) -> list[Table]:
     """A saved `datasets` folder is one table, and so is a folder of pictures, with a folder for each label; any other
     folder is one table for each file with a known extension."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return [_saved(path, split)]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
+    files, about = [], []
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() not in READERS or file.name.startswith(".") or file.resolve() in but:
+            continue
+        if file.stem.lower().rstrip("_-.0123456789") in ABOUT:
+            about.append(file.name)
+        elif file.is_file():
+            files.append(file)
+        else:
+            raise DataError(f"{file} is no file that can be read (a folder, a pipe or a broken link); move it out of "
+                            f"{path}", file=str(file), kind="unreadable")
+    if about:
+        log.warning("%s: %s %s left out, as what is about the data and not of it", path, ", ".join(about),
+                    "is" if len(about) == 1 else "are")
     if not files and (pictures := sorted(p for p in path.glob("*/*") if p.suffix.lower() in PICTURES)):
         return [Table(str(path), [{"image": str(p), "label": p.parent.name} for p in pictures])]
     if not files:
@@ -110,7 +145,7 @@ def _folder(path: Path, split: str) -> list[Table]:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where} is a JSON {type(value).__name__}, not an object with named fields")
+        raise DataError(f"{where} is a JSON {type(value).__name__}, not an object with named fields", kind="broken")
     return value
 
 
@@ -119,50 +154,43 @@ def _jsonl(path: Path) -> Table:
     lines: list[int] = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno})") from error
-            rows.append(_object(value, f"{path}, line {number}"))
-            lines.append(number)
+            if line.strip():
+                where = f"{path}, line {number}"
+                try:
+                    rows.append(_object(loads(line, where), where))
+                except DataError as error:
+                    raise error.at(str(path), len(rows) + 1) from None
+                lines.append(number)
     return Table(str(path), rows, lines)
 
 
 def _json(path: Path) -> Table:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: broken JSON ({error.msg} at column {error.colno})") from error
+        value = loads(text, str(path)) if text.strip() else []
+    except DataError as error:
+        if isinstance(broken := error.__cause__, json.JSONDecodeError):
+            hint = "; with an object a line the file is called .jsonl" if broken.msg == "Extra data" else ""
+            raise DataError(f"{path}, line {broken.lineno}: broken JSON ({broken.msg} at column {broken.colno}){hint}",
+                            kind="broken") from error
+        raise
     if not isinstance(value, list):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}, not a list of objects")
+        raise DataError(f"{path} holds a JSON {type(value).__name__}, not a list of objects", kind="broken")
     return Table(str(path), [_object(row, f"{path}, row {i}") for i, row in enumerate(value, start=1)])
 
 
 def _delimited(delimiter: str) -> Callable[[Path], Table]:
-    """Values stay text (`007` is no number here); one thread, since only then Arrow's errors name the row."""
+    """Values stay text (`007` is no number here)."""
 
     def read(path: Path) -> Table:
-        import pyarrow as pa
-        from pyarrow import csv
-
-        if not path.read_bytes().strip():
-            raise DataError(f"{path} is empty: it holds no rows")
-        try:
-            table = csv.read_csv(
-                path,
-                read_options=csv.ReadOptions(use_threads=False),
-                parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                convert_options=csv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=False),
-            )
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{path}: {error} (the header is row 1)") from error
-        twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-        if twice:
-            raise DataError(f"{path}: the header names {', '.join(twice)} more than once")
-        return Table(str(path), table.to_pylist())
+        found = delimited(path, delimiter)
+        _, header = next(found, (0, []))
+        if not header:
+            raise DataError(f"{path} is empty: it holds no rows", kind="empty")
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise DataError(f"{path}: the header names {', '.join(twice)} more than once", kind="broken")
+        rows = list(found)
+        return Table(str(path), [dict(zip(header, row, strict=True)) for _, row in rows], [line for line, _ in rows])
 
     return read
 
@@ -178,7 +206,10 @@ def _parquet(path: Path) -> Table:
 
 
 def _text(path: Path) -> Table:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    text = path.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        raise DataError(f"{path} holds NUL bytes: it is UTF-16, or damaged; save it as UTF-8", kind="unreadable")
+    lines = text.split("\n")
     kept = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     return Table(str(path), [{"text": line} for _, line in kept], [number for number, _ in kept])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from fedllm.core.errors import DataError
 from fedllm.data.sources import resolve
+from fedllm.data.strict import delimited, loads
 
 Placed = tuple[int, str, dict[str, Any], bytes]
 """Number of the row, how an error names it, the row, and the row as one line of JSON."""
@@ -35,10 +35,7 @@ def _jsonl(path: Path, mine: Any) -> Iterator[Placed]:
         for i, line in enumerate(file):
             if mine(i) and (raw := line.removeprefix(b"\xef\xbb\xbf").strip()):
                 where = f"{path.name}, line {i + 1}"
-                try:
-                    row = json.loads(raw)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
+                row = loads(raw.decode(), where)
                 if not isinstance(row, dict):
                     raise DataError(f"{where} is a JSON {type(row).__name__}, not an object with named fields")
                 yield i, where, row, raw
@@ -54,17 +51,12 @@ def _text(path: Path, mine: Any) -> Iterator[Placed]:
 
 def _delimited(delimiter: str) -> Any:
     def read(path: Path, mine: Any) -> Iterator[Placed]:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            try:
-                for i, row in enumerate(reader):
-                    if None in row or None in row.values():
-                        raise DataError(f"{path.name}, row {i + 2}: {len(reader.fieldnames or ())} fields are named in "
-                                        "the header (row 1) and this row has another number")
-                    if mine(i):
-                        yield i, f"{path.name}, row {i + 2}", row, packed(row, path, i)
-            except csv.Error as error:
-                raise DataError(f"{path.name}, line {reader.line_num}: {error}") from error
+        found = delimited(path, delimiter)
+        _, header = next(found, (0, []))
+        for i, (line, values) in enumerate(found):
+            if mine(i):
+                row = dict(zip(header, values, strict=True))
+                yield i, f"{path.name}, row {i + 2} (line {line})", row, packed(row, path, i)
 
     return read
 

@@ -21,9 +21,10 @@ RANDOM = {"attack": {"name": "att_byzantine", "kind": "random", "clients": 0.2, 
 class Anomaly(Robust):
     """Han et al., Kick Bad Guys Out! Conditionally Activated Anomaly Detection in FL, arXiv 2310.04055.
 
-    First, whose update has a cosine below `cosine` to its own last one, or to the last aggregate, is suspect; in the
-    first round everybody is. Then a suspect is left out if its distance from a reference is above mean + `sigmas` std
-    of all distances. The reference is the mean of the updates accepted last; at first, of the half that Krum likes.
+    First, whose update has a cosine below `cosine` to its own last accepted one, or to the last aggregate, is suspect;
+    in the first round everybody is. Then a suspect is left out if its distance from a reference is above mean +
+    `sigmas` std of all distances. The reference is the mean of the updates accepted last; at first, of the half that
+    Krum likes.
     """
 
     card = Card(
@@ -58,7 +59,7 @@ class Anomaly(Robust):
             kept[far.argmin()] = True
         g = x[kept].mean(0)
         state["reference"] = state["global"] = g
-        past.update({c: u.clone() for c, u in zip(rows.clients, x, strict=True)})
+        past.update({c: u.clone() for c, u, ok in zip(rows.clients, x, kept.tolist(), strict=True) if ok})
         return Verdict(g, kept.double() / kept.sum())
 
     def suspect(self, client: str, u: Tensor, past: MutableMapping[str, Tensor], last: Tensor | None) -> bool:

@@ -59,13 +59,12 @@ class CRFL(Robust):
 
 def smoothed(model: Model, theta: Tree, rows: Sequence[Encoded], *, sigma: float, samples: int = 50, seed: int = 0,
              rho: float | None = None) -> Tensor:
-    """Votes [rows, classes] of `samples` noisy copies of the model, each clipped to `rho`."""
+    """Votes [rows, classes] of `samples` noisy copies of the model, which is clipped to `rho` before noise is added."""
     votes = torch.zeros(len(rows), len(model.labels), dtype=torch.long)
     rng = torch_stream(seed, "smoothed")
+    clipped = theta if rho is None else {n: t * min(1.0, rho / max(norm(theta), 1e-12)) for n, t in theta.items()}
     for _ in range(samples):
-        noisy = {n: t + sigma * torch.randn(t.shape, generator=rng, dtype=t.dtype) for n, t in theta.items()}
-        if rho is not None:
-            noisy = {n: t * min(1.0, rho / max(norm(noisy), 1e-12)) for n, t in noisy.items()}
+        noisy = {n: t + sigma * torch.randn(t.shape, generator=rng, dtype=t.dtype) for n, t in clipped.items()}
         z = sweep([Losses("server", model, noisy, None, rows)], Limits(), lambda m, batch: m.class_logits(batch))[0]
         votes[torch.arange(len(rows)), torch.from_numpy(z).argmax(1)] += 1
     return votes

@@ -21,7 +21,8 @@ class FoolsGold(Robust):
     """Fung, Yoon, Beschastnikh, The Limitations of Federated Learning in Sybil Settings, RAID 2020.
 
     Made for clients whose honest data differ: where these are alike their updates are too, and it says so in a
-    warning. A single attacker has nobody to resemble and is invisible to it.
+    warning. A single attacker has nobody to resemble and is invisible to it. All entries are compared: the paper's
+    choice of indicative features (those that matter to the model's output) is not here.
     """
 
     flags = 0.1
@@ -41,9 +42,8 @@ class FoolsGold(Robust):
         if alike > 0.9:
             log.warning("foolsgold: the clients' updates are alike (mean cosine %.2f), so honest ones are cast out as "
                         "well; it needs clients with different data", alike)
-        total = weights.sum()
-        g = (weights.to(rows.x.dtype) @ rows.x) / total if total > 0 else torch.zeros_like(rows.x[0])
-        return Verdict(g, weights)
+        # by K and not by the sum of weights: who counts little is not made up for by the others
+        return Verdict((weights.to(rows.x.dtype) @ rows.x) / len(weights), weights)
 
 
 def foolsgold(h: Tensor, kappa: float) -> tuple[Tensor, float]:

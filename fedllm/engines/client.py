@@ -54,8 +54,9 @@ from fedllm.local.terms import Term
 from fedllm.local.text import run_completes
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model
+from fedllm.models.sealed import Sealed
 from fedllm.models.segments import Segment
-from fedllm.tasks.generation import same_answer
+from fedllm.tasks.answers import judge_of
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
@@ -143,7 +144,7 @@ class ClientCall(Holder):
 
     def keep(self, payload: Mapping[str, Any]) -> None:
         """Raise where a payload that crosses the wire holds a tensor of a stream that is personal."""
-        if self.id != SERVER and (found := self.model.withheld(payload)):
+        if self.id != SERVER and isinstance(self.model, Model | Sealed) and (found := self.model.withheld(payload)):
             raise CompositionError(f"stream '{found[1]}' is personal and cannot be put on the wire, where "
                                    f"'{self._key[3]}' puts it under '{found[0]}'; keep it in client.memory, or take it "
                                    "out of space.personal")
@@ -320,8 +321,8 @@ class ClientCall(Holder):
         metrics = {"loss": got.mean, "n": len(rows), **self.model.measured(got.figures)}
         if self.model.rules.speaks and self._world.exact_match:
             said = self._continue([e.prompt for e in encoded], theta, base, self._world.max_new_tokens)
-            hits = [same_answer(s, r["response"]) for s, r in zip(said, rows, strict=True)]
-            metrics["exact_match"] = sum(hits) / len(hits)
+            name, right = judge_of(self._world.metric)
+            metrics[name] = sum(right(s, r["response"]) for s, r in zip(said, rows, strict=True)) / len(rows)
         return metrics
 
     def env(self, rng: np.random.Generator) -> Bounded:

@@ -97,7 +97,7 @@ class Clock:
     def send(self, asks: Sequence[Ask]) -> list[Replies]:
         """Answer the asks; they begin now, and the clock goes on to the end of the last of them."""
         self.used = True
-        folds = [Fold(ask, self.engine.quorum) for ask in asks]
+        folds = [Fold(ask, self.engine.quorum, rows={c: i.n for c, i in self.engine.infos.items()}) for ask in asks]
         start, ends = self.now, self._together([f for f in folds if f.ask.flight is None])
         for fold in folds:
             if fold.ask.flight is not None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from fedllm.core.ask import Ask, ClientId, Replies
 from fedllm.core.client import SERVER, Fleet
-from fedllm.core.errors import ClientError, FedLLMError, Withheld
+from fedllm.core.errors import ClientError, FedLLMError, Withheld, plain
+from fedllm.core.form import crossing
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
@@ -78,7 +79,7 @@ class InProcess:
     def send(self, asks: Sequence[Ask]) -> list[Replies]:
         if self.timed or any(ask.enough is not None or ask.flight is not None for ask in asks):
             return self.clock.send(asks)
-        folds = [Fold(ask, self.quorum) for ask in asks]
+        folds = [Fold(ask, self.quorum, rows={c: i.n for c, i in self.infos.items()}) for ask in asks]
         for job, reply in self.answers(self.jobs(folds)):
             self.land(job.fold, job.client, reply if isinstance(reply, str) else self.cross("up", job, reply))
         return [self.close(fold) for fold in folds]
@@ -87,6 +88,7 @@ class InProcess:
         """Fold a reply that has come, or book why there is none."""
         told = {} if seconds is None else {"seconds": seconds}
         if isinstance(reply, str):
+            reply = plain(reply)
             self.record.emit("missing", round=self.round, phase=fold.ask.phase, client=client, why=reply, **told)
             return fold.miss(client, reply)
         if not fold.take(client, reply, seconds):
@@ -98,7 +100,7 @@ class InProcess:
     def close(self, fold: Fold) -> Replies:
         """What came of an ask; whose reply the others' outvote is written down."""
         for client, why in fold.outvoted().items():
-            self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client, why=why)
+            self.record.emit("refused", round=self.round, phase=fold.ask.phase, client=client, why=plain(why))
         return fold.done()
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Payload | str]]:
@@ -174,5 +176,7 @@ class InProcess:
         data = codec.encode(payload) if self.loopback else None
         size = codec.size(payload) if data is None else len(data)
         job.took.count(way, size)
-        self.record.crossed(way, job.fold.ask.phase, job.client, size, self.round, name)
+        ask = job.fold.ask
+        holds = crossing(payload, ask.expects, ask.hidden) if way == "up" else {}
+        self.record.crossed(way, ask.phase, job.client, size, self.round, name, **holds)
         return payload if data is None else codec.decode(data)

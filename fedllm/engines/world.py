@@ -49,6 +49,8 @@ class World:
     """The recipe's models beside the main one, by name."""
     held: Shelf = field(default_factory=Shelf)
     """The models that clients hold in the place of the main one, as their profiles call them."""
+    metric: str = "exact"
+    """When a generated answer is right (`tasks/answers.py`)."""
 
     def __post_init__(self) -> None:
         self._encoded: dict[tuple[str, str, int], list[Encoded]] = {}
@@ -108,8 +110,10 @@ class World:
                 raise CompositionError(f"model '{model.name}' is given rows that were tokenized for another model; "
                                        "give it the rows themselves, or those of `client.holding(name)`")
             return model.read(rows)
-        return model.read(encode_rows(rows, model.tokenizer, model.task, self.local.max_length,
-                                      answers or self.completion_only, model.images))
+        room = model.positions - model.space.virtual
+        return model.read(encode_rows(
+            rows, model.tokenizer, model.task, min(self.local.max_length, room), answers or self.completion_only,
+            model.images, every_turn=self.local.every_turn and not answers, whole=room if answers else None))
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, kept for the next caller with equal arguments (the last few results only)."""

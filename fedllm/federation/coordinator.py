@@ -6,13 +6,15 @@ import functools
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fedllm.core.client import ClientInfo
-from fedllm.core.errors import RecipeError, RunError
+from fedllm.core.errors import RecipeError, RunError, plain
+from fedllm.core.form import KINDS
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines.far.engine import Flare
 from fedllm.engines.far.reasons import Refused, sentence
@@ -28,7 +30,7 @@ from fedllm.report.report import publish
 from fedllm.runs.build import (
     Parts,
     bound,
-    cohort_size,
+    check_cohort,
     compose,
     heard_by,
     make_layers,
@@ -39,6 +41,7 @@ from fedllm.runs.build import (
 )
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.models import check_names, need_named, shelves
+from fedllm.runs.profiles import check_profile
 from fedllm.runs.progress import Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result
@@ -89,7 +92,9 @@ class Opening:
         if head.get("lacks") == "public" and self.public is not None:
             head = self._ship(site, told, self.public)
         if "refused" in head:
-            raise Silence(f"refused by the site: {sentence(head['refused'])}")
+            raise Silence(plain(f"refused by the site: {sentence(head['refused'])}"))
+        if why := odd(head, sorted(self.sites.table)):
+            raise Silence(plain(f"what it says of itself is refused: {why}"))
         self.sites.table[site].boot = str(head["boot"])
         self.said[site] = head
 
@@ -109,11 +114,13 @@ class Opening:
         names = list(self.sites.table)
         with ThreadPoolExecutor(len(names)) as pool:
             out = {n: why for n, why in zip(names, pool.map(self._try, names), strict=True) if why}
+        out |= strangers({n: self.said[n] for n in names if n not in out})
         if len(names) - len(out) < needed:
             reasons = "; ".join(f"{n}: {why}" for n, why in out.items())
             raise RunError(f"{len(names) - len(out)} of {len(names)} sites take part, {needed} are needed ({reasons})")
         for name in out:
             del self.sites.table[name]
+            self.said.pop(name, None)
         return out
 
     def without(self, out: Mapping[str, str], needed: int) -> Mapping[str, str]:
@@ -140,8 +147,39 @@ class Opening:
         try:
             self.one(site)
         except Silence as why:
-            return str(why)
+            return plain(why)
+        except Exception as error:  # of one site's answer: the others take part all the same
+            log.warning("the opening of site '%s' cannot be read", site, exc_info=True)
+            return f"its answer cannot be read ({type(error).__name__})"
         return None
+
+
+def odd(head: Mapping[str, Any], sites: Sequence[str]) -> str | None:
+    """Why what a site says of itself as it opens the run is nothing to go on with, or None."""
+    for key, kind in (("boot", "name"), ("n", "count"), ("task", "name"), ("labels", "layout")):
+        if key not in head or not KINDS[kind][1](head[key]):
+            return f"'{key}' is {type(head.get(key)).__name__}, allowed is {KINDS[kind][0]}"
+    if not isinstance(head["n"], int):
+        return f"'n' is {head['n']}, allowed is a whole number of rows"
+    if not isinstance(profile := head.get("profile"), Mapping):
+        return f"'profile' is {type(profile).__name__}, allowed is a mapping"
+    try:
+        for key, value in profile.items():
+            check_profile("profile", key, value)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def strangers(said: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Sites whose rows are of another task, or other labels, than those of most: who they are, and why."""
+    kinds = {n: (str(s["task"]), tuple(map(str, s["labels"]))) for n, s in said.items()}
+    counts = Counter(kinds.values()).most_common(2)
+    if len(counts) < 2 or counts[0][1] == counts[1][1]:
+        return {}  # nobody can say who is wrong: the run is refused where it is built
+    (most, _), *_ = counts
+    return {n: plain(f"its rows are of the task {task} with labels {list(labels)}, most sites' of {most[0]} with "
+                     f"{list(most[1])}") for n, (task, labels) in kinds.items() if (task, labels) != most}
 
 
 def for_sites(recipe: Recipe) -> dict[str, Any]:
@@ -172,7 +210,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     layers = bound(layers, recipe, {s: int(said[s]["n"]) for s in sorted(said)}, local)
     infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
              for s in sorted(said)}
-    method.check_clients(list(infos), cohort_size(recipe.clients.per_round, len(infos)))
+    check_cohort(recipe, method, list(infos))
     federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, file_rows(recipe, recipe.data.test),
                             recipe.data.task, tuple(labels[0]), file_rows(recipe, recipe.data.public))
     space, _ = make_recipe_space(recipe)
@@ -206,7 +244,7 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     opening = Opening(table, recipe, recipe_run(folder), found[0] if found else 0, public)
     left_out = opening.all(needed)
     parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
-    if strange := strangers(room, parts.world, recipe, opening.said):
+    if strange := of_other_models(room, parts.world, recipe, opening.said):
         left_out |= opening.without(strange, needed)
         parts = coordinator_parts(recipe, opening.said, sorted(sites), left_out)
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
@@ -224,8 +262,8 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     return result
 
 
-def strangers(room: RunFolder, world: FarWorld, recipe: Recipe, said: Mapping[str, Mapping[str, Any]]
-              ) -> dict[str, str]:
+def of_other_models(room: RunFolder, world: FarWorld, recipe: Recipe, said: Mapping[str, Mapping[str, Any]]
+                    ) -> dict[str, str]:
     """Sites that hold another base model or tokenizer than the run, and what is another there; those that hold a model
     of their own, as the recipe or they say, are not compared.
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import RunError, plain
 from fedllm.core.record import is_test
 from fedllm.federation.flower.keys import KIT
 from fedllm.runs.folder import RunFolder
@@ -44,6 +44,7 @@ class Tally:
     def _begin(self) -> None:
         self.at, self.rounds, self.seconds, self.resumed, self.skipped = 0, 0, 0.0, 0, 0
         self.bytes, self.missing, self.sites = Counter[str](), Counter[str](), dict[str, str]()
+        self.refused = Counter[str]()
         self.why: dict[str, str] = {}
         self.stopped = self.nothing = ""
 
@@ -76,7 +77,11 @@ class Tally:
         elif kind in ("missing", "left_out", "suspect"):
             self.missing[client] += kind == "missing"
             self.sites[client] = {"missing": self.sites.get(client, "here"), "left_out": "left out"}.get(kind, kind)
-            self.why[client] = str(event.get("why", ""))
+            self.why[client] = plain(event.get("why", ""))
+        elif kind == "refused":
+            self.refused[client] += 1
+            self.sites.setdefault(client, "here")
+            self.why[client] = plain(event.get("why", ""))
         elif kind in ("back", "reopened"):
             self.sites[client] = "here"
         elif kind == "resumed":
@@ -98,7 +103,8 @@ class Tally:
 
     def as_json(self) -> dict[str, Any]:
         """How the run stands."""
-        sites = {s: {"state": self.sites[s], "missing": self.missing[s], "why": self.why.get(s, "")}
+        sites = {s: {"state": self.sites[s], "missing": self.missing[s], "refused": self.refused[s],
+                     "why": self.why.get(s, "")}
                  for s in sorted(self.sites)}
         return {"run": str(self.run), "state": self.state, "method": self.recipe.method.name, "rounds": self.rounds,
                 "of": self.recipe.rounds, "last_round_seconds": self.seconds, "resumed": self.resumed,
@@ -126,6 +132,8 @@ class Tally:
                    {f'{{site="{quoted[s]}"}}': int(v["state"] == "here") for s, v in now["sites"].items()})
             figure("site_missing_total", "counter", "Answers of the site that were missing.",
                    {f'{{site="{quoted[s]}"}}': v["missing"] for s, v in now["sites"].items()})
+            figure("site_refused_total", "counter", "Answers of the site that were refused.",
+                   {f'{{site="{quoted[s]}"}}': v["refused"] for s, v in now["sites"].items()})
         return "\n".join(out) + "\n"
 
 

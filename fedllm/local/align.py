@@ -15,6 +15,7 @@ from fedllm.data.encode import Encoded
 from fedllm.local.flops import FORWARD, cost_of
 from fedllm.local.spec import LocalSpec
 from fedllm.models.batch import Batch, collate
+from fedllm.models.heads import body_of
 from fedllm.models.kernels import fast, products
 from fedllm.models.model import Model
 
@@ -32,7 +33,7 @@ class View:
         net = self.model.net
         self.model.stack.rows = len(batch.ids)
         with self.model.using([self.theta]), fast(batch.ids.device, batch.ids.shape[1], self.model.fast_kernels):
-            out = net.base_model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+            out = body_of(net)(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
             z = self.model.logits_of(out.last_hidden_state)
         return out.hidden_states[self.middle][batch.mask], z[batch.mask].float()
 
@@ -49,7 +50,8 @@ def align(teacher: View, student: View, trained: Tree, rows: Sequence[Encoded], 
           spec: LocalSpec, gamma: float) -> tuple[Tree, float]:
     """Train `trained`, a part of the student's trainables, on the batches of `plan`; returns it with the mean loss.
 
-    loss = mean ||(h_T - h_S) / rms(h_T)||^2 + gamma KL(teacher || student), over the tokens of right-padded rows.
+    loss = mean ||(h_T - h_S) / rms(h_T)||^2 + gamma KL(teacher || student), over the tokens of right-padded rows;
+    the rms is one number for the batch, as in FedBiOT's code.
     """
     params = {n: t.to(student.model.device).detach().clone().requires_grad_() for n, t in trained.items()}
     optimizer = spec.optimizer_over(list(params.values()))
@@ -59,7 +61,7 @@ def align(teacher: View, student: View, trained: Tree, rows: Sequence[Encoded], 
         with torch.no_grad():
             h_t, z_t = teacher.look(batch)
         h_s, z_s = View(student.model, {**student.theta, **params}, student.middle).look(batch)
-        near = ((h_t - h_s) / h_t.pow(2).mean(-1, keepdim=True).sqrt()).pow(2).mean()
+        near = ((h_t - h_s) / h_t.pow(2).mean().sqrt()).pow(2).mean()
         loss = near + gamma * F.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), reduction="batchmean", log_target=True)
         optimizer.zero_grad(set_to_none=True)
         with products(loss.device, student.model.fast_kernels):

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.core.errors import RecipeError
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded
-from fedllm.local.forward import lanes_of, lots_of_lanes
+from fedllm.local.forward import Lane, lanes_of, lots_of_lanes
 from fedllm.local.requests import Embed, Generate, Limits
 from fedllm.models.batch import Batch, collate
+from fedllm.models.decode import Continuation
 from fedllm.models.kernels import fast
-from fedllm.models.model import Model, as_cache
+from fedllm.models.model import Model
 from fedllm.models.sealed import opened
 
 
 def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[list[int]]]:
     """Token ids that follow each prompt, without the end token."""
     out: list[list[list[int]]] = [[[] for _ in r.prompts] for r in requests]
-    asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p, p, 0) for p in r.prompts]) for r in requests]
     first = requests[0]
-    for lot in lots_of_lanes(lanes_of(asked), limits):
+    room = opened(first.model).positions - opened(first.model).space.virtual - first.max_new_tokens
+    if room < 1:
+        raise RecipeError(f"max_new_tokens = {first.max_new_tokens} leaves no room for a prompt: the model has "
+                          f"{opened(first.model).positions} positions")
+    asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p[-room:], p[-room:], 0) for p in r.prompts])
+             for r in requests]
+    lots = (lot for lanes in _for_one_batch(lanes_of(asked)) for lot in lots_of_lanes(lanes, limits))
+    for lot in lots:
         at, model = 0, opened(first.model)
         longest = len(lot[0].rows[0][2].ids) + first.max_new_tokens
         b = max(1, limits.batch_tokens // (max(longest, 1) * len(lot)))
         while any(len(lane.rows) > at for lane in lot):
             lanes = [lane for lane in lot if len(lane.rows) > at]
             part = [lane.rows[at : at + b] for lane in lanes]
-            batch = collate([[row[2] for row in rows] for rows in part], model.pad, model.device, left=True)
-            seats = [_seat(requests, rows[j]) if j < len(rows) else None for rows in part for j in range(batch.rows)]
+            wide = max(map(len, part))
+            full = [[row[2] for row in rows] + [rows[0][2]] * (wide - len(rows)) for rows in part]  # a rectangle
+            batch = collate(full, model.pad, model.device, left=True)
+            seats = [_seat(requests, rows[j]) if j < len(rows) else None for rows in part for j in range(wide)]
             quick = fast(model.device, batch.ids.shape[1], model.fast_kernels)
             with torch.no_grad(), model.using([lane.request.theta for lane in lanes], first.base), quick:
                 got = decode(model, batch, first, seats)
@@ -41,6 +51,16 @@ def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[lis
                     out[i][row] = got[k * batch.rows + j]
             at += b
     return out
+
+
+def _for_one_batch(lanes: list[Lane]) -> Iterator[list[Lane]]:
+    """All lanes, or where the model cannot pad the rows of one length after the other."""
+    if not lanes or opened(lanes[0].request.model).ways.padded:
+        yield lanes
+        return
+    for length in sorted({len(e.ids) for lane in lanes for *_, e in lane.rows}, reverse=True):
+        cut = [Lane(lane.request, [row for row in lane.rows if len(row[2].ids) == length]) for lane in lanes]
+        yield sorted((lane for lane in cut if lane.rows), key=lambda lane: -len(lane.rows))
 
 
 def _seat(requests: Sequence[Generate], row: tuple[int, int, Encoded]) -> np.random.Generator:
@@ -53,26 +73,11 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
 
     `seats` holds one random stream a row, None for rows that only fill the rectangle.
     """
-    net, n = model.net, batch.ids.shape[0]
-    model.stack.rows, model.stack.past = n, {}
-    prompt = model.space.before(net, model.stack, n)
-    ahead = prompt.length if prompt else 0
-    mask = torch.cat([batch.mask.new_ones(n, ahead), batch.mask], 1).long()
-    place = batch.mask.long().cumsum(1).clamp(min=1) - 1 + ahead  # a token's position does not count the padding
-    feed = {"position_ids": place, "input_ids": batch.ids}
-    if prompt and prompt.embeds is not None:
-        text = net.get_input_embeddings()(batch.ids)
-        feed = {"inputs_embeds": torch.cat([prompt.embeds.to(text.dtype), text], 1),
-                "position_ids": torch.cat([torch.arange(ahead, device=place.device).expand(n, -1), place], 1)}
-    cache = as_cache(prompt) if prompt and prompt.cache else None
-    ends = set(np.atleast_1d(model.tokenizer.eos_token_id).tolist())
-    said: list[list[int]] = [[] for _ in range(n)]
+    text, ends = Continuation(model, batch), model.ends
+    said: list[list[int]] = [[] for _ in seats]
     talking = {i for i, seat in enumerate(seats) if seat is not None}
-    for step in range(how.max_new_tokens):
-        model.stack.mask = batch.mask if not step else None  # what follows is text in every row
-        out = net.base_model(**feed, attention_mask=mask, cache=cache, use_cache=True)
-        cache, z = out.cache, _logits(model, out.last_hidden_state[:, -1:])
-        token = _pick(z, how.temperature, seats)
+    for _ in range(how.max_new_tokens):
+        token = _pick(text.logits(), how.temperature, seats)
         for i, word in enumerate(token.tolist()):
             if i in talking and word in ends:
                 talking.remove(i)
@@ -80,13 +85,8 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
                 said[i].append(word)
         if not talking:
             break
-        mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
-        feed = {"input_ids": token[:, None], "position_ids": place[:, -1:] + step + 1}
+        text.add(token)
     return said
-
-
-def _logits(model: Model, h: Tensor) -> Tensor:
-    return model.logits_of(h)[:, 0].float()
 
 
 def _pick(z: Tensor, temperature: float, seats: Sequence[np.random.Generator | None]) -> Tensor:

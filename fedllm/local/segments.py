@@ -84,7 +84,7 @@ def _slopes(lot: Sequence[Backward], x: Tensor, mask: Tensor, stacked: Mapping[s
         loss = losses(model, h, padded([r.labels for r in lot], IGNORE).to(h.device), len(lot))  # type: ignore[misc]
         goal, told = loss.sum(), loss.detach().cpu()  # lanes do not touch, so each lane's gradient is its own
     else:  # d(h . g)/d theta = dh/d theta g
-        goal = (h * padded([r.g for r in lot], 0).to(h)).sum()  # type: ignore[misc]
+        goal = (h * padded([r.g for r in lot], 0).to(h.device).to(h.dtype)).sum()  # type: ignore[misc]
     wanted = {**stacked, **({"": x} if x.requires_grad else {})}
     found = torch.autograd.grad(goal, list(wanted.values()), allow_unused=True) if goal.requires_grad else [
         None] * len(wanted)

@@ -36,6 +36,7 @@ class LocalSpec(Knobs):
         options=("constant", "linear", "cosine", "linear_steps", "cosine_steps"))
     warmup: int = knob(0, "local steps, counted over all rounds, in which the rate climbs to `lr`", ge=0)
     max_length: int = knob(512, "tokens kept of a row", ge=2)
+    every_turn: bool = knob(True, "learn every assistant turn of a conversation; false: the last alone")
 
     def __post_init__(self) -> None:
         super().__post_init__()

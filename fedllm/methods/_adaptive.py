@@ -28,7 +28,7 @@ class Adaptive(Star):
         """The next second moment of one tensor, from the last one and D."""
         raise NotImplementedError
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

@@ -21,6 +21,8 @@ from fedllm.local.perturb import Directions, flat, unflat
 from fedllm.models.sealed import sealed
 
 SPENT = ("calls", "read", "said")
+TOLD = ", ".join(f"note/{k}: count" for k in SPENT)
+"""What a reply says of it beside what it holds."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Offsite(Method):
         state = {**state, "A": state["A"] | add(self.moving(state["A"]), part(out.value, "delta"))}
         return (yield from self.realigned(state, self.align_steps))
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Any) -> Payload:
         moving, e = part(msg, "A"), part(msg, "E")
         a = self.split(client.model)[0] | moving

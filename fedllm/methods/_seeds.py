@@ -10,10 +10,20 @@ import torch
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError
+from fedllm.core.form import need
 from fedllm.core.method import Star, State, knob
 from fedllm.core.payload import Payload, Tree, pack
 from fedllm.local.perturb import LAWS
 from fedllm.local.zeroth import Walk, rebuild, replay, walk
+
+
+def scalars(reply: Payload, k: int) -> None:
+    """PayloadError unless a reply holds one scalar (`g`) for each of its candidates (`at`), all of these below K."""
+    need({"K", "at", "g"} <= reply.keys(), "of 'K', 'at' and 'g' one is lacking")
+    at, g = reply["at"], reply["g"]
+    need(reply["K"] == k, f"'K' is {reply['K']}, allowed is {k}")
+    need(at.dim() == 1 and at.shape == g.shape, f"'g' has shape {tuple(g.shape)} and 'at' {tuple(at.shape)}")
+    need(not len(at) or 0 <= int(at.min()) <= int(at.max()) < k, f"'at' holds candidates that are not among the {k}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,6 @@ class Seeds(Star):
     def evaluate(self, state: State, clients: Any, on: str) -> Any:
         return (yield Ask(self.score, {c.id: pack(A=state["A"], seed=self.seed, on=on) for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Any) -> Payload:
         return client.score(self.built(msg, client), on=msg["on"])

@@ -55,7 +55,7 @@ class Spoken(BlackBox):
         said = self.text(state)
         return (yield Ask(self.spoken, {c.id: {"prompt": said, "on": on} for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def spoken(self, msg: Payload, client: Client) -> Payload:
         """How far (`loss`) the answers behind the prompt are from those wanted; `exact_match`: by nothing."""
         rows = client.held_out(msg["on"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedllm.core.client import Client
-from fedllm.core.errors import PayloadError, Withheld
+from fedllm.core.errors import PayloadError, QuorumError, Withheld
 from fedllm.core.payload import Payload, digest
 
+log = logging.getLogger(__name__)
 NAME = "prompt_embeddings"
 SHORTLIST = 500
 """Tokens that the LASSO may use for a position: those that correlate most with what is to be told."""
@@ -59,6 +62,19 @@ def whole(ids: Tensor, places: int, size: int) -> Tensor:
     out = ids.long() & 0xFFFF if ids.dtype == torch.int16 else ids.long()
     if len(out) != places or (out.numel() and not 0 <= int(out.min()) <= int(out.max()) < size):
         raise PayloadError(f"'ids' are {out.tolist()[:8]}, {len(out)} in all; allowed are {places}, each below {size}")
+    return out
+
+
+def readable(told: Mapping[str, Tensor], places: int, size: int) -> dict[str, Tensor]:
+    """The ids of those who told ids of this vocabulary; who did not is named, and left out."""
+    out = {}
+    for client, ids in told.items():
+        try:
+            out[client] = whole(ids, places, size)
+        except PayloadError as error:
+            log.warning("client '%s' is left out of this round: %s", client, error)
+    if not out:
+        raise QuorumError("FedGFPT.local: no client told ids of the vocabulary")
     return out
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client
+from fedllm.core.form import aligned
 from fedllm.core.method import Method
 from fedllm.core.payload import Payload
 from fedllm.models.endpoint import Completion
@@ -30,7 +31,10 @@ class Asking(Method):
                 said[i] = Completion(*got)
         return said
 
-    @on_client()
+    def each(self, msg: Payload, reply: Payload) -> None:
+        aligned(reply, ("texts", "logprobs", "read", "said"), len(msg["prompts"]))
+
+    @on_client(gives="texts: texts, logprobs: numbers, read: numbers, said: numbers", fits=each)
     def complete(self, msg: Payload, client: Client) -> Payload:
         """Whoever holds a model continues the prompts; what each cost travels with it."""
         seed = int(client.rng("complete").integers(2**31))

@@ -29,8 +29,8 @@ def examine(folder: Path, rows: int, seed: int = HELD_OUT_SEED) -> dict[str, Any
     An answer counts when each of its tokens, end of text included, is the likeliest after those before it, which is
     the verdict that greedy decoding gives.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     hits: dict[str, list[bool]] = defaultdict(list)
     loss, count = 0.0, 0
     for row in pretraining_rows(rows, seed):

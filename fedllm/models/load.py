@@ -20,8 +20,10 @@ from transformers import (
 
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.rng import seed_of
+from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder, class_prompts
 from fedllm.models.model import HeadedEncoder, Model, Pooling
+from fedllm.models.proof import examine
 from fedllm.spaces.space import Space
 from fedllm.tasks.registry import task_of
 
@@ -43,9 +45,9 @@ def resolve(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer that goes with a model."""
-    return _load(AutoTokenizer, name)
+    return _load(AutoTokenizer, name, trust_remote_code)
 
 
 def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
@@ -54,8 +56,9 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
                weights: Literal["pretrained", "random"] = "pretrained") -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
 
-    `weights` "random": the model is built from its config alone, with weights that follow from the seed. Raises
-    ModelError when the model cannot be loaded or lacks what the space needs, or the device is not there, and
+    `weights` "random": the model is built from its config alone, with weights that follow from the seed. It is examined
+    (see models/proof.py), and `model.said` tells what its user must know. Raises ModelError when the model cannot be
+    loaded, lacks what the space needs or says something else than in transformers, or the device is not there, and
     CompositionError for random weights that would stay as they are.
     """
     if weights not in ("pretrained", "random"):
@@ -63,41 +66,55 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
     place = place_of(device)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    config = _load(AutoConfig, name, trust_remote_code)
+    if task_of(task).net != "dual":
+        reads_texts(name, config, task_of(task).net != "causal")
     made_by = {"weights": weights, "seed": seed, "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
     images = None
     if task_of(task).net == "dual":
-        images = _load(AutoImageProcessor, name)
-    net = load_net(name, task, labels, pooling, tokenizer, **made_by).to(DTYPES[dtype])
+        images = _load(AutoImageProcessor, name, trust_remote_code)
+    said = unused(config)
+    net = load_net(name, task, labels, pooling, tokenizer, said, **made_by).to(DTYPES[dtype])
+    words_fit(name, tokenizer, net)
     net.to(place)
     model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
                   weights=weights, images=images)
     if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
         raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
                                f"together: '{min(still)}' would stay random; use space: full")
+    model.tell(said)
+    examine(model)
     return model
 
 
-def bare(kind: Any, name: str, *, weights: str = "pretrained", seed: int = 0, dtype: torch.dtype = torch.float32,
-         trust_remote_code: bool = False) -> Any:
-    """A network as transformers builds it. Random weights are drawn on the CPU in fp32: the same bits everywhere."""
+def bare(kind: Any, name: str, said: list[str], *, weights: str = "pretrained", seed: int = 0,
+         dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+    """A network as transformers builds it; `said` is told which weights are not used.
+
+    Random weights are drawn on the CPU in fp32: the same bits everywhere.
+    """
     if weights == "pretrained":
-        return _load(kind, name, dtype=dtype, trust_remote_code=trust_remote_code)
-    config = _load(AutoConfig, name, trust_remote_code=trust_remote_code)
+        net, told = _load(kind, name, trust_remote_code, dtype=dtype, output_loading_info=True)
+        if "pooler" in dict(net.named_children()):
+            net.pooler = None  # its output is not used: pooling is ours
+        said += complete(name, net, told)
+        return net
+    config = _load(AutoConfig, name, trust_remote_code)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "weights"))
         return kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
 
 
 def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, tokenizer: Any,
-             **options: Any) -> nn.Module:
+             said: list[str], **options: Any) -> nn.Module:
     """The network that a task wants, with these weights; a head that they do not have is new."""
     rules = task_of(task)
     if rules.net in PLAIN:
-        return bare(PLAIN[rules.net], name, **options)
-    body, width = bare(AutoModel, name, **options), rules.outputs or len(labels)
+        return bare(PLAIN[rules.net], name, said, **options)
+    body, width = bare(AutoModel, name, said, **options), rules.outputs or len(labels)
     if not width:
         raise ModelError(f"a model for data.task = {task!r} needs the data's labels")
     if rules.net == "dual":
@@ -112,7 +129,7 @@ def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, toke
 
 def speaks(name: str) -> bool:
     """Whether the model's folder says that it continues text; one that says nothing may."""
-    kinds = _load(AutoConfig, name).architectures
+    kinds = _load(AutoConfig, name, False).architectures
     return not kinds or any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds)
 
 
@@ -133,17 +150,11 @@ def place_of(name: str) -> torch.device:
 
 def eager_encoder(name: str, labels: int, pooling: Literal["mean", "cls", "last"]) -> HeadedEncoder:
     """A classifier of this model as transformers builds it, with attention that has second derivatives."""
-    body = _load(AutoModel, name, attn_implementation="eager")
+    body = _load(AutoModel, name, False, attn_implementation="eager")
     if "pooler" in dict(body.named_children()):
         body.pooler = None
     return HeadedEncoder(body, labels, pooling).eval()
 
 
-def _load(kind: Any, name: str, **options: Any) -> Any:
-    where = resolve(name)
-    try:
-        return kind.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"model {name!r} cannot be loaded: {first} (give 'embedded', 'minilm', a folder saved with "
-                         "save_pretrained, or a Hub id that this machine can reach)") from None
+def _load(kind: Any, name: str, trust: bool, **options: Any) -> Any:
+    return loaded(kind, name, resolve(name), trust, **options)

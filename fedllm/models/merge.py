@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fedllm.core.errors import ModelError
-from fedllm.models.dual import DualEncoder
-from fedllm.models.load import load_net
+from fedllm.models.checks import loaded
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.models.peft_io import HEAD
+from fedllm.models.plain import unpatched
 from fedllm.spaces.registry import of_peft
 
 
@@ -42,18 +42,12 @@ def save_merged(folder: Path, model: Model, theta: Mapping[str, Tensor], base: M
 
 
 def fresh_net(model: Model) -> nn.Module:
-    """The base network without any patch of ours, loaded anew."""
-    pooling = model.net.pooling if isinstance(model.net, HeadedEncoder) else "mean"
-    net = load_net(model.name, model.task, model.labels, pooling, model.tokenizer, dtype=model.net.dtype,
-                   weights=model.weights, seed=model.seed)
-    if isinstance(net, HeadedEncoder):
-        net.classifier.load_state_dict(copy.deepcopy(model.net.classifier.state_dict()))
-    if isinstance(net, DualEncoder):
-        net.attend.load_state_dict(copy.deepcopy(model.net.attend.state_dict()))
-    return net
+    """The base network with weights of its own and without any patch of ours."""
+    return copy.deepcopy(unpatched(model.net))
 
 
-def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], tokenizer: object) -> None:
+def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], tokenizer: object,
+                  trust_remote_code: bool = False) -> None:
     """Merge a saved adapter into its base with plain `peft`, and save the model with its tokenizer.
 
     Raises ModelError for adapters that cannot be merged (soft prompts, prefixes).
@@ -68,9 +62,10 @@ def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], to
         raise ModelError(f"a {kind} adapter cannot be merged into the weights: "
                          f"{space.stays if space else 'no space of ours is of its kind'}; export it as it is with "
                          "--peft")
-    masked = any(str(kind).endswith("ForMaskedLM") for kind in AutoConfig.from_pretrained(where).architectures or ())
+    config = loaded(AutoConfig, where, where, trust_remote_code)
+    masked = any(str(kind).endswith("ForMaskedLM") for kind in config.architectures or ())
     loader = AutoModel if (adapter / HEAD).exists() else AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    net = loader.from_pretrained(where)
+    net = loaded(loader, where, where, trust_remote_code)
     weights = dict(net.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, delta in base_delta.items():

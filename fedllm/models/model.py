@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.payload import Tree
@@ -21,42 +22,21 @@ from fedllm.data.encode import Encoded
 from fedllm.models.batch import Batch
 from fedllm.models.blocks import quicken
 from fedllm.models.dual import CHUNK, TEXT, VISION, DualEncoder, inside
+from fedllm.models.encoder import HeadedEncoder as HeadedEncoder
+from fedllm.models.encoder import Pooling as Pooling
+from fedllm.models.heads import Head, body_of
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
+from fedllm.models.plain import are_weights, put_in, swapped, unpatched
+from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 from fedllm.tasks.registry import task_of
 from fedllm.tasks.row import IGNORE
 from fedllm.tasks.task import Task, wide
 
-Pooling = Literal["mean", "cls", "last", "each"]
-
-
-class HeadedEncoder(nn.Module):
-    """An encoder body, a pooling of its last hidden states ("each": none), and a linear head."""
-
-    def __init__(self, body: nn.Module, labels: int, pooling: Pooling) -> None:
-        super().__init__()
-        self.body, self.pooling = body, pooling
-        self.classifier = nn.Linear(body.config.hidden_size, labels)
-        self.config = body.config
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.body.get_input_embeddings()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.body.dtype
-
-    def pool(self, h: Tensor, mask: Tensor) -> Tensor:
-        """[N, T, d], [N, T] -> [N, d], or as they are."""
-        if self.pooling == "each":
-            return h
-        if self.pooling == "cls":
-            return h[:, 0]
-        if self.pooling == "last":
-            return h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
-        m = mask.to(h.dtype)[..., None]
-        return (h * m).sum(1) / m.sum(1)
-
+log = logging.getLogger(__name__)
+UNBOUND = 1 << 20
+PADDED = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet", "data2vec-text", "esm")
+"""Families that number a row's places from the padding token's on."""
 
 RowLoss = Callable[["Model", Batch], tuple[Tensor, Tensor, Tensor]]
 
@@ -72,7 +52,10 @@ class Model:
         was drawn by the seed."""
         self.net, self.tokenizer, self.task, self.space, self.images = net, tokenizer, task, space, images
         self.rules = task_of(task)
-        self.labels, self.seed, self.fast_kernels, self.name = tuple(labels), seed, fast_kernels, name
+        self.labels, self.seed, self.name = tuple(labels), seed, name
+        self.silent = ""  # why it cannot continue texts, where it cannot
+        self.said: list[str] = []
+        """What its user must know: what is not done as the config has it, and which quicker ways it does not take."""
         self.weights, self.loss = weights, loss
         self.net.eval().requires_grad_(False)
         if self.device.type == "cuda":
@@ -82,12 +65,36 @@ class Model:
                                    f"= {task!r} has no place for them; 'lora' works")
         self.stack = Stack(causal=self.rules.net == "causal")
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
-        self.fused = self._head_is_plain()
-        if fast_kernels:
-            keep_freed_memory()
-            quicken(net.body if isinstance(net, HeadedEncoder) else net)
         self._start_net()
-        self.stackable = space.install(net, self.stack)
+        self._set_up(Ways(quick=fast_kernels))
+
+    def go(self, ways: Ways) -> None:
+        """Run in these ways from now on, on the very same weights."""
+        self.net = unpatched(self.net)
+        self._set_up(ways)
+
+    def tell(self, sentences: Sequence[str]) -> None:
+        """Say this in the log, once, and keep it for the record."""
+        for sentence in sentences:
+            if sentence not in self.said:
+                self.said.append(sentence)
+                log.warning(sentence)
+
+    def _set_up(self, ways: Ways) -> None:
+        self.ways, self.fast_kernels, self.stack.quick = ways, ways.quick, ways.quick
+        if ways.quick:
+            keep_freed_memory()
+            quicken(self.net.body if isinstance(self.net, HeadedEncoder) else self.net)
+        self.head = Head(self.net) if self.rules.net == "causal" and self._is_language_model() else None
+        if ways.sites:
+            self.stackable = self.space.install(self.net, self.stack) and ways.together
+        else:
+            self.bare, self.stackable = unpatched(self.net), False
+            if not are_weights(self.space):
+                self.space.install(self.net, self.stack)
+
+    def _is_language_model(self) -> bool:
+        return isinstance(self.net, PreTrainedModel) and isinstance(self.net.get_output_embeddings(), nn.Module)
 
     def _start_net(self) -> None:
         if isinstance(self.net, HeadedEncoder):
@@ -134,6 +141,25 @@ class Model:
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
+    @functools.cached_property
+    def positions(self) -> int:
+        """Tokens that the network has places for, virtual ones among them; a large number where it sets no bound."""
+        config = getattr(self.net, "config", None)  # a policy has none
+        said: dict[str, Any] = config.to_dict() if config else {}
+        said |= said.get("text_config") or {}
+        keys = ("max_position_embeddings", "n_positions", "max_seq_len")
+        bound = [said[k] for k in keys if isinstance(said.get(k), int)]
+        if said.get("model_type") in PADDED:  # their first places are the padding's
+            bound = [b - 1 - (said.get("pad_token_id") or 1) for b in bound]
+        return min((b for b in bound if b > 1), default=UNBOUND)
+
+    @functools.cached_property
+    def ends(self) -> set[int]:
+        """Tokens that end an answer: the tokenizer's, and all that the model's generation_config names."""
+        own = getattr(self.net, "generation_config", None)
+        said = (self.tokenizer and self.tokenizer.eos_token_id, own and own.eos_token_id)
+        return {int(t) for s in said if s is not None for t in np.atleast_1d(s)}
+
     @property
     def pad(self) -> int:
         return (self.tokenizer.pad_token_id or 0) if self.tokenizer else 0
@@ -150,8 +176,13 @@ class Model:
         s.k, s.tensors, s.extra = len(trees), tree_to(stacked, self.device), {}
         s.base = tree_to(base or {}, self.device)
         self.space.prepare(s, trees)
+        if len(trees) > 1 and not self.stackable:
+            raise ModelError(f"{self.name or type(self.net).__name__} takes the trainables of one client at a time")
+        weights = None if self.ways.sites or not s.tensors else put_in(
+            self.space, self.bare, {n: t[0] for n, t in s.tensors.items()})
         try:
-            yield
+            with swapped(self.net, weights or {}):
+                yield
         finally:
             s.k, s.tensors, s.base, s.extra, s.mask, s.past = before
 
@@ -182,11 +213,12 @@ class Model:
 
     def word_losses(self, h: Tensor, rows: Tensor, cols: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy [M] of the words `y` [M] through the head at h[rows, cols]."""
-        head = self.net.get_output_embeddings()
-        if self.fused and not self._head_is_trained():
+        if self.head is not None and self.head.trained(self.stack.tensors):  # a stacked head wants all rows together
+            return F.cross_entropy(wide(self.logits_of(h)[rows, cols]), y, reduction="none")
+        if self.head is not None and self.head.plain and self.ways.fused:
+            head = self.net.get_output_embeddings()
             return frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
-        # a stacked head wants all lanes' rows together
-        return F.cross_entropy(wide(self.logits_of(h)[rows, cols]), y, reduction="none")
+        return F.cross_entropy(wide(self.logits_of(h[rows, cols])), y, reduction="none")
 
     def word_logits(self, batch: Batch) -> Tensor:
         """[N, T, V] of a masked language model, through its head as it applies it."""
@@ -243,6 +275,8 @@ class Model:
         """Class logits [N, classes] of texts that are given as embeddings [N, T, d], padded on the right."""
         if not isinstance(self.net, HeadedEncoder) or self.net.pooling == "each":
             raise ModelError("class logits of embeddings need a classification model (data.task = 'classification')")
+        if not self.ways.uneven and not bool(mask.all()):
+            return torch.cat([self.outputs(x[None, m], m[None, m]) for x, m in zip(embeds, mask.bool(), strict=True)])
         self.stack.rows = len(embeds)
         h = self.net.body(inputs_embeds=embeds.to(self.net.dtype), attention_mask=mask.long()).last_hidden_state
         return wide(self.net.classifier(self.net.pool(h, mask)))
@@ -251,12 +285,14 @@ class Model:
         """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
         if isinstance(self.net, DualEncoder):
             raise ModelError("an image-text model has no hidden states of tokens; its class logits are what it gives")
+        if not self.ways.uneven and not bool(batch.mask.all()):
+            return self._by_length(batch)
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         encoder = self.rules.net != "causal"
-        body = self.net.body if isinstance(self.net, HeadedEncoder) else self.net.base_model
+        body = self.net.body if isinstance(self.net, HeadedEncoder) else body_of(self.net)
         prompt = self.space.before(self.net, self.stack, batch.ids.shape[0])
         feed: dict[str, Any] = {} if encoder else {"use_cache": False}
-        if encoder or (prompt is None and not _right_padded(batch)):
+        if encoder or not self.ways.cut or (prompt is None and not _right_padded(batch)):
             feed["attention_mask"] = _grow(batch.mask, prompt).long()
         if prompt is not None and prompt.cache is not None:
             feed |= {"cache": as_cache(prompt), "use_cache": True}
@@ -268,22 +304,24 @@ class Model:
         h = body(**feed).last_hidden_state
         return h[:, -batch.ids.shape[1] :]
 
+    def _by_length(self, batch: Batch) -> Tensor:
+        """The same for a network to which padding matters, one lane's right-padded rows [N, T]; zeros on padding."""
+        lengths, out = batch.mask.sum(1), None
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            part = Batch(1, *(x[rows, :length] if x.dim() == 2 else x[rows] for x in (
+                batch.ids, batch.mask, batch.labels)))
+            h = F.pad(self.hidden(part), (0, 0, 0, batch.ids.shape[1] - length))
+            out = h.new_zeros(*batch.ids.shape, h.shape[-1]) if out is None else out
+            out = out.index_copy(0, rows, h)
+        assert out is not None
+        return out
+
     def logits_of(self, h: Tensor) -> Tensor:
-        """Hidden states -> vocabulary logits, through the head as the model applies it."""
-        return self.net.get_output_embeddings()(h)
-
-    def _head_is_trained(self) -> bool:
-        heads = ("lm_head", "embed_tokens", "embed_out", "wte", "word_embeddings")
-        return any(head in name for name in self.stack.tensors for head in heads)
-
-    def _head_is_plain(self) -> bool:
-        """Whether the logits are just a linear map of the last hidden states (no soft cap, no scaling)."""
-        if self.rules.net != "causal" or not isinstance(self.net.get_output_embeddings(), nn.Linear):
-            return False
-        ids = torch.arange(2, 6, device=self.device)[None]
-        with torch.no_grad():
-            z = self.net(input_ids=ids).logits
-            return torch.allclose(z, self.logits_of(self.net.base_model(input_ids=ids).last_hidden_state), atol=1e-4)
+        """Hidden states [..., d] -> vocabulary logits, as the model makes them: caps, scales and all."""
+        if self.head is None:
+            raise ModelError(f"{self.name or type(self.net).__name__} is no language model and has no logits of words")
+        return self.head(h)
 
 
 def _right_padded(batch: Batch) -> bool:

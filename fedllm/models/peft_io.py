@@ -17,7 +17,7 @@ from fedllm.core.errors import ModelError
 from fedllm.core.payload import Tree
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces.registry import SPACES
-from fedllm.spaces.space import PEFT
+from fedllm.spaces.space import PEFT, fitted_to
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 SPACE, TRAINED = "space.json", "trainables.safetensors"
@@ -36,6 +36,7 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
     config, theirs = made
     config.base_model_name_or_path, config.inference_mode = base_name, True
     tensors = {n: t.detach().cpu().contiguous() for n, t in theirs.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model.net, HeadedEncoder):
         head = {n.removeprefix(PEFT): tensors.pop(n) for n in list(tensors) if n.startswith(PEFT + "classifier.")}
         tensors = {n.replace(PEFT + BODY, PEFT, 1): t for n, t in tensors.items()}
@@ -43,7 +44,6 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
         full = {n: p.detach().float().cpu() for n, p in model.net.classifier.state_dict(prefix="classifier.").items()}
         labels = {"labels": json.dumps(list(model.labels)), "pooling": model.net.pooling}
         save_file(full | head, folder / HEAD, metadata=labels)
-    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -85,7 +85,10 @@ def load_adapter(folder: str | Path, model: Model) -> Tree:
             head = _tensors(folder / HEAD)
             tree |= {k: t for n, t in head.items() if (k := PEFT + n) in fresh}
         tree |= {n: t for n, t in fresh.items() if n.startswith(PEFT + "classifier.") and n not in tree}
-    return _fitting(folder, model.space.from_peft(config, tree, fresh), fresh, model.space.ragged)
+    if config.get("lora_dropout"):
+        model.tell([f"{folder}: lora_dropout = {config['lora_dropout']} is off while clients train"])
+    tree = _fitting(folder, model.space.from_peft(config, tree, fresh), fresh, model.space.ragged)
+    return fitted_to(tree, fresh) if model.space.ragged else tree
 
 
 def _fitting(folder: Path, tree: Tree, fresh: Tree, ragged: bool) -> Tree:
@@ -121,7 +124,7 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
         use = names.get(config.get("peft_type", ""))
         raise ModelError(f"space.start_from = {str(folder)!r} holds a {config.get('peft_type')} adapter, space.name "
                          f"is {space!r}; " + (f"use {use!r}" if use else f"allowed are {', '.join(names)}"))
-    return kind.peft_knobs(config)
+    return kind.peft_knobs(_exact(folder, config))
 
 
 UNSUPPORTED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
@@ -130,12 +133,42 @@ UNSUPPORTED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable
 """Options of PEFT that change the function and that our spaces do not have, with the value that turns each off."""
 
 
+ELSEWHERE = ("layers_to_transform", "exclude_modules")
+"""Options of PEFT that narrow the targets: which modules are left, the adapter's own tensors say."""
+SHIFTED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of LoRA that also take something away from the base's weights."""
+
+
+def _exact(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with those modules as targets that the adapter really holds, where it says so in other words."""
+    targets = config.get("target_modules")
+    odd = isinstance(targets, str) or any(config.get(k) is not None and config.get(k) != [] for k in ELSEWHERE)
+    whole = {"modules_to_save": _whole(folder)} if config.get("modules_to_save") else {}
+    return {**config, **whole, **({"target_modules": _adapted(folder)} if odd and targets else {})}
+
+
+def _adapted(folder: Path) -> list[str]:
+    names = {n.removeprefix(PEFT).partition(end)[0] for n in _tensors(folder / WEIGHTS)
+             for end in (".lora_A.", ".ia3_l") if end in n}
+    return sorted(names)
+
+
+def _whole(folder: Path) -> list[str]:
+    """Modules that the adapter holds whole: PEFT takes every one whose path ends so ("norm": "input_layernorm" too)."""
+    names = [n for n in _tensors(folder / WEIGHTS) if ".lora_" not in n and not n.endswith(".ia3_l")]
+    return sorted({n.removeprefix(PEFT).rpartition(".")[0] for n in names}) or ["classifier"]
+
+
 def _config(folder: Path) -> dict[str, Any]:
     config = _json(folder / CONFIG)
     for key, off in UNSUPPORTED.items():
         if config.get(key, off) not in (off, None, [], {}) and not (key == "encoder_hidden_size" and not config.get(
                 "prefix_projection")):
             raise ModelError(f"{folder}: the adapter uses {key} = {config[key]!r}, which no space of ours has")
+    if str(config.get("init_lora_weights")).startswith(SHIFTED):
+        raise ModelError(f"{folder}: the adapter began as init_lora_weights = {config['init_lora_weights']!r}, which "
+                         "takes a part out of the base's weights; save it anew as an ordinary LoRA (PEFT: "
+                         "save_pretrained(..., path_initial_model_for_weight_conversion=...))")
     return config
 
 

@@ -115,6 +115,8 @@ def mask_(ring: Tensor, keys: Iterable[tuple[bytes, int]]) -> Tensor:
 class RingSum(Sum):
     """Adds masked vectors; all must have one layout."""
 
+    ragged = staticmethod(lambda reply: frozenset({("layout", str(reply.get("layout")))}))
+
     def lift(self, reply: Payload) -> Payload:
         if "refused" in reply:
             raise PayloadError(str(reply["refused"]))

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.errors import QuorumError
+from fedllm.core.form import Form
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import RingSum, decode, mask_
 from fedllm.wire import _keys as keys
 
 log = logging.getLogger(__name__)
 OWN = "_secagg/"
+MASKED = Form.of("ring?: whole, layout?: code, refused?: code")
+"""Of a masked reply, or why there is none."""
 
 
 class Halves(Protocol):
@@ -105,7 +108,8 @@ class Server:
             msgs[c] = {**self.ask.msgs[c], OWN + "sid": self.sid, OWN + "count": len(self.ask.msgs),
                        OWN + "lift": self.lift, OWN + "from": peers, OWN + "mail": [mail[v][c] for v in peers]}
         quorum = None if self.ask.quorum is None else self.ask.needed()
-        out = yield replace(self.ask, msgs=msgs, reduce=RingSum(), quorum=quorum)
+        out = yield replace(self.ask, msgs=msgs, reduce=RingSum(), quorum=quorum, form=MASKED,
+                            hidden={type(self.layer).__name__: frozenset({"ring"})})
         self.lost |= out.missing
         self._enough(out.answered, "masked input")
         return out

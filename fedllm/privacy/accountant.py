@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 Kind = Literal["pld", "rdp"]
 Sampling = Literal["none", "poisson", "fixed"]
 ORDERS = [1 + x / 10 for x in range(8, 100)] + [*range(11, 64), 96, 128, 256, 512]
+MOST_EPSILON, LOOSE = 1000.0, 200.0
+"""No budget is larger; what is larger than the second is told by RDP alone."""
 COARSE = 300
 """Up to so many releases a grid of 1e-3 for the privacy loss is as good as one of 1e-4, and ten times as fast."""
 
@@ -130,10 +132,16 @@ def spent(rows: tuple[tuple[Any, ...], ...], delta: float, kind: Kind | None = N
     relation = dp.NeighboringRelation.REPLACE_ONE if fixed == {True} else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
     use_rdp = kind == "rdp" or fixed == {True}
     grid = 1e-3 if sum(row[-1] for row in rows) <= COARSE else 1e-4
-    accountant = RdpAccountant(ORDERS, relation) if use_rdp else PLDAccountant(relation, grid)
-    for *fields, count in rows:
-        accountant.compose(Release(*fields).event, count)
-    return float(accountant.get_epsilon(delta))
+
+    def by(accountant: Any) -> float:
+        for *fields, count in rows:
+            accountant.compose(Release(*fields).event, count)
+        return float(accountant.get_epsilon(delta))
+
+    if use_rdp or (kind is None and by(RdpAccountant(ORDERS, relation)) > LOOSE):
+        # a bound that promises nothing either way, and tight figures of so little noise take minutes
+        return by(RdpAccountant(ORDERS, relation))
+    return by(PLDAccountant(relation, grid))
 
 
 @functools.lru_cache(maxsize=256)
@@ -185,8 +193,9 @@ def check_budget(layer: Any) -> None:
 
 def check_epsilon(epsilon: float) -> None:
     """Raise RecipeError for an epsilon that promises nothing."""
-    if not (epsilon > 0 and math.isfinite(epsilon)):
-        raise RecipeError(f"epsilon = {epsilon!r} is not allowed; it must be > 0 and finite")
+    if not 0 < epsilon <= MOST_EPSILON:
+        raise RecipeError(f"epsilon = {epsilon!r} is not allowed; it must be > 0 and <= {MOST_EPSILON:g}: more "
+                          "promises nothing")
 
 
 def check_delta(delta: float, units: int | None = None) -> None:

@@ -114,7 +114,8 @@ class DPFedAvg(Knobs, Layer):
         tell, common = told(ask, state["clip"], lift)
         out, total = Replies(), {}
         if chosen := self._draw(list(ask.msgs), noise_stream(self.seed, state, ask.phase, state["asked"], "cohort")):
-            out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted())
+            out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted(),
+                                form=ask.lifted())
             total = dict(out.value)
             state["shapes"] = [[k, list(v.shape)] for k, v in total.items()]
         else:
@@ -192,7 +193,7 @@ class DPFedAvg(Knobs, Layer):
         noisy = {k: v + std * torch.randn(v.shape, generator=rng, dtype=v.dtype) for k, v in total.items()}
         if adaptive:
             noise = sigma_b * float(torch.randn((), generator=rng, dtype=torch.float64)) if z else 0.0
-            below = (float(count) + noise) / expected + 0.5
+            below = min(1.0, max(0.0, (float(count) + noise) / expected + 0.5))  # a share, whatever the noise says
             # C <- C exp(-eta (b - gamma)): too many below the clip, and it comes down
             state["clip"] = clip * math.exp(-self.clip_lr * (below - self.quantile))
         return noisy

@@ -52,7 +52,9 @@ class DPFTRL(Knobs, Layer):
         topic="privacy", sends="what the method sends, clipped", needs="a method whose reducer is a Sum",
         claim=Claim("at epsilon 4 over 256 rounds, each client once, running sums carry at most 0.6 of the noise that "
                     "independent noise of the same epsilon leaves in them", rig="prefix_noise",
-                    metric="over_independent", holds="<=", threshold=0.6, options={"rounds": 256, "epsilon": 4.0}))
+                    metric="over_independent", holds="<=", threshold=0.6, options={"rounds": 256, "epsilon": 4.0}),
+        evidence="The tree is the plain one: Google's library by default refines a node by those below it (Honaker's "
+                 "estimator, `efficient_tree`), which has less noise at the same price and is not here.")
     algebra = Algebra("dp", needs="sum", instead="dp_sgd, which works at the client under any method")
     session = (OWN + "clip",)
     secrets = ("secret", "phases")
@@ -157,7 +159,8 @@ class DPFTRL(Knobs, Layer):
             raise QuorumError(f"{ask.phase}: all {len(ask.msgs)} clients asked took part less than {self.apart} rounds "
                               "ago; ask more of them (clients.per_round)")
         tell, common = told(ask, self.clip_norm, lift)
-        out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted())
+        out = yield replace(ask, msgs={c: {**ask.msgs[c], **tell} for c in chosen}, reduce=Lifted(),
+                            form=ask.lifted())
         noise = self._noise_of(dict(out.value), ask.phase, at, t, state)
         noisy = {k: v + noise[k] for k, v in out.value.items()}
         # fixed denominator: who answers must not move it

@@ -12,6 +12,7 @@ import torch
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.form import MOST, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.rng import numpy_stream, torch_stream
@@ -111,7 +112,15 @@ class DPSGD(Knobs, Layer):
         reply.pop("loss", None)  # the training loss is a release without noise
         return reply
 
-    @on_client()
+    def fits(self, msg: Any, reply: Any) -> None:
+        """Rows of a ledger: [noise_multiplier, sampling, rate, population, count]."""
+        for row in reply["rows"]:
+            need(isinstance(row, list | tuple) and len(row) == 5 and row[1] in ("none", "poisson", "fixed")
+                 and not any(isinstance(x, str | list | tuple) for x in (row[0], *row[2:]))
+                 and 1e-3 <= row[0] <= 1e6 and 0 < row[2] <= 1 and 0 <= row[3] <= MOST
+                 and isinstance(row[4], int) and 0 <= row[4] <= MOST, f"'rows' holds {row!r:.80}, no row of a ledger")
+
+    @on_client(gives="rows: layout", fits=fits)
     def account(self, msg: Any, client: Any) -> dict[str, Any]:
         """What this client has released over the whole run: rates and counts, which say nothing about its rows."""
         return {"rows": [list(row) for row in client.memory.get(BOOK, {}).get("releases", [])]}

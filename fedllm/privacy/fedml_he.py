@@ -12,14 +12,18 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.form import Form, need
 from fedllm.core.layer import Algebra
 from fedllm.core.method import Card, Claim, knob
 from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import wide
 from fedllm.core.rng import torch_stream
 from fedllm.core.sums import is_control, must_lift, without
-from fedllm.privacy.he_ckks import HECKKS, OWN, CipherSum, split, tenseal
+from fedllm.privacy.he_ckks import HECKKS, OWN, SEALED, CipherSum, split, tenseal
 from fedllm.wire.codec import DTYPES, NAMES
+
+MIXED = Form({**SEALED.parts, "plain": "tensor"})
+"""Of a reply that is encrypted in part."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,11 @@ class FedMLHE(HECKKS):
             state["map"] = yield from self._agree({c: ask.msgs[c] for c in here}, live["public"])
         told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "unit": self.unit,
                 OWN + "bits": state["map"]["bits"], OWN + "of": state["map"]["of"]}
-        out = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in here}, reduce=MixedSum(live["public"]))
+        out = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in here}, reduce=MixedSum(live["public"]),
+                            form=MIXED,
+                            hidden={type(self).__name__: frozenset({"cipher"})})
         sealed = {k: out.value[k] for k in ("cipher", "sizes", "names")} | {"tensors": []}
-        opener = out.answered[0]
-        reply = (yield Ask(self.open, {opener: sealed}))[opener]
+        reply = yield from self._first(self.open, out.answered, sealed)
         total: dict[str, Any] = self._numbers(reply)
         masks, hidden, plain = unpack(state["map"]), reply["sum"] * self.unit, out.value["plain"]
         for key, dtype, *shape in out.value["tensors"]:
@@ -104,13 +109,11 @@ class FedMLHE(HECKKS):
         asked = {c: {k: v for k, v in m.items() if k.startswith(("theta/", "base/"))} | {OWN + "count": len(msgs)}
                  for c, m in msgs.items()}
         out = yield Ask(self.sense, asked, reduce=CipherSum(public))
-        opener = out.answered[0]
-        reply = (yield Ask(self.choose, {opener: out.value}))[opener]
-        if len(reply["bits"]) != -(-sum(t.numel() for t in first.values()) // 8):
-            raise PayloadError(f"client '{opener}': its map does not go with the trainables")
+        size = sum(t.numel() for t in first.values())
+        reply = yield from self._first(self.choose, out.answered, {**out.value, OWN + "bytes": -(-size // 8)})
         return {"of": of, "bits": reply["bits"]}
 
-    @on_client()
+    @on_client(gives="cipher: whole, sizes: numbers, tensors: layout, names: names")
     def sense(self, msg: Payload, client: Any) -> Payload:
         """My sensitivities, encrypted, in the order of the names."""
         count = min(self.rows, client.n)
@@ -118,7 +121,11 @@ class FedMLHE(HECKKS):
         flat = torch.cat([s[n].reshape(-1).double() for n in sorted(s)]).numpy()
         return {**self._encrypted(client.id, flat, msg), "tensors": [], "names": []}
 
-    @on_client()
+    def chosen(self, msg: Payload, reply: Payload) -> None:
+        need(reply["bits"].dtype == torch.uint8 and reply["bits"].shape == (msg[OWN + "bytes"],),
+             "'bits' is no bitmap of the trainables")
+
+    @on_client(gives="bits: whole", fits=chosen)
     def choose(self, msg: Payload, client: Any) -> Payload:
         """The share p that is largest in the sum; only this leaves, and not the sum."""
         context = self._seat(client.id)["context"]

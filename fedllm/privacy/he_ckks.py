@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.errors import CompositionError, PayloadError, QuorumError
+from fedllm.core.form import Form, aligned, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
@@ -26,6 +27,8 @@ from fedllm.wire import _keys as keys
 from fedllm.wire.codec import DTYPES, NAMES
 
 OWN = "_he/"
+SEALED = Form.of("cipher: whole, sizes: numbers, tensors: layout, names: names")
+"""Of an encrypted reply."""
 PRIMES = {4096: [54, 55], 8192: [60, 60], 16384: [60, 60]}
 """Additions alone need one level; 109, 218 and 438 bits are the limits of 128-bit security."""
 
@@ -84,9 +87,9 @@ class HECKKS(Knobs, Layer):
             yield from self._ceremony(new, live)
         told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "unit": self.unit}
         msgs = {c: {**ask.msgs[c], **told} for c in ask.msgs if c in live["holders"]}
-        out = yield replace(ask, msgs=msgs, reduce=CipherSum(live["public"]))
-        opener = out.answered[0]
-        reply = (yield Ask(self.open, {opener: out.value}))[opener]
+        out = yield replace(ask, msgs=msgs, reduce=CipherSum(live["public"]), form=SEALED,
+                            hidden={type(self).__name__: frozenset({"cipher"})})
+        reply = yield from self._first(self.open, out.answered, out.value)
         total: dict[str, Any] = self._numbers(reply)
         at = 0
         for key, dtype, *shape in reply["tensors"]:
@@ -94,6 +97,18 @@ class HECKKS(Knobs, Layer):
             total[key] = (reply["sum"][at : at + n] * self.unit).view(tuple(shape)).to(DTYPES[dtype])
             at += n
         return replace(out, value=ask.reducer.done(total))
+
+    def _first(self, fn: Any, holders: Sequence[str], msg: Payload) -> Any:
+        """What the first of the key's holders says that answers as it should; one that does not harms nobody."""
+        missing: dict[str, str] = {}
+        for holder in holders:
+            out = yield Ask(fn, {holder: msg}, quorum=0)
+            if holder in out:
+                return out[holder]
+            missing |= out.missing
+        who = "; ".join(f"{c}: {why}" for c, why in list(missing.items())[:5])
+        raise QuorumError(f"{type(self).__name__} gives the round up: none of {len(holders)} clients did "
+                          f"'{fn.__name__}' ({who})")
 
     def _numbers(self, opened: Payload) -> dict[str, Any]:
         """The sum's entries that are no tensors, by name."""
@@ -103,22 +118,42 @@ class HECKKS(Knobs, Layer):
         """Public keys up, the boxes with the secret context down; the server keeps the part without a secret."""
         holders = live["holders"]
         adverts = yield Ask(self.advertise, {c: {} for c in [*new, *holders[:1]]})
-        maker = holders[0] if holders else next(iter(adverts))
-        others = [c for c in adverts if c != maker]
-        made = yield Ask(self.make_key, {maker: {"to": others, "keys": [adverts[c]["key"] for c in others]}})
-        boxes = dict(zip(others, made[maker]["boxes"], strict=True))
-        got = yield Ask(self.take, {c: {"box": box, "key": adverts[maker]["key"]} for c, box in boxes.items()})
-        live["public"] = made[maker]["public"]
-        holders += ([] if holders else [maker]) + list(got)
+        for maker in holders[:1] or list(adverts):
+            others = [c for c in adverts if c != maker]
+            told = {"to": others, "keys": [adverts[c]["key"] for c in others]}
+            made = yield Ask(self.make_key, {maker: told}, quorum=0)
+            if maker not in made:
+                continue
+            boxes = dict(zip(others, made[maker]["boxes"], strict=True))
+            got = yield Ask(self.take, {c: {"box": box, "key": adverts[maker]["key"]} for c, box in boxes.items()},
+                            quorum=0)
+            if holders or 2 * len(got) >= len(others):  # else it is the maker whose boxes do not open
+                live["public"] = made[maker]["public"]
+                holders += ([] if holders else [maker]) + list(got)
+                return
+        if not holders:
+            raise QuorumError(f"{type(self).__name__} gives the round up: none of {len(adverts)} clients made a key "
+                              "that the others could take")
 
-    @on_client()
+    def usable(self, msg: Payload, reply: Payload) -> None:
+        need(keys.is_usable(reply["key"]), "'key' is no public key that anybody could seal to")
+
+    @on_client(gives="key: bytes", fits=usable)
     def advertise(self, msg: Payload, client: Any) -> Payload:
         """A fresh public key to seal the context to."""
         seat = self._seat(client.id)
         seat["key"] = X25519PrivateKey.generate()
         return {"key": seat["key"].public_key().public_bytes_raw()}
 
-    @on_client()
+    def made(self, msg: Payload, reply: Payload) -> None:
+        """A context that the server can add under, and a box for each."""
+        aligned(reply, ("boxes",), len(msg["to"]))
+        try:
+            tenseal().context_from(bytes(reply["public"]))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PayloadError(f"'public' is no CKKS context: {error}") from None
+
+    @on_client(gives="boxes: blobs, public: bytes", fits=made)
     def make_key(self, msg: Payload, client: Any) -> Payload:
         """Make the key (once), and seal it to each of the others."""
         seat = self._seat(client.id)
@@ -135,7 +170,7 @@ class HECKKS(Knobs, Layer):
             boxes.append(nonce + box)
         return {"boxes": boxes, "public": serialized(seat["context"], secret=False)}
 
-    @on_client()
+    @on_client(gives="ok: count")
     def take(self, msg: Payload, client: Any) -> Payload:
         """Open my box."""
         seat = self._seat(client.id)
@@ -170,7 +205,15 @@ class HECKKS(Knobs, Layer):
         parts = [tenseal().ckks_vector(context, flat[i : i + slots] / unit) for i in range(0, len(flat), slots)]
         return joined([p.serialize() for p in parts])
 
-    @on_client()
+    def opened(self, msg: Payload, reply: Payload) -> None:
+        """The names and shapes that it was told, and as many numbers as these have."""
+        for key in ("names", "tensors"):
+            need(list(reply[key]) == list(msg[key]), f"'{key}' is not as it was told")
+        aligned(reply, ("numbers",), len(msg["names"]))
+        size = sum(int(np.prod(shape)) for _, _, *shape in msg["tensors"]) if msg["tensors"] else None
+        need(reply["sum"].dim() == 1 and size in (None, len(reply["sum"])), f"'sum' has {len(reply['sum'])} entries")
+
+    @on_client(gives="sum: tensor, numbers: numbers, names: names, tensors: layout", fits=opened)
     def open(self, msg: Payload, client: Any) -> Payload:
         """Decrypt the sum, and round it before it leaves."""
         context = self._seat(client.id)["context"]
@@ -193,7 +236,7 @@ class HECKKS(Knobs, Layer):
 class CipherSum(Sum):
     """Adds ciphertexts under a context that holds no secret key."""
 
-    ragged: ClassVar[bool] = True
+    ragged = staticmethod(lambda reply: frozenset((k, repr(reply.get(k))) for k in ("tensors", "names")))
 
     public: bytes
 

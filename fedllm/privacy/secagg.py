@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedllm.core.ask import on_client
 from fedllm.core.errors import CompositionError, PayloadError, RecipeError, Withheld
+from fedllm.core.form import aligned, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.sums import is_control, must_lift, need_sums, without
@@ -84,7 +85,7 @@ class SecAgg(Knobs, Layer):
         lift, f = must_lift(ask, self), self.fraction(len(ask.msgs))
         return (yield from Server(self, ask, state, lift, f).run())
 
-    @on_client()
+    @on_client(gives="advert: blobs")
     def advertise(self, msg: Any, client: Any) -> dict[str, Any]:
         """Phase 0: fresh keys for this session, signed."""
         seat = self._seat(client.id)
@@ -97,7 +98,12 @@ class SecAgg(Knobs, Layer):
         signature = seat.identity.sign(keys.said("advert", s.sid, client.id, mail, mask))
         return {"advert": [mail, mask, seat.identity.public_key().public_bytes_raw(), signature]}
 
-    @on_client(reduce=None)
+    def shared(self, msg: Any, reply: Any) -> None:
+        """A sealed box for each neighbor."""
+        need(list(reply["to"]) == list(msg["peers"]), "'to' does not name the neighbors that it was told")
+        aligned(reply, ("mail",), len(msg["peers"]))
+
+    @on_client(gives="to: names, mail: blobs, commit: bytes", fits=shared)
     def share(self, msg: Any, client: Any) -> dict[str, Any]:
         """Phase 1: check the neighbors' keys, and send each its sealed shares of my two secrets."""
         seat = self._seat(client.id)
@@ -141,7 +147,7 @@ class SecAgg(Knobs, Layer):
         reply = call(without(msg, OWN))
         return fn.__dict__["reduce"].lift(reply) if msg[OWN + "lift"] else reply
 
-    @on_client()
+    @on_client(gives="signature?: bytes, refused?: name")
     def consent(self, msg: Any, client: Any) -> dict[str, Any]:
         """Phase 3: sign the one set of survivors for which I am going to open shares."""
         seat = self._seat(client.id)
@@ -154,7 +160,12 @@ class SecAgg(Knobs, Layer):
         s.alive = alive
         return {"signature": seat.identity.sign(keys.said("alive", s.sid, alive))}
 
-    @on_client()
+    def told(self, msg: Any, reply: Any) -> None:
+        """A share of each secret, once."""
+        aligned(reply, ("of", "shares"))
+        need(len(set(reply["of"])) == len(reply["of"]), "'of' names one client twice")
+
+    @on_client(gives="of: names, shares: blobs", fits=told)
     def unmask(self, msg: Any, client: Any) -> dict[str, Any]:
         """Phase 4: for each neighbor one share, of its seed if it survived and of its mask key if it dropped out."""
         s = self._seat(client.id).at(msg["sid"])

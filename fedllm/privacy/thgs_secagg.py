@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedllm.core.errors import PayloadError
+from fedllm.core.form import Form
 from fedllm.core.layer import Algebra, Facts
 from fedllm.core.method import Card, Claim, knob
 from fedllm.core.payload import Payload, alike
@@ -22,18 +23,22 @@ from fedllm.privacy.secagg import SecAgg
 from fedllm.spaces.layers import block_of
 
 TH = "_thgs/"
+SUPPORT = Form.of("names: layout, bits: whole")
+"""Of which entries a client would send."""
 
 
 class Union:
     """Which entries anybody wants to send, folded as a bitmap; all clients must mean the same tensors."""
 
-    ragged: ClassVar[bool] = True
+    ragged = staticmethod(lambda reply: frozenset({("names", repr(reply["names"]))}))
 
     def zero(self) -> dict[str, Any]:
         return {}
 
     def add(self, acc: dict[str, Any], reply: Payload) -> dict[str, Any]:
         shapes = [[str(name), *(int(n) for n in shape)] for name, *shape in reply["names"]]
+        if any(n < 0 for _, *shape in shapes for n in shape):
+            raise PayloadError("a sparse reply names a tensor of negative size")
         bits = reply["bits"].numpy()
         if acc and (acc["names"] != shapes or len(acc["bits"]) != len(bits)):
             raise PayloadError("the tensors of a sparse reply are not those of the replies before it")
@@ -106,7 +111,8 @@ class THGSSecAgg(SecAgg):
         state["asked"][phase] = t + 1
         told = {TH + "lift": lift, TH + "change": sorted(common), TH + "density": self.at(t)}
         msgs = {c: {**m, **told, TH + "taken": c in taken} for c, m in ask.msgs.items()}
-        first = yield replace(ask, msgs=msgs, reduce=Union(), quorum=self.needed(len(ask.msgs)))
+        first = yield replace(ask, msgs=msgs, reduce=Union(), form=SUPPORT,
+                              quorum=self.needed(len(ask.msgs)))
         names, bits = first.value["names"], first.value["bits"]
         then = replace(ask, msgs={c: {TH + "bits": bits} for c in first.answered}, reduce=Lifted())
         out = yield from Server(self, then, state, False, self.fraction(len(first.answered))).run()

@@ -31,7 +31,7 @@ def model_card(folder: RunFolder, result: Result) -> str:
              f"* time: {duration(result.seconds)}, peak memory {size(result.peak_memory_bytes)}",
              f"* final state: `{result.state_digest}`",
              f"* versions: {', '.join(f'{k} {v}' for k, v in r['versions'].items())}", "", "## Privacy", "",
-             *summary(result), "", "`privacy_statement.md` says who saw what, and what is not covered.", "",
+             *summary(result, facts), "", "`privacy_statement.md` says who saw what, and what is not covered.", "",
              "## Limits", "", *_limits(facts, result, r)]
     return "\n".join(lines) + "\n"
 

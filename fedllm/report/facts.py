@@ -34,6 +34,10 @@ class Facts:
     """Client -> bytes "up" and "down" of the rounds."""
     messages: dict[tuple[bool, str, str], int] = field(default_factory=dict)
     """(whether to test, phase, direction) -> how many crossed the wire."""
+    clear: dict[tuple[bool, str], set[str]] = field(default_factory=dict)
+    """(whether to test, phase) -> what replies held that whoever got them could read."""
+    hidden: dict[tuple[bool, str], set[str]] = field(default_factory=dict)
+    """The same of layers that kept other parts of them from being read."""
     clients: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
 
@@ -48,6 +52,9 @@ def read_facts(folder: RunFolder) -> Facts:
             test = is_test(event["phase"], event.get("purpose"))
             sizes[event["client"]][event["direction"]] += 0 if test else event["bytes"]
             key = (test, event["phase"], event["direction"])
+            for of, name in ((facts.clear, "clear"), (facts.hidden, "hidden")):
+                if said := event.get(name):
+                    of.setdefault(key[:2], set()).update(said.split(", "))
             facts.messages[key] = facts.messages.get(key, 0) + 1
         elif kind == "round":
             facts.rounds.append(event)

@@ -155,7 +155,8 @@ def _client_table(facts: Facts, result: Result) -> str:
     for c in facts.clients[:500]:
         sent = facts.client_bytes.get(c["id"], {"up": 0, "down": 0})
         score = number(after.get(c["id"], {}).get(name), name) if name else "-"
-        lines.append(f"<tr><th>{escape(c['id'])}</th><td>{c['n']}</td><td>{c['rank'] or '-'}</td><td>{score}</td>"
+        lines.append(f"<tr><th>{escape(c['id'])}</th><td>{escape(str(c['n']))}</td>"
+                     f"<td>{escape(str(c['rank'] or '-'))}</td><td>{score}</td>"
                      f"<td>{size(sent['up'])}</td><td>{size(sent['down'])}</td></tr>")
     return ("<details><summary>Client by client</summary><div class='scroll'><table><thead><tr><th>client</th>"
             f"<th>rows</th><th>rank</th><th>{escape(label(name or 'own test'))}</th><th>sent up</th><th>sent down</th>"
@@ -208,7 +209,7 @@ def _energy(result: Result) -> str:
 
 
 def _privacy(facts: Facts, result: Result) -> str:
-    said = escape(" ".join(summary(result)).replace("**", "").replace("`", ""))
+    said = escape(" ".join(summary(result, facts)).replace("**", "").replace("`", ""))
     rows = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row) + "</tr>" for row in seen(facts, result))
     table = ("<details><summary>Who saw what</summary><div class='scroll text'><table><thead><tr><th>party</th>"
              f"<th>phase</th><th>messages</th><th>bytes</th><th>what</th></tr></thead><tbody>{rows}</tbody></table>"

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -89,7 +90,7 @@ def build(recipe: Recipe) -> Parts:
     federation = with_canaries(federation, recipe)
     layers = bound(layers, recipe, {c: len(s.train) for c, s in federation.clients.items()}, local)
     ids = list(federation.clients)
-    method.check_clients(ids, cohort_size(recipe.clients.per_round, len(ids)))
+    check_cohort(recipe, method, ids)
     need_public(recipe, method, len(federation.public))
     world = make_world(recipe, federation)
     check_acting(recipe, method)
@@ -164,7 +165,7 @@ def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
     from fedllm.data.canaries import planted
 
     return planted(federation, recipe.data.canaries, recipe.data.canary_copies, recipe.seed,
-                   load_tokenizer(recipe.model.name))
+                   load_tokenizer(recipe.model.name, recipe.model.trust_remote_code))
 
 
 def make_world(recipe: Recipe, federation: Federation) -> World:
@@ -174,14 +175,17 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels)
     if start is not None:
-        from fedllm.models.peft_io import load_adapter
+        from fedllm.models.peft_io import CONFIG, load_adapter
+        from fedllm.models.reread import reread
 
         model.start = load_adapter(start, model)
+        if (Path(start) / CONFIG).exists():
+            reread(Path(start), model, model.initial())
     profiles = make_profiles(recipe, list(federation.clients))
     return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
-                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe), 
-                 *shelves(recipe, model.task, model.labels, lambda: model, profiles))
+                 recipe.data.completion_only, recipe.rounds, make_fleet(recipe),
+                 *shelves(recipe, model.task, model.labels, lambda: model, profiles), metric=e.metric)
 
 
 def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] = (),
@@ -260,6 +264,16 @@ def make_facts(recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> Fac
     return Facts(rows, cohort_size(recipe.clients.per_round, len(rows)), recipe.rounds, local)
 
 
+def check_cohort(recipe: Recipe, method: Method, clients: Sequence[str]) -> None:
+    """RecipeError or CompositionError where so many clients a round cannot do what the recipe wants of them."""
+    asked = cohort_size(recipe.clients.per_round, len(clients))
+    quorum = recipe.clients.quorum
+    if isinstance(quorum, int) and quorum > asked:
+        raise RecipeError(f"clients.quorum = {quorum} is not allowed with {asked} clients a round (of {len(clients)}): "
+                          f"no round could count; it must be <= {asked}, or a share such as 1.0")
+    method.check_clients(clients, asked)
+
+
 def cohort_size(per_round: int | float, clients: int) -> int:
     """How many of these clients a round asks; a share is rounded half up, and is one client at least."""
     return min(per_round, clients) if isinstance(per_round, int) else max(1, int(per_round * clients + 0.5))
@@ -290,7 +304,8 @@ def _embedder(recipe: Recipe) -> Callable[[Sequence[str]], np.ndarray]:
         from fedllm.local.generate import prompt_ids
         from fedllm.local.requests import Embed
 
-        model = load_model(recipe.model.name, "classification", make_space("head"), labels=("any",))
+        model = load_model(recipe.model.name, "classification", make_space("head"), labels=("any",),
+                           trust_remote_code=recipe.model.trust_remote_code)
         rows = [Encoded(r, 0, 0) for r in prompt_ids(list(texts), model.tokenizer, 256)]
         return run_embeds([Embed("partition", model, {}, None, rows)], Limits())[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -12,18 +13,23 @@ import yaml
 from pydantic import BaseModel
 
 from fedllm.core.errors import RecipeError
+from fedllm.core.method import hint_of
 
 SHORT = {"model": "name", "data": "source", "method": "name", "space": "name", "engine": "kind",
          "select": "name"}
 """Sections that may be given as one word, and the key that the word is for."""
 
 
+LONGEST, LARGEST, MOST = 1 << 20, 100_000, 20
+"""Characters of a YAML text, values in it with its aliases written out, and complaints that are told at once."""
+
+
 class Yaml(yaml.SafeLoader):
     """YAML in which `3e-3` is a number, as people expect, and a key given twice is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        counts = Counter(str(self.construct_object(key, deep=True)) for key, _ in node.value)
+        twice = sorted(k for k, n in counts.items() if n > 1)
         if twice:
             where = node.start_mark
             raise yaml.MarkedYAMLError(problem=f"the key '{twice[0]}' is given twice", problem_mark=where)
@@ -36,12 +42,30 @@ Yaml.add_implicit_resolver(
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text; a RecipeError names the place and the line of what cannot be read."""
+    if len(text) > LONGEST:
+        raise RecipeError(f"{where}: it has {len(text)} characters, allowed are {LONGEST}")
     try:
+        if (count := _written_out(yaml.compose(text, Loader=Yaml), {})) > LARGEST:
+            raise RecipeError(f"{where}: it has {min(count, 10**12)} values with its aliases written out, allowed are "
+                              f"{LARGEST}")
         return yaml.load(text, Loader=Yaml)
+    except (ValueError, OverflowError, RecursionError, TypeError) as error:
+        raise RecipeError(f"{where}: not YAML that can be read ({type(error).__name__}: {error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def _written_out(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML tree has when each alias stands for what it names."""
+    if node is None or id(node) in known:
+        return known.get(id(node), 0)
+    known[id(node)] = LARGEST + 1  # one that holds itself has no end
+    parts = node.value if isinstance(node.value, list) else ()
+    inner = [x for part in parts for x in (part if isinstance(part, tuple) else (part,))]
+    known[id(node)] = 1 + sum(_written_out(x, known) for x in inner)
+    return known[id(node)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -117,10 +141,13 @@ def fill(raw: MutableMapping[str, Any]) -> None:
 def complaints(root: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> str:
     """All that pydantic refused, one line for each key (its complaints about the branches of a union are joined)."""
     lines: dict[str, str] = {}
-    for one in errors:
+    for one in errors[: 10 * MOST]:
+        if len(lines) == MOST:
+            break
         head, colon, text = complaint(root, one).partition(": ")
         lines[head + colon] = f"{lines[head + colon]}, or {text}" if head + colon in lines else text
-    return "\n".join(head + text for head, text in lines.items())
+    more = f"\nand more: {len(errors)} complaints in all" if len(lines) == MOST and len(errors) > MOST else ""
+    return "\n".join(head + text for head, text in lines.items()) + more
 
 
 def complaint(root: type[BaseModel], one: Mapping[str, Any]) -> str:
@@ -130,14 +157,13 @@ def complaint(root: type[BaseModel], one: Mapping[str, Any]) -> str:
     text = one["msg"].removeprefix("Value error, ")
     if one["type"] == "extra_forbidden":
         key = str(loc[-1])
-        near = difflib.get_close_matches(key, model.model_fields, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = hint_of(key, list(model.model_fields), path.rpartition(".")[0])
         return f"{path}: unknown key{hint} Allowed here: {', '.join(model.model_fields)}"
     if one["type"] == "missing":
         return f"{path}: this key is needed"
     if one["type"] == "value_error" and text.startswith(f"{loc[0]}."):
         return text  # it names its key already
-    return f"{path} = {one['input']!r}: {text[0].lower() + text[1:]}"
+    return f"{path} = {one['input']!r:.200}: {text[0].lower() + text[1:]}"
 
 
 def _known(root: type[BaseModel], loc: Sequence[Any]) -> tuple[list[Any], type[BaseModel]]:

@@ -43,7 +43,7 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
             raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what "
                              "it trained as it is with --peft")
         if merge and served.name == "adapter":
-            _merge(served, goal)
+            _merge(served, goal, load_recipe(result.folder / "recipe.yaml").model.trust_remote_code)
         else:
             if (served / BASE).exists():
                 raise RunError(f"{served}: the method also changed the base weights ({BASE}), which an adapter alone "
@@ -57,10 +57,10 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
     return goal
 
 
-def _merge(adapter: Path, goal: Path) -> None:
+def _merge(adapter: Path, goal: Path, trust: bool) -> None:
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     delta = load_file(adapter / BASE) if (adapter / BASE).exists() else {}
-    merge_adapter(adapter, goal, delta, load_tokenizer(base))
+    merge_adapter(adapter, goal, delta, load_tokenizer(base, trust), trust)
 
 
 def export_for_clients(recipe: Any, out: str | Path) -> Path:

@@ -52,10 +52,16 @@ class EventLog:
         self.waiting: list[str] = []
         self.length, self.head, self.count = length, "", 0
         path.touch(0o600)
+        if path.stat().st_size < length:  # cutting it to a length that it does not have would pad it with NUL
+            raise RunError(f"{path} is damaged: it has {path.stat().st_size:,} bytes, and the last checkpoint was made "
+                           f"at {length:,}; bring it back from a copy, or run the recipe again")
         os.truncate(path, length)
         with path.open("rb") as file:
             for line in file:  # the chain goes on from the last line that stands
                 self.count += 1
+                if b"\0" in line or not line.startswith(b"{"):
+                    raise RunError(f"{path} is damaged on line {self.count}, as after a power cut; bring it back from "
+                                   "a copy, or run the recipe again")
                 self.head = line.decode(errors="replace").rpartition(CHAIN)[2].strip().strip('"}')
         self._file = path.open("ab", buffering=0)
 
@@ -97,6 +103,10 @@ class EventLog:
         self._file.close()
 
 
+class Taken(RunError):
+    """Another process has made this folder."""
+
+
 class RunFolder:
     """The folder of one run; every file in it is either whole or absent."""
 
@@ -113,9 +123,20 @@ class RunFolder:
             private_folder(path)
             folder.checkpoints.mkdir()
             write_atomic(path / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False).encode())
+        except FileExistsError:
+            raise Taken(f"the run folder {path} is there already") from None
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be made: {error.strerror}") from None
         return folder
+
+    @classmethod
+    def fresh(cls, root: Path, name: str, recipe: Mapping[str, Any]) -> RunFolder:
+        """A fresh folder under the next free name; of many that start at once each gets one of its own."""
+        while True:
+            try:
+                return cls.create(fresh_path(root, name), recipe)
+            except Taken:
+                continue
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -245,9 +266,13 @@ class RunFolder:
         """The events so far, or those that `want` picks; a last line that was cut off is not counted."""
         out = []
         with (self.path / "events.jsonl").open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    event = json.loads(line)
+            for number, line in enumerate(file, start=1):
+                if b"\0" in line or line.endswith(b"\n"):
+                    try:
+                        event = json.loads(line)
+                    except ValueError:
+                        raise RunError(f"{file.name} is damaged on line {number}; `fedllm audit verify {self.path}` "
+                                       "lists what does not fit") from None
                     event.pop("chain", None)
                     if want(event):
                         out.append(event)

@@ -21,7 +21,7 @@ from fedllm.runs.build import Parts, overrides
 from fedllm.runs.course import Course
 from fedllm.runs.metrics import STANDARD
 from fedllm.runs.progress import Quiet
-from fedllm.tasks.generation import same_answer
+from fedllm.tasks.answers import judge_of
 
 Metrics = dict[str, Any]
 
@@ -82,12 +82,13 @@ class Judge:
         rows, clients = self.parts.world.federation.test, self.parts.world.infos()
         answer: Any = getattr(self.method, "answer")  # noqa: B009 (only some methods have it)
         self.engine.begin(round)
-        right = answered = 0
+        right, answered = 0.0, 0
+        name, rightness = judge_of(self.parts.recipe.evaluate.metric)
         for row in rows:
             got = drive(answer(row["prompt"], clients, state=state or None), self.engine)
             said = got if isinstance(got, str) else str(got.answer or "")
-            right, answered = right + same_answer(said, row["response"]), answered + bool(said.strip())
-        return {"exact_match": right / len(rows), "answered": answered, "n": len(rows)}
+            right, answered = right + rightness(said, row["response"]), answered + bool(said.strip())
+        return {name: right / len(rows), "answered": answered, "n": len(rows)}
 
     def _each(self, state: State, on: str, round: int) -> dict[str, Metrics]:
         self.engine.begin(round)
@@ -134,8 +135,8 @@ def mean_of(metrics: Mapping[str, Metrics]) -> Metrics | None:
     """The plain mean over clients; `n` is the sum."""
     if not metrics:
         return None
-    names = [n for n in next(iter(metrics.values())) if n != "n"]
     have = list(metrics.values())
+    names = [n for n in have[0] if n != "n" and all(n in m for m in have)]
     return {n: sum(m[n] for m in have) / len(have) for n in names} | {"n": sum(m["n"] for m in have)}
 
 

@@ -20,7 +20,9 @@ from fedllm.runs.build import Parts, build, make_facts
 from fedllm.runs.course import Course, draw_cohort
 from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
+from fedllm.runs.progress import log as progress
 from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.rows import look
 
 PROBED = 16
 """Clients in the slice: the vectorized engine's step is full with as many."""
@@ -54,6 +56,9 @@ class Plan:
     privacy: Sequence[Mapping[str, Any]] = ()
     """Of each layer that accounts for privacy: `epsilon` at `delta` of the whole run, the `noise_multiplier` that it
     takes, and `rounds_that_fit` into the budget, if there is one."""
+
+    cautions: Sequence[str] = ()
+    """What of the data may not be meant: rows that are cut, columns that nobody reads."""
 
     @property
     def epsilon(self) -> float | None:
@@ -106,11 +111,15 @@ def plan_parts(parts: Parts) -> Plan:
     once more with several: the difference is what a step costs, whatever the method makes of it.
     """
     recipe, meter = parts.recipe, Meter()
+    said = [*parts.world.federation.cautions, *look(parts)]
+    progress.info("plan: %d clients have %d rows; a slice of the run is tried", len(parts.world.infos()),
+                  sum(c.n for c in parts.world.infos()))
     cohorts = [draw_cohort(parts.world.infos(), recipe.clients.per_round, recipe.seed, r) for r in range(recipe.rounds)]
     asked = max((len(c) for c in cohorts), default=0)
     small, steps = _slice(parts, asked), _mean_steps(parts)
     more = max(3, min(12, round(steps / 4)))
     probed = _probe(small, small.method, small.layers, steps, more, asked < len(parts.world.infos()))
+    progress.info("plan: the rounds are tried (%.1f s each); now a test", probed.seconds)
     share = asked / max(1, len(small.world.federation.clients)) * _availability(parts)
     total: Bytes = defaultdict(float)
     for r in range(recipe.rounds):
@@ -133,7 +142,7 @@ def plan_parts(parts: Parts) -> Plan:
     facts = make_facts(recipe, rows, parts.world.local)
     privacy = [says for layer in parts.layers if (says := layer.foresee(facts))]
     return Plan(sent["up"], sent["down"], sent["by_phase"], spent, extra, round(PEAK * meter.peak()), recipe.rounds,
-                asked, summed(of_tests), dict(parts.method.metrics), privacy)
+                asked, summed(of_tests), dict(parts.method.metrics), privacy, said)
 
 
 def _tests(recipe: Recipe) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
 from fedllm.models.peft_io import save_adapter, save_trainables
 from fedllm.models.policy import POLICY
+from fedllm.models.reread import reread
 from fedllm.runs.folder import RunFolder
 
 BASE = "base_delta.safetensors"
@@ -51,6 +53,7 @@ def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Ma
     if form == "trainables":
         return save_trainables(folder, model, theta, resolve(model.name))
     save_adapter(folder, model, theta, resolve(model.name))
+    reread(folder, model, theta)
     if base:
         save_file({n: t.detach().cpu().contiguous() for n, t in base.items()}, folder / BASE)
 
@@ -102,4 +105,7 @@ def _write_memory(folder: Path, model: Model, kept: Mapping[str, Any], names: se
 
 def safe(client: str) -> str:
     """A client's id as a folder name."""
-    return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in client).lstrip(".") or "_"
+    name = "".join(c if c.isalnum() or c in "-_.@~" else "_" for c in client).lstrip(".") or "_"
+    if len(name.encode()) <= 200:
+        return name
+    return name.encode()[:180].decode(errors="ignore") + "-" + hashlib.sha256(client.encode()).hexdigest()[:12]

@@ -20,7 +20,6 @@ from fedllm.runs.recipe import EnergySpec, Recipe
 def make_profiles(recipe: Recipe, clients: list[str]) -> dict[str, Profile]:
     """What each client declares: the recipe's common values, then its own."""
     spec = recipe.clients
-    names = [f.name for f in fields(Profile)]
     out: dict[str, Profile] = {}
     alike: dict[Profile, Profile] = {}
     for unknown in spec.profiles.keys() - set(clients):
@@ -38,7 +37,7 @@ def make_profiles(recipe: Recipe, clients: list[str]) -> dict[str, Profile]:
         if spec.models:
             values["model"] = spec.models[i % len(spec.models)]
         for key, value in spec.profiles.get(client, {}).items():
-            _check_profile(f"clients.profiles.{client}", key, value, names)
+            check_profile(f"clients.profiles.{client}", key, value)
             values[key] = value
         if link := _line(recipe.energy, values.get("link")):
             values["bandwidth"] = values.get("bandwidth") or link.bandwidth
@@ -86,12 +85,15 @@ LIMITS: dict[str, Mapping[str, Any]] = {
     "availability": {"gt": 0, "le": 1}, "latency": {"ge": 0}, "dropout": {"ge": 0, "lt": 1}}
 
 
-def _check_profile(path: str, key: str, value: Any, names: list[str]) -> None:
+def check_profile(path: str, key: str, value: Any) -> None:
+    """RecipeError for a key that no profile has, or a value that it may not have."""
+    names = [f.name for f in fields(Profile)]
     if key not in names:
         near = difflib.get_close_matches(key, names, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise RecipeError(f"{path}.{key}: unknown key{hint} Allowed here: {', '.join(names)}")
     kind = next(f.type for f in fields(Profile) if f.name == key)
     check_knob(path, key, value, LIMITS.get(key, {}), kind)
-    if not LIMITS.get(key) and not isinstance(value, str):
-        raise RecipeError(f"{path}.{key} = {value!r} is not allowed; it must be a text")
+    text = isinstance(value, str) and value.isprintable() and len(value) <= 256
+    if value is not None and not LIMITS.get(key) and not text:
+        raise RecipeError(f"{path}.{key} = {value!r} is not allowed; it must be a text of up to 256 characters")

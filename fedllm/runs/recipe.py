@@ -6,36 +6,50 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
 from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
 from fedllm.runs.plugins import moved, plugged
+from fedllm.tasks.answers import judge_of
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 def _share(value: Any) -> int | float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+    if not number or not (1 <= value <= 10**9 if isinstance(value, int) else 0 < value <= 1):
         raise ValueError("allowed is a count (a whole number from 1) or a share (a decimal above 0, up to 1.0)")
     return value
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e15
 
 
 def _law(value: Any) -> Any:
     """A number for all, a list that is dealt in order, or a law by which each client draws its own."""
     kinds = {"lognormal": 1, "uniform": 2, "choice": None}
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    ok = _positive(value)
     if isinstance(value, list):
-        ok = bool(value) and all(isinstance(v, int | float) and v > 0 for v in value)
+        ok = bool(value) and all(map(_positive, value))
     elif isinstance(value, dict) and len(value) == 1 and next(iter(value)) in kinds:
         ((kind, given),) = value.items()
         given = given if isinstance(given, list) else [given]
-        ok = (all(isinstance(v, int | float) and v > 0 for v in given) and kinds[kind] in (None, len(given))
+        ok = (all(map(_positive, given)) and kinds[kind] in (None, len(given))
               and (kind != "uniform" or given[0] <= given[-1]))
     if not ok:
         raise ValueError("allowed is a number above 0, a list of such (dealt in order), {lognormal: sigma}, "
@@ -56,7 +70,8 @@ Law = Annotated[Any, PlainValidator(_law)]
 class Section(BaseModel):
     """A part of a recipe: nothing in it is guessed, and an unknown key is refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True,
+                              allow_inf_nan=False)
 
 
 class ModelSpec(Section):
@@ -195,13 +210,13 @@ class EngineSpec(Section):
     kind: Literal["in_process", "vectorized", "ray", "flare", "flower"] = "vectorized"
     """One client at a time, many in one forward and backward, many on each worker of a Ray cluster; for
     `fedllm serve` the engine of a real federation: flare (NVFlare) or flower."""
-    workers: Count = 2
+    workers: Annotated[int, Field(ge=1, le=4096)] = 2
     """Workers of the Ray cluster (kind ray): each holds the model and has `threads` cores."""
     address: str | None = None
     """A running Ray cluster's address, or auto (kind ray); without it one is started on this machine for the run."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
     """Most tokens in one step over all clients together."""
-    threads: Count = 1
+    threads: Annotated[int, Field(ge=1, le=4096)] = 1
     """Threads of one operation on the CPU. The last bits of a result depend on it, so the recipe says it."""
     loopback: bool = False
     """Turn every message into bytes and back, as a network would."""
@@ -214,8 +229,18 @@ class EvaluateSpec(Section):
     """Also after every so many rounds; always before the first and after the last."""
     exact_match: bool = True
     """Generate answers and compare them (generation tasks)."""
+    metric: str = "exact"
+    """When a generated answer is right: exact (the whole of it, up to white space), last_number, choice (a letter), or
+    call:module:function, a function of (said, wanted) that gives True, False or a number from 0 to 1."""
     max_new_tokens: Count = 32
     """Longest answer, in tokens."""
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_is_known(cls, value: str) -> str:
+        judge_of(value)
+        return value
+
     baselines: list[Literal["local_only", "centralized"]] = Field(default_factory=list)
     """Methods to run beside this one on the same work."""
     samples: Annotated[int, Field(ge=0)] = 4
@@ -252,7 +277,9 @@ class Recipe(Section):
     """Further models by name, for client functions (`client.models["teacher"]`) and for clients to hold."""
     data: Annotated[Data, _short("source")] = Field(default_factory=Data)
     method: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="fedavg"))
+    """The method and its knobs (`fedllm methods` lists them)."""
     space: Annotated[Named, _short("name")] = Field(default_factory=lambda: Named(name="lora"))
+    """What of the model is trained: lora, full, ia3, prefix, soft_prompt, head, ... and its knobs."""
     local: dict[str, Any] = Field(default_factory=dict)
     """Knobs of a client's training: optimizer, lr, steps or epochs, batch_size, ..."""
     layers: list[Annotated[Named, _short("name")]] = Field(default_factory=list)
@@ -262,9 +289,11 @@ class Recipe(Section):
     """Who of the clients is asked in a round, for any method."""
     energy: EnergySpec | None = None
     """Meter the run: devices, links, and whether to read the machine's own counters."""
-    rounds: Annotated[int, Field(ge=0)] = 10
+    rounds: Annotated[int, Field(ge=0, le=10**6)] = 10
+    """Rounds of the run; 0 tests the model as it is."""
     engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of every draw: equal recipe and seed give an equal state."""
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     record: RecordSpec = Field(default_factory=RecordSpec)
     plugins: list[Annotated[Plugin, _short("file")]] = Field(default_factory=list)
@@ -304,5 +333,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         raise RecipeError(complaints(Recipe, error.errors())) from None
     if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
         raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
+    if recipe.data.source == OWN and recipe.evaluate.metric != "exact":
+        raise RecipeError(f"evaluate.metric = {recipe.evaluate.metric!r}: the sites of a real federation compare whole "
+                          "answers; allowed there is exact")
     files = plugged([(p.file, p.sha256) for p in recipe.plugins])
     return recipe.model_copy(update={"plugins": [Plugin(**f) for f in files]})

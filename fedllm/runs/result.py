@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,14 @@ class Result:
         path = Path(folder) / "result.json"
         if not path.is_file():
             raise RunError(f"{folder} holds no finished run; `fedllm resume {folder}` goes on with it")
-        return cls(Path(folder), **read_json(path))
+        said = read_json(path)
+        known = {f.name: f for f in fields(cls) if f.name != "folder"}
+        lacking = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
+                   and (not isinstance(said, dict) or n not in said)]
+        if lacking:
+            raise RunError(f"{path} lacks {', '.join(lacking)}: another version of fedllm wrote it, or it was changed; "
+                           f"{folder}/recipe.yaml says which one, under versions")
+        return cls(Path(folder), **{n: v for n, v in said.items() if n in known})  # a later version may say more
 
 
 def finished(folder: str | Path) -> Result:

@@ -17,13 +17,14 @@ from fedllm.runs import judge as judging
 from fedllm.runs.beside import Beside, beside, run_baselines
 from fedllm.runs.build import FAR, Parts, build, cohort_size, resolved
 from fedllm.runs.course import Course
-from fedllm.runs.folder import EventLog, RunFolder, fresh_path
+from fedllm.runs.folder import EventLog, RunFolder
 from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.progress import Quiet, progress_bars
 from fedllm.runs.recipe import OWN, Recipe, load_recipe, received
 from fedllm.runs.result import Result, finished
+from fedllm.runs.rows import look
 from fedllm.runs.seal import figures_digest, sealed
 from fedllm.runs.spread import spread
 from fedllm.runs.store import Frozen, freeze
@@ -39,7 +40,8 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
           publish: Publish) -> Result:
     """A new run, from its first test to its end."""
     parts = build(load_recipe(recipe, overrides))
-    folder = RunFolder.create(fresh_path(Path(root), parts.recipe.name), resolved(parts))
+    look(parts)  # rows that cannot be read are refused before there is a folder
+    folder = RunFolder.fresh(Path(root), parts.recipe.name, resolved(parts))
     with folder.held(), spread(parts), progress_bars() as progress:
         return Run(parts, folder, progress, publish).go()
 
@@ -111,6 +113,12 @@ class Run:
         except FedLLMError as error:
             self.record.emit("stopped", why=str(error))
             raise
+        except KeyboardInterrupt:
+            self.record.emit("stopped", why="by hand")
+            at = self.folder.rounds()
+            kept = f"{at[-1]} of {total} rounds are kept" if at else "nothing is kept yet"
+            raise KeyboardInterrupt(f"stopped by hand: {kept} in {self.folder.path}; `fedllm resume "
+                                    f"{self.folder.path}` goes on where the run stood") from None
         finally:
             if self.beside:
                 self.beside.stop()
@@ -143,6 +151,8 @@ class Run:
         for why in self._cautions():
             self.record.emit("caution", why=why)
             log.warning(why)
+        for why in self.parts.world.model.said:  # it was logged when the model was loaded
+            self.record.emit("caution", why=why)
         clients = [{"id": c.id, "n": c.n, "rank": c.profile.rank,
                     "info": dict(self.parts.world.federation.clients[c.id].info)} for c in self.course.clients]
         self._write(lambda: self.folder.write_json("clients.json", clients))
@@ -159,6 +169,7 @@ class Run:
         """What may not be meant."""
         parts = self.parts
         said = list(parts.method.cautions(cohort_size(parts.recipe.clients.per_round, len(self.course.clients))))
+        said += [*parts.world.federation.cautions, *look(parts)]
         for name, spec in parts.recipe.models.items():
             if spec.endpoint is not None:
                 said.append(f"models.{name} is an endpoint at {spec.endpoint.get('base_url', 'its default address')}: "

@@ -22,7 +22,7 @@ class Taped:
     """A reducer that writes each reply down once its own reducer has taken it."""
 
     def __init__(self, inner: Reducer, write: Callable[[Payload], int]) -> None:
-        self.inner, self.write, self.ragged = inner, write, inner.ragged
+        self.inner, self.write, self.ragged = inner, write, getattr(inner, "ragged", False)
         self.sizes: list[int] = []
 
     def zero(self) -> Any:

@@ -36,7 +36,7 @@ class ModelUsage(Layer):
         out = yield ask
         for note in out.notes.values():
             for key, told in note.items():
-                if key.startswith(NOTE):
+                if key.startswith(NOTE) and isinstance(told, torch.Tensor) and told.shape == (len(TOLD),):
                     _add(state["round"], key.removeprefix(NOTE), told.tolist())
         return out
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedllm.core.ask import Ask, Program
+from fedllm.core.form import KINDS
 from fedllm.core.layer import Algebra
 from fedllm.core.method import knob
 from fedllm.core.payload import Payload
@@ -68,7 +69,11 @@ class Hearing(Selector):
                                      for c, m in ask.msgs.items()})
         out = yield ask
         for client, told in out.notes.items():
-            arm = state["arms"].setdefault(client, {"times": 0})
-            arm |= {k: float(v) for k, v in told.items() if k in ("mean", "rms", "rows")}
+            arm = state["arms"].get(client, {"times": 0})
+            heard = {k: v for k, v in told.items() if k in ("mean", "rms", "rows")}
+            if len(heard) < 3 or not all(KINDS["count"][1](v) for v in heard.values()):
+                continue  # what a stranger says of itself is no reason to end a round
+            arm |= {k: float(v) for k, v in heard.items()}
             arm |= {"seconds": float(out.seconds.get(client, 1.0)), "last": state["round"], "times": arm["times"] + 1}
+            state["arms"][client] = arm
         return out

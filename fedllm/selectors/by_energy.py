@@ -14,7 +14,7 @@ from fedllm.core.errors import CompositionError
 from fedllm.core.layer import Algebra, Layer
 from fedllm.core.method import Card, Claim, knob
 from fedllm.core.select import Selector, Turn
-from fedllm.wire.edge_energy import EdgeEnergy, joules_of
+from fedllm.wire.edge_energy import EdgeEnergy, heard, joules_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ByEnergy(Selector):
 
     def server(self, ask: Ask, state: MutableMapping[str, Any]) -> Program:
         out = yield ask
-        state["joules"] |= {c: joules_of(n["energy"]) for c, n in out.notes.items() if "energy" in n}
+        state["joules"] |= {c: joules_of(bill) for c, bill in heard(out).items()}
         return out
 
     def pick(self, turn: Turn) -> list[str]:

@@ -49,7 +49,7 @@ class Oort(Hearing):
     pacer_delta: float = knob(5.0, "points by which the pacer moves the percentile", ge=0)
     clip_bound: float = knob(0.98, "quantile at which utilities are clipped", gt=0, le=1)
     cut_off_util: float = knob(0.7, "of the cut-off rank's score: who is below is not drawn", ge=0, le=1)
-    sample_window: float = knob(5.0, "most clients to draw from, as a multiple of those wanted", ge=1)
+    sample_window: float = knob(5.0, "most unasked clients to draw from, the fastest: a multiple of those wanted", ge=1)
     blacklist: int = knob(-1, "answers after which a client is asked no more; -1: never", ge=-1)
     debias: Literal["none", "ipw", "anneal_to_uniform"] = knob(
         "none", "weigh by the inverse probability of being asked, or draw ever more of the round uniformly",
@@ -95,8 +95,8 @@ class Oort(Hearing):
             return {}
         u = np.array([a["rows"] * a["rms"] for a in arms.values()])  # U_k = |B_k| sqrt(mean loss^2)
         seconds = np.array([a["seconds"] for a in arms.values()])
-        u = np.minimum(u, np.quantile(u, self.clip_bound))
-        s = (u - u.min()) / max(float(u.max() - u.min()), 1e-9) + 1e-4
+        low, span = float(u.min()), max(float(u.max() - u.min()), 1e-9)  # of all utilities, before any is clipped
+        s = (np.minimum(u, np.quantile(u, self.clip_bound)) - low) / span + 1e-4
         last = np.array([a["last"] + 1 for a in arms.values()])
         s = s + np.sqrt(0.1 * math.log(r) / last)
         prefer = np.quantile(seconds, state["percentile"] / 100)  # T
@@ -109,7 +109,7 @@ class Oort(Hearing):
             return []
         ranked = sorted(score, key=lambda c: -score[c])
         floor = self.cut_off_util * score[ranked[count - 1]]
-        pool = [c for c in ranked if score[c] >= floor][: max(count, int(self.sample_window * count))]
+        pool = [c for c in ranked if score[c] >= floor]
         p = np.array([score[c] for c in pool])
         p = p / p.sum()
         if self.debias == "ipw":  # P(k is asked), near enough for a draw without replacement
@@ -119,9 +119,10 @@ class Oort(Hearing):
         return [pool[i] for i in turn.rng.choice(len(pool), count, replace=False, p=p)]
 
     def explore(self, fresh: Sequence[ClientInfo], count: int, turn: Turn) -> list[str]:
-        """Clients never asked, the fast ones rather."""
+        """Clients never asked, the fast ones rather: drawn by speed among the fastest of a window."""
         if not count:
             return []
+        fresh = sorted(fresh, key=lambda c: -c.profile.speed)[: max(count, int(self.sample_window * count))]
         speed = np.array([c.profile.speed for c in fresh])
         return [fresh[i].id for i in turn.rng.choice(len(fresh), count, replace=False, p=speed / speed.sum())]
 

@@ -39,7 +39,7 @@ class PowerOfChoice(Selector):
         out = yield Ask(self.probe, {c: pack(theta=theta, base=base, sample=self.sample) for c in drawn})
         return sorted(out, key=lambda c: -out[c]["loss"])[: turn.want]
 
-    @on_client()
+    @on_client(gives="loss: number")
     def probe(self, msg, client):
         """The mean loss of some training rows under the model that is sent."""
         rows = client.rng("power_of_choice").permutation(client.n)[: msg["sample"]]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from fedllm.core.errors import ModelError
 from fedllm.core.method import knob
@@ -67,18 +68,22 @@ class Adapter(Space):
     def _adapted(self, frozen: Any, path: str, stack: Stack) -> Any:
         keys = [f"{path}.adapter_{p}" for p in ("down.weight", "down.bias", "up.weight", "up.bias")]
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            h = frozen(*args, **kwargs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            whole = frozen(*args, **kwargs)
             if keys[0] not in stack.tensors:
-                return h
+                return whole
+            h = whole[0] if isinstance(whole, tuple) else whole  # experts give their router's scores beside
             down, down_b, up, up_b = (stack.tensors[k].to(h.dtype) for k in keys)
             x = stack.lanes(h)  # [K, N, d]
             z = self.inner(torch.baddbmm(down_b[:, None], x, down.mT), path, stack, h.shape[0] // stack.k)
-            return (x + torch.baddbmm(up_b[:, None], z, up.mT)).reshape(h.shape)
+            y = (x + torch.baddbmm(up_b[:, None], z, up.mT)).reshape(h.shape)
+            return (y, *whole[1:]) if isinstance(whole, tuple) else y
 
         return forward
 
 
 def _width(net: nn.Module, path: str) -> int:
+    """What the part at `path` gives: the width of the hidden states, where the config says it."""
+    config = net.config.get_text_config() if isinstance(net.config, PretrainedConfig) else net.config
     outs = [m.out_features for m in net.get_submodule(path).modules() if isinstance(m, nn.Linear)]
-    return outs[-1] if outs else net.config.hidden_size
+    return getattr(config, "hidden_size", None) or outs[-1]

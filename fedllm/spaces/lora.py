@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -38,7 +39,8 @@ class LoRA(Space):
     alpha: float = knob(16.0, "scale of the update", gt=0)
     scaling: Literal["classic", "rslora", "shared"] = knob("classic", "how alpha and the rank make s",
                                                           options=("classic", "rslora", "shared"))
-    targets: str | tuple[str, ...] = knob("all-linear", "names of the linear modules, or all-linear")
+    targets: str | tuple[str, ...] = knob("all-linear", "names of the linear modules, or all-linear: every one but "
+                                          "the output head and those narrower than the rank")
     modules_to_save: tuple[str, ...] = knob(("classifier",), "modules trained whole beside the adapters, where present")
 
     def scale(self, rank: int) -> float:
@@ -122,19 +124,20 @@ class LoRA(Space):
     @classmethod
     def peft_knobs(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         targets = config["target_modules"]
-        return {"rank": config["r"], "alpha": float(config["lora_alpha"]),
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        return {"rank": max(ranks), "alpha": float(config["lora_alpha"]),
                 "targets": targets if isinstance(targets, str) else sorted(targets),
                 "modules_to_save": config.get("modules_to_save") or ["classifier"],
                 "scaling": "rslora" if config.get("use_rslora") else "classic"}
 
     def from_peft(self, config: Mapping[str, Any], tree: Tree, fresh: Mapping[str, Tensor]) -> Tree:
         """Where the adapter's scale differs from this space's, the ratio is multiplied into B."""
-        out = dict(tree)
+        out, ranks = dict(tree), {path: a.shape[0] for path, (_, a) in factors(fresh).items()}
         for path, (b, a) in factors(tree).items():
-            pattern = {k: v for k, v in (config.get("alpha_pattern") or {}).items() if path.endswith(k)}
-            alpha, rank = next(iter(pattern.values()), config["lora_alpha"]), a.shape[0]
+            pattern, rank = config.get("alpha_pattern") or {}, a.shape[0]
+            alpha = pattern.get(get_pattern_key(list(pattern), path.removeprefix("body.")), config["lora_alpha"])
             theirs = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            out[names_of(path)[0]] = b * (theirs / self.scale(rank))
+            out[names_of(path)[0]] = b * (theirs / self.scale(ranks.get(path, rank)))
         return out
 
     def _sites(self, net: nn.Module) -> dict[str, nn.Module]:
@@ -144,7 +147,8 @@ class LoRA(Space):
             raise ModelError(f"lora: '{both[0]}' is among space.targets = {self.targets!r} and in "
                              f"space.modules_to_save = {list(self.modules_to_save)}; a module has factors or is "
                              "trained whole, so name it in one of the two")
-        return found
+        wide = {p: m for p, m in found.items() if min(linear_size(m) or (0, 0)) >= self.rank}
+        return wide if wide and self.targets == "all-linear" else found  # narrow gates have no place for factors
 
     def _saved(self, net: nn.Module) -> dict[str, nn.Parameter]:
         return saved_params(net, self.modules_to_save, self.trains)
@@ -163,7 +167,7 @@ def _adapted(frozen: Any, path: str, module: nn.Module, stack: Stack) -> Any:
             scale: Any = stack.extra["lora_scale"]
             one = len(set(scale)) == 1
             scale = scale[0] if one else torch.tensor(scale, dtype=x.dtype, device=x.device)[:, None, None]
-            if plain and drift is None:
+            if plain and drift is None and stack.quick:
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 return Adapted.apply(x, weight, module.bias, a, b, scale)
         y = frozen(x) if drift is None else frozen(x) + F.linear(x, drift.to(x.dtype))

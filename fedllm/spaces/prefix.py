@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from fedllm.core.payload import Tree
 from fedllm.spaces.space import CAUSAL, Prompt, Space, Stack
 
 NAME = "prompt_embeddings"
+SHAPES: weakref.WeakKeyDictionary[nn.Module, tuple[int, int, int]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,7 @@ class Prefix(Space):
         return {NAME: torch.randn(self.length, layers * 2 * heads * dim, generator=rng) * self.std}
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
-        if net.config.is_encoder_decoder or net.config.model_type in ("bert", "roberta", "distilbert"):
-            kind = net.config.model_type
-            raise ModelError(f"prefix: a {kind} model takes no cached keys; use 'soft_prompt' or 'lora'")
+        kv_shape(net)  # refuses a network that takes no cached keys
         return True
 
     def before(self, net: nn.Module, stack: Stack, rows: int) -> Prompt | None:
@@ -60,8 +60,20 @@ class Prefix(Space):
 
 
 def kv_shape(net: nn.Module) -> tuple[int, int, int]:
-    """(layers, key-value heads, head width) of a network."""
-    c = net.config.to_dict()
-    heads = c.get("num_key_value_heads") or c.get("num_attention_heads") or c["n_head"]
-    width = c.get("head_dim") or (c.get("hidden_size") or c["n_embd"]) // (c.get("num_attention_heads") or c["n_head"])
-    return c.get("num_hidden_layers") or c["n_layer"], heads, width
+    """(layers, key-value heads, head width) of a network, as its own cache has them after one word.
+
+    ModelError where its layers keep no keys and values, or not all of one shape.
+    """
+    if net not in SHAPES:
+        reader: Any = dict(net.named_children()).get("body", net)  # under a classifier of ours
+        ids = torch.ones(1, 1, dtype=torch.long, device=next(net.parameters()).device)
+        try:
+            with torch.no_grad():
+                kept = reader(input_ids=ids, use_cache=True).cache.layers
+            shapes = {tuple(t.shape) for layer in kept for t in (layer.keys, layer.values)}
+            ((_, heads, _, width),) = shapes
+        except (AttributeError, TypeError, ValueError):
+            raise ModelError(f"prefix: {type(reader).__name__} keeps no keys and values of one shape for all its "
+                             "layers; use 'soft_prompt' or 'lora'") from None
+        SHAPES[net] = len(kept), heads, width
+    return SHAPES[net]

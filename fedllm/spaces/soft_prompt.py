@@ -54,7 +54,8 @@ class SoftPrompt(Space):
         return {"length": config["num_virtual_tokens"]}
 
     def peft_config(self, net: nn.Module, task: str) -> PromptTuningConfig:
-        return PromptTuningConfig(num_virtual_tokens=self.length, token_dim=net.config.hidden_size,
-                                  num_transformer_submodules=1, num_layers=net.config.num_hidden_layers,
-                                  num_attention_heads=net.config.num_attention_heads,
+        table = net.get_input_embeddings().weight  # narrower than the hidden states in some encoders
+        return PromptTuningConfig(num_virtual_tokens=self.length, token_dim=table.shape[1],
+                                  num_transformer_submodules=1, num_layers=getattr(net.config, "num_hidden_layers", 1),
+                                  num_attention_heads=getattr(net.config, "num_attention_heads", 1),
                                   task_type="CAUSAL_LM" if task in CAUSAL else "FEATURE_EXTRACTION")

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.core.errors import ModelError
@@ -33,6 +35,7 @@ class Stack:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K, ...]
     base: Mapping[str, Tensor] = field(default_factory=dict)  # weight name -> dense delta [o, i], shared by all lanes
     extra: dict[str, Any] = field(default_factory=dict)
+    quick: bool = True  # whether forms of our own may take the place of a module's forward
     causal: bool = False  # whether a token may see only those before it
     mask: Tensor | None = None  # [K*B, T] bool: which positions of this forward are text, for spaces that mix tokens
     past: dict[str, Tensor] | None = None  # while a model generates: what such spaces keep from token to token
@@ -153,7 +156,7 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str, some: bool = False) -> dict[str, nn.Module]:
-    """Linear maps whose path ends in one of `targets` ("all-linear": every one but the output heads).
+    """Linear maps whose path ends in one of `targets` ("all-linear": every one but the output heads and routers).
 
     Raises ModelError for a target that matches nothing (with `some`: when none does), naming it and the linear maps
     that the model has; and for an output head that shares its weights with the embeddings.
@@ -162,7 +165,8 @@ def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str, some:
     linears = {p: m for p, m in net.named_modules() if linear_size(m)
                and p.rsplit(".", 1)[-1] not in ("classifier", "score")}
     if targets == "all-linear":
-        return _some({p: m for p, m in linears.items() if p not in heads}, targets, needs, linears)
+        inner = {p: m for p, m in linears.items() if p not in heads and not _does_more(m)}
+        return _some(inner, targets, needs, linears)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     found = {p: m for p, m in linears.items() if any(named(p, t) for t in wanted)}
     missing = [t for t in wanted if not any(named(p, t) for p in found)]
@@ -181,6 +185,19 @@ def _some(found: dict[str, nn.Module], targets: Any, needs: str, linears: Collec
     return found
 
 
+def _does_more(module: nn.Module) -> bool:
+    """Whether a model has made more of a linear map (a router that also picks experts, for example)."""
+    kind: Any = type(module)
+    if not kind.__module__.startswith("transformers.models.") or not isinstance(module, nn.Linear):
+        return False
+    x = torch.linspace(-1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype)[None, None]
+    with torch.no_grad():
+        try:
+            y = kind.forward(module, x)
+        except (TypeError, ValueError, RuntimeError):  # it wants something else
+            return True
+        return not (isinstance(y, Tensor) and torch.allclose(y, F.linear(x, module.weight, module.bias), rtol=1e-3,
+                                                             atol=1e-3))
 def _ends(paths: Collection[str]) -> list[str]:
     return sorted({p.rsplit(".", 1)[-1] for p in paths})
 
@@ -205,9 +222,10 @@ def set_params(net: nn.Module, theta: Mapping[str, Tensor]) -> None:
 
 
 def output_heads(net: nn.Module) -> set[str]:
-    """Paths of the language-model head and of the classifier."""
+    """Paths of the language-model head, whatever it is named, and of the classifier."""
     heads = ("lm_head", "classifier", "score", "embed_out")
-    return {p for p, _ in net.named_modules() if p.rsplit(".", 1)[-1] in heads}
+    own = net.get_output_embeddings() if isinstance(net, PreTrainedModel) else None
+    return {p for p, m in net.named_modules() if p.rsplit(".", 1)[-1] in heads or (own is not None and m is own)}
 
 
 def stack_lanes(trees: Sequence[Mapping[str, Tensor]]) -> Tree:

@@ -1,7 +1,8 @@
 """Stacked forms of a network's own parameters: one forward in which every lane has its own weights.
 
 Linear, Conv1D, Embedding, LayerNorm and the RMS norms have a stacked form; any other module that holds a trainable
-parameter runs one lane at a time.
+parameter (their subclasses too, which may do more) is called once for each lane, with the lane's rows; one that is made
+of modules runs one lane at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedllm.core.errors import ModelError
 from fedllm.spaces.space import Stack, linear_size, patch
 
 Own = Callable[[str], Tensor | None]
@@ -23,7 +25,7 @@ Own = Callable[[str], Tensor | None]
 
 def install_params(net: nn.Module, stack: Stack, names: Mapping[str, str],
                    value: Callable[[str], Tensor | None] | None = None) -> bool:
-    """Patch every module that owns one of the parameters; returns whether all of them have a stacked form.
+    """Patch every module that owns one of the parameters; returns whether K > 1 lanes can run in one forward.
 
     `names` maps a parameter's path in the network to its name in the tree; tied parameters map to one name.
     `value` computes the stacked tensor from the tree's name (default: the tensor itself).
@@ -37,8 +39,8 @@ def install_params(net: nn.Module, stack: Stack, names: Mapping[str, str],
     for owner, leaves in owned.items():
         module = net.get_submodule(owner)
         form = next((f for test, f in FORMS if test(module)), None)
-        stackable &= form is not None
-        patch(module, _site(module, leaves, stack, value, form or one_lane(module)))
+        stackable &= form is not None or not list(module.children())  # what lies inside may be stacked itself
+        patch(module, _site(module, leaves, stack, value, form or lane_by_lane(module)))
     return stackable
 
 
@@ -74,10 +76,13 @@ def linear(m: nn.Module, own: Mapping[str, Tensor], stack: Stack, x: Tensor) -> 
 def embedding(m: nn.Embedding, own: Mapping[str, Tensor], stack: Stack, ids: Tensor) -> Tensor:
     """One lookup in the K tables laid end to end."""
     w = own["weight"]  # [K, V, d]
+    if stack.k == 1:
+        return F.embedding(ids, w[0], m.padding_idx).to(m.weight.dtype)
     if ids.shape[0] != stack.rows:  # position and type ids come as one row for all
         ids = ids.expand(stack.rows, *ids.shape[1:])
     shift = torch.arange(stack.k, device=ids.device).repeat_interleave(ids.shape[0] // stack.k) * w.shape[1]
-    return F.embedding(ids + shift.view(-1, *[1] * (ids.dim() - 1)), w.flatten(0, 1)).to(m.weight.dtype)
+    y = F.embedding(ids + shift.view(-1, *[1] * (ids.dim() - 1)), w.flatten(0, 1)).to(m.weight.dtype)
+    return y if m.padding_idx is None else torch.where((ids == m.padding_idx)[..., None], y.detach(), y)
 
 
 def layer_norm(m: nn.LayerNorm, own: Mapping[str, Tensor], stack: Stack, x: Tensor) -> Tensor:
@@ -100,15 +105,33 @@ def _affine(y: Tensor, w: Tensor | None, shared_w: Tensor | None, b: Tensor | No
     return y if shift is None else y + shift
 
 
-def one_lane(module: nn.Module) -> Callable[..., Any]:
-    """Any other module: swap its parameters in and call it, for a single lane."""
-    bare = copy.copy(module)  # keeps the unpatched forward; shares everything else
+def lane_by_lane(module: nn.Module) -> Callable[..., Any]:
+    """Any other module: called with each lane's parameters in it on that lane's rows."""
+    bare = copy.copy(module)  # shares everything but the forward, which is the module's own
+    bare.__dict__.pop("forward", None)
 
     def form(_: nn.Module, own: Mapping[str, Tensor], stack: Stack, *args: Any, **kwargs: Any) -> Any:
-        assert stack.k == 1, "this module has no stacked form"
-        return torch.func.functional_call(bare, {leaf: v[0] for leaf, v in own.items()}, args, kwargs)
+        def call(k: int, *part: Any, **named: Any) -> Any:
+            weights = {leaf: v[k].to(bare._parameters[leaf].dtype) for leaf, v in own.items()}
+            return torch.func.functional_call(bare, weights, part, named)
+
+        if stack.k == 1:
+            return call(0, *args, **kwargs)
+        each = [call(k, *(_lane(x, k, stack) for x in args), **{n: _lane(x, k, stack) for n, x in kwargs.items()})
+                for k in range(stack.k)]
+        if not all(isinstance(y, Tensor) for y in each):
+            raise ModelError(f"{type(module).__name__} gives more than one tensor")
+        return torch.cat(each)
 
     return form
+
+
+def _lane(x: Any, k: int, stack: Stack) -> Any:
+    """Lane `k`'s rows of an argument; position ids come as one row for all."""
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return x
+    x = x.expand(stack.rows, *x.shape[1:]) if len(x) == 1 else x
+    return x.unflatten(0, (stack.k, -1))[k]
 
 
 def _eps(m: nn.Module) -> float:
@@ -121,14 +144,19 @@ def _is_rms_norm(m: nn.Module) -> bool:
         return False
     w = next(m.parameters())
     x = torch.linspace(-1, 2, w.numel(), device=w.device, dtype=w.dtype)[None]
+    bare = copy.copy(m)
+    bare.__dict__.pop("forward", None)
     with torch.no_grad():
-        ours = rms_norm(m, {"weight": w[None]}, Stack(k=1), x)
-        return torch.allclose(ours, m(x), atol=1e-5)
+        try:
+            return all(torch.allclose(rms_norm(m, {"weight": w[None]}, Stack(k=1), x * size), bare(x * size), atol=1e-5)
+                       for size in (1e-3, 1.0, 1e3))
+        except TypeError:  # it wants more than one tensor
+            return False
 
 
 FORMS: list[tuple[Callable[[nn.Module], bool], Callable[..., Tensor]]] = [
-    (lambda m: linear_size(m) is not None, linear),
-    (lambda m: isinstance(m, nn.Embedding), embedding),
-    (lambda m: isinstance(m, nn.LayerNorm), layer_norm),
+    (lambda m: type(m) in (nn.Linear, Conv1D), linear),
+    (lambda m: type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq, embedding),
+    (lambda m: type(m) is nn.LayerNorm, layer_norm),
     (_is_rms_norm, rms_norm),
 ]

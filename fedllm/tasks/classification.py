@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.core.errors import DataError
 from fedllm.tasks.labels import index_of, is_number, label_names, raw_label
-from fedllm.tasks.row import IGNORE, Encoded, Row, text_of
+from fedllm.tasks.row import IGNORE, Encoded, Row, bad_row, text_of
 from fedllm.tasks.task import How, Losses, Metric, Shape, Task, hits, wide
 
 
@@ -36,7 +36,8 @@ class Classification(Task):
 
     def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:
         """The tokenizer's own special tokens and truncation."""
-        return [Encoded(ids, int(row["label"]), 1) for row, ids in zip(rows, texts_of(rows, how), strict=True)]
+        return [Encoded(ids, int(row["label"]), 1, cut=cut) for row, (ids, cut) in zip(rows, texts_of(rows, how),
+                                                                                      strict=True)]
 
     def row_losses(self, model: Any, batch: Any) -> Losses:
         return class_losses(wide(model.class_logits(batch)), batch.labels)
@@ -45,13 +46,15 @@ class Classification(Task):
         return {"accuracy": hits(figures)}
 
 
-def texts_of(rows: Sequence[Row], how: How) -> list[np.ndarray]:
-    """Each row's `text` as tokens, int32."""
-    ids = how.tokens([row["text"] for row in rows], truncation=True, max_length=how.max_length)["input_ids"]
-    for i, one in enumerate(ids, start=1):
+def texts_of(rows: Sequence[Row], how: How) -> list[tuple[np.ndarray, str]]:
+    """Each row's `text` as tokens, int32, and "text" where `max_length` cut it."""
+    got = how.tokens([row["text"] for row in rows], truncation=True, max_length=how.max_length)
+    cut = [bool(e.overflowing) for e in got.encodings] if got.encodings else [
+        len(one) == how.max_length for one in got["input_ids"]]
+    for i, one in enumerate(got["input_ids"], start=1):
         if not one:
-            raise DataError(f"row {i}: the text {rows[i - 1]['text'][:40]!r} gives no token")
-    return [np.array(one, dtype=np.int32) for one in ids]
+            raise bad_row(rows[i - 1], i, f": the text {rows[i - 1]['text'][:40]!r} gives no token", "empty")
+    return [(np.array(one, dtype=np.int32), "text" * was) for one, was in zip(got["input_ids"], cut, strict=True)]
 
 
 def class_losses(z: Tensor, y: Tensor) -> Losses:
@@ -63,6 +66,8 @@ def class_losses(z: Tensor, y: Tensor) -> Losses:
 
 def one_name(rows: Iterable[tuple[Row, str]], labels: tuple[str, ...]) -> None:
     """A DataError where some rows have a label's name and others its number."""
+    if any(is_number(name) for name in labels):  # numbers are names then, and none is a place
+        return
     by_name, by_number = "", ""
     for row, where in rows:
         name = str(raw_label(row, where))

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fedllm.core.errors import CompositionError, DataError
-from fedllm.tasks.row import IGNORE, Encoded, Row
+from fedllm.tasks.chat import pieces, spans
+from fedllm.tasks.row import IGNORE, Encoded, Row, bad_row
 from fedllm.tasks.task import How, Losses, Metric, Shape, Task
 
 
@@ -18,21 +18,24 @@ class Generation(Task):
     """Next tokens of a response; `exact_match` is asked of the generated answer."""
 
     net, columns, takes, speaks = "causal", ("prompt", "response"), ("template",), True
-    metrics: ClassVar = {"exact_match": Metric("max")}
+    metrics: ClassVar = {name: Metric("max") for name in ("exact_match", "last_number", "choice", "judged")}
 
     def shape(self, row: Row, where: str, how: Shape) -> dict[str, Any]:
         return how.template(row, where)
 
     def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:
         """bos + prompt + response + eos (bos and eos where the tokenizer has them), labels on the response and eos
-        alone if `completion_only`; one call of the tokenizer for all prompts and one for all responses. Too long a row
-        loses the start of its prompt; a response too long by itself loses its end, eos too."""
-        out = joined(rows, [_chat_texts(row, how.tokenizer) if "messages" in row else (row["prompt"], row["response"])
-                            for row in rows], how)
+        alone if `completion_only`; one call of the tokenizer for all prompts and one for all responses. Of too long a
+        row the response loses its end (eos too) down to half the room, and only then the prompt its start."""
+        if any("messages" in row for row in rows):
+            out = [_chat(row, i, how) if "messages" in row else joined([row], [_pair(row)], how)[0]
+                   for i, row in enumerate(rows, start=1)]
+        else:
+            out = joined(rows, [_pair(row) for row in rows], how)
         for i, (row, encoded) in enumerate(zip(rows, out, strict=True), start=1):
             if not encoded.n_target:
-                raise DataError(f"row {i} has nothing to learn: its response {row['response'][:40]!r} gives no token "
-                                "to predict from a token before it")
+                raise bad_row(row, i, f" has nothing to learn: its response {row['response'][:40]!r} gives no token "
+                              "to predict from a token before it", "empty")
         return out
 
     def row_losses(self, model: Any, batch: Any) -> Losses:
@@ -50,15 +53,20 @@ def next_words(model: Any, batch: Any) -> Losses:
     return total, torch.bincount(rows, minlength=n).to(ce.dtype), ce.new_zeros(n)
 
 
+def _pair(row: Row) -> tuple[str, str]:
+    return row["prompt"], row["response"]
+
+
 def joined(rows: Sequence[Row], texts: Sequence[tuple[str, str]], how: How) -> list[Encoded]:
     """Prompt and response of each row in one sequence."""
     bos, eos = _ends(how.tokenizer.bos_token_id), _ends(how.tokenizer.eos_token_id)
     prompts, responses = (how.tokens([pair[i] for pair in texts], add_special_tokens=False)["input_ids"]
                           for i in (0, 1))
     out = []
-    for row, prompt, response in zip(rows, prompts, responses, strict=True):
-        ends = ([], []) if "messages" in row else (bos, eos)  # a chat template writes its own beginning and end
-        out.append(_joined(ends[0], prompt, response + ends[1], how.max_length, how.completion_only))
+    for prompt, response in zip(prompts, responses, strict=True):
+        if bos and prompt[:1] == bos:  # a template that writes the beginning token out
+            prompt = prompt[1:]
+        out.append(_joined(bos, prompt, response + ([] if response[-1:] == eos else eos), how))
     return out
 
 
@@ -66,29 +74,37 @@ def _ends(token: int | None) -> list[int]:
     return [] if token is None else [token]
 
 
-def _joined(bos: list[int], prompt: list[int], response: list[int], max_length: int, completion_only: bool) -> Encoded:
-    response = response[: max_length - len(bos)]
-    room = max_length - len(bos) - len(response)
-    start = bos + prompt[max(0, len(prompt) - room) :]
-    ids = np.array(start + response, dtype=np.int32)
+def _joined(bos: list[int], prompt: list[int], response: list[int], how: How) -> Encoded:
+    """The response keeps half the room at least; to test, the prompt is whole as far as the model sees."""
+    room = how.max_length - len(bos)
+    mine = min(len(response), max(room - len(prompt), (room + 1) // 2))
+    seen = room - mine if how.whole is None else how.whole - len(bos) - mine
+    start = bos + prompt[max(0, len(prompt) - max(0, seen)) :]
+    ids = np.array(start + response[:mine], dtype=np.int32)
     labels = ids.astype(np.int64)
     # Nothing predicts the first token, so it is never a target, prompt or not.
-    labels[: max(1, len(start) if completion_only else 1)] = IGNORE
-    return Encoded(ids, labels, int((labels != IGNORE).sum()))
+    labels[: max(1, len(start) if how.completion_only else 1)] = IGNORE
+    cut = "answer" if mine < len(response) else "prompt" if seen < len(prompt) else ""
+    return Encoded(ids, labels, int((labels != IGNORE).sum()), cut=cut)
 
 
-def _chat_texts(row: Row, tokenizer: Any) -> tuple[str, str]:
-    """Prompt and response by the tokenizer's chat template: all up to the assistant's final turn, and that turn."""
-    if not tokenizer.chat_template:
-        raise CompositionError(f"data.template 'chat' and the tokenizer {tokenizer.name_or_path!r}, which has no chat "
-                               "template, do not fit together; 'question_answer' or a format string works")
-    turns = list(row["messages"])
-    prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    if whole.startswith(prompt):
-        return prompt, whole[len(prompt) :]
-    # Some templates rewrite earlier turns once the answer stands (they drop its reasoning): the turn is then plain.
-    return prompt, turns[-1]["content"] + (tokenizer.eos_token or "")
+def _chat(row: Row, i: int, how: How) -> Encoded:
+    """A conversation by the tokenizer's chat template, which writes its own beginning and end."""
+    found = spans(how.tokenizer, row, i, how.every_turn)
+    parts = pieces(how.tokenizer, [text for text, _ in found], how.tokens)
+    learned = [on for _, on in found]
+    if sum(learned) == 1:
+        prompt = [token for part, on in zip(parts, learned, strict=True) if not on for token in part]
+        return _joined([], prompt, parts[learned.index(True)], how)
+    ids = np.array([token for part in parts for token in part], np.int32)
+    on = np.repeat(learned, [len(part) for part in parts])
+    labels = np.where(on | (not how.completion_only), ids.astype(np.int64), IGNORE)
+    labels[0] = IGNORE
+    keep = slice(None, how.max_length)  # later turns go first: an answer is never learned without what was asked
+    count = int((labels[keep] != IGNORE).sum())
+    if not count:
+        return _joined([], [int(t) for t in ids[: len(ids) - len(parts[-1])]], parts[-1], how)
+    return Encoded(ids[keep], labels[keep], count, cut="answer" if len(ids) > how.max_length else "")
 
 
 def same_answer(said: str, wanted: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedllm.core.errors import DataError
-from fedllm.tasks.row import Row, nearest, value_of
+from fedllm.tasks.row import Row, as_text, nearest, value_of
 
 
 def label_names(values: Iterable[Any]) -> tuple[str, ...]:
@@ -42,8 +42,12 @@ def is_number(name: str) -> bool:
 def raw_label(row: Row, where: str) -> int | str:
     """The row's label as the user wrote it; a DataError where it is no int and no string."""
     label = value_of(row, "label", where)
-    if not isinstance(label, int | str):
-        raise DataError(f"{where}: 'label' is {label!r}; a label must be a string or a whole number")
+    if isinstance(label, bytes):
+        label = as_text(label, "label", where)
+    if isinstance(label, float) and label.is_integer():  # a column of whole numbers with gaps, as pandas keeps it
+        label = int(label)
+    if not isinstance(label, int | str) or not str(label).strip():
+        raise DataError(f"{where}: 'label' is {label!r}; a label must be a string or a whole number", kind="label")
     return label
 
 
@@ -57,4 +61,5 @@ def index_of(label: int | str, labels: Sequence[str], where: str, column: str = 
         return list(labels).index(name)
     if name.isdecimal() and int(name) < len(labels) and not any(is_number(n) for n in labels):
         return int(name)
-    raise DataError(f"{where}: {column!r} is {label!r}; the labels are {', '.join(labels)}{nearest(name, labels)}")
+    raise DataError(f"{where}: {column!r} is {label!r}; the labels are {', '.join(labels)}{nearest(name, labels)}",
+                    kind="label")

@@ -35,7 +35,7 @@ class MaskedWords(Task):
                                    "which has no mask token, do not fit together; a masked language model works")
         special = np.array(sorted(how.tokenizer.all_special_ids))
         out = []
-        for i, ids in enumerate(texts_of(rows, how), start=1):
+        for i, (ids, _) in enumerate(texts_of(rows, how), start=1):
             words = np.flatnonzero(~np.isin(ids, special))
             if not len(words):
                 raise DataError(f"row {i} has nothing to learn: its text {rows[i - 1]['text'][:40]!r} gives special "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedllm.core.errors import DataError
 from fedllm.tasks.generation import joined, next_words
-from fedllm.tasks.row import IGNORE, Encoded, Row, text_of
+from fedllm.tasks.row import IGNORE, Encoded, Row, bad_row, text_of
 from fedllm.tasks.task import How, Losses, Metric, Shape, Task
 
 REJECTED = ("rejected_ids", "rejected_mask", "rejected_labels")
@@ -62,7 +62,8 @@ def side(rows: Sequence[Row], which: str, how: How) -> list[Encoded]:
     out = joined(rows, [(row["prompt"], row[which]) for row in rows], how)
     for i, encoded in enumerate(out, start=1):
         if not encoded.n_target:
-            raise DataError(f"row {i} has nothing to learn: {which!r} gives no token to predict from a token before it")
+            raise bad_row(rows[i - 1], i, f" has nothing to learn: {which!r} gives no token to predict from a token "
+                          "before it", "empty")
     return out
 
 

@@ -32,7 +32,8 @@ def tasks() -> dict[str, Task]:
 def task_of(name: str) -> Task:
     """The task in the file `<name>.py`; an unknown name is refused with the nearest one."""
     if name not in tasks():
-        raise RecipeError(f"data.task = {name!r} is unknown{nearest(name, tasks())} Allowed: {', '.join(tasks())}")
+        raise RecipeError(f"data.task = {name!r} is unknown{nearest(name, tasks()) or '.'} Allowed: "
+                          f"{', '.join(tasks())}")
     return tasks()[name]
 
 

@@ -28,8 +28,8 @@ class Regression(Task):
         return {"text": text_of(row, "text", where), TARGET: number_of(row, where)}
 
     def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:
-        return [Encoded(ids, 0, 1, {TARGET: np.array(row[TARGET], np.float64)})
-                for row, ids in zip(rows, texts_of(rows, how), strict=True)]
+        return [Encoded(ids, 0, 1, {TARGET: np.array(row[TARGET], np.float64)}, cut=cut)
+                for row, (ids, cut) in zip(rows, texts_of(rows, how), strict=True)]
 
     def row_losses(self, model: Any, batch: Any) -> Losses:
         off, good = _off(model, batch)

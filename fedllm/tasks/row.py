@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +18,33 @@ Row = Mapping[str, Any]
 """One example, in the columns of its task (`Task.columns`). `category`, where present, is a string used for skew and
 per-category scores."""
 IGNORE = -100
+
+
+class Placed(dict[str, Any]):
+    """A row that knows where it came from, for errors that are found later."""
+
+    __slots__ = ("file", "line", "row")
+
+    def __init__(self, values: Mapping[str, Any], file: str = "", row: int = 0, line: int = 0) -> None:
+        """`row` and `line` count from 1; 0: not known."""
+        super().__init__(values)
+        self.file, self.row, self.line = file, row, line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Placed, (dict(self), self.file, self.row, self.line)
+
+
+def where_of(row: Row, i: int) -> str:
+    """A row as an error names it: its place in its file, or that it is the i-th (from 1)."""
+    if not isinstance(row, Placed) or not row.file:
+        return f"row {i}"
+    return f"{row.file}, row {row.row}" + (f" (line {row.line})" if row.line else "")
+
+
+def bad_row(row: Row, i: int, why: str, kind: str = "value") -> DataError:
+    """The error of a row that cannot be used, said as `<where it is><why>`."""
+    error = DataError(f"{where_of(row, i)}{why}", kind=kind)
+    return error.at(row.file, row.row) if isinstance(row, Placed) else error
 
 
 @dataclass(frozen=True)
@@ -30,6 +60,8 @@ class Encoded:
     """What of the row is not text, by name: pixels [3, H, W], features [d], series [L, channels], a target, ..."""
     pads: Mapping[str, float] = field(default_factory=dict)
     """Parts whose first axis may differ from row to row, and what fills the shorter; all others have one shape."""
+    cut: str = ""
+    """What `max_length` took: "answer" (its end is not learned), "prompt" (its start is gone), "text", or nothing."""
 
     @property
     def prompt(self) -> np.ndarray:
@@ -71,11 +103,43 @@ def value_of(row: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
-    """A field that must be text."""
+    """A field that must be text (bytes are read as UTF-8)."""
     value = value_of(row, name, where)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {name!r} is {value!r}; it must be a string")
-    return value
+    if not isinstance(value, str | bytes):
+        raise DataError(f"{where}: {name!r} is {value!r:.80}; it must be a string", kind="value")
+    return as_text(value, name, where)
+
+
+def as_text(value: Any, name: str, where: str) -> str:
+    """The text of a value: strings, UTF-8 bytes, numbers (a whole one without `.0`), truth values, dates.
+
+    A DataError names what has no one text: objects, lists, NaN, half characters, other bytes. None is no text ("").
+    """
+    if isinstance(value, str):
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: {name!r} holds half a character (a lone UTF-16 surrogate)",
+                            kind="value") from None
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise DataError(f"{where}: {name!r} is bytes that are not UTF-8 text", kind="value") from None
+    if value is None:
+        return ""
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
+    if isinstance(value, bool | int | datetime.date | datetime.time | decimal.Decimal) and value == value:
+        return str(value)
+    raise DataError(f"{where}: {name!r} is {_shown(value)}; only text and numbers can be put into a text", kind="value")
+
+
+def _shown(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", tuple: "a list", float: "not a finite number", type(None): "null"}
+    said = f"{value!r}"
+    return f"{kinds.get(type(value), f'of type {type(value).__name__}')} ({said[:60]}{'...' * (len(said) > 60)})"
 
 
 def numbers_of(row: Mapping[str, Any], name: str, where: str) -> np.ndarray:

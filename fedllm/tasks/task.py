@@ -43,6 +43,10 @@ class How:
     """Learn the response's tokens alone, where the task has a prompt."""
     images: Any = None
     """An image processor of transformers, where the model has one."""
+    every_turn: bool = True
+    """Learn every assistant turn of a conversation; False: the last."""
+    whole: int | None = None
+    """To test: the prompt is kept whole, up to so many tokens of the row. None: `max_length` holds for all of it."""
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

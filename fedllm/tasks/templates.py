@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from fedllm.core.errors import DataError, RecipeError
-from fedllm.tasks.row import Row, nearest, value_of
+from fedllm.tasks.chat import messages_of
+from fedllm.tasks.row import Row, as_text, nearest, value_of
 
 Render = Callable[[Row, str], dict[str, Any]]
 """(row, where the row is) -> the row's `prompt` and `response`."""
@@ -32,10 +33,15 @@ def _fill(parts: Sequence[tuple[str, str | None]], row: Row, where: str) -> str:
     for literal, name in parts:
         out.append(literal)
         if name is not None:
-            value = value_of(row, name, where)
             # An optional column that is null reads as no text, as in the Hub's instruction sets.
-            out.append("" if value is None else str(value))
+            out.append(as_text(value_of(row, name, where), name, where))
     return "".join(out)
+
+
+def _said(parts: Sequence[tuple[str, str | None]], row: Row) -> bool:
+    """Whether some field of these is not null; a text without fields says what it says."""
+    names = [name for _, name in parts if name is not None]
+    return not names or any(row[name] is not None for name in names)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,14 @@ class Template:
     def __call__(self, row: Row, where: str = "row") -> dict[str, Any]:
         """The row's prompt and response; a DataError names a placeholder that the row cannot fill."""
         prompt, response = self._parts
-        return {"prompt": _fill(prompt, row, where), "response": _fill(response, row, where)}
+        made = {"prompt": _fill(prompt, row, where), "response": _fill(response, row, where)}
+        filled = [row[name] for _, name in response if name is not None]
+        if not made["response"].strip() or (filled and all(v is None or not str(v).strip() for v in filled)):
+            raise DataError(f"{where}: the response is empty, so that there is nothing to learn; leave the row out",
+                            kind="empty")
+        if not _said(prompt, row):
+            raise DataError(f"{where}: every field of the prompt is null; leave the row out", kind="empty")
+        return made
 
 
 _INTRO = "Below is an instruction that describes a task"
@@ -74,18 +87,17 @@ def _alpaca(row: Row, where: str = "row") -> dict[str, Any]:
 def _chat(row: Row, where: str = "row") -> dict[str, Any]:
     """Keeps `messages`, since only the tokenizer knows its chat template: `encode` renders them.
 
-    A row with no `messages` is one exchange of its `prompt` and `response`. Without the tokenizer, `prompt` reads as
+    A row with no turns (`chat.COLUMNS`) is one exchange of its `prompt` and `response`, after its `system` if it has
+    one. Without the tokenizer, `prompt` reads as
     the last thing said before the assistant's final turn, and `response` as that turn.
     """
-    if "messages" not in row:
+    turns = messages_of(row, where)
+    if turns is None:
         pair = NAMED["plain"](row, where)
         turns = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["response"]}]
+        if system := as_text(row.get("system"), "system", where):
+            turns.insert(0, {"role": "system", "content": system})
         return {"messages": turns, **pair}
-    turns = row["messages"]
-    if not isinstance(turns, list) or not all(isinstance(t, Mapping) and {"role", "content"} <= set(t) for t in turns):
-        raise DataError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise DataError(f"{where}: 'messages' must hold two turns or more and end with the role 'assistant'")
     return {"messages": turns, "prompt": turns[-2]["content"], "response": turns[-1]["content"]}
 
 
@@ -114,3 +126,30 @@ def template(spec: str | Mapping[str, str] | None) -> Render:
         raise RecipeError(f"data.template = {spec!r} is neither a format string with {{placeholders}} nor one of "
                           f"{', '.join(NAMED)}{nearest(spec, NAMED)}")
     return Template(spec)
+
+
+def columns_of(spec: str | Mapping[str, str] | None) -> set[str]:
+    """Fields that a template may read."""
+    made = template(spec)
+    if made is _alpaca:
+        made = _WITH_INPUT
+    if not isinstance(made, Template):
+        return {"prompt", "response", "system"}
+    return {name for part in made._parts for _, name in part if name is not None}
+
+
+def prompt_columns(spec: str | Mapping[str, str] | None) -> list[str]:
+    """Fields of a template's prompt, in order; none where the prompt is plain or the tokenizer's own matter."""
+    made = template(spec)
+    made = _WITH_INPUT if made is _alpaca else made
+    if not isinstance(made, Template):
+        return []
+    return list(dict.fromkeys(name for _, name in made._parts[0] if name is not None))
+
+
+def asked(spec: str | Mapping[str, str] | None, fields: Row) -> str:
+    """A template's prompt alone, for a question whose answer is not there yet."""
+    made = template(spec)
+    if made is _alpaca:
+        made = _WITH_INPUT if fields.get("input") else _NO_INPUT
+    return _fill(made._parts[0], fields, "what you typed") if isinstance(made, Template) else ""

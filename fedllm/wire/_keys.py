@@ -122,9 +122,20 @@ def public_of(folder: str, client: str) -> bytes | None:
         return None
 
 
+def is_usable(public: bytes) -> bool:
+    """Whether a secret can be agreed with this X25519 key; points of small order give none."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        return False
+    return True
+
+
 def is_advert(row: Sequence[object], client: str, sid: str) -> bool:
     """Whether a row is [mail key, mask key, identity, signature over all of it] of this client in this session."""
     if len(row) != 4 or not all(isinstance(x, bytes) for x in row):
         return False
     mail, mask, identity, signature = row
+    if not (is_usable(mail) and is_usable(mask)):  # type: ignore[arg-type]
+        return False
     return verify(identity, signature, said("advert", sid, client, mail, mask))  # type: ignore[arg-type]

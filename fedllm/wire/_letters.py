@@ -36,6 +36,12 @@ def greet(client: Any, sid: str, folder: str | None) -> list[bytes]:
     return [public, keys.make_seat(folder, client.id).identity.sign(keys.said("letters", sid, client.id, public))]
 
 
+def check_key(row: Sequence[bytes]) -> None:
+    """PayloadError unless a row is a usable public key and a signature, as `greet` gives it."""
+    if len(row) != 2 or not keys.is_usable(row[0]):
+        raise PayloadError("'key' is no public key that anybody could seal to, with a signature")
+
+
 def seal(client: Any, sid: str, to: Mapping[str, Sequence[bytes]], letter: Payload,
          folder: str | None) -> tuple[Tensor, list[bytes]]:
     """The letter, sealed once (uint8 [bytes]), and for each reader its key in an envelope."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import CompositionError
+from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.form import Form
 from fedllm.core.layer import Algebra, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload, pack, part
@@ -18,6 +19,7 @@ from fedllm.core.reduce import Lifted, Sum, wide
 from fedllm.core.rng import torch_stream
 
 OWN = "codec_powersgd"
+FIRST = Form.of("P?: tensors, none: count")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class CodecPowerSGD(Knobs, Layer):
         q = state["q"].get(ask.phase, {}) if self.warm_start else {}
         told = pack(**{OWN: q}) | {OWN + "-lift": lift, OWN + "-asked": state["asked"]}
         state["asked"] += 1
-        first = yield replace(ask, msgs={c: {**m, **told} for c, m in ask.msgs.items()}, reduce=Lifted())
+        first = yield replace(ask, msgs={c: {**m, **told} for c, m in ask.msgs.items()}, reduce=Lifted(),
+                              form=FIRST)
         # P^ = orthonormal basis of sum_k M_k Q
         basis = {k: torch.linalg.qr(p)[0] for k, p in part(first.value, "P").items()}
         out = yield Ask(self.second, {c: pack(P=basis, phase=ask.phase) for c in first.answered}, deadline=ask.deadline)
@@ -80,7 +83,13 @@ class CodecPowerSGD(Knobs, Layer):
         return pack(P={k: x @ warm.get(k, self._q(k, x, msg[OWN + "-asked"])).to(x.dtype) for k, x in m.items()}) | {
             "none": 0}
 
-    @on_client(reduce=Lifted())
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        """Q has the rows that M has columns; which these are the majority says, and P says the rest."""
+        for k, q in part(reply, "Q").items():
+            if f"P/{k}" not in msg or q.dim() != 2 or q.shape[1] != msg[f"P/{k}"].shape[1]:
+                raise PayloadError(f"'Q/{k[:80]}' of shape {tuple(q.shape)} goes with no P that was sent")
+
+    @on_client(reduce=Lifted(), gives="Q?: tensors, none: count, *: summand", fits=fits)
     def second(self, msg: Payload, client: Any) -> Payload:
         """Q_k = M_k^T P^, with the rest of the reply; then the residue is what P^ Q_k^T leaves."""
         kept, basis = client.memory[OWN][msg["phase"]], part(msg, "P")

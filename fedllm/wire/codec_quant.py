@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from fedllm.core.errors import PayloadError
 from fedllm.core.layer import Algebra, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
-from fedllm.core.reduce import Reducer
 from fedllm.wire.codec import DTYPES, NAMES
 
 log = logging.getLogger(__name__)
@@ -44,10 +43,7 @@ class CodecQuant(Knobs, Layer):
     def server(self, ask: Any, state: Any) -> Any:
         if isinstance(ask.owner, Layer):
             return (yield ask)
-        if ask.reducer is not None:
-            return (yield replace(ask, reduce=Decoded(ask.reducer)))
-        out = yield ask
-        return replace(out, each={c: dequantized(r) for c, r in out.each.items()})
+        return (yield ask.coded(dequantized))
 
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
         reply = call(msg)
@@ -124,21 +120,3 @@ def dequantized(reply: Payload) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise PayloadError(f"a quantized reply is malformed: {error}") from None
     return out
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Another reducer, fed with decoded replies."""
-
-    ragged: ClassVar[bool] = True
-
-    inner: Reducer
-
-    def zero(self) -> Any:
-        return self.inner.zero()
-
-    def add(self, acc: Any, reply: Payload) -> Any:
-        return self.inner.add(acc, dequantized(reply))
-
-    def done(self, acc: Any) -> Payload:
-        return self.inner.done(acc)

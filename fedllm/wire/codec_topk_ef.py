@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from fedllm.core.errors import PayloadError
 from fedllm.core.layer import Algebra, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload, alike
-from fedllm.core.reduce import Reducer
 from fedllm.wire.codec import DTYPES, NAMES
 
 OWN = "codec_topk_ef/"
+MORE, LEAST = 16, 1 << 22
+"""A whole reply has at most so many entries, and so many times those of the message that it answers."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,9 @@ class CodecTopKEF(Knobs, Layer):
         common, phase = alike(ask.msgs), ask.phase
         taken = state["taken"].setdefault(phase, [])
         told = {c: {OWN + "change": sorted(common), OWN + "taken": c in taken} for c in ask.msgs}
-        sent = replace(ask, msgs={c: {**m, **told[c]} for c, m in ask.msgs.items()})
-        if ask.reducer is not None:
-            out = yield replace(sent, reduce=Decoded(ask.reducer, common))
-        else:
-            out = yield sent
-            out = replace(out, each={c: dense(r, common) for c, r in out.each.items()})
+        msgs = {c: {**m, **told[c]} for c, m in ask.msgs.items()}
+        most = room_for(ask.msgs)
+        out = yield ask.coded(lambda reply: dense(reply, common, most), msgs=msgs)
         lost = {c for c in ask.msgs if c not in out.answered}
         state["taken"][phase] = sorted({*state["taken"][phase], *out.answered} - lost)  # asks may run side by side
         return out
@@ -126,41 +124,31 @@ def index_decode(reply: Payload, size: int) -> Tensor:
     return reply[OWN + "at"].long()
 
 
-def dense(reply: Payload, common: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The reply with its tensors whole again; raises PayloadError for anything malformed."""
+def room_for(msgs: Mapping[str, Payload]) -> int:
+    """Entries that a reply may have when it is whole: some bytes can tell of more than any memory holds."""
+    told = max((sum(v.numel() for v in m.values() if isinstance(v, Tensor)) for m in msgs.values()), default=0)
+    return LEAST + MORE * told
+
+
+def dense(reply: Payload, common: Mapping[str, Tensor], most: int) -> dict[str, Any]:
+    """The reply with its tensors whole again; raises PayloadError for anything malformed, or of more than `most`."""
     if OWN + "names" not in reply:
         return dict(reply)
     try:
         names = [(k, d, tuple(shape)) for k, d, *shape in reply[OWN + "names"]]
         size = sum(math.prod(s) for _, _, s in names)
+        if size > most or any(n < 0 for _, _, s in names for n in s):
+            raise ValueError(f"{size} entries, allowed are {most}")
         at, values = index_decode(reply, size), reply[OWN + "values"].float()
         if at.shape != values.shape or (len(at) and not 0 <= int(at.min()) <= int(at.max()) < size):
             raise ValueError(f"{len(at)} positions, {len(values)} values, {size} entries")
+        shifted = set(reply[OWN + "shifted"])
         flat, start = torch.zeros(size).scatter_(0, at, values), 0
         out = {k: v for k, v in reply.items() if not k.startswith(OWN)}
         for k, dtype, shape in names:
             x = flat[start : start + math.prod(shape)].view(shape)
-            out[k] = (x + common[k].float() if k in reply[OWN + "shifted"] else x).to(DTYPES[dtype])
+            out[k] = (x + common[k].float() if k in shifted else x).to(DTYPES[dtype])
             start += math.prod(shape)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise PayloadError(f"a sparse reply is malformed: {error}") from None
     return out
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Another reducer, fed with whole replies."""
-
-    ragged: ClassVar[bool] = True
-
-    inner: Reducer
-    common: Mapping[str, Tensor]
-
-    def zero(self) -> Any:
-        return self.inner.zero()
-
-    def add(self, acc: Any, reply: Payload) -> Any:
-        return self.inner.add(acc, dense(reply, self.common))
-
-    def done(self, acc: Any) -> Payload:
-        return self.inner.done(acc)

@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Replies, on_client
 from fedllm.core.errors import CompositionError, PayloadError, QuorumError
+from fedllm.core.form import Form, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
@@ -72,7 +73,8 @@ class RingAllReduce(Knobs, Layer):
         sid = str(state["sessions"])
         met = yield Ask(self.greet, {c: {"sid": sid} for c in ask.msgs}, quorum=ask.quorum, deadline=ask.deadline)
         told = {OWN + "sid": sid, OWN + "lift": lift}
-        held = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in met}, reduce=SameLayout())
+        held = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in met}, reduce=SameLayout(),
+                             form=Form.of("layout: code"))
         ring = list(held.answered)
         chunks = yield from self._around(ring, {c: list(met[c]["key"]) for c in ring}, sid, ask.deadline)
         total = unflat([chunks[k] for k in range(len(ring))], held.value["layout"])
@@ -87,14 +89,18 @@ class RingAllReduce(Knobs, Layer):
                         "left": (left := ring[i - 1]), "left_key": keys[left], **post.get(left, {}),
                         "right": (right := ring[(i + 1) % n]), "right_key": keys[right]}
                     for i, c in enumerate(ring)}
-            got = yield Ask(self.turn, msgs, quorum=1, deadline=deadline)
+            got = yield Ask(self.turn, msgs, quorum=1, deadline=deadline,
+                            hidden={"RingAllReduce": frozenset({"letter", "envelope"})})
             if got.missing:
                 who = "; ".join(f"{c}: {why}" for c, why in list(got.missing.items())[:5])
                 raise QuorumError(f"RingAllReduce gives the round up: the ring broke in step {step + 1} of {n} ({who})")
             post = dict(got)
         return {(i + 1) % n: (got["x"], got["y"]) for i, got in enumerate(post[c] for c in ring)}
 
-    @on_client()
+    def keyed(self, msg: Payload, reply: Payload) -> None:
+        letters.check_key(reply["key"])
+
+    @on_client(gives="key: blobs", fits=keyed)
     def greet(self, msg: Payload, client: Any) -> Payload:
         return {"key": letters.greet(client, OWN + msg["sid"], self.keys)}
 
@@ -109,7 +115,13 @@ class RingAllReduce(Knobs, Layer):
         client.memory[HELD] = {"x": x, "y": y}
         return {"layout": layout, **notes}
 
-    @on_client()
+    def step(self, msg: Payload, reply: Payload) -> None:
+        """A sealed letter in all steps but the last, and then the finished part."""
+        want = {"letter", "envelope"} if msg["step"] < msg["n"] - 1 else {"x", "y"}
+        need(reply.keys() == want, f"its reply in step {msg['step'] + 1} of {msg['n']} lacks one of {sorted(want)}")
+        need(all(v.dim() == 1 for v in reply.values() if isinstance(v, Tensor)), "its part is no vector")
+
+    @on_client(gives="letter?: whole, envelope?: bytes, x?: tensor, y?: tensor", fits=step)
     def turn(self, msg: Payload, client: Any) -> Payload:
         """Step s: take part (i - s) from the left, add the own, hand it on; after N - 1 steps it is finished."""
         n, place, step = msg["n"], msg["place"], msg["step"]
@@ -141,7 +153,7 @@ class RingAllReduce(Knobs, Layer):
 class SameLayout:
     """Keeps one layout, and refuses another."""
 
-    ragged: ClassVar[bool] = False
+    ragged = staticmethod(lambda reply: frozenset({("layout", str(reply["layout"]))}))
 
     def zero(self) -> dict[str, Any]:
         return {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from fedllm.core.ask import Replies
 from fedllm.core.errors import CompositionError, QuorumError
@@ -52,12 +55,15 @@ class ServerTree(Branching, Layer):
             raise CompositionError(f"server_tree and '{ask.phase}' do not fit together: it takes the first answers "
                                    "that come, and an edge does not know which these are; leave the tree out")
         own = ask.reducer == ask.fn.__dict__.get("reduce")
+        form = ask.lifted() if own else ask.form
         reduce = Lifted() if own else ask.reducer  # a layer's own: lifted, masked or encrypted, and still a summand
         places = self.places(list(ask.msgs))
-        outs = yield [replace(ask, msgs={c: {**ask.msgs[c], OWN + "lift": own} for c in mine}, reduce=reduce, quorum=0)
+        outs = yield [replace(ask, msgs={c: {**ask.msgs[c], OWN + "lift": own} for c in mine}, reduce=reduce, quorum=0,
+                              form=form)
                       for mine in places.values()]
-        answered = {c for out in outs for c in out.answered}
         missing = {c: why for out in outs for c, why in out.missing.items()}
+        outs = self._alike(outs, missing)
+        answered = {c for out in outs for c in out.answered}
         if len(answered) < (needed := ask.needed()):
             why = "; ".join(f"{c}: {w}" for c, w in list(missing.items())[:5])
             raise QuorumError(f"{ask.phase}: {len(answered)} of {len(ask.msgs)} clients answered under the servers of "
@@ -69,6 +75,19 @@ class ServerTree(Branching, Layer):
         return Replies({}, value, tuple(c for c in ask.msgs if c in answered), missing,
                        {c: n for out in outs for c, n in out.notes.items()},
                        {c: s for out in outs for c, s in out.seconds.items()})
+
+    @staticmethod
+    def _alike(outs: Sequence[Replies], missing: dict[str, str]) -> list[Replies]:
+        """The servers' sums, without those whose names or shapes are not those of most clients' sums."""
+        signs = [None if out.value is None else frozenset(
+            (k, str(tuple(v.shape)) if isinstance(v, Tensor) else "") for k, v in out.value.items()) for out in outs]
+        votes: Counter[Any] = Counter()
+        for sign, out in zip(signs, outs, strict=True):
+            votes[sign] += len(out.answered)
+        most = max(votes, key=lambda sign: votes[sign], default=None)
+        missing |= {c: "reply refused: its names or shapes are not as in the other replies"
+                    for sign, out in zip(signs, outs, strict=True) if sign != most for c in out.answered}
+        return [out if sign == most else Replies() for sign, out in zip(signs, outs, strict=True)]
 
     def _count(self, ask: Any, places: Any, sent: Any, answered: int, state: Any) -> None:
         """A server hands one message to all its clients where all are told the same, and each its own where not."""

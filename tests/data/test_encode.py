@@ -49,11 +49,12 @@ ROW = {"prompt": "a b c", "response": "d e"}
     (99, "<s> a b c d e </s>", "0000111"),
     (7, "<s> a b c d e </s>", "0000111"),
     (6, "<s> b c d e </s>", "000111"),
-    (4, "<s> d e </s>", "0111"),
-    (3, "<s> d e", "011"),
+    (5, "<s> b c d e", "00011"),
+    (4, "<s> c d e", "0011"),
+    (3, "<s> c d", "001"),
     (2, "<s> d", "01"),
 ])
-def test_truncation_takes_the_prompt_from_the_left_and_then_the_response_from_the_right(
+def test_truncation_takes_the_responses_end_down_to_half_the_room_and_then_the_prompts_start(
         tokenizer, max_length, text, targets):
     encoded = encode_row(ROW, tokenizer, "generation", max_length)
     check(encoded, text, targets)
@@ -84,7 +85,9 @@ def test_chat_rows_are_rendered_by_the_tokenizers_template():
              {"role": "assistant", "content": "d e"}]
     row = {"messages": turns, "prompt": "c", "response": "d e"}
     check(encode_row(row, tokenizer, "generation", 99),
-          "user : a </s> assistant : b </s> user : c </s> assistant : d e </s>", "0" * 14 + "111")
+          "user : a </s> assistant : b </s> user : c </s> assistant : d e </s>", "0" * 6 + "11" + "0" * 6 + "111")
+    (last,) = encode_rows([row], tokenizer, "generation", 99, every_turn=False)
+    check(last, "user : a </s> assistant : b </s> user : c </s> assistant : d e </s>", "0" * 14 + "111")
     with pytest.raises(CompositionError, match="'chat' and the tokenizer"):
         encode_row(row, make_tokenizer(), "generation", 99)
 

@@ -84,7 +84,7 @@ def test_labels_are_indexed_over_training_and_test_rows(topics):
     assert federation.clients["a"].info == {"partition": "by_key", "categories": {"sport": 18}}
     given = load_federation({**spec, "labels": ["war", "sport", "art"]}, 0)
     assert {row["label"] for row in given.clients["b"].train} == {2}
-    with pytest.raises(DataError, match=r"dev\.csv, row 2: 'label' is 'war'; the labels are sport, art"):
+    with pytest.raises(DataError, match=r"dev\.csv, row 2 \(line 3\): 'label' is 'war'; the labels are sport, art"):
         load_federation({**spec, "labels": ["sport", "art"]}, 0)
 
 
@@ -158,7 +158,8 @@ def shared(name):
                           "partition": {"kind": "dirichlet", "clients": 10, "alpha": 0.1}}, 10, 6920 + 872),
     ("masakhanews_train.jsonl", {"test": "shared:masakhanews_test.jsonl", "task": "classification",
                                  "partition": {"kind": "by_key", "key": "lang"}}, 8, 1977 + 3965),
-    ("code_alpaca_2k.jsonl", {"template": "alpaca", "partition": {"kind": "by_cluster", "clients": 5}}, 5, 2017),
+    ("code_alpaca_2k.jsonl", {"template": "alpaca", "empty": "leave_out",
+                              "partition": {"kind": "by_cluster", "clients": 5}}, 5, 2015),
     ("gsm8k_train.jsonl", {"test": "shared:gsm8k_test.jsonl", "template": "Question: {question}\nAnswer:",
                            "fields": {"response": "answer"}}, 10, 2300),
 ])

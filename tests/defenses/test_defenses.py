@@ -16,11 +16,11 @@ from fedllm.core.layer import Facts
 from fedllm.core.payload import pack
 from fedllm.core.program import Fold, drive, serve
 from fedllm.core.reduce import Mean
-from fedllm.core.rng import numpy_stream
+from fedllm.core.rng import numpy_stream, torch_stream
 from fedllm.defenses.anomaly import Anomaly
 from fedllm.defenses.bulyan import Bulyan
 from fedllm.defenses.centered_clip import CenteredClip, buckets, clipped_step
-from fedllm.defenses.crfl import CRFL, certified
+from fedllm.defenses.crfl import CRFL, certified, smoothed
 from fedllm.defenses.fltrust import FLTrust, fltrust
 from fedllm.defenses.foolsgold import FoolsGold, foolsgold
 from fedllm.defenses.krum import Krum
@@ -160,6 +160,21 @@ def test_foolsgold_casts_out_those_who_are_alike(caplog):
     assert "it needs clients with different data" in caplog.text
 
 
+def test_foolsgold_divides_by_clients_and_not_by_weights():
+    x = rows(10, 30)
+    x[7:] = x[7] + 0.01 * rows(3, 30, 1)
+    weights, _ = foolsgold(x, 1.0)
+    got, _ = through(FoolsGold(), x)
+    torch.testing.assert_close(got.value["delta/w"], (weights.to(x.dtype) @ x) / 10)
+
+
+def test_anomaly_compares_with_updates_that_were_accepted():
+    x = 1 + 0.1 * rows()
+    x[9] = -50.0
+    _, state = through(Anomaly(), x)
+    assert "c9" not in state["past"] and torch.equal(state["past"]["c0"], x[0])
+
+
 def test_fltrust_ignores_zeros_and_those_who_go_the_other_way():
     x, root = rows(4), torch.ones(30)
     x[0], x[1], x[2], x[3] = 0.0, -root, 3 * root, root
@@ -213,6 +228,19 @@ def test_crfl_without_noise_and_with_a_wide_bound_is_fedavg(after):
     got = after([CRFL(sigma=0.0, rho=1e6)])[0]
     for n in plain:
         torch.testing.assert_close(got[n], plain[n], atol=1e-6, rtol=1e-4)
+
+
+def test_crfls_copies_are_clipped_before_noise_is_added(monkeypatch):
+    from fedllm.defenses import crfl
+
+    seen = []
+    monkeypatch.setattr(crfl, "sweep", lambda jobs, *_: seen.append(jobs[0].theta) or [np.zeros((1, 2))])
+    model = SimpleNamespace(labels=("a", "b"))
+    theta = {"w": torch.full((4,), 3.0)}  # norm 6
+    smoothed(model, theta, [None], sigma=0.5, samples=2, seed=7, rho=2.0)
+    rng = torch_stream(7, "smoothed")
+    for noisy in seen:
+        torch.testing.assert_close(noisy["w"], torch.ones(4) + 0.5 * torch.randn(4, generator=rng))
 
 
 def test_a_poisoned_generator_changes_what_is_learned(after):

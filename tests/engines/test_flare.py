@@ -321,12 +321,10 @@ def test_a_site_keeps_its_text_and_bounds_its_replies():
 @pytest.mark.parametrize("reply, why", [
     ({"delta/w": torch.tensor([1.0, float("nan")]), "n": 1}, "holds NaN"),
     ({"losses": [1.0, [2.0, float("inf")]]}, "'losses' holds NaN or infinity"),
-    ({"delta/w": torch.zeros(3), "n": 1}, r"shape \(3,\), sent was \(2,\)"),
-    ({"delta/w": torch.zeros(2), "delta/v": torch.zeros(2), "n": 1}, "'delta/v' is not the name of a trainable"),
     ({"delta/w": torch.zeros(1 << 20)}, "bytes, allowed are"),
-], ids=["nan", "nan in a list", "shape", "name", "size"])
+], ids=["nan", "nan in a list", "size"])
 def test_the_door_refuses(reply, why):
-    door = Door(1000, frozenset({"w"}))
+    door = Door(1000)
     with pytest.raises(PayloadError, match=why):
         door.enter(pack(theta={"w": torch.zeros(2)}), codec.encode(reply))
     assert door.enter(pack(theta={"w": torch.zeros(2)}), codec.encode({"delta/w": torch.ones(2), "n": 1}))["n"] == 1

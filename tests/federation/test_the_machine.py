@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fedllm.api import resume, run
 from fedllm.cli.chat import Speaker
-from fedllm.cli.federate import plain
+from fedllm.cli.federate import printable
 from fedllm.cli.main import app
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.engines.far.reasons import Refused
@@ -218,5 +218,5 @@ def test_what_a_site_is_is_compared_with_what_it_was(tmp_path):
 
 
 def test_what_a_terminal_is_shown_holds_no_escapes_and_has_an_end():
-    assert plain("a\x1b[2Jb") == "a?[2Jb" and len(plain("x" * 10**6)) == 4000
+    assert printable("a\x1b[2Jb") == "a?[2Jb" and len(printable("x" * 10**6)) == 4000
     assert load_recipe({}).model.trust_remote_code is False

@@ -18,7 +18,7 @@ with atheris.instrument_imports(include=["fedllm.wire.codec", "fedllm.core.paylo
     from fedllm.engines.far.door import Door
     from fedllm.wire import codec
 
-DOOR, SENT = Door(1 << 20, frozenset({"w", "v"})), {"theta/w": torch.zeros(2)}
+DOOR, SENT = Door(1 << 20), {"theta/w": torch.zeros(2)}
 KNOWN = ["w", "theta/w", "theta/v", "n", "", *codec.DTYPES, "b64", 0, 1, 2, -1, 2**31, 2**63, 1e400, None, True, [], {}]
 SEEDS = [{"theta/w": torch.ones(2), "n": 3}, {"x": torch.zeros(2, 0, 3), "s": "text", "b": b"bytes", "l": [1, [2.5]]},
          {name: torch.zeros(3).to(d) for name, d in codec.DTYPES.items()}, {}]

@@ -66,7 +66,8 @@ LABELS = {"classification": KINDS, "tokens": ("O", "a", "b")}
 def federation(sizes: tuple[int, ...] = SIZES, task: str = "generation") -> Federation:
     """Clients with so many rows each, and a few public ones."""
     rnd, made = random.Random(int(task != "generation")), ROWS[task]
-    shards = {f"c{i}": Shard(made(rnd, n), made(rnd, 2)) for i, n in enumerate(sizes)}
+    held = 3 if task == "classification" else 2
+    shards = {f"c{i}": Shard(made(rnd, n), made(rnd, held)) for i, n in enumerate(sizes)}
     return Federation(shards, made(rnd, 4), task, LABELS.get(task, ()), made(rnd, 5))
 
 

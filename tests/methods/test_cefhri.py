@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evidence.rigs.edge import blind_encoder, order_federation
+from evidence.rigs.edge import frozen_encoder, order_federation
 from evidence.rigs.trials import Trial
 from fedllm.core.errors import CompositionError
 from fedllm.core.payload import add, scale, sub
@@ -19,7 +19,7 @@ from fedllm.spaces import make_space
 
 def trial(method="cefhri", kind=Vectorized, space="st_adapter", **knobs):
     fed = order_federation(3, clients=3, rows=12)
-    model = Model(blind_encoder(3).double(), None, "classification", make_space(space, size=4, **knobs),
+    model = Model(frozen_encoder(3, blind=True).double(), None, "classification", make_space(space, size=4, **knobs),
                   labels=fed.labels, seed=3, fast_kernels=False)
     spec = LocalSpec(optimizer="sgd", lr=0.1, momentum=0.9, steps=3, batch_size=4)
     return Trial(method, World(model, fed, spec, 3), {}, kind)

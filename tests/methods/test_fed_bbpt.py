@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fedllm
-from evidence.claims import known_rigs
+from evidence.rigs.blackbox import noisy_box
 from fedllm.cli.serve_model import serving
 from fedllm.core.ask import Ask, Replies
 from fedllm.core.errors import BudgetSpent, CompositionError, EndpointError, PayloadError, RecipeError
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused(begin):
 
 
 def test_the_policy_beats_random_prompts_on_a_noisy_box():
-    got = [known_rigs()["noisy_box"]("fed_bbpt", seed) for seed in range(5)]
+    got = [noisy_box("fed_bbpt", seed) for seed in range(5)]
     assert sum(g["below_random"] > 0 for g in got) >= 4
 
 

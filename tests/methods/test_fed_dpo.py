@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 
 import pytest
 import torch
@@ -12,24 +11,13 @@ import torch
 import fedllm
 from fedllm.core.errors import CompositionError, DataError
 from fedllm.core.program import drive
-from fedllm.data.federation import Federation, Shard
 from fedllm.data.load import load_federation
 from fedllm.privacy.dp_sgd import DPSGD
-from tests.methods.conftest import WORDS
 
 
 def preferring(begin, **options):
-    """FedDPO on the tiny federation, whose rows all have a rejected answer."""
-    run, rnd = begin("fed_dpo", task="preference", **options), random.Random(5)
-
-    def add(rows):
-        return [{"prompt": r["prompt"], "chosen": r["response"],
-                 "rejected": " ".join(rnd.choices(WORDS, k=rnd.randint(1, 4)))} for r in rows]
-
-    fed = run.world.federation
-    run.world.federation = Federation({c: Shard(add(s.train), add(s.test)) for c, s in fed.clients.items()}, (),
-                                      "preference")
-    return run
+    """FedDPO on the tiny federation's preferences."""
+    return begin("fed_dpo", task="preference", **options)
 
 
 def scores(run):

@@ -200,6 +200,16 @@ def test_hetlora_regularizer_and_norm():
     assert product_norm([(b, a)]) == pytest.approx(float((b @ a).norm()), rel=1e-12)
 
 
+def test_hetloras_regularizer_leaves_a_client_of_rank_1_alone(begin, gap):
+    """floor(0.99 * 1) = 0 would make the only rank a tail; of two ranks the last is one."""
+    free, held = (begin("hetlora", space_knobs=SHARED, ranks=(1, 1, 1, 1), lambda_reg=x, prune=False).go(2)
+                  for x in (0.0, 50.0))
+    assert gap(free.theta, held.theta) == 0
+    free, held = (begin("hetlora", space_knobs=SHARED, ranks=(2, 2, 2, 2), lambda_reg=x, prune=False).go(2)
+                  for x in (0.0, 50.0))
+    assert gap(free.theta, held.theta) > 1e-4
+
+
 def test_hetlora_prunes_for_good(begin):
     run = begin("hetlora", space_knobs=SHARED, lambda_reg=5.0, local={"lr": 0.2}).go(3)
     ranks = [m.get("rank", 4) for m in run.engine.memory.values()]

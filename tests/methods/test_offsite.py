@@ -175,6 +175,18 @@ def test_alignment_brings_the_emulator_closer():
     assert after < 0.8 * before
 
 
+def test_alignment_divides_by_one_rms_of_the_whole_batch():
+    model = Model(deep(), None, "generation", make_space("lora", rank=2), fast_kernels=False)
+    thin, public = emulator(model, (0, 3, 4, 5)), rows(np.random.default_rng(0), 4)
+    e = {n: t for n, t in thin.initial().items() if block_of(n) < 2}
+    teacher, student = View(model, {}, 4), View(thin, e, 2)
+    batch = collate([list(public)], model.pad, model.device)
+    h_t, h_s = teacher.look(batch)[0].detach(), student.look(batch)[0].detach()
+    want = float((h_t - h_s).pow(2).mean() / h_t.pow(2).mean())
+    _, got = align(teacher, student, e, public, [np.arange(4)], LocalSpec(lr=1e-2), 0.0)
+    assert got == pytest.approx(want, rel=1e-5)
+
+
 def test_merged_is_the_distance_of_products():
     from fedllm.methods._offsite import Merged
 

@@ -94,7 +94,7 @@ def test_staleness_is_told_and_can_be_bounded():
 
 
 def test_fedasync_moves_by_the_share_of_its_answer():
-    run = race("fedasync", np.ones(1), alpha=0.25, concurrency=1)
+    run = race("fedasync", np.ones(1), alpha=0.25, concurrency=1, rho=0.0)
     before = w(run).clone()
     alone = w(rounds(race("fedavg", np.ones(1), asked=1), 1))
     assert torch.allclose(w(rounds(run, 1)), 0.75 * before + 0.25 * alone)
@@ -210,6 +210,38 @@ def test_oorts_score_on_a_table_by_hand():
     stale = [np.sqrt(0.1 * np.log(5) / last) for last in (4, 1, 4)]
     want = [10 / 30 + 1e-4 + stale[0], 1 + 1e-4 + stale[1], (0 + 1e-4 + stale[2]) * (2 / 4) ** 2]
     assert list(got.values()) == pytest.approx(want)
+
+
+def test_oort_normalizes_before_it_clips():
+    oort = make_selector("oort", {"clip_bound": 0.5, "round_threshold": 100.0})
+    arms = {c: {"rms": u, "rows": 1.0, "seconds": 1.0, "last": 0, "times": 1} for c, u in zip("abc", (0, 2, 10.0),
+                                                                                             strict=True)}
+    got = oort.scores(arms, {"percentile": 100.0}, 1)  # log 1 = 0: no staleness
+    assert list(got.values()) == pytest.approx([1e-4, 0.2 + 1e-4, 0.2 + 1e-4])  # (min(u, 2) - 0) / (10 - 0)
+
+
+def test_oorts_window_is_for_exploring_alone():
+    oort = make_selector("oort", {"sample_window": 1.0, "cut_off_util": 0.0})
+    seen = {c for seed in range(50) for c in oort.exploit({f"c{k}": 1.0 for k in range(6)}, 2, turn({}, seed=seed))}
+    assert len(seen) == 6  # of equals all are drawn, not only the first two
+    fresh = turn({}).clients
+    assert {*oort.explore(fresh, 2, turn({}))} == {"c4", "c5"}  # the fastest two
+
+
+def test_fedasyncs_local_term_holds_a_client_back():
+    """min_x F(x) + rho/2 ||x - x_t||^2: by SGD with rate lr each step shrinks the way from x_t by lr rho."""
+    def moved(rho):
+        world, _, _ = quadratic_world(0, 3, 0.5, np.ones(3), steps=2)
+        race = Race("fedasync", world, 3, {"alpha": 1.0, "a": 0.0, "concurrency": 1, "rho": rho})
+        race.round()
+        return race.theta["w.weight"][0]
+
+    free, lr, rho = moved(0.0), 0.01, 5.0
+    # the first step is free of the term (x = x_t = 0), so x_2 = x_2(free) - lr rho x_1
+    one = quadratic_world(0, 3, 0.5, np.ones(3), steps=1)[0]
+    race = Race("fedasync", one, 3, {"alpha": 1.0, "a": 0.0, "concurrency": 1, "rho": 0.0})
+    race.round()
+    torch.testing.assert_close(moved(rho), free - lr * rho * race.theta["w.weight"][0], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["oort", "by_loss", "by_size", "uniform"])

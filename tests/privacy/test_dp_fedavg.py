@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 import dp_accounting as dp
+import numpy as np
 import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
@@ -104,6 +105,17 @@ def test_the_clip_goes_to_the_median_of_the_norms(loop, people, start):
     for _ in range(200):
         _, state = run(layer, clients, loop, states=states)
     assert state["clip"] == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_noisy_share_of_unclipped_clients_is_a_share(loop, people):
+    """However loud the count's noise, a round moves the clip by no more than exp(lr max(quantile, 1 - quantile))."""
+    clients, layer = people(5), DPFedAvg(noise_multiplier=1.0, clip_norm=1.0, clip_lr=0.2, count_noise=1e4, seed=3)
+    states, clips = [layer.init()], [1.0]
+    for _ in range(20):
+        _, state = run(layer, clients, loop, states=states)
+        clips.append(state["clip"])
+    steps = np.diff(np.log(clips))
+    assert np.allclose(np.abs(steps), 0.2 * 0.5) and {*np.sign(steps)} == {-1.0, 1.0}
 
 
 @pytest.mark.parametrize("sampling, rate", [("none", 1.0), ("poisson", 0.4)])

@@ -1,6 +1,7 @@
 """Secure aggregation: exact sums, drop-outs in every phase, what the server sees, and those who do not play along."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -88,6 +89,21 @@ def test_survivors_that_fall_apart_are_not_opened(loop, people):
             assert_sum(out, clients, layer, 12)
         except QuorumError as error:
             assert "parts" in str(error) or "needed" in str(error)
+
+
+def test_the_level_of_a_sparse_graph_is_stated_and_refused_where_it_is_none():
+    from scipy.stats import hypergeom
+
+    layer = SecAggPlus()
+    facts = Facts({f"c{i}": 1 for i in range(1000)}, 1000, 1)
+    # k = 60 of 999 others, t = 31, 200 collude: a union bound over 1000 clients
+    want = -math.log2(1000 * hypergeom.sf(30, 999, 200, 60))
+    assert layer.bits(1000) == pytest.approx(want) == pytest.approx(16, abs=0.05)
+    assert layer.bind(facts).statement({})["security_bits"] == 16.0
+    with pytest.raises(CompositionError, match=r"degree = 60 among 1000 clients promises nothing where a share"):
+        SecAggPlus(corrupt=1 / 3).bind(facts)
+    assert SecAggPlus(corrupt=1 / 3, degree=200).bits(1000) > 16
+    assert SecAggPlus().bits(8) == math.inf  # a whole graph: 1 of 8 never holds 5 shares
 
 
 def plain_ring(layer, client, count):

@@ -150,7 +150,7 @@ def test_a_preference_has_both_responses_after_one_prompt():
     ("tokens", {"tags": ["O"]}, r"rows\.jsonl, row 1 \(line 1\) has 5 tokens and 1 tags"),
     ("tokens", {"tags": None}, r"row 1 \(line 1\): 'tags' is None; it must be a list"),
     ("regression", {"target": "tall"}, r"row 1 \(line 1\): 'target' is 'tall'; it must be a finite number"),
-    ("regression", {"target": float("nan")}, r"'target' is nan; it must be a finite number"),
+    ("regression", {"target": float("nan")}, r"line 1: NaN is no JSON"),
     ("regression", {"target": True}, r"'target' is True"),
     ("preference", {"rejected": "yes", "chosen": "yes"}, r"'chosen' and 'rejected' are the same text"),
     ("preference", {"chosen": 3}, r"'chosen' is 3; it must be a string"),

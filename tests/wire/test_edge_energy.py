@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from evidence.pages.composition import examples
 from evidence.rigs.energy import dealt
@@ -191,9 +190,7 @@ def test_counters_that_can_be_read_are_used(tmp_path, monkeypatch):
 
 
 def test_thrifty_clients_are_asked_more():
-    told = torch.zeros(len(TOLD), dtype=torch.float64)
-    told[TOLD.index("compute_joules")], told[TOLD.index("radio_joules")] = 3.0, 1.0
-    told[TOLD.index("idle_watts")], told[TOLD.index("send_seconds")] = 2.0, 0.5
+    told = dict.fromkeys(TOLD, 0.0) | {"compute_joules": 3.0, "radio_joules": 1.0, "idle_watts": 2.0, "send_seconds": 0.5}
     assert joules_of(told) == 5.0
     infos, chooser = [ClientInfo(f"c{i}", 5) for i in range(20)], make_selector("by_energy", {"alpha": 1.0})
     state = {"joules": {f"c{i}": 1.0 if i < 10 else 9.0 for i in range(20)}}

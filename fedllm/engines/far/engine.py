@@ -6,6 +6,7 @@ Round and visit numbers stand in the envelope, so that a site draws what the sam
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -15,8 +16,7 @@ from typing import Any
 
 from fedllm.core.ask import ClientId
 from fedllm.core.client import SERVER
-from fedllm.core.errors import PayloadError
-from fedllm.core.layer import Layer
+from fedllm.core.errors import PayloadError, plain
 from fedllm.core.payload import Payload
 from fedllm.core.record import Record
 from fedllm.engines.client import carry_out
@@ -30,6 +30,7 @@ from fedllm.engines.in_process import InProcess
 from fedllm.engines.job import Job
 from fedllm.engines.world import World
 
+log = logging.getLogger(__name__)
 UNHEARD = "flare.unheard"
 """In the server's own memory, and so in checkpoints: by site, the rounds that counted and of which it has not heard."""
 
@@ -45,7 +46,7 @@ class Flare(InProcess):
         """`sites` carries the messages; `loopback` means nothing here, since every message becomes bytes."""
         self.sites = sites
         self._reminded = False
-        self.door = door or Door.of(world.model, coded=any(isinstance(s, Layer) for s in stack[1:]))
+        self.door = door or Door.of(world.model)
         self._heard: deque[tuple[str, dict[str, Any]]] = deque()
         super().__init__(stack, world, record, quorum=quorum)
 
@@ -129,20 +130,24 @@ class Flare(InProcess):
         ask, site = trip.job.fold.ask, trip.client
         msg = ask.msgs[site]
         seconds = ask.deadline if ask.flight is None else None  # who is in flight outlives the ask
+        told = bodies.of(msg)
         try:
-            head, body, sent = self.sites.ask(site, trip.head, bodies.of(msg), seconds, trip.over)
+            head, body, sent = self.sites.ask(site, trip.head, told, seconds, trip.over)
+            return self._read(msg, head, body), sent
         except Silence as why:
             if not (trip.over.is_set() or isinstance(why, Unsent)):
                 self.sites.drop(site, str(trip.head["attempt"]), trip.visit)  # it may still be at work
             return str(why), 1
-        return self._read(msg, head, body), sent
+        except Exception as error:  # whatever one site answers, the others' answers count
+            log.warning("the answer of site '%s' cannot be read", site, exc_info=True)
+            return f"its answer cannot be read ({type(error).__name__})", 1
 
     def _read(self, msg: Payload, head: Head, body: Body) -> Payload | str:
         """The reply, or why it does not count."""
         if "refused" in head:
-            return f"refused by the site: {sentence(head['refused'])}"
+            return plain(f"refused by the site: {sentence(head['refused'])}")
         if "oversized" in head:
-            return f"reply refused: {head['oversized']}"
+            return plain(f"reply refused: {head['oversized']}")
         try:
             return self.door.enter(msg, body)
         except PayloadError as error:

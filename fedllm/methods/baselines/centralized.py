@@ -38,7 +38,7 @@ class Centralized(Method):
         out = yield Ask(self.pooled, {SERVER: msg})
         return {**state, "theta": part(out.value, "theta")}
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="theta: tree, n: rows, loss?: number")
     def pooled(self, msg, client):
         local = client.training
         steps = [local.count(n) for n in msg["rows"]]  # what each client of the round would have taken

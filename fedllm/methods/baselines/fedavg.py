@@ -24,13 +24,13 @@ class FedAvg(Star):
         needs="any model and space",
         claim=Claim("reaches a lower loss on the IID test than clients that train alone, on the same work",
                     rig="label_skew", metric="global_loss", baseline="local_only", relative="difference",
-                    holds="<", threshold=0.0, wins=5),
+                    holds="<", threshold=0.0, grid={"local.lr": (1e-3, 3e-3, 1e-2)}),
     )
     server_lr: float = knob(1.0, "eta_s, the server's step along the mean change", gt=0)
     weighting: Literal["n", "uniform"] = knob("n", "clients weigh by their examples, or all alike",
                                               options=("n", "uniform"))
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

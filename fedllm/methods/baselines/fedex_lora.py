@@ -29,7 +29,7 @@ class FedExLoRA(Star):
         needs="the space lora, one rank for all; a base that can drift",
         claim=Claim("ends with a lower loss on the IID test than FedIT under label skew, on the same work",
                     rig="label_skew", metric="global_loss", baseline="fedit", relative="ratio",
-                    holds="<=", threshold=1.0, wins=4),
+                    holds="<=", threshold=1.0, grid={"local.lr": (1e-3, 3e-3, 1e-2)}),
         evidence="Repository of the authors read; weights p_k = n_k / n where it has 1 / K. It transposes the "
                  "residual, which is right for GPT-2's Conv1D alone; here the drift is always [out, in].",
     )
@@ -42,7 +42,7 @@ class FedExLoRA(Star):
     def down(self, state: State, client):
         return pack(theta=state["theta"]) | news(state, client.id)
 
-    @on_client(reduce=Products(means=True))
+    @on_client(reduce=Products(means=True), gives="theta: tree, n: rows, scale: count, loss?: number")
     def local(self, msg, client):
         space = client.model.space
         fitted = client.fit(part(msg, "theta"), base=held(client, msg))  # W <- W + s R
@@ -73,6 +73,6 @@ class FedExLoRA(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score(part(msg, "theta"), base=held(client, msg), on=msg["on"])

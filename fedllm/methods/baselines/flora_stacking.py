@@ -26,9 +26,12 @@ class FloraStacking(Star):
               "up: A_k and B_k of the client's own rank",
         needs="the space lora; a base that can drift; any rank for each client",
         claim=Claim("merges clients of ranks 1, 2, 4 and 8 without error, where averaging the factors is far off",
-                    rig="exactness", metric="error", holds="<=", threshold=1e-5, wins=5),
-        evidence="Repository of the authors read. It throws the learned factors away each round: its loss is not below "
-                 "FedIT's on our rig.",
+                    rig="exactness", metric="error", holds="<=", threshold=1e-5, kind="exact"),
+        also={"skew": Claim("under label skew it ends with a lower loss than FedIT on the same work, each at its best "
+                            "rate", rig="label_skew", metric="global_loss", baseline="fedit",
+                            relative="difference", holds="<", threshold=0.0, grid={"local.lr": (1e-3, 3e-3, 1e-2)})},
+        evidence="Repository of the authors read. It throws the learned factors away each round. At one untuned rate "
+                 "its loss was below FedIT's on our rig in 5 of 5 seeds (0 to 4); tuned: claim `skew`.",
     )
     trial = Trial(space={"name": "lora", "rank": 8}, ranks=(1, 2, 4, 8))
     reads_ranks = True
@@ -43,7 +46,7 @@ class FloraStacking(Star):
     def down(self, state: State, client):
         return pack(heads=split_heads(state["theta"])) | news(state, client.id, self.downlink == "dense")
 
-    @on_client(reduce=Products())
+    @on_client(reduce=Products(), gives="theta: tensors, n: rows, scale: count, loss?: number")
     def local(self, msg, client):
         base = held(client, msg)  # W <- W + B* A*
         rank = client.profile.rank or client.model.space.rank
@@ -61,7 +64,7 @@ class FloraStacking(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score(part(msg, "heads"), base=held(client, msg), on=msg["on"])
 

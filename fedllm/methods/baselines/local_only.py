@@ -30,7 +30,7 @@ class LocalOnly(Star):
     def down(self, state: State, client) -> dict:
         return {}
 
-    @on_client()
+    @on_client(gives="")
     def local(self, msg, client):
         theta = client.memory.get("theta") or client.model.initial()
         client.memory["theta"] = client.fit(theta).theta
@@ -42,6 +42,6 @@ class LocalOnly(Star):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: pack(on=on) for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score(client.memory.get("theta") or client.model.initial(), on=msg["on"])

@@ -40,7 +40,7 @@ class Scaffold(Star):
     def down(self, state: State, client):
         return pack(theta=state["theta"], c=state["c"])
 
-    @on_client(reduce=Mean("uniform"))
+    @on_client(reduce=Mean("uniform"), gives="delta: tree, delta_c: tree, loss?: number")
     def local(self, msg, client):
         plain = client.training.optimizer == "sgd" and not client.training.momentum
         if not (plain or self.allow_adaptive):

@@ -24,12 +24,17 @@ class CEFHRI(Star):
         sends="down: adapters with depth-wise kernels, and the head; up: their change, the number of examples, the "
               "training loss",
         needs="the space st_adapter; a classifier over token sequences (space.grid: frames of places)",
-        claim=Claim("where the label is the order of the steps alone and the encoder has no position embeddings, its "
-                    "accuracy is at least 20 points above that of FedAvg on plain adapters with as many parameters, "
-                    "after the same rounds and local work", rig="frame_order", metric="accuracy", baseline="fedavg",
-                    relative="difference", holds=">=", threshold=0.20, wins=4),
-        also={"bytes": Claim("a client sends up at most 5 % of what full fine-tuning of MiniLM sends, by encoded "
-                             "messages", rig="minilm_bytes", metric="up_share", holds="<=", threshold=0.05, seeds=3)},
+        claim=Claim("where the label is the order of the steps alone, and the encoder knows positions, its accuracy is "
+                    "at least 5 points above that of FedAvg on plain adapters with as many parameters, on the same "
+                    "work, each at its best rate", rig="frame_order", metric="accuracy", baseline="fedavg",
+                    relative="difference", holds=">=", threshold=0.05, grid={"local.lr": (3e-3, 1e-2, 3e-2)}),
+        also={"blind": Claim("and at least 20 points where the encoder has no position embeddings, so that plain "
+                             "adapters cannot tell orders at all", rig="frame_order", metric="accuracy",
+                             baseline="fedavg", relative="difference", holds=">=", threshold=0.20,
+                             options={"blind": True}, grid={"local.lr": (3e-3, 1e-2, 3e-2)}),
+              "bytes": Claim("a client sends up at most 5 % of what full fine-tuning of MiniLM sends, by encoded "
+                             "messages", rig="minilm_bytes", metric="up_share", holds="<=", threshold=0.05,
+                             kind="exact")},
         evidence="The authors' scripts were read; the file that defines their adapter is not among them, so kernel and "
                  "place are ST-Adapter's (Pan et al., 2022). Left out: the head's BatchNorm without an affine part, "
                  "SAM as a local optimizer, and their noise, which is no valid Gaussian mechanism (use dp_sgd).",
@@ -44,7 +49,7 @@ class CEFHRI(Star):
             raise CompositionError(f"method 'cefhri' recognizes classes, and the task is '{model.task}'; use "
                                    "data.task: classification, or method: fedavg with the space 'st_adapter'")
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

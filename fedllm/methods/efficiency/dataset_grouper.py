@@ -44,7 +44,7 @@ class DatasetGrouper(Star):
         theta = model.initial()
         return {"theta": theta, "m": zeros_like(theta), "v": zeros_like(theta), "t": 0}
 
-    @on_client(reduce=Mean("uniform"))
+    @on_client(reduce=Mean("uniform"), gives="gradient: tree, loss?: number")
     def local(self, msg, client):
         theta, tau = part(msg, "theta"), client.training.count(client.n)
         if self.algorithm == "fedavg":
@@ -73,7 +73,7 @@ class DatasetGrouper(Star):
             return (yield from super().evaluate(state, clients, on))
         return (yield Ask(self.score, {c.id: pack(theta=state["theta"], on=on, tune=self.tune_steps) for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         theta = part(msg, "theta")
         if msg.get("tune") and client.n:  # the server has no rows of its own to tune on

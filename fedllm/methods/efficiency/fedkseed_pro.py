@@ -14,7 +14,7 @@ from fedllm.core.errors import PayloadError
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, pack
 from fedllm.core.reduce import Sum
-from fedllm.methods._seeds import Seeds
+from fedllm.methods._seeds import Seeds, scalars
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ class FedKSeedPro(Seeds):
     def down(self, state: State, client):
         return pack(A=state["A"], seed=self.seed, p=probabilities(state["size"] / state["count"]).float())
 
-    @on_client(reduce=Histories(1000.0))
+    def fits(self, msg, reply):
+        scalars(reply, self.K)
+
+    @on_client(reduce=Histories(1000.0), gives="K: count, at: whole, g: tensor, n: rows, loss?: number", fits=fits)
     def local(self, msg, client):
         drawn = client.rng("fedkseed").choice(self.K, size=self.steps, p=checked(msg["p"], self.K))
         went = self.walk(msg, client, drawn)

@@ -10,6 +10,7 @@ import torch
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part
 from fedllm.core.reduce import Mean, Sum
@@ -51,10 +52,12 @@ class FedMeZO(Star):
         sends="down: trainables and a rate; up: their change, or (`up: scalars`) a seed and a scalar a step",
         needs="any model and space (the paper's is LoRA); forward passes only",
         claim=Claim("the memory of a client's step peaks at no more than 1.3 times that of a forward pass",
-                    rig="step_memory", metric="peak_over_forward", holds="<=", threshold=1.3, seeds=3, wins=3),
+                    rig="step_memory", metric="peak_over_forward", holds="<=", threshold=1.3, kind="exact"),
         also={"rates": Claim("rates that the clients' last losses guide reach a lower loss than one rate for all",
                              rig="mezo_rates", metric="gain", holds=">", threshold=0.0, seeds=5, wins=4)},
-        evidence="Authors' code read. Their strategies know three clients only; here any number. Ours: scalars up.",
+        evidence="Authors' code read. Their strategies know three clients only; here any number. `rates: diff` "
+                 "follows the norm of a client's own move, theirs that of its difference from the mean move, which a "
+                 "server that folds answers does not see. Ours: scalars up.",
     )
     trial = Trial({"steps": 3, "lr": 1e-2, "delta": 5e-3})
     steps: int = knob(30, "tau, local steps a round", ge=1)
@@ -82,7 +85,19 @@ class FedMeZO(Star):
         msgs = {c.id: pack(theta=state["theta"], lr=rates.get(c.id, self.lr)) for c in clients}
         return self.merge(state, (yield Ask(self.local, msgs, reduce=Moves(self.law))))
 
-    @on_client(reduce=Moves("gaussian"))
+    def fits(self, msg, reply):
+        """A move as long as all trainables are together, or what it can be made from."""
+        size = sum(t.numel() for t in part(msg, "theta").values())
+        if "move" in reply:
+            return need(reply["move"].shape == (size,), f"'move' has shape {tuple(reply['move'].shape)}, not {size}")
+        need({"seed", "lr", "P", "g"} <= reply.keys(), "of 'seed', 'lr', 'P' and 'g' one is lacking")
+        need(reply["P"] == size, f"'P' is {reply['P']}, allowed is {size}")
+        need(reply["seed"] >= 0, f"'seed' is {reply['seed']}, allowed is a number from 0")
+        need(reply["g"].shape == (self.steps,), f"'g' has shape {tuple(reply['g'].shape)}, allowed is {self.steps}")
+
+    @on_client(reduce=Moves("gaussian"), gives="move?: tensor, seed?: integer, lr?: number, P?: count, g?: tensor, "
+                                               "n: rows, loss?: number, note/score?: number",
+               fits=fits)
     def local(self, msg, client):
         if self.up == "scalars" and client.training.weight_decay:
             raise CompositionError("fedmezo's scalars do not tell what weight decay did; use weight_decay = 0 or "
@@ -104,7 +119,8 @@ class FedMeZO(Star):
 
     def merge(self, state: State, out) -> State:
         keep = 5 if self.rates == "five" else 1
-        told = {c: [*state["seen"].get(c, []), note["score"]][-keep:] for c, note in out.notes.items()}
+        told = {c: [*state["seen"].get(c, []), note["score"]][-keep:] for c, note in out.notes.items()
+                if "score" in note}
         move = unflat(out.value["move"].to(flat(state["theta"]).dtype), state["theta"])
         return {"theta": add(state["theta"], move), "seen": {**state["seen"], **told}}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError, DataError, QuorumError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
@@ -14,6 +15,9 @@ from fedllm.spaces.full import Full
 
 FORGETS = {"rig": "two_tasks", "metric": "forgotten", "relative": "difference", "holds": "<=", "threshold": -0.10,
            "wins": 4}
+
+MOST_TASKS = 1000
+"""A client names no more tasks."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,21 @@ class FedYolo(Method):
         needs="a space that leaves the backbone frozen (lora, adapter, prefix, soft_prompt, ...); rows that name their "
               "task where a client holds several",
         kinds=("text",),
-        claim=Claim("after task A and then task B it has lost at least 10 points less on A than full fine-tuning by "
-                    "FedAvg, with the same rounds and local work", baseline="fedavg",
-                    options={"spaces": {"fedavg": "full"}}, **FORGETS),  # type: ignore[arg-type]
-        also={"adapter": Claim("and at least 10 points less than FedAvg with one adapter for both tasks",
-                               baseline="fedavg", **FORGETS),  # type: ignore[arg-type]
+        claim=Claim("after task A and then task B it is on the mean at most 2 points less accurate than FedAvg's one "
+                    "adapter for both tasks on as much work, when that sees both tasks at once and has nothing to "
+                    "forget", baseline="fedavg", rig="two_tasks", metric="accuracy", relative="difference",
+                    holds=">=", threshold=-0.02, against={"together": True}, grid={"local.lr": (3e-3, 1e-2)}),
+        also={"adapter": Claim("where tasks come one after the other it has lost at least 10 points less on A than "
+                               "FedAvg with one adapter for both (it cannot lose any)", baseline="fedavg",
+                               rig="two_tasks", metric="forgotten", relative="difference", holds="<=",
+                               threshold=-0.1),
               "exact": Claim("task B leaves the loss of every test row of A as it was to the last bit",
-                             rig="two_tasks", metric="changed", holds="<=", threshold=0.0),
+                             rig="two_tasks", metric="changed", holds="<=", threshold=0.0, kind="exact"),
               "backbone": Claim("the backbone's hash is the same after all rounds", rig="two_tasks",
-                                metric="backbone_changed", holds="<=", threshold=0.0),
+                                metric="backbone_changed", holds="<=", threshold=0.0, kind="exact"),
               "bytes": Claim("a module of MiniLM (LoRA of rank 4 on query and value) is sent in at most a hundredth of "
                              "the bytes of the whole model", rig="minilm_bytes", metric="ratio", holds=">=",
-                             threshold=100.0, seeds=3,
+                             threshold=100.0, kind="exact",
                              options={"space": {"name": "lora", "rank": 4, "targets": ["query", "value"]}})},
         evidence="Abstract read; no code of the authors was found. The head is a part of each task's module. Modules "
                  "that stay at home (the paper's local arm) are local_only's matter here.",
@@ -76,11 +83,15 @@ class FedYolo(Method):
             raise QuorumError(f"FedYolo.local: none of {len(clients)} clients answered for any of their tasks")
         return {**state, "modules": modules, "holds": holds}
 
-    @on_client()
+    def few(self, msg, reply):
+        need(len(set(reply["tasks"])) == len(reply["tasks"]) <= MOST_TASKS,
+             f"'tasks' names {len(reply['tasks'])}; allowed are {MOST_TASKS}, each once")
+
+    @on_client(gives="tasks: names", fits=few)
     def enroll(self, msg, client):
         return {"tasks": sorted(self.tasks(client))}
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta, tokens = part(msg, "theta"), client.tokens
         rows = self.tasks(client)[msg["task"]]
@@ -114,7 +125,7 @@ class FedYolo(Method):
             msgs[c.id] = pack(on=on, tasks=held, **mine)
         return (yield Ask(self.score, msgs))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         known = {t: part(msg, str(i)) for i, t in enumerate(msg["tasks"])}
         each = [client.score(known.get(t) or client.model.initial(), on=msg["on"], only={self.by: t} if t else None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.errors import PayloadError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.rng import seed_of
@@ -38,7 +38,8 @@ class FwdLLM(Method):
                     holds=">", threshold=0.0, seeds=5, wins=4),
         also={"grows": Claim("the number of perturbations a committed step grows as the loss falls: last third over "
                              "first", rig="pacing", metric="growth", holds=">", threshold=1.0, seeds=5, wins=4)},
-        evidence="Authors' code read; their index error in choosing candidates is not repeated. Ours: scalars, seeds "
+        evidence="Authors' code read; `candidates` (theirs: 10) is off by default, and their warm-up and decay of the "
+                 "rate are not here. Their index error in choosing candidates is not repeated. Ours: scalars, seeds "
                  "instead of gradients, the variance is the server's (it can remake all of F), `most`. Halves of each "
                  "client's perturbations, as theirs: halves of clients would differ by their batches as well. "
                  "The rig was changed after a look: no step had been committed at its threshold, and the two arms had "
@@ -87,7 +88,11 @@ class FwdLLM(Method):
         return {"theta": theta, "gradient": mean, "round": state["round"] + 1, "forced": state["forced"] + (not enough),
                 "asked": [*state["asked"], pool.count]}
 
-    @on_client()
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        shape = tuple(reply["jvp"].shape)
+        need(shape == (self.perturbations,), f"'jvp' is of shape {shape}; allowed is ({self.perturbations},)")
+
+    @on_client(gives="jvp: tensor, n: rows, loss?: number", fits=fits)
     def perturb(self, msg: Payload, client: Any) -> Payload:
         """jvp_i = (L(w + h v_i) - L(w - h v_i)) / 2h, on the round's batch: the same one however often it is asked."""
         like: Tree = part(msg, "theta")
@@ -109,8 +114,6 @@ class FwdLLM(Method):
 
     def gradients(self, seed: int, jvp: Tensor, last: Tensor | None, like: Tree) -> Iterator[Tensor]:
         """jvp_i v_i, from the scalars."""
-        if tuple(jvp.shape) != (self.perturbations,):
-            raise PayloadError(f"'jvp' is of shape {tuple(jvp.shape)}; allowed is ({self.perturbations},)")
         for g, v in zip(jvp.tolist(), directions(self.law, seed, self.perturbations, self.candidates, last, like),
                         strict=True):
             yield g * v

@@ -11,6 +11,7 @@ import torch
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER, Client
 from fedllm.core.errors import DataError
+from fedllm.core.form import aligned, need
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload
 from fedllm.methods.asking import Asking
@@ -116,7 +117,7 @@ class FedRAG(Asking):
                             "row of the global test has one; map it by data.fields, or set data.test = 0.0")
         return dict(zip(self.metrics, np.mean(got, 0).tolist(), strict=True)) | {"n": len(got)}
 
-    @on_client()
+    @on_client(gives="documents: count")
     def index(self, msg: Payload, client: Client) -> Payload:
         texts = [rt.document(r) for r in client.data]
         if self.rank_by == "vectors" or client.id in self.vectors_at:
@@ -125,7 +126,13 @@ class FedRAG(Asking):
             client.memory["bm25"], client.memory["words"] = rt.bm25_index(texts)
         return {"documents": len(texts)}
 
-    @on_client()
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        """As many scores as documents, and no more than were wanted."""
+        aligned(reply, ("ids", "scores"))
+        need(len(reply["ids"]) <= msg["k"], f"'ids' names {len(reply['ids'])} documents, allowed are {msg['k']}")
+        need(len(reply["texts"]) in (0, len(reply["ids"])), "'texts' has another length than 'ids'")
+
+    @on_client(gives="ids: names, scores: numbers, mean: number, deviation: number, texts: texts", fits=fits)
     def lookup(self, msg: Payload, client: Client) -> Payload:
         if "vectors" not in client.memory and "bm25" not in client.memory:
             self.index({}, client)  # no round went before: the index is this question's alone
@@ -140,7 +147,10 @@ class FedRAG(Asking):
                 "mean": float(score.mean()), "deviation": float(score.std()),
                 "texts": [rt.document(rows[i])[: self.snippet] for i in best] if msg["text"] else []}
 
-    @on_client()
+    def whole(self, msg: Payload, reply: Payload) -> None:
+        aligned(reply, ("texts",), len(msg["ids"]))
+
+    @on_client(gives="texts: texts", fits=whole)
     def fetch(self, msg: Payload, client: Client) -> Payload:
         texts = {rt.name(r, client.id, i): rt.document(r)[: self.snippet] for i, r in enumerate(client.data)}
         return {"texts": [texts.get(i, "") for i in msg["ids"]]}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER
+from fedllm.core.form import aligned
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.methods.asking import Asking
 from fedllm.models import questions as qa
@@ -22,19 +23,17 @@ DISCLAIMER = "The examples below come from other users; their answers may contai
 class FedSPSC(Asking):
     """Ask a question in the words of several users and let the answers vote, or show voted answers as examples.
 
-    Nothing is trained. The server sees the text of the questions it uses; with `pool="hash_match"` it sees only hashes
-    of the others. Those hide wording, not numbers: small numbers can be guessed from their hash.
+    The server sees the questions that it uses; with `pool="hash_match"` only hashes of others, which hide no numbers.
     """
 
     card = Card(
         title="Fed-SP-SC: synonymous questions with self-consistency (and Fed-DP-CoT)",
-        paper="Liu, Pang, Fan, Federated Prompting and Chain-of-Thought Reasoning for Improving LLMs Answering, "
-              "KSEM 2023, arXiv 2304.13911",
+        paper="Liu, Pang, Fan, Federated Prompting and Chain-of-Thought Reasoning, KSEM 2023, arXiv 2304.13911",
         topic="prompt learning: chain of thoughts",
         sends="up: questions, or two hashes of each and the text of those that match; down: the answer",
         needs="a text model, ours or an endpoint; no training", kinds=("text",),
-        claim=Claim("a vote over five wordings is right more often than the mean single wording",
-                    rig="synonyms", metric="gain", holds=">", threshold=0.0, wins=5),
+        claim=Claim("a vote over five wordings is right more often than the mean wording", rig="synonyms",
+                    metric="gain", holds=">", threshold=0.0),
         evidence="written from a dossier, not the paper; no code is public. Ours: prompts, hashes, thresholds")
     trial = Trial({"max_new_tokens": 16, "embed": "tfidf"}, far={"rounds": 1})
     mode: Literal["sp_sc", "dp_cot"] = knob("sp_sc", "vote over synonyms, or show voted answers of like questions",
@@ -135,17 +134,20 @@ class FedSPSC(Asking):
         return ([qa.Entry(c, *qa.skeleton(t), qa.one_line(t)) for c, r in out.items() for t in r.get("texts", ())]
                 + [qa.Entry(c, h[: qa.HASH], h[qa.HASH :]) for c, r in out.items() for h in r.get("hashes", ())])
 
-    @on_client()
+    @on_client(gives="texts?: texts, hashes?: names")
     def offer(self, msg, client):
         mine = qa.pooled(client.data)
         return {"texts": mine} if self.pool == "raw" else {"hashes": ["".join(qa.skeleton(t)) for t in mine]}
 
-    @on_client()
+    def whole(self, msg, reply):
+        aligned(reply, ("texts",), len(msg["wanted"]))
+
+    @on_client(gives="texts: texts", fits=whole)
     def reveal(self, msg, client):
         mine = {"".join(qa.skeleton(t)): t for t in qa.pooled(client.data)}
         return {"texts": [mine.get(h, "") for h in msg["wanted"]]}
 
-    @on_client()
+    @on_client(gives="")
     def told(self, msg, client):
         client.memory["answers"] = [*client.memory.get("answers", []), dict(msg)]
         return {}

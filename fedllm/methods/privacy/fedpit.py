@@ -16,6 +16,8 @@ from fedllm.models.overlap import closest
 Row = Mapping[str, Any]
 ABORT = 10  # batches of tries, as many times the rows that are wanted
 
+SAID = {"knobs": {"template": "[q] {prompt} [a] {response} [e] ", "temperature": 0.7, "max_new_tokens": 14}}
+
 
 @dataclass(frozen=True)
 class FedPIT(Star):
@@ -35,13 +37,15 @@ class FedPIT(Star):
         needs="a generation task; a model that goes on with demonstrations; clients that remember theta_pri",
         claim=Claim("planted canaries come out of the uploaded adapters less often than out of FedIT's",
                     rig="canaries", metric="extracted", baseline="fedit", relative="difference",
-                    holds="<", threshold=0.0, seeds=5, wins=4,
-                    options={"knobs": {"template": "[q] {prompt} [a] {response} [e] ", "temperature": 0.7,
-                                       "max_new_tokens": 14}}),
+                    holds="<", threshold=0.0, options=SAID),
+        also={"price": Claim("and what a client uses at home has a loss on its own rows that is not above FedIT's",
+                             rig="canaries", metric="local", baseline="fedit", relative="difference", holds="<=",
+                             threshold=0.0, options=SAID)},
         evidence="Written from a dossier on both versions; no code is public. Ours: the audit, one continuation that "
                  "gives instruction and response, and a start of theta_pri halfway between the shared model and the "
-                 "private one. FewFedPIT's score of synthetic rows is left out. On our rig clients pay for it at "
-                 "home: a loss of 2.4 with theta_pri against 1.5 with FedIT's model (three seeds).",
+                 "private one. FewFedPIT's score of synthetic rows is left out. With beta = 1 nothing that "
+                 "was trained on own rows is sent, so canaries cannot come out of it. On our rig clients pay at home: "
+                 "a loss of 2.4 with theta_pri against 1.5 with FedIT's model (three seeds).",
     )
     trial = Trial({"synthetic_ratio": 0.0, "beta": 0.5},  # a model of random weights writes no row that can be read
                   far={"method.synthetic_ratio": 1.0, "method.beta": 1.0})
@@ -70,7 +74,7 @@ class FedPIT(Star):
             raise CompositionError("method 'FedPIT' and data.task = classification do not fit together: it invents "
                                    "instructions with responses; use data.task = generation")
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, synthetic: count")
     def local(self, msg, client):
         w, own = part(msg, "theta"), list(client.data)
         synthetic = self.invent(client, w, own)
@@ -89,7 +93,7 @@ class FedPIT(Star):
     def merge(self, state: State, out) -> State:
         return {**state, "theta": add(state["theta"], part(out.value, "delta"))}
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         """At home it is theta_pri that answers."""
         return client.score(client.memory.get("private") or part(msg, "theta"), on=msg["on"])

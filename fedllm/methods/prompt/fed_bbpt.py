@@ -16,7 +16,7 @@ from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.rng import numpy_stream
 from fedllm.local.estimate import Bayes, Estimator, Policy, Spsa, arrays, tensors
-from fedllm.methods._blackbox import Meter, empty_ledger, fp32, prompt, usual_ids
+from fedllm.methods._blackbox import TOLD, Meter, empty_ledger, fp32, prompt, usual_ids
 from fedllm.methods._spoken import Spoken
 
 
@@ -37,10 +37,7 @@ class FedBBPT(Spoken):
         also={"spsa": Claim("the same for a continuous prompt by SPSA", rig="black_prompt", metric="over_none",
                             holds=">", threshold=0.0, wins=4, options={"estimator": "spsa"}),
               "bayes": Claim("the same by Bayesian optimization", rig="black_prompt", metric="over_none", holds=">",
-                             threshold=0.0, wins=4, options={"estimator": "bayes"}),
-              "random": Claim("on a noisy box of six places with 20 tokens each the policy's prompt has a lower loss "
-                              "than the best of random ones after as many queries (1200)", rig="noisy_box",
-                              metric="below_random", holds=">", threshold=0.0, wins=4)},
+                             threshold=0.0, wins=4, options={"estimator": "bayes"})},
         evidence="written from a dossier; no code is public. Ours: candidates are random tokens (telling ones tell on "
                  "rows); SPSA moves a vector in a random subspace, not an image decoder; bayes has no second model",
     )
@@ -111,7 +108,11 @@ class FedBBPT(Spoken):
         return pack(shared={n: t.float() for n, t in state["shared"].items()}, n=state["n"], scale=state["scale"],
                     round=state["round"])
 
-    @on_client()
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        """What the estimator can merge with what it told."""
+        self.how(msg["n"]).merge(arrays(part(msg, "shared")), [arrays(part(reply, "found"))], [1.0])
+
+    @on_client(gives="found: tensors, n: rows, " + TOLD, fits=fits)
     def local(self, msg: Payload, client: Client) -> Payload:
         meter, rng = Meter(client), client.rng("fed_bbpt")
         rows = client.data if self.endpoint else client.tokens

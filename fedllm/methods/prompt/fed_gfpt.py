@@ -14,11 +14,12 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, Replies, on_client
 from fedllm.core.client import Client, ClientInfo
 from fedllm.core.errors import CompositionError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, part
 from fedllm.local.evolve import Search, rank_weights
-from fedllm.methods._blackbox import BlackBox, Meter, empty_ledger, prompt, usual_ids
-from fedllm.methods._token_prompt import NAME, SHORTLIST, held, moved, nearest, short, sparse, stamp, whole
+from fedllm.methods._blackbox import TOLD, BlackBox, Meter, empty_ledger, prompt, usual_ids
+from fedllm.methods._token_prompt import NAME, SHORTLIST, held, moved, nearest, readable, short, sparse, stamp
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ class FedGFPT(BlackBox):
         kept = {c: v for c, v in state["at"].items() if c not in out.missing}
         return kept | dict.fromkeys(out.answered, state["version"])
 
-    @on_client()
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        need(reply["ids"].dim() == 1, f"'ids' has shape {tuple(reply['ids'].shape)}, allowed is one list")
+
+    @on_client(gives="ids: whole, loss?: number, " + TOLD, fits=fits)
     def local(self, msg: Payload, client: Client) -> Payload:
         p, meter, rng = held(msg, client).clone(), Meter(client), client.rng("fed_gfpt")
         table, usual = client.model.words.float(), torch.from_numpy(usual_ids(client.model)).long()
@@ -112,14 +116,15 @@ class FedGFPT(BlackBox):
 
     def merge(self, state: State, out: Replies) -> State:
         table, before = state["table"], state["prompt"]
-        sent = torch.stack([whole(out[c]["ids"], len(before), len(table)) for c in out.answered])  # [clients, n]
+        read = readable({c: out[c]["ids"] for c in out.answered}, len(before), len(table))
+        sent = torch.stack(list(read.values()))  # [clients, n]
         rest = table[sent].mean(0) - before  # R[t] = mean_k E[ids_kt] - p'[t]
         told = [sparse(r, table, self.phi, self.lasso_alpha) for r in rest]
         ids, w = torch.stack([i for i, _ in told]), torch.stack([w for _, w in told])  # [n, phi]
         return {**state, "prompt": moved(before, ids, w, table), "change": {"ids": short(ids, len(table)), "w": w},
                 "at": self.known(state, out), "version": state["version"] + 1}
 
-    @on_client()
+    @on_client(gives=TOLD)
     def personal(self, msg: Payload, client: Client) -> Payload:
         """CMA-ES over p' + A z on the client's own rows; what it finds stays in its memory."""
         first, meter, rng = {NAME: held(msg, client)}, Meter(client), client.rng("fed_gfpt")
@@ -139,7 +144,7 @@ class FedGFPT(BlackBox):
     def served(self, state: State) -> tuple[dict[str, Tensor], None]:
         return {NAME: state["prompt"]}, None
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         theta, kept = part(msg, "theta"), client.memory.get("search")
         return client.score(self.own(kept["mean"], theta, client) if kept else theta, on=msg["on"])

@@ -10,12 +10,13 @@ import torch
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload, Tree
 from fedllm.core.rng import numpy_stream
 from fedllm.local.evolve import Search, rank_weights
 from fedllm.local.perturb import flat
-from fedllm.methods._blackbox import BlackBox, Meter, empty_ledger, fp32, noisy, prompt
+from fedllm.methods._blackbox import TOLD, BlackBox, Meter, empty_ledger, fp32, noisy, prompt
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,13 @@ class FedBPT(BlackBox):
     def calls(self, rows: int) -> int:
         return rows * (self.local_iter * self.popsize + 1) * (2 if self.perturb else 1)
 
-    @on_client()
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        """z, how well it did, and how far the search went: its square root is taken."""
+        found, want = reply["found"], self.intrinsic_dim + 2
+        need(found.shape == (want,), f"'found' has shape {tuple(found.shape)}, allowed is {want} numbers")
+        need(float(found[-1]) > 0, f"'found' says that the search went {float(found[-1]):g} far, allowed is > 0")
+
+    @on_client(gives="found: tensor, " + TOLD, fits=fits)
     def local(self, msg: Payload, client: Any) -> Payload:
         q = self.intrinsic_dim
         C = np.zeros((q, q))
@@ -124,7 +131,7 @@ class FedBPT(BlackBox):
         msg = {"mean": fp32(state["search"]["mean"].numpy()), "scale": state["scale"], "on": on}
         return (yield Ask(self.score, {c.id: msg for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Any) -> Payload:
         first = client.model.initial()
         return client.score(client.once(prompt, msg["mean"].double(), first, msg["scale"], self.seed), on=msg["on"])

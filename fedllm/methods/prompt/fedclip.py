@@ -29,7 +29,7 @@ class FedCLIP(Star):
                     "frozen model has by itself", rig="pictures", metric="over_zero_shot", holds="<", threshold=0.0,
                     wins=5),
         also={"payload": Claim("a client uploads less than a tenth of what full fine-tuning by FedAvg does",
-                               rig="pictures", metric="upload_of_full", holds="<", threshold=0.1)},
+                               rig="pictures", metric="upload_of_full", holds="<", threshold=0.1, kind="exact")},
         evidence="From the released code, by the dossier. The loss is cross-entropy over the class prompts, where the "
                  "code contrasts the rows of a batch (whose repeated captions it then calls negatives). W2 starts at "
                  "0, so that the first round begins at the frozen model itself.",
@@ -41,7 +41,7 @@ class FedCLIP(Star):
             raise CompositionError(f"method 'fedclip' trains the attention on image features, and space "
                                    f"'{type(model.space).__name__}' something else; space = 'feature_attention' works")
 
-    @on_client(reduce=Mean(by="uniform"))
+    @on_client(reduce=Mean(by="uniform"), gives="theta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         fitted = client.fit(part(msg, "theta"))  # min CE(exp(s) cos(I', T_c), y)
         return pack(theta=fitted.theta, n=client.n, loss=fitted.loss)

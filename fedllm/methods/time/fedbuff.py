@@ -12,6 +12,8 @@ from fedllm.core.payload import add, pack, part, sub
 from fedllm.methods._late import REAL, Late, begin, booked, crowded, refuse_rounds, staleness, starters
 
 FLEET: Mapping[str, Any] = {"concurrency": 10}
+STEPS = {"knobs.server_lr": (0.3, 1.0, 3.0, 6.0, 10.0)}
+TIMED = "what is measured is the time to a target, and each works until it is there"
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,18 @@ class FedBuff(Method):
         topic="time", sends="down: the trainables and their version; up: the change, that version, n, the loss",
         needs="any model and space; layers that need no whole round (no secure aggregation, no central DP)",
         claim=Claim("with log-normal speeds (sigma 1) and 10 clients at work, K = 3 reaches the target in at most 0.4 "
-                    "of synchronous FedAvg's virtual time", rig="asynchrony", metric="seconds", baseline="fedavg",
-                    relative="ratio", holds="<=", threshold=0.4, seeds=5,
-                    options={"knobs": {"buffer_size": 3, **FLEET}}),
-        also={"discount": Claim("with the paper's discount (a = 0.5) it takes less virtual time than without", seeds=5,
-                                rig="discount", metric="ratio", holds="<", threshold=1.0,
-                                options={"knobs": {"buffer_size": 3, **FLEET}})},
-        evidence="FLSim's code read. The discount is a knob, not a law: the default is the paper's, and claim "
-                 f"`fedbuff:discount` says what it does here. {REAL}",
+                    "of synchronous FedAvg's virtual time, each at its best server rate", rig="asynchrony",
+                    metric="seconds", baseline="fedavg", relative="ratio", holds="<=", threshold=0.4,
+                    options={"knobs": {"buffer_size": 3, **FLEET}}, grid=STEPS, unequal=TIMED),
+        also={"discount": Claim("with the paper's discount (a = 0.5) it takes less virtual time than without, each at "
+                                "its best server rate", rig="asynchrony", metric="seconds", baseline="fedbuff",
+                                relative="ratio", holds="<", threshold=1.0, grid=STEPS, unequal=TIMED,
+                                options={"knobs": {"buffer_size": 3, **FLEET}},
+                                against={"knobs": {"buffer_size": 3, "a": 0.0, **FLEET}})},
+        evidence="FLSim's code read; it sums a buffer where this is a mean (K is then in its server rate), and divides "
+                 "an answer's weight by the weight of the mean staleness, which is left out here. The discount is a "
+                 "knob, not a law: the default is the paper's, and claim `fedbuff:discount` says what it does here. "
+                 f"{REAL}",
     )
     trial = Trial({"buffer_size": 3, "concurrency": 4},
                   far={"rounds": 3, "method.buffer_size": 2, "method.concurrency": 1})
@@ -65,7 +71,7 @@ class FedBuff(Method):
         theta = add(state["theta"], part(out.value, "delta"), self.server_lr)
         return {**state, "theta": theta, "version": v + 1, **booked(state, out)}
 
-    @on_client()
+    @on_client(gives="delta: tree, version: count, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.form import aligned
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import add, pack, part, scale, sub, zeros_like
 from fedllm.local.terms import Linear
@@ -81,7 +82,8 @@ class Gossip(Method):
         met = yield Ask(self.greet, {c: {"sid": sid} for c in ids})
         links = {c: [d for d in near[c] if d in met] for c in met}
         keys = {c: [list(met[d]["key"]) for d in links[c]] for c in met}
-        wrote = yield Ask(self.local, {c: {"sid": sid, "to": links[c], "keys": keys[c]} for c in met})
+        wrote = yield Ask(self.local, {c: {"sid": sid, "to": links[c], "keys": keys[c]} for c in met},
+                          hidden={"Gossip": frozenset({"letter", "envelopes"})})
         w, msgs = metropolis(near), {}
         for c in wrote:
             heard = [d for d in links[c] if d in wrote]  # W_ij of a silent neighbor goes back to W_ii, at both ends
@@ -99,11 +101,17 @@ class Gossip(Method):
             return joined(ids, ((a, b) for a, b in self.edges if a in ids and b in ids))
         return graph_of(self.graph, ids, self.degree, self.graph_seed, t if self.redraw else 0)
 
-    @on_client(sealed=True)
+    def keyed(self, msg, reply):
+        letters.check_key(reply["key"])
+
+    @on_client(gives="key: blobs", fits=keyed, sealed=True)
     def greet(self, msg, client):
         return {"key": letters.greet(client, msg["sid"], self.keys)}
 
-    @on_client(sealed=True)
+    def fits(self, msg, reply):
+        aligned(reply, ("envelopes",), len(msg["to"]))
+
+    @on_client(gives="letter: whole, envelopes: blobs, loss?: number", fits=fits, sealed=True)
     def local(self, msg, client):
         theta = client.memory.get("theta") or client.model.initial()
         if not self.tracking:
@@ -122,7 +130,7 @@ class Gossip(Method):
         letter, envelopes = letters.seal(client, msg["sid"], to, half, self.keys)
         return {"letter": letter, "envelopes": envelopes, "loss": fitted.loss}
 
-    @on_client()
+    @on_client(gives="broken: names")
     def mix(self, msg, client):
         """theta_i = sum_j W_ij half_j, and c_i <- c_i - z_i + sum_j W_ij z_j; a letter that does not open counts as
         silence, and is named."""
@@ -146,6 +154,6 @@ class Gossip(Method):
     def evaluate(self, state, clients, on):
         return (yield Ask(self.score, {c.id: pack(on=on) for c in clients}))
 
-    @on_client(test=True)
+    @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score(client.memory.get("theta") or client.model.initial(), on=msg["on"])

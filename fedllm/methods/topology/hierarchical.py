@@ -27,11 +27,11 @@ class Hierarchical(Branching, Method):
         needs="any model and space",
         claim=Claim("with kappa_2 = 1 balanced, deep, unbalanced and partly empty trees all end in the model of flat "
                     "FedAvg (largest relative difference of 3 rounds)", rig="trees", metric="off_flat", holds="<=",
-                    threshold=1e-6),
+                    threshold=1e-6, kind="exact"),
         also={
             "bytes": Claim("between root and two edges of four clients each goes a quarter of the star's bytes, either "
                            "way (relative difference, framing included)", rig="trees", metric="off_fan_out",
-                           holds="<=", threshold=0.01),
+                           holds="<=", threshold=0.01, kind="exact"),
             "iid": Claim("with kappa_2 = 5 and IID edges it is within 5% of the loss of FedAvg after as many client "
                          "rounds", rig="edges", metric="loss", baseline="fedavg", relative="ratio", holds="<=",
                          threshold=1.05, wins=4, options={"knobs": {"fan_out": (2,), "kappa_2": 5}}),
@@ -80,7 +80,7 @@ class Hierarchical(Branching, Method):
                 "down": state["wide_area"]["down"] + len(links) * codec.size(pack(theta=state["theta"]))}
         return {**state, "theta": add(state["theta"], part(mean.done(total), "delta")), "wide_area": wide}
 
-    @on_client(reduce=Mean())
+    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
         theta = part(msg, "theta")
         fitted = client.fit(theta)

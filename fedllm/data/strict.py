@@ -1,0 +1,133 @@
+"""Reads JSON and delimited text as what they say, or not at all: nothing is dropped, joined or made up on the way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedllm.core.errors import DataError
+
+LONGEST = 2**31 - 1
+"""Characters of one field; Python's own limit of 131,072 is shorter than many a document."""
+
+
+def loads(text: str, where: str) -> Any:
+    """The value of a JSON text; a DataError names the place of what is broken, or means nothing certain.
+
+    Refused beside broken JSON: a key given twice (which one counts?), NaN and infinity (no JSON), numbers too long and
+    brackets too deep to be held, half a character (a lone UTF-16 surrogate, of which no text can be made).
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, where), parse_float=_finite,
+                           parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON ({error.msg} at column {error.colno})", kind="broken") from error
+    except RecursionError:
+        raise DataError(f"{where}: broken JSON (its brackets are nested too deep to be read)", kind="broken") from None
+    except DataError:
+        raise
+    except ValueError as error:
+        why = "a number has too many digits" if "digits" in str(error) else str(error)
+        raise DataError(f"{where}: {why}", kind="broken") from None
+    if "\\u" in text and (path := half_character(value)) is not None:
+        raise DataError(f"{where}: {path or 'the value'} holds half a character (a lone UTF-16 surrogate), of which no "
+                        "text can be made", kind="broken")
+    return value
+
+
+def _object(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{where}: the key {twice!r} is given twice", kind="broken")
+    return made
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large to be held")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON; write null, or leave the row out")
+
+
+def half_character(value: Any, path: str = "") -> str | None:
+    """Where a text with a lone surrogate lies in a JSON value ("" is the value itself); None where there is none."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return path
+        return None
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        name = f"{path}.{key}" if path else f"{key!r}"
+        if isinstance(key, str) and half_character(key) is not None:
+            return "a key"
+        if (found := half_character(inner, name)) is not None:
+            return found
+    return None
+
+
+def delimited(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The header and rows of a CSV or TSV file, each with the line on which it begins; blank lines are passed over.
+
+    Values stay text. A DataError names the row (the header is row 1) and line of a row with another number of fields
+    than the header, and of a quote that is not closed, or closed so late that it has swallowed rows.
+    """
+    csv.field_size_limit(LONGEST)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines: list[str] = []
+        reader = csv.reader(_kept(file, lines, path), delimiter=delimiter, strict=True)
+        begins, number, width = 1, 0, 0
+        while True:
+            lines.clear()
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{path}, line {begins}: {_why(error, begins, reader.line_num)}", row=number,
+                                kind="broken") from None
+            if row is None:
+                return
+            if row:
+                number += 1
+                width = width or len(row)
+                if len(row) != width or _swallowed(lines, delimiter, width):
+                    said = (f"Row #{number}: Expected {width} columns, got {len(row)}" if len(row) != width else
+                            f"Row #{number}: a quote that opens here closes on line {reader.line_num} and swallows "
+                            "what look like rows of their own; close it, or write \"\" for a quote mark")
+                    raise DataError(f"{path}, line {begins}: {said} (the header is row 1)", row=number - 1,
+                                    kind="broken")
+                yield begins, row
+            begins = reader.line_num + 1
+
+
+def _kept(file: Iterator[str], lines: list[str], path: Path) -> Iterator[str]:
+    for line in file:
+        if "\0" in line:
+            raise DataError(f"{path} holds NUL bytes: it is UTF-16, or damaged; save it as UTF-8", kind="unreadable")
+        lines.append(line)
+        yield line
+
+
+def _why(error: csv.Error, begins: int, ends: int) -> str:
+    if "unexpected end of data" in str(error):
+        return f"a quote that opens in the row beginning here is never closed (the file ends on line {ends})"
+    if "expected after" in str(error):
+        return (f"a quote is not closed where it opened: on line {ends} text follows its end; close it, or write \"\" "
+                "for a quote mark")
+    return str(error)
+
+
+def _swallowed(lines: Sequence[str], delimiter: str, width: int) -> bool:
+    """Whether a row over several lines looks like several rows: each line by itself has the header's fields."""
+    return len(lines) > 3 and width > 1 and all(
+        line.count(delimiter) == width - 1 for line in lines if line.strip())

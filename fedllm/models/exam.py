@@ -1,0 +1,272 @@
+"""The questions to a model, and what the plain network of transformers answers: one row at a time, without padding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedllm.core.errors import FedLLMError, ModelError
+from fedllm.core.payload import Tree
+from fedllm.core.rng import torch_stream
+from fedllm.data.encode import Encoded
+from fedllm.models.batch import Batch, collate
+from fedllm.models.decode import Continuation
+from fedllm.models.kernels import fast
+from fedllm.models.model import HeadedEncoder, Model
+from fedllm.models.reread import reread_at_once
+from fedllm.models.ways import WORDS, Ways
+from fedllm.spaces.params import Params
+from fedllm.spaces.space import PEFT, Stack, stack_lanes
+from fedllm.tasks.registry import task_of
+from fedllm.tasks.row import IGNORE
+
+LENGTHS = ((9, 5, 2), (6, 3))
+"""Tokens of each client's rows."""
+NEAR = {torch.float64: (1e-6, 1e-5), torch.float32: (2e-4, 5e-3)}
+"""By how much a loss and a gradient may differ, relatively; half-precision types are in ROUGH."""
+ROUGH = (0.05, 0.5)
+LANE_BYTES = 1 << 29
+"""Trainables larger than this are never stacked, neither here nor afterwards."""
+
+
+def what(model: Model) -> str:
+    """The model and its space, as sentences begin."""
+    return f"model {model.name or type(model.net).__name__!r} with space '{_name(model.space)}'"
+
+
+def _name(space: Any) -> str:
+    return type(space).__module__.rsplit(".", 1)[-1]
+
+
+@dataclass
+class Exam:
+    """The questions to one model, and what the plain network answers: one row at a time, without padding."""
+
+    plain: Model
+    trees: list[Tree]
+    lanes: list[list[Encoded]]
+    losses: Tensor
+    grads: list[dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, model: Model) -> Exam:
+        """Ask the plain network; a ModelError where transformers itself cannot run it."""
+        plain = copy.copy(model)
+        plain.stack, plain.said = Stack(causal=model.stack.causal), []
+        try:
+            plain.go(Ways(*[False] * len(WORDS)))
+            rng = torch_stream(model.seed, "exam")
+            trees = [_moved(plain.space.start(plain.net, rng), rng) for _ in LENGTHS]
+            lanes = _rows(plain, rng)
+            answers = [_answer(plain, [tree], [[row]]) for tree, rows in zip(trees, lanes, strict=True) for row in rows]
+        except FedLLMError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{what(model)}: transformers cannot run it in {model.net.dtype}: {_where(plain, error)}"
+                             f"{type(error).__name__}: {_line(error)}") from error
+        grads, at = [], iter(answers)
+        for rows in lanes:
+            each = [next(at)[1][0] for _ in rows]
+            grads.append({n: sum((g[n] for g in each[1:]), each[0][n]) for n in each[0]})
+        told = torch.cat([losses for losses, _ in answers])
+        if not all(bool(t.isfinite().all()) for t in (told, *(t for g in grads for t in g.values()))):
+            raise ModelError(f"{what(model)}: in plain transformers too, losses or gradients of texts of 2 to 9 tokens "
+                             f"are no numbers in {model.net.dtype}")
+        return cls(plain, trees, lanes, told, grads)
+
+    def plainly(self) -> None:
+        """ModelError for a network that is not what its task takes it for, however it is run."""
+        plain, net = self.plain, self.plain.net
+        if plain.head is None:
+            return
+        row = self.lanes[0][0]
+        long, short = (collate([[r]], plain.pad, plain.device) for r in (row, replace(row, ids=row.ids[:5],
+                                                                                        labels=row.labels[:5])))
+        with torch.no_grad(), plain.using([{}]):
+            h, part = plain.hidden(long), plain.hidden(short)
+            if not _near(part, h[:, :5], self._near(0)):
+                raise ModelError(f"{what(plain)}: in {type(net).__name__} words see those that come after them, so it "
+                                 "cannot learn to continue texts; an encoder works with data.task = 'classification'")
+            whole = net(input_ids=long.ids, labels=long.labels, use_cache=False)
+            if not _near(plain.logits_of(h), whole.logits, self._near(0)):
+                raise ModelError(f"{what(plain)}: the logits of {type(net).__name__} are not made of its last hidden "
+                                 "states alone")
+            total, count, _ = task_of("generation").row_losses(plain, long)
+            if whole.loss is not None and not _near(total / count, whole.loss[None].to(total), self._near(0)):
+                raise ModelError(f"{what(plain)}: {type(net).__name__} learns by another loss than the next word's "
+                                 f"({float(whole.loss):.4g}, not {float(total / count):.4g}); where its config has "
+                                 "output_router_logits, set that to false")
+
+    def differs(self, model: Model) -> list[str]:
+        """Where `model` answers otherwise: trainables, the worst first, or what went wrong; empty where nowhere."""
+        try:
+            if model.stackable and sum(t.numel() * t.element_size() for t in self.trees[0].values()) > LANE_BYTES:
+                model.stackable, model.ways = False, replace(model.ways, together=False)
+            asked = [([0, 1], self.trees)] if model.stackable else []
+            for lanes, trees in [*asked, *(([k], [self.trees[k]]) for k in range(2))]:
+                losses, grads = _answer(model, trees, [self.lanes[k] for k in lanes])
+                ends = np.cumsum([0, *map(len, self.lanes)])
+                want = torch.cat([self.losses[ends[k] : ends[k + 1]] for k in lanes])
+                if wrong := self._worst(grads, [self.grads[k] for k in lanes]):
+                    return wrong
+                if not _near(losses, want, self._near(0)):
+                    return ["its loss"]
+        except Exception as error:
+            return [f"{_where(model, error)}{type(error).__name__}: {_line(error)}"]
+        return []
+
+    def _near(self, which: int) -> float:
+        return NEAR.get(self.plain.net.dtype, ROUGH)[which]
+
+    def _worst(self, got: Sequence[Mapping[str, Tensor]], want: Sequence[Mapping[str, Tensor]]) -> list[str]:
+        wrong: dict[str, float] = {}
+        dead = [n for ours, plain in zip(got, want, strict=True) for n, g in plain.items() if g.any()
+                and not ours[n].any()]  # a weight that its module does not ask for its own forward
+        if dead:
+            return [_module(n) for n in dict.fromkeys(dead)]
+        for ours, plain in zip(got, want, strict=True):
+            top = max(float(g.norm()) for g in plain.values())
+            for n, g in plain.items():
+                off = float((ours[n] - g).norm()) / max(float(g.norm()), 1e-2 * top, 1e-30)
+                if not off <= self._near(1):
+                    wrong[n] = max(off, wrong.get(n, 0.0)) if off == off else float("inf")
+        return [_module(n) for n in sorted(wrong, key=lambda n: -wrong[n])]
+
+    def refusal(self, model: Model, wrong: Sequence[str]) -> ModelError:
+        """In one sentence."""
+        if "Error: " in wrong[0]:
+            return ModelError(f"{what(model)} goes wrong in {wrong[0]}; use another space")
+        leaves = sorted({w.rsplit(".", 1)[-1] for w in wrong if w in dict(model.net.named_modules())})
+        hint = "" if not leaves or isinstance(model.space, Params) else (
+            f"; leave {', '.join(leaves)} out of space.targets, or use another space")
+        return ModelError(f"{what(model)}: {wrong[0]} does not do what it does in transformers{hint}")
+
+    def saves(self, model: Model) -> None:
+        """ModelError where plain PEFT would read a saved adapter as something else."""
+        if model.space.to_peft(model.net, model.task, self.trees[0]) is None:
+            return
+        try:
+            reread_at_once(model, self.trees[0])
+        except ModelError as error:
+            raise ModelError(f"{what(model)}: {error}") from error
+
+    def speaks_otherwise(self, model: Model, words: int = 3) -> str:
+        """Why the logits that follow the rows' texts are not the plain network's, or nothing."""
+        plain, said = self.plain, ""
+        lanes = list(zip(self.trees, self.lanes, strict=True)) if model.stackable else [(self.trees[0], self.lanes[0])]
+        rows = [[r.ids for r in part] + [part[0].ids] * (len(LENGTHS[0]) - len(part)) for _, part in lanes]
+        if not model.ways.padded:
+            rows = [[ids[: len(self.lanes[1][0].ids)] for ids in part[:1]] for part in rows]
+        try:
+            with torch.no_grad(), model.using([tree for tree, _ in lanes]):
+                batch = collate([[Encoded(i, i, 0) for i in part] for part in rows], model.pad, model.device, left=True)
+                text = Continuation(model, batch)
+                for _ in range(words):
+                    got = text.logits()
+                    want = torch.cat([_after(plain, tree, list(text.ids[i][text.text[i]] for i in range(
+                        k * len(rows[0]), (k + 1) * len(rows[0])))) for k, (tree, _) in enumerate(lanes)])
+                    if not _near(got, want, 10 * self._near(0)):
+                        said = "logits differ from transformers'"
+                    text.add(want.argmax(-1))
+        except Exception as error:
+            return f"{_where(model, error)}{type(error).__name__}: {_line(error)}"
+        return said
+
+
+def _after(plain: Model, tree: Tree, texts: Sequence[Tensor]) -> Tensor:
+    """The plain network's logits [N, V] after each text, read from its start."""
+    out = []
+    with plain.using([tree]):
+        for ids in texts:
+            row = Encoded(ids.cpu().numpy(), ids.cpu().numpy(), 0)
+            h = plain.hidden(collate([[row]], plain.pad, plain.device))
+            out.append(plain.logits_of(h[:, -1:])[:, 0])
+    return torch.cat(out).to(torch.promote_types(out[0].dtype, torch.float32))
+
+
+def _answer(model: Model, trees: Sequence[Tree], lanes: Sequence[Sequence[Encoded]]
+            ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Losses of all rows, and each lane's gradient of their sum."""
+    stacked = {n: t.to(model.device).requires_grad_() for n, t in stack_lanes(trees).items()}
+    batch = collate(lanes, model.pad, model.device)
+    with model.using(trees, None, stacked):
+        total = _told(model, batch)
+        real = [k * batch.rows + j for k, rows in enumerate(lanes) for j in range(len(rows))]
+        losses = total[real]
+        losses.sum().backward()
+    grads = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in stacked.items()}
+    return losses.detach(), [{n: g[k] for n, g in grads.items()} for k in range(len(trees))]
+
+
+def _told(model: Model, batch: Batch) -> Tensor:
+    """A number for each row [N] that all of the network makes: its loss, whatever rows the model's own task has."""
+    if model.rules.net == "causal":
+        with fast(batch.ids.device, batch.ids.shape[1], model.fast_kernels):
+            return task_of("generation").row_losses(model, batch)[0]
+    z = model.class_logits(batch)
+    z = z if z.dim() == 2 else (z * batch.mask[..., None]).sum(1)
+    return (z * torch.linspace(-1, 2, z.shape[-1]).to(z)).sum(-1) + z.pow(2).sum(-1)
+
+
+def _moved(tree: Tree, rng: torch.Generator) -> Tree:
+    """Trainables away from their start, where a gradient may be zero."""
+    out = {}
+    for n, t in tree.items():
+        size = max(0.02, 0.1 * float(t.std())) if t.numel() > 1 else 0.02
+        out[n] = (t + size * torch.randn(t.shape, generator=rng).to(t)).cpu()
+    return out
+
+
+def _rows(model: Model, rng: torch.Generator) -> list[list[Encoded]]:
+    """Random rows of both clients; one of them has the padding token in the middle of its text."""
+    words, out = model.net.get_input_embeddings().weight.shape[0], []
+    for lengths in LENGTHS:
+        rows = []
+        for i, length in enumerate(lengths):
+            ids = torch.randint(min(5, words - 1), words, (length,), generator=rng).numpy().astype(np.int32)
+            if isinstance(model.net, HeadedEncoder):
+                rows.append(Encoded(ids, i % len(model.net.classifier.weight), 1))
+                continue
+            if length > 6:
+                ids[length // 2] = model.pad
+            rows.append(Encoded(ids, np.r_[IGNORE, ids[1:]].astype(np.int64), length - 1))
+        out.append(rows)
+    return out
+
+
+def _near(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    if got.shape != want.shape or not bool(torch.isfinite(got).all()):
+        return False
+    size = float(want.abs().max().clamp(min=1e-30))
+    return float((got - want).abs().max()) <= tolerance * max(size, 1e-3)
+
+
+def _module(name: str) -> str:
+    """The module that a trainable belongs to."""
+    path = name.removeprefix(PEFT)
+    for end in (".lora_A.weight", ".lora_B.weight", ".sparse_delta", ".ia3_l"):
+        if path.endswith(end):
+            return path.removesuffix(end).removesuffix(".weight")
+    return path.rpartition(".")[0] or path
+
+
+def _where(model: Model, error: BaseException) -> str:
+    """The innermost module of the network that was at work when this went wrong."""
+    paths = {id(m): n for n, m in model.net.named_modules() if n}
+    trace, found = error.__traceback__, ""
+    while trace:
+        own = trace.tb_frame.f_locals.get("self")
+        if isinstance(own, nn.Module) and id(own) in paths:
+            found = f"{paths[id(own)]}: "
+        trace = trace.tb_next
+    return found
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -1,0 +1,79 @@
+"""A saved adapter read back by plain PEFT must be what was trained; so must one that PEFT made and we read."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from fedllm.core.errors import ModelError
+from fedllm.core.rng import torch_stream
+from fedllm.data.encode import Encoded
+from fedllm.models.batch import collate
+from fedllm.models.model import HeadedEncoder, Model
+from fedllm.models.peft_io import BODY, save_adapter
+from fedllm.models.plain import unpatched
+
+NEAR = {torch.float64: 1e-5, torch.float32: 2e-3}
+ROUGH = 0.1
+
+
+def reread(folder: Path, model: Model, theta: Mapping[str, Tensor]) -> None:
+    """ModelError naming the modules where plain PEFT makes another function of the adapter in `folder` than `theta`."""
+    theirs = _theirs(folder, model)
+    rng = torch_stream(model.seed, "reread")
+    words = model.net.get_input_embeddings().weight.shape[0]
+    for length in (7, 4):
+        ids = torch.randint(words, (length,), generator=rng)
+        batch = collate([[Encoded(ids.numpy(), ids.numpy(), 0)]], model.pad, model.device)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with model.using([theta]):
+                ours = model.hidden(batch)
+                ours = ours if model.head is None else model.logits_of(ours)
+            got = theirs(input_ids=batch.ids, attention_mask=batch.mask.long())
+        want = got["last_hidden_state" if model.head is None else "logits"][:, -length:]
+        near = NEAR.get(model.net.dtype, ROUGH) * float(ours.abs().max())
+        if not torch.allclose(want.to(ours.dtype), ours, rtol=0, atol=near):
+            raise ModelError(f"what {folder} holds is not one function here and in PEFT: {_apart(theirs, model)}")
+
+
+def reread_at_once(model: Model, theta: Mapping[str, Tensor]) -> None:
+    """Save these trainables and read them back, so that no run finds at its end that it cannot be saved."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "adapter"
+        try:
+            save_adapter(folder, model, theta, model.name)
+            reread(folder, model, theta)
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(folder), "a saved adapter")) from None
+
+
+def _theirs(folder: Path, model: Model) -> Any:
+    bare = unpatched(model.net)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(bare.body if isinstance(bare, HeadedEncoder) else bare, str(folder)).eval()
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"PEFT does not take what {folder} holds: {first}; choose other space.targets or another "
+                         "space") from error
+
+
+def _apart(theirs: Any, model: Model) -> str:
+    """Which modules PEFT adapts and we do not, or we and not PEFT."""
+    layers = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if isinstance(m, BaseTunerLayer)}
+    config = model.space.peft_config(model.net, model.task)
+    mine = set(vars(config).get("target_modules") or ())
+    odd = sorted(layers ^ {n.removeprefix(BODY) for n in mine})
+    if not odd:
+        return f"its {type(config).__name__} is read otherwise"
+    leaves = sorted({n.rpartition(".")[2] for n in ({n.removeprefix(BODY) for n in mine} - layers) or odd})
+    return f"PEFT adapts other modules ({', '.join(odd[:4])}); leave {', '.join(leaves)} out of space.targets"

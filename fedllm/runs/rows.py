@@ -1,0 +1,48 @@
+"""Reads every row as the run's models will, before any work: what cannot be read is refused, what is cut is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from fedllm.core.client import SERVER
+from fedllm.engines.world import World
+from fedllm.models.model import Model
+from fedllm.runs.build import Parts, overrides
+
+MOST = 50_000
+"""Rows that are looked at; those of further clients are read when they are asked for."""
+
+
+def look(parts: Parts) -> list[str]:
+    """What is cut, a sentence each; a DataError names the file and row of what the model cannot read."""
+    if parts.world.federation.streamed or overrides(parts.method, "answer"):
+        return []
+    return list(_cut(parts.world))
+
+
+def _cut(world: World) -> Iterator[str]:
+    cut: dict[str, Counter[str]] = {"training": Counter(), "test": Counter()}
+    looked = 0
+    for client in (SERVER, *world.federation.clients):
+        model = world.model_of(client)
+        if not isinstance(model, Model) or model.tokenizer is None or model.rules.net == "dual":
+            continue
+        for part, name in (("train", "training"), ("test", "test")):
+            if (client == SERVER and part == "train") or looked > MOST:
+                continue
+            rows = world.encoded(client, part, model)
+            looked += len(rows)
+            cut[name].update(row.cut for row in rows if row.cut)
+            cut[name]["rows"] += len(rows)
+    room = world.model.positions - world.model.space.virtual
+    long = f"local.max_length = {world.local.max_length}"
+    if room < world.local.max_length:
+        long = f"the model's {room} positions ({long} is more)"
+    for name, found in cut.items():
+        said = [f"{found[what]} lose {lost}" for what, lost in (
+            ("answer", "the end of the answer (so that none learns to end there)" if name == "training" else
+             "the end of the wanted answer, for the loss alone"),
+            ("prompt", "the start of the prompt"), ("text", "the end of the text")) if found[what]]
+        if said:
+            yield f"{' and '.join(said)}, of {found['rows']:,} {name} rows: they are longer than {long}"

@@ -1,0 +1,164 @@
+"""Conversations: the shapes they come in, how a tokenizer's chat template writes them, and what of them is learned.
+
+Text of people is never read as control tokens of the template, whatever it holds: `<|im_end|>` in a question is eight
+characters or so, and does not end a turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from fedllm.core.errors import CompositionError, DataError
+from fedllm.tasks.row import Row, as_text, bad_row
+
+log = logging.getLogger(__name__)
+COLUMNS = ("messages", "conversations", "conversation")
+"""Columns that a conversation is found in: as OpenAI writes it (role, content) or ShareGPT (from, value)."""
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+         "bot": "assistant", "model": "assistant"}
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+"""Stand around control tokens that somebody wrote (characters for private use), until they are tokens."""
+
+Turns = list[dict[str, str]]
+
+
+def messages_of(row: Row, where: str) -> Turns | None:
+    """The row's turns as `role` and `content`, None where no column holds any; a DataError names what is wrong."""
+    column = next((name for name in COLUMNS if row.get(name) is not None), None)
+    if column is None:
+        return None
+    turns = row[column]
+    if not isinstance(turns, list) or not all(isinstance(t, Mapping) and _keys(t) for t in turns):
+        raise DataError(f"{where}: {column!r} must be a list of objects with 'role' and 'content' (or 'from' and "
+                        "'value')", kind="chat")
+    made = [_turn(t, f"{where}: {column!r}, turn {i}") for i, t in enumerate(turns, start=1)]
+    if len(made) < 2 or made[-1]["role"] != "assistant":
+        raise DataError(f"{where}: {column!r} must hold two turns or more and end with the role 'assistant'",
+                        kind="chat")
+    if not made[-1]["content"].strip():
+        raise DataError(f"{where}: the last turn of {column!r} is empty, so that there is nothing to learn",
+                        kind="empty")
+    return made
+
+
+def _keys(turn: Mapping[str, Any]) -> tuple[str, str] | None:
+    return next((pair for pair in (("role", "content"), ("from", "value")) if turn.keys() >= set(pair)), None)
+
+
+def _turn(turn: Mapping[str, Any], where: str) -> dict[str, str]:
+    names = _keys(turn)
+    assert names
+    role, content = turn[names[0]], turn[names[1]]
+    if not isinstance(role, str):
+        raise DataError(f"{where}: the {names[0]} is {role!r}; it must be user, assistant or system", kind="chat")
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise DataError(f"{where} calls a tool; only text is learned. Write the call into its content, or leave the "
+                        "row out", kind="chat")
+    if content is None:
+        raise DataError(f"{where}: the {names[1]} is null; a turn must hold text", kind="chat")
+    return {"role": ROLES.get(role.lower(), role.lower()), "content": _content(content, where)}
+
+
+def _content(content: Any, where: str) -> str:
+    """Text, or the joined texts of parts (`[{type: text, text: ...}]`)."""
+    if not isinstance(content, list):
+        return as_text(content, "content", where)
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type", "without a text") if isinstance(part, Mapping) else type(part).__name__
+            raise DataError(f"{where}: a part of the content is {kind!r}; only parts of type 'text' can be learned",
+                            kind="chat")
+        texts.append(as_text(part["text"], "text", where))
+    return "".join(texts)
+
+
+def render(tokenizer: Any, turns: Sequence[Mapping[str, str]], row: Row | None = None, i: int = 1, *,
+           ask: bool = False) -> str:
+    """The turns as the tokenizer's chat template writes them (`ask`: up to where the assistant speaks), with marks
+    around control tokens that are in the turns themselves. A DataError tells what the template refuses, and where."""
+    if not tokenizer.chat_template:
+        raise CompositionError(f"data.template 'chat' and the tokenizer {tokenizer.name_or_path!r}, which has no chat "
+                               "template, do not fit together; 'question_answer' or a format string works")
+    said = [{**t, "content": _marked(t["content"], tokenizer, t["role"] == "assistant")} for t in turns]
+    try:
+        return str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=ask))
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        roles = ", ".join(dict.fromkeys(t["role"] for t in turns))
+        raise bad_row(row or {}, i, f": the model's chat template refuses these turns (of {roles}): {error}. Leave the "
+                      "turn out, or merge it into the next one", "chat") from None
+
+
+def spans(tokenizer: Any, row: Row, i: int, every: bool) -> list[tuple[str, bool]]:
+    """The row's text in pieces, and whether each is learned: every assistant turn, or the last."""
+    turns = list(row["messages"])
+    whole, at = render(tokenizer, turns, row, i), 0
+    out: list[tuple[str, bool]] = []
+    ends = [k for k, t in enumerate(turns) if t["role"] == "assistant" and k] if every else [len(turns) - 1]
+    for k in ends:
+        before = render(tokenizer, turns[:k], row, i, ask=True)
+        after = whole if k == len(turns) - 1 else render(tokenizer, turns[: k + 1], row, i)
+        if not (whole.startswith(before) and whole.startswith(after) and len(before) >= at):
+            if k < len(turns) - 1:
+                _said_once(str(tokenizer.name_or_path))
+                continue  # the template rewrites earlier turns (it drops their reasoning): the last one is learned
+            # What is asked is then not how the answered conversation begins: the turn is plain.
+            plain = _marked(turns[-1]["content"], tokenizer, True) + (tokenizer.eos_token or "")
+            return [(before, False), (plain, True)]
+        out += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
+        at = len(after)
+    return out
+
+
+@functools.cache
+def _said_once(name: str) -> None:
+    log.warning("the chat template of %s rewrites earlier turns once a later one stands: only the last assistant turn "
+                "of such rows is learned", name)
+
+
+def pieces(tokenizer: Any, texts: Sequence[str], how: Any) -> list[list[int]]:
+    """Marked texts as tokens, in one call where nothing is marked; what stands between marks is text and no control."""
+    out: list[list[int]] = how(texts, add_special_tokens=False)["input_ids"]
+    for i, text in enumerate(texts):
+        if OPEN in text:
+            ids: list[int] = []
+            for k, part in enumerate(text.replace(CLOSE, OPEN).split(OPEN)):
+                if part:
+                    split = {"split_special_tokens": True} if k % 2 else {}
+                    ids += how([part], add_special_tokens=False, **split)["input_ids"][0]
+            out[i] = ids
+    return out
+
+
+def _marked(text: str, tokenizer: Any, answer: bool) -> str:
+    """The text with marks around control tokens; marks that it holds itself are dropped."""
+    controls = _controls(tokenizer)[answer]
+    if not any(c in text for c in (*controls, OPEN, CLOSE)):
+        return text
+    text = text.replace(OPEN, "").replace(CLOSE, "")
+    out, at = [], 0
+    while at < len(text):
+        hit = next((c for c in controls if text.startswith(c, at)), None)
+        out.append(f"{OPEN}{hit}{CLOSE}" if hit else text[at])
+        at += len(hit or "x")
+    return "".join(out)
+
+
+def _controls(tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Control tokens in what people say, and in answers (where a template's plain marks, as <think>, are meant)."""
+    key = id(tokenizer), len(tokenizer), str(tokenizer.chat_template)
+    if _KNOWN.get("key") != key:
+        added = tokenizer.added_tokens_decoder.values()
+        special = {str(t) for t in tokenizer.all_special_tokens} | {t.content for t in added if t.special}
+        meant = {t.content for t in added if t.content.strip() and t.content in str(tokenizer.chat_template)}
+        _KNOWN.update(key=key, found=tuple(sorted(s, key=len, reverse=True) for s in (special | meant, special)))
+    return _KNOWN["found"]  # type: ignore[no-any-return]
+
+
+_KNOWN: dict[str, Any] = {}
+"""Of the tokenizer that was asked last."""

@@ -1,0 +1,145 @@
+"""One malicious site among two honest ones: whatever it answers, the round goes on and the state stays finite.
+
+`FEDLLM_FUZZ` is the number of replies a method (`make fuzz` sets 1000). Methods: the server's half runs anew for each
+made-up reply, over honest replies that were computed once. Layers: the whole protocol runs anew.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+from fedllm.core.client import SERVER
+from fedllm.core.errors import QuorumError
+from fedllm.core.layer import Facts
+from fedllm.core.program import Fold, drive
+from fedllm.engines.in_process import InProcess
+from fedllm.local.spec import LocalSpec
+from fedllm.methods import registry
+from fedllm.runs.layers import LAYERS, make_layer
+from tests.bad import finite, made
+from tests.methods.conftest import begin, tried
+
+TRIES = int(os.environ.get("FEDLLM_FUZZ", "40"))
+METHODS = {name: tried(name) for name in registry.METHODS if not registry.method_class(name).trial.apart}
+BAD, HONEST = "c1", ("c0", "c2")
+
+
+class Heard(InProcess):
+    """Keeps what clients answer, by phase and client, in their order."""
+
+    heard: dict
+
+    def cross(self, way, job, msg):
+        if way == "up":
+            self.heard.setdefault((job.fold.ask.phase, job.client), []).append(msg)
+        return super().cross(way, job, msg)
+
+
+class Again:
+    """Answers from what was heard; the server's own work is done. One client's answers are made up."""
+
+    def __init__(self, real, rnd):
+        self.real, self.rnd, self.at, self.folds, self.sent = real, rnd, {}, [], []
+
+    def send(self, asks):
+        return [self._one(ask) for ask in asks]
+
+    def _one(self, ask):
+        if ask.at_home or list(ask.msgs) == [SERVER]:
+            return self.real.send([ask])[0]
+        fold = Fold(ask, rows={c: i.n for c, i in self.real.infos.items()})
+        self.folds.append(fold)
+        for client in ask.msgs:
+            key = (ask.phase, client)
+            known = self.real.heard.get(key) or self.real.heard[ask.phase, HONEST[0]]
+            i = self.at[key] = self.at.get(key, -1) + 1
+            reply = known[min(i, len(known) - 1)]
+            if client == BAD:
+                reply = made(self.rnd, reply)
+                self.sent.append((ask.phase, reply))
+            fold.take(client, reply)
+        if not set(HONEST) & set(ask.msgs) <= set(fold.answered):
+            raise AssertionError(f"an honest reply was refused: {fold.missing}")
+        return fold.done()
+
+
+class Spoiled(InProcess):
+    """All clients work, and one's answers are made up on their way."""
+
+    rnd = random.Random(0)
+
+    def cross(self, way, job, msg):
+        if way == "up" and job.client == BAD:
+            self.sent += 1
+            reply = made(self.rnd, msg)
+            return reply if isinstance(reply, dict) else {}  # what the codec reads is a mapping
+        return super().cross(way, job, msg)
+
+
+def live(name):
+    """Whether its questions depend on who came when, or on secrets that live for a round: all clients then work."""
+    return registry.method_class(name).by_arrival or name == "gossip"
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if live(n)])
+def test_no_reply_ends_or_spoils_a_run_in_which_all_work(name):
+    run = begin(name, kind=Spoiled, sizes=(5, 7, 6), **METHODS[name])
+    run.engine.sent, Spoiled.rnd = 0, random.Random(name)
+    while run.engine.sent < TRIES / 2:
+        run.go(1)
+        assert finite(run.state)
+    assert finite(run.engine.memory[HONEST[0]]) if HONEST[0] in run.engine.memory else True
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if not live(n)])
+def test_no_reply_ends_or_spoils_a_round(name):
+    options = {**METHODS[name], "ranks": METHODS[name]["ranks"][:3]}
+    run = begin(name, kind=Heard, sizes=(5, 7, 6), **options)
+    run.engine.heard = {}
+    before = run.state
+    run.go(1)
+    infos, seen, named = run.world.infos(), 0, 0
+    rnd = random.Random(name)
+    run.engine.begin(0)
+    while seen < TRIES:
+        engine = Again(run.engine, rnd)
+        try:
+            state = drive(run.method.round(before, infos), engine)
+        except Exception as error:
+            raise AssertionError(f"{engine.sent[-3:]!r:.600}") from error
+        if not engine.sent:
+            return
+        assert finite(state), engine.sent
+        seen += len(engine.sent)
+        whys = [fold.missing[BAD] for fold in engine.folds if BAD in fold.missing]
+        assert all(isinstance(why, str) and len(why) <= 400 for why in whys)
+        named += len(whys)
+    assert named, "not one made-up reply was refused"
+
+
+LAYERED = {name: {} for name in LAYERS} | {
+    "dp_fedavg": {"noise_multiplier": 0.1}, "dp_ftrl": {"noise_multiplier": 0.1, "restart_every": 1},
+    "dp_sgd": {"noise_multiplier": 1.0}, "codec_quant": {"skip_below": 0}, "codec_powersgd": {"rank": 1},
+    "he_ckks": {"poly_modulus_degree": 8192}, "secagg_plus": {"degree": 4}}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_no_reply_ends_or_spoils_a_round_under_a_layer(name):
+    """So many clients that rules that stand one malicious one, and thresholds of masks, are met without it."""
+    layer = make_layer(name, LAYERED[name], "layers.0")
+    sizes = (5, 7, 6, 5, 8, 6, 5, 6) if layer.algebra.kind == "robust" else (5, 7, 6, 5, 8)
+    rows = {f"c{i}": n for i, n in enumerate(sizes)}
+    spec = LocalSpec(optimizer="sgd", lr=0.1, steps=1, batch_size=4, max_length=32)
+    layer = layer.bind(Facts(rows, len(rows), 1000, spec))
+    run = begin("fedavg", kind=Spoiled, sizes=sizes, layers=(layer,), dtype=torch.float32)
+    run.engine.sent, Spoiled.rnd = 0, random.Random(name)
+    while run.engine.sent < max(8, TRIES / 4):
+        try:
+            run.go(1)
+        except QuorumError as error:  # a ring stands as long as nobody breaks it, and says who did
+            assert name == "ring_all_reduce" and f"({BAD}: " in str(error)
+        assert finite(run.state)
