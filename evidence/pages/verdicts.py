@@ -27,7 +27,8 @@ those that stand on the bar one in twenty is decided by chance. *exact* claims a
 hold for every seed or fail.
 
 Figures of the old rules (3 to 8 seeds of 0 and on, some of which were looked at while building, baselines untuned, no
-test) stand in the last column, and are no verdicts.
+test, some of another claim by the same name: `results/claims_old_rules.json`) stand in the last column, and are no
+verdicts. A rate with a star is at the end of its grid.
 """
 
 
@@ -54,7 +55,7 @@ def write_table(known: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]],
 
 
 def _line(name: str, entry: Any, row: Mapping[str, Any] | None, old: Mapping[str, Any] | None, exact: bool) -> str:
-    was = f"{old['figure']:.3g}, {old['wins']} of {old['seeds']}" if old else ""
+    was = f"{old['metric']} {old['figure']:.3g}, {old['wins']} of {old['seeds']}" if old else ""
     cells = [_link(name, entry), entry.claim.says]
     if row is None:
         return "| " + " | ".join(map(_cell, [*cells, *[""] * (2 if exact else 5), "not measured", was])) + " |"

@@ -158,7 +158,7 @@ def test_a_row_whose_claim_has_changed_is_no_verdict(tmp_path, made_up, monkeypa
 def test_old_figures_are_no_verdicts(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "claims_old_rules.json").write_text(json.dumps(
-        [{"method": "fedprox", "figure": 0.5, "wins": 5, "seeds": 5}]))
+        [{"method": "fedprox", "metric": "distance", "figure": 0.5, "wins": 5, "seeds": 5}]))
     write_table({"fedprox": claimed()["fedprox"]}, {}, tmp_path)
-    [line] = [x for x in (tmp_path / "methods.md").read_text().splitlines() if x.endswith("| 0.5, 5 of 5 |")]
+    [line] = [x for x in (tmp_path / "methods.md").read_text().splitlines() if x.endswith("| distance 0.5, 5 of 5 |")]
     assert "not measured" in line and "holds" not in line

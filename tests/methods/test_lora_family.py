@@ -204,10 +204,10 @@ def test_hetloras_regularizer_leaves_a_client_of_rank_1_alone(begin, gap):
     """floor(0.99 * 1) = 0 would make the only rank a tail; of two ranks the last is one."""
     free, held = (begin("hetlora", space_knobs=SHARED, ranks=(1, 1, 1, 1), lambda_reg=x, prune=False).go(2)
                   for x in (0.0, 50.0))
-    assert gap(free.theta, held.theta) == 0
+    assert gap(free.state["theta"], held.state["theta"]) == 0
     free, held = (begin("hetlora", space_knobs=SHARED, ranks=(2, 2, 2, 2), lambda_reg=x, prune=False).go(2)
                   for x in (0.0, 50.0))
-    assert gap(free.theta, held.theta) > 1e-4
+    assert gap(free.state["theta"], held.state["theta"]) > 1e-4
 
 
 def test_hetlora_prunes_for_good(begin):
