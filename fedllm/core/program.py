@@ -221,7 +221,7 @@ class Fold:
         """Whose reply does not count because most clients' replies have other names or shapes."""
         mine = self.answered
         most = next((sign for sign, pile in self.piles.items() if pile.clients is mine), None)
-        out = {}
+        out: dict[ClientId, str] = {}
         for sign, pile in self.piles.items():
             if sign != most:
                 key, shape = min(sign ^ most, key=lambda one: (one not in sign, one))
@@ -240,6 +240,7 @@ class Fold:
                               f"{self.needed} needed ({why})")
         acc = next((p.acc for p in self.piles.values() if p.clients is answered), None)
         value = self.reducer.done(acc) if self.reducer and answered else None
-        notes, seconds = ({c: v for c, v in of.items() if c in answered} for of in (self.notes, self.seconds))
+        notes = {c: v for c, v in self.notes.items() if c in answered}
+        seconds = {c: v for c, v in self.seconds.items() if c in answered}
         return Replies(self.each, value, tuple(answered), self.missing, notes, seconds, tuple(self.taken))
 
