@@ -38,18 +38,19 @@ def test_without_a_layer_updates_are_each_clients_own(recipe, tmp_path):
 
 def test_text_that_leaves_is_said(recipe, tmp_path):
     """fed_sp_sc's clients send questions."""
-    text, _ = said(recipe, tmp_path, rounds=1, method={"name": "fed_sp_sc", "pool": "raw"},
+    text, _ = said(recipe, tmp_path, rounds=1, method={"name": "fed_sp_sc", "pool": "raw", "max_new_tokens": 8},
                    evaluate={"max_new_tokens": 2, "samples": 0, "exact_match": False, "clients": False})
     assert "**Text left clients in the clear**, in `FedSPSC.offer`" in text
     assert "No text of rows left a client" not in text
 
 
 def test_baselines_beside_a_claim_are_marked(recipe, tmp_path):
-    dp = {"layers": [{"name": "dp_fedavg", "noise_multiplier": 1.0}], "rounds": 1, "clients": FIVE}
+    dp = {"layers": [{"name": "dp_fedavg", "noise_multiplier": 1.0}], "rounds": 1, "clients": FIVE,
+          "evaluate": {**recipe["evaluate"], "clients": False}}
     text, _ = said(recipe, tmp_path, **dp)
     assert "differential privacy**" in text and "Not covered:** the figures" not in text
-    text, _ = said({**recipe, "name": "beside"}, tmp_path, **dp,
-                   evaluate={**recipe["evaluate"], "baselines": ["centralized"]})
+    dp["evaluate"] |= {"baselines": ["centralized"]}
+    text, _ = said({**recipe, "name": "beside"}, tmp_path, **dp)
     assert "**Not covered:** the figures of the baselines centralized" in text
 
 
@@ -58,7 +59,8 @@ def test_a_claim_over_no_answers_is_no_claim(recipe, tmp_path):
     from fedllm.report.statement import summary
     from fedllm.runs.folder import RunFolder
 
-    _, run = said(recipe, tmp_path, rounds=1, clients=FIVE, layers=[{"name": "dp_fedavg", "noise_multiplier": 1.0}])
+    _, run = said(recipe, tmp_path, rounds=1, clients=FIVE, layers=[{"name": "dp_fedavg", "noise_multiplier": 1.0}],
+                  evaluate={**recipe["evaluate"], "clients": False})
     facts, result = read_facts(RunFolder.open(run.folder)), Result.load(run.folder)
     assert "differential privacy" in summary(result, facts)[0]
     facts.messages = {key: n for key, n in facts.messages.items() if key[2] != "up"}

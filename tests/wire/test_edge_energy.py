@@ -11,6 +11,7 @@ from evidence.pages.composition import examples
 from evidence.rigs.energy import dealt
 from evidence.rigs.trials import Trial, _chain, _tiny_llama
 from fedllm import run
+from fedllm.core.ask import Replies
 from fedllm.core.client import ClientInfo, Fleet, Profile
 from fedllm.core.energy import DEVICES, LINKS, device_of, link_of
 from fedllm.core.errors import CompositionError, RecipeError
@@ -29,7 +30,7 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.selectors.registry import make_selector
-from fedllm.wire.edge_energy import TOLD, EdgeEnergy, joules_of
+from fedllm.wire.edge_energy import TOLD, EdgeEnergy, heard, joules_of
 
 
 def trial(*above, kind=Vectorized, fleet=None, profiles=None, method="fedavg", cut=True, **knobs):
@@ -190,8 +191,13 @@ def test_counters_that_can_be_read_are_used(tmp_path, monkeypatch):
 
 
 def test_thrifty_clients_are_asked_more():
-    told = dict.fromkeys(TOLD, 0.0) | {"compute_joules": 3.0, "radio_joules": 1.0, "idle_watts": 2.0, "send_seconds": 0.5}
-    assert joules_of(told) == 5.0
+    told = torch.zeros(len(TOLD), dtype=torch.float64)
+    told[TOLD.index("compute_joules")], told[TOLD.index("radio_joules")] = 3.0, 1.0
+    told[TOLD.index("idle_watts")], told[TOLD.index("send_seconds")] = 2.0, 0.5
+    assert joules_of(dict(zip(TOLD, told.tolist(), strict=True))) == 5.0
+    odd = ("a lot", told[:3], -told, told.int(), {"x": 1})
+    out = Replies(notes={"c0": {"energy": told}, **{f"c{i}": {"energy": v} for i, v in enumerate(odd, 1)}})
+    assert set(heard(out)) <= {"c0", "c4"}  # what is no bill is passed over
     infos, chooser = [ClientInfo(f"c{i}", 5) for i in range(20)], make_selector("by_energy", {"alpha": 1.0})
     state = {"joules": {f"c{i}": 1.0 if i < 10 else 9.0 for i in range(20)}}
     count = dict.fromkeys((c.id for c in infos), 0)
