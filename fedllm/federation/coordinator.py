@@ -37,7 +37,7 @@ from fedllm.runs.build import (
 )
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.models import check_names, need_named, shelves
-from fedllm.runs.progress import Quiet
+from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result
 from fedllm.runs.run import Run
@@ -195,7 +195,7 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     parts.recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": kind})})
     parts.engine = functools.partial(Flare, sites=table)
     try:
-        run = Run(parts, room, progress or Quiet(), publish)
+        run = Run(parts, room, progress or Lines(), publish)
         for site, size in sorted(opening.shipped.items()):
             run.record.crossed("down", "Opening.public", site, size, run.at, "Opening")
         result = run.go()
