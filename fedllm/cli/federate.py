@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedllm.core.errors import FedLLMError, RecipeError
+from fedllm.core.errors import DataError, FedLLMError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Run between organisations on different machines.")
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: one CA, and a kit for each site.")
@@ -89,9 +89,17 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
     """Take part in a federation with this machine's data, until stopped."""
     from fedllm.federation.flower.join import is_flower_kit, join_flower
     from fedllm.federation.nvflare.join import join as take_part
+    from fedllm.methods.registry import METHODS
+    from fedllm.tasks.row import nearest
 
     take_part = join_flower if is_flower_kit(kit) else take_part
     try:
+        if not data.exists():
+            raise DataError(f"--data {str(data)!r}: no such file or folder (looked in {Path.cwd()})", file=str(data))
+        if unknown := [m for m in allow or () if m not in METHODS]:
+            raise RecipeError(f"--allow {unknown[0]!r} is no method{nearest(unknown[0], METHODS) or '.'} `fedllm "
+                              "methods` lists them")
+        console.print(f"joining {address} with the rows of {data}; Ctrl-C ends it", markup=False, highlight=False)
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
                   threads=threads, model=model, endpoint={"url": endpoint} if endpoint else None,
                   public=str(public) if public else None,

@@ -42,7 +42,7 @@ from fedllm.runs.build import (
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.models import check_names, need_named, shelves
 from fedllm.runs.profiles import check_profile
-from fedllm.runs.progress import Quiet
+from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result
 from fedllm.runs.run import Run
@@ -251,7 +251,7 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
     parts.engine = functools.partial(Flare, sites=table)
     try:
         with room.held(wait=30.0):  # the process before this one may still be ending
-            run = Run(parts, room, progress or Quiet(), publish)
+            run = Run(parts, room, progress or Lines(), publish)
             for site, size in sorted(opening.shipped.items()):
                 run.record.crossed("down", "Opening.public", site, size, run.at, "Opening")
             result = run.go()

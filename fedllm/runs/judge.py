@@ -127,7 +127,7 @@ def samples(parts: Parts, before: Sequence[str], after: Sequence[str]) -> list[d
     """Prompt, expected answer, and the answers before and after."""
     test = parts.world.federation.test
     pairs = zip(sample_rows(parts), before, after, strict=False)
-    return [{"prompt": str(test[i].get("prompt") or test[i].get("messages")), "expected": test[i]["response"],
+    return [{"prompt": str(test[i].get("prompt") or test[i].get("messages") or ""), "expected": test[i]["response"],
              "before": b, "after": a} for i, b, a in pairs]
 
 

@@ -16,8 +16,8 @@ MOST = 50_000
 
 def look(parts: Parts) -> list[str]:
     """What is cut, a sentence each; a DataError names the file and row of what the model cannot read."""
-    if parts.world.federation.streamed or overrides(parts.method, "answer"):
-        return []
+    if parts.world.federation.streamed or overrides(parts.method, "answer") or parts.engine is not None:
+        return []  # rows are read when they are asked for, are no rows to learn from, or lie at sites
     return list(_cut(parts.world))
 
 
@@ -29,7 +29,7 @@ def _cut(world: World) -> Iterator[str]:
         if not isinstance(model, Model) or model.tokenizer is None or model.rules.net == "dual":
             continue
         for part, name in (("train", "training"), ("test", "test")):
-            if (client == SERVER and part == "train") or looked > MOST:
+            if (client == SERVER and part == "train") or looked > MOST or not world.rows(client, part):
                 continue
             rows = world.encoded(client, part, model)
             looked += len(rows)

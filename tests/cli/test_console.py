@@ -223,3 +223,25 @@ def test_a_metric_of_ones_own_is_not_for_sites_yet(recipe):
     made = {**recipe, "data": {"source": "each site's own"}, "evaluate": {"metric": "last_number"}}
     with pytest.raises(RecipeError, match="sites of a real federation compare whole answers"):
         load_recipe(made)
+
+
+@pytest.mark.parametrize("args, said", [(["--data", "nope.jsonl"], "no such file or folder"),
+                                        (["--data", ".", "--allow", "fedavgg"], "did you mean 'fedavg'")])
+def test_join_refuses_what_is_not_there_at_once(tmp_path, args, said):
+    from typer.testing import CliRunner
+
+    from fedllm.cli.main import app
+
+    got = CliRunner().invoke(app, ["join", "localhost:1", *args])
+    assert got.exit_code == 1 and said in " ".join(got.output.split())
+
+
+def test_a_run_of_a_relative_model_can_be_used_from_any_folder(recipe, tmp_path, tiny_llama_folder, monkeypatch):
+    (tmp_path / "mine").symlink_to(tiny_llama_folder)
+    monkeypatch.chdir(tmp_path)
+    done = fedllm.run(recipe, root=tmp_path / "runs", rounds=1, model="mine")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert Speaker(done.folder).say("red", max_new_tokens=1) is not None
+    config = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]).is_dir()

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from evidence.pages.composition import examples
 from evidence.rigs.energy import dealt
