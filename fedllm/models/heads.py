@@ -114,7 +114,8 @@ class Head:
         self.plain = False
         if type(out) is not nn.Linear or out.in_features != self.width:
             return False
-        h = torch.randn(1, 4, self.width, generator=torch.Generator().manual_seed(0)).to(out.weight)
+        h = torch.randn(1, 4, self.width, generator=torch.Generator().manual_seed(0))
+        h = h.to(out.weight.device).to(out.weight.dtype)
         with torch.no_grad():
             for strength in STRENGTHS:
                 want = F.linear(h * strength, out.weight, out.bias)

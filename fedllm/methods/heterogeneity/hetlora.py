@@ -54,8 +54,7 @@ class HetLoRA(Star):
                     rig="exactness", metric="weakest_upload", baseline="fedit", relative="ratio",
                     holds="<", threshold=0.25, kind="exact"),
         also={"rank_1": Claim("with ranks 1, 1, 1, 1, 2, 2, 4, 8 it ends with a lower loss than FedIT where all have "
-                              "rank 1",
-                              rig="label_skew", metric="global_loss", baseline="fedit", relative="difference",
+                              "rank 1", rig="label_skew", metric="global_loss", baseline="fedit", relative="difference",
                               holds="<", threshold=0.0, grid={"local.lr": (1e-3, 3e-3, 1e-2)},
                               options={"ranks": (1, 1, 1, 1, 2, 2, 4, 8),
                                        "space": {"rank": 8, "alpha": 16.0, "scaling": "shared"}},
@@ -102,7 +101,6 @@ class HetLoRA(Star):
         return pack(rank=min(client.memory.get("rank", msg["rank"]), msg["rank"]))
 
     def fits(self, msg, reply):
-        """The tensors that it was sent, of the first ranks of these."""
         theta, delta, (r, *more) = part(msg, "theta"), part(reply, "delta"), reply["cover"].shape or (0,)
         need(not more and reply["rank_max"] == msg["rank_max"] and 1 <= r <= rank_of(theta),
              f"'cover' has shape {tuple(reply['cover'].shape)}, allowed is a rank of 1 to {rank_of(theta)}")
@@ -119,8 +117,7 @@ class HetLoRA(Star):
         fitted = client.fit(theta, terms=terms)
         new = fitted.theta
         if self.prune and tail(new, g) < tail(theta, g):
-            r = g
-            client.memory["rank"] = r
+            r = client.memory["rank"] = g
             new, theta = first_ranks(new, r), first_ranks(theta, r)
         # S_k = ||B_k A_k||_F; never quite 0, so that a round of zeros is a plain mean
         w = client.n if self.aggregation == "examples" else max(product_norm(factors(new).values()), 1e-12)

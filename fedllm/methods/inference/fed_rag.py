@@ -34,8 +34,7 @@ class FedRAG(Asking):
               "Augmented Generation, SIGIR 2024, arXiv 2402.11891",
         topic="inference: retrieval",
         sends="down: the text of each query; up: ids and scores of its best `top_k` documents, mean and deviation of "
-              "all its scores, and the first `snippet` "
-              "characters of their TEXT: of all of them, or (text='picked') of those alone that the server reads",
+              "all its scores, and the first `snippet` characters of their TEXT: of all, or of those that are read",
         needs="rows that are documents; for generation a text model at the server; the extra `rag` for BM25",
         kinds=("text",),
         claim=Claim("the merged list holds more of the wanted documents than a site finds among its own",
@@ -48,7 +47,6 @@ class FedRAG(Asking):
     trial = Trial(apart="it answers questions and has no rounds")
     metrics: ClassVar = {"ndcg10": "max", "recall10": "max"}
     serves = False
-
     rank_by: Literal["bm25", "vectors"] = knob("bm25", "how a site ranks: by words, or by vectors of the run's model",
                                                options=("bm25", "vectors"))
     vectors_at: tuple[str, ...] = knob((), "sites that rank by vectors whatever `rank_by` says")
@@ -127,7 +125,6 @@ class FedRAG(Asking):
         return {"documents": len(texts)}
 
     def fits(self, msg: Payload, reply: Payload) -> None:
-        """As many scores as documents, and no more than were wanted."""
         aligned(reply, ("ids", "scores"))
         need(len(reply["ids"]) <= msg["k"], f"'ids' names {len(reply['ids'])} documents, allowed are {msg['k']}")
         need(len(reply["texts"]) in (0, len(reply["ids"])), "'texts' has another length than 'ids'")
@@ -147,10 +144,7 @@ class FedRAG(Asking):
                 "mean": float(score.mean()), "deviation": float(score.std()),
                 "texts": [rt.document(rows[i])[: self.snippet] for i in best] if msg["text"] else []}
 
-    def whole(self, msg: Payload, reply: Payload) -> None:
-        aligned(reply, ("texts",), len(msg["ids"]))
-
-    @on_client(gives="texts: texts", fits=whole)
+    @on_client(gives="texts: texts", fits=lambda self, msg, reply: aligned(reply, ("texts",), len(msg["ids"])))
     def fetch(self, msg: Payload, client: Client) -> Payload:
         texts = {rt.name(r, client.id, i): rt.document(r)[: self.snippet] for i, r in enumerate(client.data)}
         return {"texts": [texts.get(i, "") for i in msg["ids"]]}

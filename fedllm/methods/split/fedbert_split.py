@@ -36,11 +36,9 @@ class FedBERTSplit(Method):
               "learns": Claim("after as many steps its loss on the global test is below that of clients that train "
                               "alone, on the mean", rig="split_lm", metric="loss", baseline="local_only",
                               relative="difference", holds="<", threshold=0.0, grid={"local.lr": (0.05, 0.1, 0.3)})},
-        evidence="From the abstract and a dossier. Next tokens in the place of masked ones; parallel mode: the middle "
-                 "steps along the mean of the clients' gradients, weighted by rows.",
+        evidence="From the abstract and a dossier. Next tokens, not masked ones; parallel mode, weighted by rows.",
     )
     trial = Trial({"steps": 2}, {"name": "full"})
-
     cut: int = knob(0, "blocks that clients hold before the middle, and as many behind it", ge=0)
     steps: int = knob(4, "steps of a round", ge=1)
 
@@ -86,7 +84,6 @@ class FedBERTSplit(Method):
         return {**state, "ends": part(out.value, "ends"), "middle": middle}
 
     def fits(self, msg, reply):
-        """States of the next batch, as wide as the tensors that were told."""
         if msg.get("last"):
             return need("done" in reply and "e" not in reply, "it was the last step, and states came")
         e, mask = (reply.get(k) for k in ("e", "mask"))
@@ -119,10 +116,7 @@ class FedBERTSplit(Method):
         client.session["of"] = of = part(msg, "e"), part(msg, "mask")
         return pack(h={c: client.forward(segment, theta, e, of[1][c]) for c, e in of[0].items()})
 
-    def same(self, msg, reply):
-        need(reply["g"].shape == msg["h"].shape, f"'g' has shape {tuple(reply['g'].shape)}, allowed is that of 'h'")
-
-    @on_client(gives="g: tensor", fits=same)
+    @on_client(gives="g: tensor", fits=lambda self, msg, reply: need(reply["g"].shape == msg["h"].shape, "g is odd"))
     def top(self, msg, client) -> Payload:
         """dL/dh; the back's own gradient waits for the front's, since tied embeddings lie in both."""
         batch, back = client.session["batch"], self.cuts(client.model)[2]

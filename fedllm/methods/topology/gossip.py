@@ -25,8 +25,7 @@ class Gossip(Method):
 
     card = Card(
         title="Gossip: decentralized SGD and gradient tracking over a graph of clients",
-        paper="Lian et al., Can Decentralized Algorithms Outperform Centralized Algorithms?, NeurIPS 2017, arXiv "
-              "1705.09056; Liu et al., Decentralized Gradient Tracking with Local Steps, 2023, arXiv 2301.01313",
+        paper="Lian et al. (D-PSGD), NeurIPS 2017, arXiv 1705.09056; Liu et al. (K-GT), 2023, arXiv 2301.01313",
         topic="topology",
         sends="up: the own trainables, sealed once for all neighbors (tracking: the mean gradient too); down: each "
               "neighbor's letter; the relay reads nothing and keeps no model",
@@ -45,8 +44,7 @@ class Gossip(Method):
             "exponential": Claim("16 clients on an exponential graph stay at most half as far apart as on a ring",
                                  rig="peers", metric="apart", baseline="gossip", relative="ratio", holds="<=",
                                  threshold=0.5, options={"knobs": {"graph": "exponential"}, "clients": 16})},
-        evidence="Clients count alike, whatever their rows. W is Metropolis-Hastings. Adapt, then combine; tracking is "
-                 "K-GT with eta_s = 1 and c_i = 0 at the start. Letters: X25519 keys of the round, AES-GCM.",
+        evidence="Clients count alike. W is Metropolis-Hastings; K-GT with eta_s = 1 and c_i = 0 at first; AES-GCM.",
     )
     trial = Trial(silent="who is whose neighbor follows from all who are asked")
     serves = False
@@ -66,15 +64,14 @@ class Gossip(Method):
         if cohort < 2:
             raise CompositionError("gossip and a round of one client do not fit together; use local_only")
         if self.edges:
-            need_connected(ids, self.edges)
-        else:
-            graph_of(self.graph, list(ids[:cohort]), self.degree)
+            return need_connected(ids, self.edges)
+        graph_of(self.graph, list(ids[:cohort]), self.degree)
 
     def check_layers(self, layers) -> None:
         for layer in layers:
             if layer.algebra.kind not in ("plain", "dp", "line"):
-                raise CompositionError(f"gossip and layer '{type(layer).__name__}' do not fit together: no layer "
-                                       "can read sealed letters; dp_sgd works, which acts inside training")
+                raise CompositionError(f"gossip and layer '{type(layer).__name__}' do not fit together: no layer can "
+                                       "read sealed letters; dp_sgd works, which acts inside training")
 
     def round(self, state: State, clients):
         sid, ids = str(state["round"]), [c.id for c in clients]
@@ -101,17 +98,12 @@ class Gossip(Method):
             return joined(ids, ((a, b) for a, b in self.edges if a in ids and b in ids))
         return graph_of(self.graph, ids, self.degree, self.graph_seed, t if self.redraw else 0)
 
-    def keyed(self, msg, reply):
-        letters.check_key(reply["key"])
-
-    @on_client(gives="key: blobs", fits=keyed, sealed=True)
+    @on_client(gives="key: blobs", fits=lambda self, msg, reply: letters.check_key(reply["key"]), sealed=True)
     def greet(self, msg, client):
         return {"key": letters.greet(client, msg["sid"], self.keys)}
 
-    def fits(self, msg, reply):
-        aligned(reply, ("envelopes",), len(msg["to"]))
-
-    @on_client(gives="letter: whole, envelopes: blobs, loss?: number", fits=fits, sealed=True)
+    @on_client(gives="letter: whole, envelopes: blobs, loss?: number", sealed=True,
+               fits=lambda self, msg, reply: aligned(reply, ("envelopes",), len(msg["to"])))
     def local(self, msg, client):
         theta = client.memory.get("theta") or client.model.initial()
         if not self.tracking:
@@ -132,8 +124,7 @@ class Gossip(Method):
 
     @on_client(gives="broken: names")
     def mix(self, msg, client):
-        """theta_i = sum_j W_ij half_j, and c_i <- c_i - z_i + sum_j W_ij z_j; a letter that does not open counts as
-        silence, and is named."""
+        """theta_i = sum_j W_ij half_j, c_i <- c_i - z_i + sum_j W_ij z_j; a letter that does not open is silence."""
         mine, sealed, opened, broken = client.memory.pop("half"), part(msg, "letter"), [], []
         rows = zip(msg["from"], msg["weights"], msg["keys"], msg["envelopes"], strict=True)
         for i, (peer, w, key, envelope) in enumerate(rows):
