@@ -45,8 +45,8 @@ def test_a_run_is_counted_as_it_grows_and_when_it_is_cut(run):
     tally = Tally(run)
     now = tally.look().as_json()
     assert (now["rounds"], now["of"], now["skipped"], now["up"], now["down"]) == (2, 5, 1, 70, 60)
-    assert now["sites"] == {"site-a": {"state": "here", "missing": 0, "why": ""},
-                            "site-b": {"state": "here", "missing": 1, "why": "silent"}}
+    assert now["sites"] == {"site-a": {"state": "here", "missing": 0, "refused": 0, "why": ""},
+                            "site-b": {"state": "here", "missing": 1, "refused": 0, "why": "silent"}}
     assert now["state"] == "stopped: no process works on it"
     with (run / "events.jsonl").open("a") as file:
         file.write('{"kind":"round","rou')  # half a line

@@ -9,7 +9,7 @@ import torch
 
 from evidence.rigs.trials import Trial
 from evidence.rigs.zeroth import softmax_world
-from fedllm.core.errors import PayloadError, RecipeError
+from fedllm.core.errors import QuorumError, RecipeError
 from fedllm.core.layer import Layer
 from fedllm.core.rng import seed_of
 from fedllm.engines.client import ClientCall
@@ -184,5 +184,5 @@ def test_an_answer_of_another_length_is_refused(begin):
             said = call(msg)
             return {**said, "jvp": said["jvp"][:1]}
 
-    with pytest.raises(PayloadError, match="allowed is \\(3,\\)"):
+    with pytest.raises(QuorumError, match="allowed is \\(3,\\)"):  # each is refused by name, and nobody is left
         begin("fwdllm", perturbations=3, layers=(Short(),)).go()
