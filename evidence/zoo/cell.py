@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,8 +134,9 @@ def _wrong(model: Model, name: str, encoder: bool, dtype: torch.dtype, folder: P
         together = run_generates(asked, Limits()) if model.stackable else [
             run_generates([a], Limits())[0] for a in asked]
         for c, words in zip(rows, together, strict=True):
-            if words != said[c]:
-                return f"says {words}, plain {said[c]}"
+            plainly = [list(itertools.takewhile(lambda word: word not in model.ends, ids)) for ids in said[c]]
+            if words != plainly:  # an answer ends before its end token
+                return f"says {words}, plain {plainly}"
     return ""
 
 

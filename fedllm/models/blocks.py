@@ -56,7 +56,8 @@ def _alike(m: nn.Module, quick: Callable, ask: Callable[[Any, Callable, float], 
 
 
 def _noise(m: nn.Module, *size: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(next(m.parameters()))
+    like = next(m.parameters())
+    return torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(like.device).to(like.dtype)
 
 
 def _ask_norm(m: Any, forward: Callable, strength: float) -> Tensor:

@@ -213,7 +213,7 @@ def test_what_is_saved_computes_what_was_trained(tiny_llama_folder, tmp_path):
     for name, tree in (("both", theta), ("sigma", pack(sigma=part(theta, "sigma")))):
         write_tree(tmp_path / name, model, tree, None)
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert torch.allclose(logits_of(model, tree), peft_logits(saved), atol=1e-5)
+        assert torch.allclose(logits_of(model, tree), peft_logits(saved), atol=5e-5)  # products of two kernels
 
 
 def test_the_work_of_streams_is_that_of_their_parts(tiny_llama_folder):

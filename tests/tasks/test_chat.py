@@ -178,7 +178,8 @@ def test_every_end_token_of_the_model_ends_an_answer(models):
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(recipe, models, tmp_path):
-    with pytest.raises(ModelError, match=r"tokenizer has 41 tokens and its embeddings 40 rows.*'another'"):
+    says = r"tokenizer has the word 'another' as number 40, and the network has embeddings for 40"
+    with pytest.raises(ModelError, match=says):
         fedllm.run(recipe, root=tmp_path, model=str(models / "longer"))
 
 
@@ -193,7 +194,7 @@ def test_rows_and_answers_stay_within_the_models_positions_and_what_is_cut_is_sa
     with pytest.raises(RecipeError, match="max_new_tokens = 20 leaves no room"):
         fedllm.run(made, root=tmp_path / "runs", evaluate={"max_new_tokens": 20})
     plan = fedllm.plan(made)
-    assert list(plan.cautions) == told
+    assert list(plan.cautions) == [why for why in told if "dropout" not in why]  # that one is the model's own
 
 
 def test_cut_answers_are_counted(recipe):
