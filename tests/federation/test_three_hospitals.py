@@ -61,6 +61,6 @@ def test_three_hospitals(tmp_path):
     assert result["rounds"] == 3 and result["skipped"] == []
     assert set(result["evaluation"]["clients"]) >= {"hospital-a", "hospital-b", "hospital-c"}
     assert any("finished" in s and "3 of 3 rounds" in s for s in said)
-    assert any("hospital-c" in s and "this site trains lora only" in s for s in said)
+    assert any("hospital-c" in s and "do not allow to train this space" in s for s in said)
     left = [p for p in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in w for w in p.info["cmdline"] or [])]
     assert left == []
