@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evidence.rigs.topics import CLASSES, documents, encoder, topics
+from evidence.rigs.topics import CLASSES, documents, encoder, teach, topics
 from evidence.rigs.trials import Metrics, Trial
 from evidence.rigs.zeroth import softmax_world, tested
 from fedllm.core.client import SERVER
@@ -73,14 +73,7 @@ def trained(seed: int, steps: int = 300) -> tuple[HeadedEncoder, np.ndarray]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = HeadedEncoder(encoder(), len(CLASSES), "mean")
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    for _ in range(steps):
-        y = rng.integers(0, len(CLASSES), 32)
-        ids = torch.from_numpy(np.stack([e.ids for e in documents(rng, words, y, 0.35)])).long()
-        z = net.classifier(net.pool(net.body(input_ids=ids).last_hidden_state, torch.ones_like(ids, dtype=torch.bool)))
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(z, torch.from_numpy(y)).backward()
-        optimizer.step()
+    teach(net, rng, words, steps)
     return net, words
 
 

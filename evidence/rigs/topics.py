@@ -73,6 +73,20 @@ def pretrained(seed: int, steps: int = 700) -> HeadedEncoder:
     return net
 
 
+def teach(net: HeadedEncoder, rng: np.random.Generator, words: np.ndarray, steps: int) -> None:
+    """`steps` AdamW steps of all weights, each on 32 new documents on the topics of `words`."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for _ in range(steps):
+        y = rng.integers(0, len(words), 32)
+        ids = torch.from_numpy(np.stack([e.ids for e in documents(rng, words, y, 0.35)])).long()
+        h = net.body(input_ids=ids).last_hidden_state
+        z = net.classifier(net.pool(h, torch.ones_like(ids, dtype=torch.bool)))
+        loss = torch.nn.functional.cross_entropy(z, torch.from_numpy(y))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 @functools.lru_cache(maxsize=8)
 def backbone(seed: int, steps: int) -> dict[str, torch.Tensor]:
     """Weights after `steps` AdamW steps on 24 topics that the federation does not have."""
@@ -84,16 +98,7 @@ def backbone(seed: int, steps: int) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = HeadedEncoder(encoder(), len(words), "mean")
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    for _ in range(steps):
-        y = rng.integers(0, len(words), 32)
-        ids = torch.from_numpy(np.stack([e.ids for e in documents(rng, words, y, 0.35)])).long()
-        h = net.body(input_ids=ids).last_hidden_state
-        z = net.classifier(net.pool(h, torch.ones_like(ids, dtype=torch.bool)))
-        loss = torch.nn.functional.cross_entropy(z, torch.from_numpy(y))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    teach(net, rng, words, steps)
     weights = {n: t.detach().contiguous() for n, t in net.body.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")

@@ -119,6 +119,15 @@ def test_rows_that_cannot_be_read_are_told_by_a_code(tmp_path, tiny_llama_folder
     assert first["refused"]["code"] in REASONS and set(first["refused"]) <= {"code", *NUMBERS}
 
 
+def with_own_local(tmp_path, monkeypatch, local):
+    """FedAvg's client code is `local`; the file of twelve good rows that it is asked over."""
+    local.__dict__.update(FedAvg.local.__dict__)
+    monkeypatch.setattr(FedAvg, "local", local)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(GOOD) + "\n" for _ in range(12)))
+    return file
+
+
 class Crash(Exception):
     """An error of client code whose text, name and arguments hold a row."""
 
@@ -133,10 +142,7 @@ def test_client_code_that_fails_with_a_row_in_its_words(tmp_path, tiny_llama_fol
     def fails(self, msg, client):
         raise error
 
-    fails.__dict__.update(FedAvg.local.__dict__)
-    monkeypatch.setattr(FedAvg, "local", fails)
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(GOOD) + "\n" for _ in range(12)))
+    file = with_own_local(tmp_path, monkeypatch, fails)
     first, out = asked(tmp_path, tiny_llama_folder, line, file)
     assert "refused" not in first and clean(out), out
     assert b"refused" in out
@@ -150,10 +156,7 @@ def test_a_reply_that_holds_a_row_stays(tmp_path, tiny_llama_folder, reply, monk
     def tells(self, msg, client):
         return reply
 
-    tells.__dict__.update(FedAvg.local.__dict__)
-    monkeypatch.setattr(FedAvg, "local", tells)
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(GOOD) + "\n" for _ in range(12)))
+    file = with_own_local(tmp_path, monkeypatch, tells)
     first, out = asked(tmp_path, tiny_llama_folder, NvflareLine, file)
     assert "refused" not in first and clean(out) and b"may_not_leave" in out, out
 
