@@ -86,6 +86,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: ModelServer
     protocol_version = "HTTP/1.1"
+    timeout = 60.0  # seconds that a connection may be silent, in a request or between two
     disable_nagle_algorithm = True  # headers and body are two writes: without this each answer waits 40 ms
 
     def do_GET(self) -> None:
@@ -111,12 +112,18 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(Refusal(500, "the model failed; the server's log says why"))
 
     def _body(self) -> Mapping[str, Any]:
-        length = int(self.headers.get("Content-Length") or 0)
-        if length > LARGEST_BODY:
+        said = self.headers.get("Content-Length") or "0"
+        if not (said.isascii() and said.isdigit() and len(said) < 20):
+            self.close_connection = True
+            raise Refusal(400, "Content-Length is not a number of bytes")
+        if (length := int(said)) > LARGEST_BODY:
             self.close_connection = True
             raise Refusal(413, f"the body is {length} bytes; {LARGEST_BODY} are allowed")
         try:
             body = json.loads(self.rfile.read(length))
+        except TimeoutError:
+            self.close_connection = True
+            raise Refusal(408, f"the body of {length} bytes did not come in {self.timeout:.0f} s") from None
         except ValueError:
             raise Refusal(400, "the body is not JSON") from None
         if not isinstance(body, dict):

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evidence.rigs.text import untrained
-from fedllm.cli.serve_model import serving
+from fedllm.cli.serve_model import Handler, serving
 from fedllm.core.errors import EndpointError, FedLLMError, RecipeError
 from fedllm.local.text import LocalText, as_text
 from fedllm.models.endpoint import Completion, Endpoint, total_logprob
@@ -235,6 +235,14 @@ def test_the_server_asks_for_its_key(local, key):
 def test_the_server_refuses_in_the_apis_own_shape(server, path, body, status):
     answer = httpx.post(server.base_url.removesuffix("/v1") + path, content=body)
     assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("length", "status"), [("100", 408), ("-1", 400), ("many", 400), ("9" * 5000, 400)])
+def test_a_body_that_never_comes_is_not_waited_for(server, monkeypatch, length, status):
+    monkeypatch.setattr(Handler, "timeout", 0.2)
+    with socket.create_connection(server.server_address, timeout=10) as line:
+        line.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{{".encode())
+        assert line.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 def test_the_server_lists_its_model_and_takes_many_prompts(server, local):
