@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from evidence.zoo.cell import Verdict, judge
-from evidence.zoo.configs import ENCODE, GENERATE
+from evidence.zoo.configs import TASKS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "models.md"
 SPACES = ("lora", "soft_prompt", "prefix", "adapter", "ia3", "bias", "head", "full", "layers", "mask")
@@ -30,15 +30,29 @@ LETTERS = {"sites": "w", "together": "1", "uneven": "r", "cut": "m", "quick": "k
 FAST = (("llama", ("lora", "full", "prefix")), ("gemma2", ("lora", "soft_prompt")), ("gpt2", ("lora", "mask")),
         ("cohere", ("lora",)), ("granite", ("full",)), ("mixtral", ("lora",)), ("mamba", ("full", "lora")),
         ("opt", ("full",)), ("gemma", ("full",)), ("nemotron", ("bias",)), ("bert", ("lora", "full")),
-        ("deberta-v2", ("lora", "full")), ("xlnet", ("lora",)))
+        ("deberta-v2", ("lora", "full")), ("xlnet", ("lora",)), ("masked_words:bert", ("lora",)),
+        ("masked_words:nystromformer", ("lora",)), ("image_text:clip", ("lora", "full")),
+        ("image_text:siglip", ("lora", "bias")))
 """Cells that CI judges: one of each kind of trouble."""
+TITLES = {"generation": "Language models", "classification": "Encoders under a classifier",
+          "masked_words": "Models of hidden words", "image_text": "Image-text models"}
 
 
-def judged(names: Sequence[str], spaces: Sequence[str] = SPACES) -> Iterator[Verdict]:
+def named(name: str) -> tuple[str, str]:
+    """`TASK:NAME` or a name of a language model or an encoder -> task and architecture; SystemExit for an unknown."""
+    task, _, own = name.rpartition(":")
+    for known in [task] if task in TASKS else ["generation", "classification"]:
+        if own in TASKS[known][0]:
+            return known, own
+    raise SystemExit(f"{name!r} is no architecture of evidence/zoo/configs.py; write NAME or TASK:NAME, with a task of "
+                     f"{', '.join(TASKS)}")
+
+
+def judged(names: Sequence[tuple[str, str]], spaces: Sequence[str] = SPACES) -> Iterator[Verdict]:
     """Every cell of these architectures."""
-    for name in names:
+    for task, name in names:
         for space in spaces:
-            yield judge(name, space, name in ENCODE)
+            yield judge(name, space, task)
 
 
 def mark(v: Verdict) -> str:
@@ -48,27 +62,29 @@ def mark(v: Verdict) -> str:
 
 def page(verdicts: Sequence[Verdict], seconds: float) -> str:
     """The table and what is behind it, as Markdown."""
-    cells = {(v.name, v.space): v for v in verdicts}
+    cells = {(v.task, v.name, v.space): v for v in verdicts}
     count = Counter(v.outcome for v in verdicts)
     tally = ", ".join(f"{n} {o}" for o, n in count.most_common())
     lines = [
         "# Any Hugging Face model: right or refused", "",
-        f"`make models`, {len({v.name for v in verdicts})} tiny random architectures (two layers, width 32) with "
-        f"{len(SPACES)} spaces, {seconds / 60:.0f} minutes on one core; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}. Each cell: two clients with unequal rows and "
-        "one round of two SGD steps in both engines, fp64 (fp32, marked so, where transformers has no fp64); the "
-        "loss, every changed trainable, and three greedy words after each text are compared with a loop in plain "
-        "transformers and PEFT that takes one row at a time, without padding. Written by `evidence/models.py`.", "",
+        f"`make models`, {len({(v.task, v.name) for v in verdicts})} tiny random architectures (two layers, width 32 "
+        f"or less) with {len(SPACES)} spaces, {seconds / 60:.0f} minutes on one core; torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}. Each cell: two clients with "
+        "unequal rows and one round of two SGD steps in both engines, fp64 (fp32, marked so, where transformers has no "
+        "fp64); the loss, every changed trainable, and three greedy words after each text are compared with a loop in "
+        "plain transformers and PEFT that takes one row at a time, without padding. Written by "
+        "`evidence/models.py`.", "",
         f"**{tally}.**", "",
         "`.` right · `R` refused in a sentence · **W** wrong · **T** traceback · `-` transformers cannot build it · "
         "letters: right, and slower than others, for the model was examined when it was loaded: `1` one client at a "
         "time, `w` weights put into the network for the time of a forward, `k` the network's own kernels, `h` its own "
         "logits, `m` right padding masked, `r` texts of one length at a time, `g` so where it generates, `c` without a "
         "cache there, `n` trains and does not generate.", ""]
-    for title, names in (("Language models", GENERATE), ("Encoders under a classifier", ENCODE)):
-        lines += [f"## {title}", "", f"| architecture | {' | '.join(SPACES)} |", "|---" * (1 + len(SPACES)) + "|"]
+    for task, (names, _) in TASKS.items():
+        lines += [f"## {TITLES[task]}", "", f"| architecture | {' | '.join(SPACES)} |",
+                  "|---" * (1 + len(SPACES)) + "|"]
         for name in names:
-            row = [cells[name, s] for s in SPACES if (name, s) in cells]
+            row = [cells[task, name, s] for s in SPACES if (task, name, s) in cells]
             narrow = " (fp32)" if any(v.dtype == "float32" for v in row) else ""
             if row:
                 lines.append(f"| {name}{narrow} | {' | '.join(mark(v) for v in row)} |")
@@ -102,7 +118,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     begun, verdicts = time.monotonic(), []
-    for v in judged(given.names or [*GENERATE, *ENCODE]):
+    every = [(task, name) for task, (names, _) in TASKS.items() for name in names]
+    for v in judged([named(n) for n in given.names] or every):
         verdicts.append(v)
         print(f"{v.name:20} {v.space:12} {mark(v):6} {v.why if v.outcome != 'right' else ''}"[:300],  # noqa: T201
               flush=True)

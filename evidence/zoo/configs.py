@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 COMMON: Mapping[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -91,25 +91,47 @@ ENCODE: Mapping[str, Mapping[str, Any]] = {
 }
 """Architectures that read texts, under a classifier of ours."""
 
+MASKED: Mapping[str, Mapping[str, Any]] = {name: ENCODE[name] for name in (
+    "bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "modernbert", "mpnet", "deberta", "deberta-v2",
+    "longformer", "big_bird", "convbert", "nystromformer", "fnet", "roformer")}
+"""Architectures that name hidden words."""
+
+TOWER: Mapping[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+                            "num_attention_heads": 2}
+SEE: Mapping[str, Any] = {"image_size": 16, "patch_size": 8, **TOWER}
+MATCH: Mapping[str, Mapping[str, Any]] = {
+    "clip": {"text_config": {**TOWER, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2,
+                             "bos_token_id": 1, "pad_token_id": 0}, "vision_config": SEE, "projection_dim": 12},
+    "siglip": {"text_config": {**TOWER, "vocab_size": 64, "max_position_embeddings": 16, "projection_size": 16,
+                               "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}, "vision_config": SEE}}
+"""Architectures that match pictures with texts."""
+
+TASKS: Mapping[str, tuple[Mapping[str, Mapping[str, Any]], Any]] = {
+    "generation": (GENERATE, AutoModelForCausalLM), "classification": (ENCODE, AutoModel),
+    "masked_words": (MASKED, AutoModelForMaskedLM), "image_text": (MATCH, AutoModel)}
+"""Of each task: its architectures, and the class that makes them."""
+
 VARIANTS = ("_tied", "_clip", "_window", "_new", "_alibi", "_projected", "_aux", "_lm", "_encoder")
 
 
-def config_of(name: str, encoder: bool) -> Any:
+def config_of(name: str, task: str = "generation") -> Any:
     """The tiny config of this architecture."""
     kind = name
     for end in VARIANTS:
         kind = kind.removesuffix(end)
+    if task == "image_text":
+        return AutoConfig.for_model(kind, **MATCH[name])
     known = AutoConfig.for_model(kind)
     known = vars(known) | dict.fromkeys(known.attribute_map)
-    given = {k: v for k, v in COMMON.items() if k in known} | dict((ENCODE if encoder else GENERATE)[name])
+    given = {k: v for k, v in COMMON.items() if k in known} | dict(TASKS[task][0][name])
     return AutoConfig.for_model(kind, **given)
 
 
-def tiny(name: str, encoder: bool, dtype: torch.dtype = torch.float64) -> Any:
+def tiny(name: str, task: str = "generation", dtype: torch.dtype = torch.float64) -> Any:
     """A random network of this architecture; the same for the same name."""
-    config = config_of(name, encoder)
+    config = config_of(name, task)
     torch.manual_seed(0)
-    net = (AutoModel if encoder else AutoModelForCausalLM).from_config(config)
+    net = TASKS[task][1].from_config(config)
     with torch.no_grad():
         for p in net.parameters():  # larger than transformers starts them, so that every part matters
             if p.dim() > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from fedllm.core.payload import Tree
 from fedllm.data.encode import Encoded
 from fedllm.models.model import Model
-from fedllm.models.peft_io import save_adapter
+from fedllm.models.peft_io import inside, save_adapter
+from fedllm.models.plain import unpatched
 from fedllm.spaces.space import PEFT
 
 
@@ -26,10 +28,13 @@ class Plain:
         self.net, self.room = net.eval().requires_grad_(False), type(model.space).__module__.rsplit(".", 1)[-1]
         self.prompts = self.room in ("soft_prompt", "prefix")
         self.classifier: Any = None
+        self.task, self.path = model.task, inside(model.net)[0]
         self.call: Any = net
+        self.tuned: Any = None
         self.leaves: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
         rest = {n: t.to(torch.promote_types(t.dtype, torch.float32)).clone() for n, t in theta.items()}
+        self.attend: Any = copy.deepcopy(unpatched(model.net).attend) if model.task == "image_text" else None
         if model.task == "classification":
             old = model.net.classifier
             self.classifier = nn.Linear(old.in_features, old.out_features).to(old.weight.dtype).requires_grad_(False)
@@ -44,7 +49,10 @@ class Plain:
             save_adapter(folder, model, theta, model.name)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.call = PeftModel.from_pretrained(net, str(folder), is_trainable=not self.prompts).eval()
+                self.tuned = PeftModel.from_pretrained(net, str(folder), is_trainable=not self.prompts).eval()
+            self.call = self.tuned
+            if self.task == "image_text":  # PEFT's face of it hands on words that CLIP does not take
+                self.call = self.call.get_base_model()
             if self.prompts:  # PEFT loads prompts frozen
                 self.call.prompt_encoder.requires_grad_()
         else:
@@ -55,18 +63,21 @@ class Plain:
         if self.room == "head" and self.classifier is None:
             out = net.get_output_embeddings()
             out.weight = nn.Parameter(out.weight.detach().clone())  # a tied head is untied
-        own = dict(net.named_parameters(remove_duplicate=False))
+        own = dict(net.named_parameters(remove_duplicate=False)) | self._attention()
         for n, t in theta.items():
-            p = own[n.removeprefix("body.")]
+            p = own[n.removeprefix(self.path)]
             p.data = t.to(p).clone()
             self.leaves[n] = p.requires_grad_()
 
+    def _attention(self) -> dict[str, Any]:
+        return dict(self.attend.named_parameters("attend")) if self.attend is not None else {}
+
     def _mask(self, theta: Tree, model: Model) -> None:
-        own = dict(self.net.named_parameters(remove_duplicate=False))
+        own = dict(self.net.named_parameters(remove_duplicate=False)) | self._attention()
         for name, at in model.space.positions(model.net).items():
             if name.startswith("classifier."):
                 raise AssertionError(name)
-            p, entry = own[name.removeprefix("body.")], f"{name}.sparse_delta"
+            p, entry = own[name.removeprefix(self.path)], f"{name}.sparse_delta"
             self.masks[entry] = at
             self.leaves[entry] = p.requires_grad_()
             p.data.view(-1).index_add_(0, at, theta[entry].to(p))
@@ -84,14 +95,28 @@ class Plain:
                 y = h + F.linear(F.relu(F.linear(h, dw, db)), uw, ub)
                 return (y, *out[1:]) if isinstance(out, tuple) else y
 
-            self.net.get_submodule(path.removeprefix("body.")).register_forward_hook(hook)
+            self.net.get_submodule(path.removeprefix(self.path)).register_forward_hook(hook)
 
     def loss(self, rows: Sequence[Encoded]) -> Tensor:
         """The mean over all targets of all rows."""
         total, count = torch.zeros((), dtype=torch.float64), 0
         for row in rows:
             ids = torch.from_numpy(row.ids).long()[None]
-            if self.classifier is None:
+            if self.task == "image_text":
+                ask, mask = prompts()
+                out = self.call(input_ids=ask, attention_mask=mask,
+                                pixel_values=torch.from_numpy(row.parts["pixels"])[None].to(self.net.dtype))
+                seen = out.vision_model_output.pooler_output
+                f = F.normalize(seen * self.attend(seen), dim=-1)
+                z = self.net.logit_scale.exp() * f @ out.text_embeds.T
+                total = total + F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)),
+                                                torch.tensor([row.labels]))
+                count += 1
+            elif self.task == "masked_words":
+                z = self.logits(ids)[0]
+                total = total + F.cross_entropy(z, torch.from_numpy(row.labels), reduction="sum")
+                count += row.n_target
+            elif self.classifier is None:
                 z = self.logits(ids)[0, :-1]
                 total = total + F.cross_entropy(z, torch.from_numpy(row.labels)[1:], reduction="sum")
                 count += int((row.labels[1:] != -100).sum())
@@ -128,10 +153,9 @@ class Plain:
         moved = {n: t.detach() for n, t in self.leaves.items()}
         for n, at in self.masks.items():
             moved[n] = moved[n].reshape(-1)[at] - before[n]  # a change, as our tree has it
-        if self.call is not self.net:
-            state = get_peft_model_state_dict(self.call)
-            body = "body." if self.classifier is not None else ""
-            moved |= {n.replace(PEFT, PEFT + body, 1): t.detach() for n, t in state.items()}
+        if self.tuned is not None:
+            state = get_peft_model_state_dict(self.tuned)
+            moved |= {n.replace(PEFT, PEFT + self.path, 1): t.detach() for n, t in state.items()}
         return moved, told / steps
 
     def says(self, ids: Tensor, words: int) -> list[int]:
@@ -142,6 +166,13 @@ class Plain:
                 z = self.logits(torch.cat([ids, torch.tensor(said, dtype=torch.long)])[None])
                 said.append(int(z[0, -1].argmax()))
         return said
+
+
+def prompts() -> tuple[Tensor, Tensor]:
+    """Ids and mask [3, 6] of what three classes are called: the last token is the end."""
+    ids = torch.randint(5, 60, (3, 6), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = 2
+    return ids, torch.ones_like(ids)
 
 
 def moves(theta: Mapping[str, Tensor], masks: bool, end: Mapping[str, Tensor]) -> Tree:

@@ -79,7 +79,7 @@ class DualEncoder(nn.Module):
 
     def images(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> features [N, d]."""
-        return _tensor(self.clip.get_image_features(pixel_values=pixels.to(self.dtype)))
+        return tensor_of(self.clip.get_image_features(pixel_values=pixels.to(self.dtype)))
 
     def texts(self, stack: Stack) -> Tensor:
         """Unit features of the classes' prompts: [1, C, d] for all lanes, or [K, C, d] where their tower is trained."""
@@ -109,7 +109,7 @@ class DualEncoder(nn.Module):
         return self.clip.logit_scale.exp() * torch.bmm(stack.lanes(f), t.expand(stack.k, -1, -1).mT).flatten(0, 1)
 
     def _text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return F.normalize(_tensor(self.clip.get_text_features(input_ids=ids, attention_mask=mask)), dim=-1)
+        return F.normalize(tensor_of(self.clip.get_text_features(input_ids=ids, attention_mask=mask)), dim=-1)
 
     def save_pretrained(self, folder: str) -> None:
         """The two towers as transformers saves them, and the attention beside."""
@@ -142,5 +142,6 @@ def inside(tower: Sequence[str], names: Iterable[str]) -> bool:
     return any(module in name for name in names for module in tower)
 
 
-def _tensor(out: Any) -> Tensor:
+def tensor_of(out: Any) -> Tensor:
+    """The features in what a tower of transformers gives."""
     return out if isinstance(out, Tensor) else out.pooler_output

@@ -15,19 +15,16 @@ from fedllm.core.errors import FedLLMError, ModelError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.data.encode import Encoded
-from fedllm.models.batch import Batch, collate
+from fedllm.models.batch import collate
 from fedllm.models.decode import Continuation
-from fedllm.models.kernels import fast
-from fedllm.models.model import HeadedEncoder, Model
+from fedllm.models.dual import DualEncoder
+from fedllm.models.exam_rows import LENGTHS, near, rows_of, told
+from fedllm.models.model import Model
 from fedllm.models.reread import reread_at_once
 from fedllm.models.ways import WORDS, Ways
 from fedllm.spaces.params import Params
 from fedllm.spaces.space import PEFT, Stack, stack_lanes
-from fedllm.tasks.registry import task_of
-from fedllm.tasks.row import IGNORE
 
-LENGTHS = ((9, 5, 2), (6, 3))
-"""Tokens of each client's rows."""
 NEAR = {torch.float64: (1e-6, 1e-5), torch.float32: (2e-4, 5e-3)}
 """By how much a loss and a gradient may differ, relatively; half-precision types are in ROUGH."""
 ROUGH = (0.05, 0.5)
@@ -61,10 +58,14 @@ class Exam:
         plain.stack, plain.said = Stack(causal=model.stack.causal), []
         try:
             plain.go(Ways(*[False] * len(WORDS)))
+            if isinstance(plain.net, DualEncoder):
+                plain.net.cached = False
+                vars(plain).pop("seen_once", None)
             rng = torch_stream(model.seed, "exam")
             trees = [_moved(plain.space.start(plain.net, rng), rng) for _ in LENGTHS]
-            lanes = _rows(plain, rng)
-            answers = [_answer(plain, [tree], [[row]]) for tree, rows in zip(trees, lanes, strict=True) for row in rows]
+            lanes = rows_of(plain, rng)
+            answers = [_answer(plain, [tree], [plain.read([row])]) for tree, rows in zip(trees, lanes, strict=True)
+                       for row in rows]
         except FedLLMError:
             raise
         except Exception as error:
@@ -74,34 +75,11 @@ class Exam:
         for rows in lanes:
             each = [next(at)[1][0] for _ in rows]
             grads.append({n: sum((g[n] for g in each[1:]), each[0][n]) for n in each[0]})
-        told = torch.cat([losses for losses, _ in answers])
-        if not all(bool(t.isfinite().all()) for t in (told, *(t for g in grads for t in g.values()))):
+        said = torch.cat([losses for losses, _ in answers])
+        if not all(bool(t.isfinite().all()) for t in (said, *(t for g in grads for t in g.values()))):
             raise ModelError(f"{what(model)}: in plain transformers too, losses or gradients of texts of 2 to 9 tokens "
                              f"are no numbers in {model.net.dtype}")
-        return cls(plain, trees, lanes, told, grads)
-
-    def plainly(self) -> None:
-        """ModelError for a network that is not what its task takes it for, however it is run."""
-        plain, net = self.plain, self.plain.net
-        if plain.head is None:
-            return
-        row = self.lanes[0][0]
-        long, short = (collate([[r]], plain.pad, plain.device) for r in (row, replace(row, ids=row.ids[:5],
-                                                                                        labels=row.labels[:5])))
-        with torch.no_grad(), plain.using([{}]):
-            h, part = plain.hidden(long), plain.hidden(short)
-            if not _near(part, h[:, :5], self._near(0)):
-                raise ModelError(f"{what(plain)}: in {type(net).__name__} words see those that come after them, so it "
-                                 "cannot learn to continue texts; an encoder works with data.task = 'classification'")
-            whole = net(input_ids=long.ids, labels=long.labels, use_cache=False)
-            if not _near(plain.logits_of(h), whole.logits, self._near(0)):
-                raise ModelError(f"{what(plain)}: the logits of {type(net).__name__} are not made of its last hidden "
-                                 "states alone")
-            total, count, _ = task_of("generation").row_losses(plain, long)
-            if whole.loss is not None and not _near(total / count, whole.loss[None].to(total), self._near(0)):
-                raise ModelError(f"{what(plain)}: {type(net).__name__} learns by another loss than the next word's "
-                                 f"({float(whole.loss):.4g}, not {float(total / count):.4g}); where its config has "
-                                 "output_router_logits, set that to false")
+        return cls(plain, trees, lanes, said, grads)
 
     def differs(self, model: Model) -> list[str]:
         """Where `model` answers otherwise: trainables, the worst first, or what went wrong; empty where nowhere."""
@@ -110,18 +88,18 @@ class Exam:
                 model.stackable, model.ways = False, replace(model.ways, together=False)
             asked = [([0, 1], self.trees)] if model.stackable else []
             for lanes, trees in [*asked, *(([k], [self.trees[k]]) for k in range(2))]:
-                losses, grads = _answer(model, trees, [self.lanes[k] for k in lanes])
+                losses, grads = _answer(model, trees, [model.read(self.lanes[k]) for k in lanes])
                 ends = np.cumsum([0, *map(len, self.lanes)])
                 want = torch.cat([self.losses[ends[k] : ends[k + 1]] for k in lanes])
                 if wrong := self._worst(grads, [self.grads[k] for k in lanes]):
                     return wrong
-                if not _near(losses, want, self._near(0)):
+                if not near(losses, want, self.near(0)):
                     return ["its loss"]
         except Exception as error:
             return [f"{_where(model, error)}{type(error).__name__}: {_line(error)}"]
         return []
 
-    def _near(self, which: int) -> float:
+    def near(self, which: int) -> float:
         return NEAR.get(self.plain.net.dtype, ROUGH)[which]
 
     def _worst(self, got: Sequence[Mapping[str, Tensor]], want: Sequence[Mapping[str, Tensor]]) -> list[str]:
@@ -134,7 +112,7 @@ class Exam:
             top = max(float(g.norm()) for g in plain.values())
             for n, g in plain.items():
                 off = float((ours[n] - g).norm()) / max(float(g.norm()), 1e-2 * top, 1e-30)
-                if not off <= self._near(1):
+                if not off <= self.near(1):
                     wrong[n] = max(off, wrong.get(n, 0.0)) if off == off else float("inf")
         return [_module(n) for n in sorted(wrong, key=lambda n: -wrong[n])]
 
@@ -171,7 +149,7 @@ class Exam:
                     got = text.logits()
                     want = torch.cat([_after(plain, tree, list(text.ids[i][text.text[i]] for i in range(
                         k * len(rows[0]), (k + 1) * len(rows[0])))) for k, (tree, _) in enumerate(lanes)])
-                    if not _near(got, want, 10 * self._near(0)):
+                    if not near(got, want, 10 * self.near(0)):
                         said = "logits differ from transformers'"
                     text.add(want.argmax(-1))
         except Exception as error:
@@ -196,22 +174,12 @@ def _answer(model: Model, trees: Sequence[Tree], lanes: Sequence[Sequence[Encode
     stacked = {n: t.to(model.device).requires_grad_() for n, t in stack_lanes(trees).items()}
     batch = collate(lanes, model.pad, model.device)
     with model.using(trees, None, stacked):
-        total = _told(model, batch)
+        total = told(model, batch)
         real = [k * batch.rows + j for k, rows in enumerate(lanes) for j in range(len(rows))]
         losses = total[real]
         losses.sum().backward()
     grads = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in stacked.items()}
     return losses.detach(), [{n: g[k] for n, g in grads.items()} for k in range(len(trees))]
-
-
-def _told(model: Model, batch: Batch) -> Tensor:
-    """A number for each row [N] that all of the network makes: its loss, whatever rows the model's own task has."""
-    if model.rules.net == "causal":
-        with fast(batch.ids.device, batch.ids.shape[1], model.fast_kernels):
-            return task_of("generation").row_losses(model, batch)[0]
-    z = model.class_logits(batch)
-    z = z if z.dim() == 2 else (z * batch.mask[..., None]).sum(1)
-    return (z * torch.linspace(-1, 2, z.shape[-1]).to(z)).sum(-1) + z.pow(2).sum(-1)
 
 
 def _moved(tree: Tree, rng: torch.Generator) -> Tree:
@@ -221,30 +189,6 @@ def _moved(tree: Tree, rng: torch.Generator) -> Tree:
         size = max(0.02, 0.1 * float(t.std())) if t.numel() > 1 else 0.02
         out[n] = (t + size * torch.randn(t.shape, generator=rng).to(t)).cpu()
     return out
-
-
-def _rows(model: Model, rng: torch.Generator) -> list[list[Encoded]]:
-    """Random rows of both clients; one of them has the padding token in the middle of its text."""
-    words, out = model.net.get_input_embeddings().weight.shape[0], []
-    for lengths in LENGTHS:
-        rows = []
-        for i, length in enumerate(lengths):
-            ids = torch.randint(min(5, words - 1), words, (length,), generator=rng).numpy().astype(np.int32)
-            if isinstance(model.net, HeadedEncoder):
-                rows.append(Encoded(ids, i % len(model.net.classifier.weight), 1))
-                continue
-            if length > 6:
-                ids[length // 2] = model.pad
-            rows.append(Encoded(ids, np.r_[IGNORE, ids[1:]].astype(np.int64), length - 1))
-        out.append(rows)
-    return out
-
-
-def _near(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    if got.shape != want.shape or not bool(torch.isfinite(got).all()):
-        return False
-    size = float(want.abs().max().clamp(min=1e-30))
-    return float((got - want).abs().max()) <= tolerance * max(size, 1e-3)
 
 
 def _module(name: str) -> str:

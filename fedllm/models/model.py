@@ -222,6 +222,8 @@ class Model:
 
     def word_logits(self, batch: Batch) -> Tensor:
         """[N, T, V] of a masked language model, through its head as it applies it."""
+        if not self.ways.uneven and not bool(batch.mask.all()):
+            return self._by_length(batch, self.word_logits)
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         return self.net(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
 
@@ -286,7 +288,7 @@ class Model:
         if isinstance(self.net, DualEncoder):
             raise ModelError("an image-text model has no hidden states of tokens; its class logits are what it gives")
         if not self.ways.uneven and not bool(batch.mask.all()):
-            return self._by_length(batch)
+            return self._by_length(batch, self.hidden)
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         encoder = self.rules.net != "causal"
         body = self.net.body if isinstance(self.net, HeadedEncoder) else body_of(self.net)
@@ -304,14 +306,14 @@ class Model:
         h = body(**feed).last_hidden_state
         return h[:, -batch.ids.shape[1] :]
 
-    def _by_length(self, batch: Batch) -> Tensor:
-        """The same for a network to which padding matters, one lane's right-padded rows [N, T]; zeros on padding."""
+    def _by_length(self, batch: Batch, ask: Callable[[Batch], Tensor]) -> Tensor:
+        """`ask` [N, T, ...] for a network to which padding matters: one lane's right-padded rows; zeros on padding."""
         lengths, out = batch.mask.sum(1), None
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
             part = Batch(1, *(x[rows, :length] if x.dim() == 2 else x[rows] for x in (
                 batch.ids, batch.mask, batch.labels)))
-            h = F.pad(self.hidden(part), (0, 0, 0, batch.ids.shape[1] - length))
+            h = F.pad(ask(part), (0, 0, 0, batch.ids.shape[1] - length))
             out = h.new_zeros(*batch.ids.shape, h.shape[-1]) if out is None else out
             out = out.index_copy(0, rows, h)
         assert out is not None

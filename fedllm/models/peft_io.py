@@ -15,13 +15,20 @@ from torch import Tensor
 
 from fedllm.core.errors import ModelError
 from fedllm.core.payload import Tree
+from fedllm.models.dual import DualEncoder
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces.registry import SPACES
 from fedllm.spaces.space import PEFT, fitted_to
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 SPACE, TRAINED = "space.json", "trainables.safetensors"
-BODY = "body."
+
+
+def inside(net: Any) -> tuple[str, Any]:
+    """The path of the transformers network within ours, and that network: adapters are saved for it."""
+    if isinstance(net, HeadedEncoder):
+        return "body.", net.body
+    return ("clip.", net.clip) if isinstance(net, DualEncoder) else ("", net)
 
 
 def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_name: str) -> None:
@@ -39,24 +46,25 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model.net, HeadedEncoder):
         head = {n.removeprefix(PEFT): tensors.pop(n) for n in list(tensors) if n.startswith(PEFT + "classifier.")}
-        tensors = {n.replace(PEFT + BODY, PEFT, 1): t for n, t in tensors.items()}
-        _strip_body(config)
         full = {n: p.detach().float().cpu() for n, p in model.net.classifier.state_dict(prefix="classifier.").items()}
         labels = {"labels": json.dumps(list(model.labels)), "pooling": model.net.pooling}
         save_file(full | head, folder / HEAD, metadata=labels)
+    if path := inside(model.net)[0]:
+        tensors = {n.replace(PEFT + path, PEFT, 1): t for n, t in tensors.items()}
+        _strip(config, path)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _strip_body(config: Any) -> None:
-    """Module names as the bare encoder has them."""
+def _strip(config: Any, path: str) -> None:
+    """Module names as the bare network has them."""
     for name in ("target_modules", "feedforward_modules"):
         if isinstance(names := getattr(config, name, None), list | set | tuple):
-            setattr(config, name, [n.removeprefix(BODY) for n in names])
+            setattr(config, name, [n.removeprefix(path) for n in names])
     config.modules_to_save = None
     for name in ("rank_pattern", "alpha_pattern"):
         if pattern := getattr(config, name, None):
-            setattr(config, name, {k.removeprefix(BODY): v for k, v in pattern.items()})
+            setattr(config, name, {k.removeprefix(path): v for k, v in pattern.items()})
 
 
 def save_trainables(folder: Path, model: Model, theta: Mapping[str, Tensor], base_name: str) -> None:
@@ -79,8 +87,9 @@ def load_adapter(folder: str | Path, model: Model) -> Tree:
         return _fitting(folder, _tensors(folder / TRAINED), fresh, model.space.ragged)
     config = _config(folder)
     tree = _tensors(folder / WEIGHTS)
+    if path := inside(model.net)[0]:
+        tree = {n.replace(PEFT, PEFT + path, 1): t for n, t in tree.items()}
     if isinstance(model.net, HeadedEncoder):
-        tree = {n.replace(PEFT, PEFT + BODY, 1): t for n, t in tree.items()}
         if (folder / HEAD).exists():
             head = _tensors(folder / HEAD)
             tree |= {k: t for n, t in head.items() if (k := PEFT + n) in fresh}

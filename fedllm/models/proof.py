@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 
 from fedllm.models.exam import Exam, what
-from fedllm.models.model import HeadedEncoder, Model
+from fedllm.models.model import Model
+from fedllm.models.taken_for import check
 from fedllm.models.verdicts import keep, kept
 from fedllm.models.ways import WORDS, Ways
 from fedllm.spaces.mask import Mask
@@ -28,8 +29,8 @@ def examine(model: Model, cache: bool = True) -> None:
 
     Raises ModelError naming the module that says something else than in transformers, whatever way is taken.
     """
-    if model.loss is not None or not (model.rules.net == "causal" or isinstance(model.net, HeadedEncoder)):
-        return  # a network of another kind (masked words, pictures, an environment's) has no plain form to compare
+    if model.loss is not None or model.rules.net == "policy":
+        return  # a network of our own: transformers has no plain form of it
     if cache and (known := kept(model)) is not None:
         ways, model.silent, said = known
         if ways != model.ways:
@@ -38,7 +39,7 @@ def examine(model: Model, cache: bool = True) -> None:
     said = []
     with torch.random.fork_rng(devices=[]):
         exam = Exam.of(model)
-        exam.plainly()
+        check(exam)
         said += _settle(model, exam)
         exam.saves(model)
         if model.head is not None:

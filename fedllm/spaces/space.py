@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -163,9 +164,10 @@ def find_linears(net: nn.Module, targets: str | Sequence[str], needs: str, some:
     """
     heads = output_heads(net)
     linears = {p: m for p, m in net.named_modules() if linear_size(m)
-               and p.rsplit(".", 1)[-1] not in ("classifier", "score")}
+               and p.rsplit(".", 1)[-1] not in ("classifier", "score") and not p.startswith("attend.")}
     if targets == "all-linear":
-        inner = {p: m for p, m in linears.items() if p not in heads and not _does_more(m)}
+        inner = {p: m for p, m in linears.items() if p not in heads and not _does_more(m)
+                 and not isinstance(m, NonDynamicallyQuantizableLinear)}  # whose weights its attention reads itself
         return _some(inner, targets, needs, linears)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     found = {p: m for p, m in linears.items() if any(named(p, t) for t in wanted)}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evidence.models import FAST
+from evidence.models import FAST, named
 from evidence.zoo.cell import judge
-from evidence.zoo.configs import ENCODE, tiny
+from evidence.zoo.configs import tiny
 from fedllm.core.errors import ModelError
 from fedllm.data.encode import Encoded
 from fedllm.local.generate import run_generates
@@ -26,12 +26,13 @@ from fedllm.spaces.space import patch
 
 
 def model(name, space="lora", dtype=torch.float64, **knobs):
-    return Model(tiny(name, False, dtype), None, "generation", make_space(space, **knobs), name=name)
+    return Model(tiny(name, dtype=dtype), None, "generation", make_space(space, **knobs), name=name)
 
 
 @pytest.mark.parametrize("name, space", [(n, s) for n, spaces in FAST for s in spaces])
 def test_no_cell_is_wrong(name, space):
-    found = judge(name, space, name in ENCODE)
+    task, own = named(name)
+    found = judge(own, space, task)
     assert found.outcome in ("right", "falls back", "refused"), found
     if (name, space) == ("mamba", "lora"):
         assert found.outcome == "refused" and "dt_proj does not do what it does" in found.why
@@ -44,15 +45,15 @@ def test_no_cell_is_wrong(name, space):
 def test_the_judge_finds_what_is_wrong(monkeypatch):
     """The model as it was before it was examined: the cap of gemma2's logits is lost, deberta's clients mix."""
     monkeypatch.setattr("evidence.zoo.cell.examine", lambda *_, **__: None)
-    assert judge("deberta-v2", "lora", True).outcome in ("WRONG", "broken")
+    assert judge("deberta-v2", "lora", "classification").outcome in ("WRONG", "broken")
     monkeypatch.setattr(Head, "_is_plain", lambda self, out: True)
-    assert judge("gemma2", "lora", False).outcome == "WRONG" and judge("llama", "lora", False).outcome == "right"
+    assert judge("gemma2", "lora").outcome == "WRONG" and judge("llama", "lora").outcome == "right"
 
 
 def test_caps_and_scales_are_found_at_any_strength():
     """Random weights give logits that a cap of 30 changes by a millionth."""
     for name, plain in (("llama", True), ("qwen2", True), ("gemma2", False), ("granite", False), ("cohere", False)):
-        net = tiny(name, False, torch.float32)
+        net = tiny(name, dtype=torch.float32)
         for p in net.parameters():
             p.data.mul_(0.1)
         head = Head(net)
@@ -111,7 +112,7 @@ def test_an_exception_names_the_module_and_is_no_traceback():
 @pytest.mark.parametrize("name, why", [("mixtral_aux", r"learns by another loss .* output_router_logits"),
                                        ("bert_lm", "words see those that come after")])
 def test_a_network_that_is_not_what_its_task_takes_it_for_is_refused(name, why):
-    net = tiny(name, False, torch.float32)
+    net = tiny(name, dtype=torch.float32)
     with pytest.raises(ModelError, match=why):
         examine(Model(net, None, "generation", make_space("lora", rank=2), name=name), cache=False)
 
@@ -173,7 +174,7 @@ def test_batched_texts_behind_a_prompt_go_on_as_each_does_alone(name, space):
 
 
 def test_where_padding_matters_texts_of_one_length_go_together():
-    found = judge("fnet", "lora", True)
+    found = judge("fnet", "lora", "classification")
     assert found.outcome == "falls back" and "uneven" in found.ways
 
 

@@ -105,10 +105,10 @@ def test_peft_sending_targets_elsewhere_is_found_when_the_model_is_loaded():
     """PEFT sends gate, up and down of deepseek's blocks to the fused experts."""
     from evidence.zoo.configs import tiny
 
-    model = Model(tiny("deepseek_v3", False, torch.float32), None, "generation", make_space("lora", rank=4), name="ds")
+    model = Model(tiny("deepseek_v3", dtype=torch.float32), None, "generation", make_space("lora", rank=4), name="ds")
     with pytest.raises(ModelError, match=r"not one function here and in PEFT.*leave .*(gate|up|down)_proj.* out of"):
         examine(model, cache=False)
-    fine = Model(tiny("deepseek_v3", False, torch.float32), None, "generation",
+    fine = Model(tiny("deepseek_v3", dtype=torch.float32), None, "generation",
                  make_space("lora", rank=4, targets=["q_a_proj", "q_b_proj", "o_proj"]), name="ds")
     examine(fine, cache=False)
 
@@ -116,7 +116,7 @@ def test_peft_sending_targets_elsewhere_is_found_when_the_model_is_loaded():
 def test_gates_narrower_than_the_rank_are_left_out_of_all_linear():
     from evidence.zoo.configs import tiny
 
-    net = tiny("qwen2_moe", False, torch.float32)
+    net = tiny("qwen2_moe", dtype=torch.float32)
     names = Model(net, None, "generation", make_space("lora", rank=4)).initial()
     assert names and not any("shared_expert_gate." in n for n in names)
     with pytest.raises(RecipeError, match="must be <= 1"):
