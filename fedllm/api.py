@@ -27,22 +27,23 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = R
 
 
 def ask(source: str | Path | Mapping[str, Any] | Recipe, *questions: str, timeout: float = PATIENCE,
-        **overrides: Any) -> list[Answered]:
+        trust_remote_code: bool = False, **overrides: Any) -> list[Answered]:
     """Put questions to the answering method of a run (its folder) or of a recipe, whose rounds are gone through first.
 
     Each `Answered` names the clients that it rests on, and what it cost on the wire. `timeout` is in seconds, for each
-    question. Nothing is written. Raises RecipeError for a method that answers no questions, RunError when time is up.
+    question. Nothing is written; code that a run's folder names runs only if it is trusted. Raises RecipeError for a
+    method that answers no questions, RunError when time is up.
     """
     for question in questions:
         check_question(question)
-    session = Session(source, overrides, timeout)
+    session = Session(source, overrides, timeout, trust_remote_code)
     return [session.ask(question) for question in questions]
 
 
 def resume(path: str | Path, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False) -> Result:
     """Go on with a run that was stopped at any moment; it ends as if it had never stopped.
 
-    `plugins` says where the plugin files that the run began with lie now, if they have moved. A folder whose recipe
-    runs code that comes with its model is refused unless that code is trusted.
+    A folder whose recipe runs code (of its model, of plugin files, of a metric) is refused unless that is trusted;
+    `plugins` says where the plugin files that the run began with lie here, which is to trust them.
     """
     return go_on(path, publish, plugins=plugins, trust_remote_code=trust_remote_code)

@@ -23,7 +23,8 @@ from fedllm.data.federation import Row, Shard
 from fedllm.runs.build import Parts, bound, build
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import OWN, received
+from fedllm.runs.received import received
+from fedllm.runs.recipe import OWN
 from fedllm.runs.result import Result
 
 FILE = "audit.json"

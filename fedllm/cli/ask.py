@@ -27,13 +27,16 @@ def ask(source: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", show_def
         change: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE",
                                                          help="A key of the recipe to change.")] = None,
         timeout: Annotated[float, typer.Option(help="Seconds that one question may take.")] = PATIENCE,
+        trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a run's recipe "
+                                                        "names.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each question.")] = False
         ) -> None:
     """Ask a method that answers questions: [bold]fedllm ask recipes/rag.yaml "Who signs an invoice?"[/bold]."""
     from fedllm.runs.asking import Session  # heavy, as the whole of a run is
     from fedllm.runs.complaints import parse_override
 
-    session = Session(source, dict(parse_override(text) for text in change or ()), timeout)
+    session = Session(source, dict(parse_override(text) for text in change or ()), timeout,
+                      trust_remote_code)
     for question in questions or lines():
         show(session.ask(question), as_json)
 

@@ -41,8 +41,8 @@ def run(path: Path_,
         max_memorized: Annotated[float, typer.Option(help="Limit: share of training rows said, over held-out rows.")
                                  ] = 0.1,
         max_leak: Annotated[float, typer.Option(help="Limit: F1 of tokens read from messages, over a guess.")] = 0.2,
-        trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with "
-                                                        "the run's model.")] = False,
+        trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the run's recipe "
+                                                        "names.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False) -> None:
     """Measure what a run's model and messages give away. Exit code 1 when a figure is over its limit.
 
@@ -55,7 +55,7 @@ def run(path: Path_,
     gates = PrivacyAudit(max_auc, max_exposure, max_memorized, max_leak)
     done = audit_run(path, gates=gates, only=only or (), shadows=shadows, rows=rows, transcript=transcript,
                      trust_remote_code=trust_remote_code)
-    write_report(path)
+    write_report(path, trust_remote_code)
     if as_json:
         typer.echo(json.dumps(done.as_json(), indent=1, default=float))
     else:

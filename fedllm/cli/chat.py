@@ -18,7 +18,8 @@ from fedllm.models.model import Model
 from fedllm.models.peft_io import load_adapter
 from fedllm.runs.build import make_recipe_space, recipe_model
 from fedllm.runs.products import BASE
-from fedllm.runs.recipe import Recipe, received
+from fedllm.runs.received import received
+from fedllm.runs.recipe import Recipe
 from fedllm.runs.result import Result
 from fedllm.tasks.chat import pieces, render
 from fedllm.tasks.task import How

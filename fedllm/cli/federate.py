@@ -43,7 +43,7 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
               "--plugin", metavar="FILE", show_default=False, help="Python file with the coordinator's half of a part "
               "of your own (repeat); sites must have it installed.")] = None,
           trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Go on with a folder whose "
-                                                          "recipe runs its model's own code.")] = False) -> None:
+                                                          "recipe names code to run.")] = False) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.federation import serve as federate
     from fedllm.federation.process import stoppable
@@ -53,7 +53,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
         with stoppable():
             if recipe.is_dir():
                 if plugin:
-                    raise RecipeError("--plugin: a run goes on with the plugins that it began with; leave it out")
+                    raise RecipeError("--plugin: a run goes on with the plugins that it began with; give "
+                                      "--trust-remote-code in its place, if you trust them")
                 result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics,
                                                  trust_remote_code=trust_remote_code)
             else:

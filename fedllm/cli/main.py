@@ -35,7 +35,8 @@ out, err = Console(), Console(stderr=True)
 PROGRESS = "fedllm.progress"
 """The logger of progress lines; without a terminal they take the place of bars."""
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the run's model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the run's recipe names: of its "
+                                            "model, of plugin files, of a metric.")]
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
                                                        help="Keys of the recipe to change.")]
@@ -118,21 +119,23 @@ def recipe(keys: Annotated[bool, typer.Option("--keys", help="Every key: type, d
 
 
 @app.command()
-def report(path: RunPath) -> None:
+def report(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
     """Write report.html and model_card.md afresh from a run's record."""
     from fedllm.report.report import write_report
 
-    out.print(str(write_report(path)), highlight=False, markup=False, soft_wrap=True)
+    out.print(str(write_report(path, trust_remote_code, plugin or ())), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", help="A merged model, or the PEFT "
                                                               "adapter.")] = False,
-           to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None) -> None:
+           to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
+           trust_remote_code: Trust = False) -> None:
     """Export a run's model for transformers, vLLM or llama.cpp."""
     from fedllm.runs.export import export as go
 
-    out.print(str(go(path, to, merge=merge)), highlight=False, markup=False, soft_wrap=True)
+    made = go(path, to, merge=merge, trust_remote_code=trust_remote_code)
+    out.print(str(made), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -245,6 +245,10 @@ class Method(Knobs):
     by_arrival: ClassVar[bool] = False
     """Whether the result depends on who answers first: virtual time repeats that by the seed, real time does not."""
 
+    only_fits: ClassVar[bool] = True
+    """Whether its client functions learn from rows by `client.fit` alone. Where they read rows or losses beside it, no
+    layer can make each row's part in the answer private (`dp_sgd`)."""
+
     reads_ranks: ClassVar[bool] = False
     """Whether clients train the rank that their profiles declare; others train the space's own everywhere."""
 

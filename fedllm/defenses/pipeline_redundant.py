@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedllm.local.flops import Work
+
 Loss = Callable[[Tensor], Tensor]
 Send = Callable[[str, int, Tensor], Tensor]
 
@@ -22,6 +24,8 @@ class Step:
     loss: float
     accused: frozenset[int]
     """Stages that the step went on without; empty when no lie was found."""
+    work: Work
+    """What all stages computed for it: copies, and tries that were given up, included."""
 
 
 def honest(way: str, stage: int, x: Tensor) -> Tensor:
@@ -48,10 +52,12 @@ class Pipeline:
         self.optimizers = {i: optimizer(s.parameters()) for i, s in enumerate(self.stages)}
         self.copied = {i: optimizer(s.parameters()) for i, s in self.copies.items()}
         self.strikes: Counter[int] = Counter()
+        self.work = Work()
 
     def step(self, x: Tensor, loss: Loss, send: Send = honest) -> Step:
         """One optimizer step on the micro-batch x; `send` is what stages really send."""
         accused: frozenset[int] = frozenset()
+        self.work = Work()
         while True:
             got = self._try(x, loss, send, accused)
             if isinstance(got, float):
@@ -64,7 +70,7 @@ class Pipeline:
             for i, optimizer in mine.items():
                 if i not in frozen:
                     optimizer.step()
-        return Step(got, accused)
+        return Step(got, accused, self.work)
 
     def _try(self, x: Tensor, loss: Loss, send: Send, skip: frozenset[int]) -> float | int:
         """Forward and backward without the stages in `skip`: the loss, or the stage whose message was found wrong."""
@@ -75,7 +81,9 @@ class Pipeline:
         for i, stage in enumerate(self.stages):
             if i in skip:
                 continue
-            runs = [_run(stage, h), *([_run(self.copies[i], h)] if i in self.copies else [])]
+            both = [stage, *([self.copies[i]] if i in self.copies else [])]
+            runs = [_run(one, h) for one in both]
+            self.work += _passed(both, runs[0][1], 2)
             h = send("forward", i, runs[0][1].detach())
             if len(runs) > 1 and not self._same(h, runs[1][1].detach()):
                 return i
@@ -84,6 +92,7 @@ class Pipeline:
         value = loss(last)
         (g,) = torch.autograd.grad(value, last)
         for i, runs in reversed(kept):
+            self.work += _passed([self.stages[i]] * len(runs), g, 4)
             for _, out in runs:
                 out.backward(g)
             if i == 0:
@@ -102,6 +111,13 @@ class Pipeline:
             for stage in self.stages:
                 x = stage(x)
         return x
+
+
+def _passed(stages: Sequence[nn.Module], x: Tensor, each: int) -> Work:
+    """The work by which these stages come to x [..., width], or go back from its gradient: `each` operations a weight
+    and token."""
+    tokens = x.numel() // x.shape[-1]
+    return Work(tokens * len(stages), float(each * tokens * sum(p.numel() for s in stages for p in s.parameters())))
 
 
 def _run(stage: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from fedllm.core.errors import RunError, plain
 from fedllm.core.record import is_test
 from fedllm.federation.flower.keys import KIT
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import read_recipe
 
 SERVING = "serving.json"
 """In the run's folder while `fedllm serve` works on it: its pid, and when that process began."""
@@ -37,7 +37,7 @@ class Tally:
 
     def __init__(self, run: Path) -> None:
         self.run = RunFolder.open(run).path
-        self.recipe = load_recipe(self.run / "recipe.yaml")
+        self.recipe = read_recipe(self.run / "recipe.yaml")
         self._lock = threading.Lock()
         self._begin()
 

@@ -14,7 +14,8 @@ from fedllm.federation.process import no_proxy
 from fedllm.runs.audit_key import AUDIT_KEY, make_key
 from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
-from fedllm.runs.recipe import OWN, Recipe, load_recipe, received
+from fedllm.runs.received import received
+from fedllm.runs.recipe import OWN, Recipe, load_recipe
 from fedllm.runs.result import Result, finished
 from fedllm.runs.signature import sign
 

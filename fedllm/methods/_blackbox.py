@@ -29,6 +29,7 @@ TOLD = ", ".join(f"note/{k}: count" for k in SPENT)
 class BlackBox(Star):
     """One call is one row scored, or one prompt continued. Tokens are those read and those said."""
 
+    only_fits = False
     budget: int | None = knob(None, "most calls of the whole run; a round that would exceed it does not begin. "
                                     "None: no limit", ge=1)
     price: float = knob(0.0, "of a million tokens, in whatever money", ge=0)

@@ -30,6 +30,7 @@ def scalars(reply: Payload, k: int) -> None:
 class Seeds(Star):
     """w = w_0 - eta sum_j A_j z_j, so A is the model; one constant eta and no decay, or the replay would be wrong."""
 
+    only_fits = False
     K: int = knob(4096, "number of candidate seeds", ge=1)
     steps: int = knob(200, "tau, local steps a round", ge=1)
     eps: float = knob(5e-4, "size of the perturbation", gt=0)

@@ -15,7 +15,7 @@ from fedllm.models.endpoint import Completion
 class Asking(Method):
     """A method whose server half asks the server's model, or clients' own, to continue prompts."""
 
-    mixes = "text"
+    mixes, only_fits = "text", False
 
     def say(self, prompts: Sequence[str], at: Sequence[str], max_new_tokens: int, temperature: float = 0.0) -> Program:
         """Returns the `Completion` of each prompt by the model at its place; silence where that place is missing."""

@@ -58,6 +58,10 @@ class DPSGD(Knobs, Layer):
         check_budget(self)
         object.__setattr__(self, "_facts", Facts())
 
+    def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
+        if not getattr(method, "only_fits", True):
+            raise CompositionError(f"{CLOSED}; method {type(method).__name__!r} does so")
+
     def init(self) -> dict[str, Any]:
         return {"clients": {}, "open": {}}
 

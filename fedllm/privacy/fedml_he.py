@@ -19,7 +19,8 @@ from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import wide
 from fedllm.core.rng import torch_stream
 from fedllm.core.sums import is_control, must_lift, without
-from fedllm.privacy.he_ckks import HECKKS, OWN, SEALED, CipherSum, split, tenseal
+from fedllm.privacy._ckks import CipherSum
+from fedllm.privacy.he_ckks import HECKKS, HONEST, OWN, SEALED
 from fedllm.wire.codec import DTYPES, NAMES
 
 MIXED = Form({**SEALED.parts, "plain": "tensor"})
@@ -67,6 +68,7 @@ class FedMLHE(HECKKS):
         out = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in here}, reduce=MixedSum(live["public"]),
                             form=MIXED,
                             hidden={type(self).__name__: frozenset({"cipher"})})
+        self._enough(out.answered)
         sealed = {k: out.value[k] for k in ("cipher", "sizes", "names")} | {"tensors": []}
         reply = yield from self._first(self.open, out.answered, sealed)
         total: dict[str, Any] = self._numbers(reply)
@@ -109,6 +111,7 @@ class FedMLHE(HECKKS):
         asked = {c: {k: v for k, v in m.items() if k.startswith(("theta/", "base/"))} | {OWN + "count": len(msgs)}
                  for c, m in msgs.items()}
         out = yield Ask(self.sense, asked, reduce=CipherSum(public))
+        self._enough(out.answered)
         size = sum(t.numel() for t in first.values())
         reply = yield from self._first(self.choose, out.answered, {**out.value, OWN + "bytes": -(-size // 8)})
         return {"of": of, "bits": reply["bits"]}
@@ -128,14 +131,12 @@ class FedMLHE(HECKKS):
     @on_client(gives="bits: whole", fits=chosen)
     def choose(self, msg: Payload, client: Any) -> Payload:
         """The share p that is largest in the sum; only this leaves, and not the sum."""
-        context = self._seat(client.id)["context"]
-        values = np.concatenate([tenseal().ckks_vector_from(context, b).decrypt() for b in split(msg)])
-        return {"bits": top(torch.from_numpy(values), self.encrypt_ratio)}
+        return {"bits": top(torch.from_numpy(self._decrypted(client.id, msg)), self.encrypt_ratio)}
 
     def statement(self, state: Any) -> dict[str, Any]:
         return {"layer": "fedml_he", "encrypted_share": self.encrypt_ratio,
-                "hides": f"the {100 * self.encrypt_ratio:g} % of each update that is encrypted from the server, unless "
-                         "a client colludes with it, and nothing else of it",
+                "hides": f"the {100 * self.encrypt_ratio:g} % of each update that is encrypted, and nothing else, from "
+                         f"{HONEST}",
                 "not_covered": "the rest of every update; which entries are sensitive; who answered", "void": []}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,16 +20,23 @@ from fedllm.core.form import Form, aligned, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
-from fedllm.core.reduce import Sum, wide
+from fedllm.core.reduce import wide
 from fedllm.core.sums import is_control, must_lift, need_sums, without
+from fedllm.privacy._ckks import CipherSum, joined, no_openfhe, serialized, split, tenseal
 from fedllm.wire import _keys as keys
 from fedllm.wire.codec import DTYPES, NAMES
+
+__all__ = ["HECKKS", "CipherSum", "split", "tenseal"]
 
 OWN = "_he/"
 SEALED = Form.of("cipher: whole, sizes: numbers, tensors: layout, names: names")
 """Of an encrypted reply."""
 PRIMES = {4096: [54, 55], 8192: [60, 60], 16384: [60, 60]}
 """Additions alone need one level; 109, 218 and 438 bits are the limits of 128-bit security."""
+HONEST = ("a server that follows the protocol, unless a client colludes with it; one that lies can hand on keys of its "
+          "own, or have a client open another's update")
+SMALLEST = 3
+"""Of a sum over two, each of them knows the other's part; of one there is nothing to hide among."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,10 @@ class HECKKS(Knobs, Layer):
 
     The first client asked makes the key and seals it to the others (X25519, AES-GCM; the server carries boxes that it
     cannot open). Replies are lifted and encrypted; the server adds ciphertexts; one client opens the sum, rounds it
-    (CKKS noise may tell about the key) and hands it back. The server sees the sum alone; a client that colludes with
-    it opens everything. No threshold key: that would need OpenFHE. About 30 bytes a value.
+    (CKKS noise may tell about the key) and hands it back. A server that follows the protocol sees the sum alone. One
+    that lies can hand on keys of its own as the clients', or give a client another's ciphertext to open: what a
+    ciphertext is the sum of nobody can see, so clients open once for each reply of theirs and check no more. A client
+    that colludes with it opens everything. No threshold key: that would need OpenFHE. About 30 bytes a value.
     """
 
     algebra = Algebra("he", needs="sum", reveals="sum", instead="secagg, at 4 bytes a value")
@@ -59,6 +67,7 @@ class HECKKS(Knobs, Layer):
         super().__post_init__()
         object.__setattr__(self, "_seats", {})  # contexts with secret keys: no field, so in no recipe or checkpoint
         object.__setattr__(self, "_live", {"holders": [], "public": b""})  # of this process: a restart makes new keys
+        object.__setattr__(self, "_least", 1)
 
     @property
     def most(self) -> float:
@@ -71,7 +80,9 @@ class HECKKS(Knobs, Layer):
         return 2.0 ** (self.largest - 1).bit_length()
 
     def bind(self, facts: Facts) -> HECKKS:
-        return replace(self, largest=max(facts.rows.values(), default=1))
+        bound, n = replace(self, largest=max(facts.rows.values(), default=1)), len(facts.rows)
+        object.__setattr__(bound, "_least", min(SMALLEST, facts.cohort or n, n))
+        return bound
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
@@ -89,6 +100,7 @@ class HECKKS(Knobs, Layer):
         msgs = {c: {**ask.msgs[c], **told} for c in ask.msgs if c in live["holders"]}
         out = yield replace(ask, msgs=msgs, reduce=CipherSum(live["public"]), form=SEALED,
                             hidden={type(self).__name__: frozenset({"cipher"})})
+        self._enough(out.answered)
         reply = yield from self._first(self.open, out.answered, out.value)
         total: dict[str, Any] = self._numbers(reply)
         at = 0
@@ -97,6 +109,12 @@ class HECKKS(Knobs, Layer):
             total[key] = (reply["sum"][at : at + n] * self.unit).view(tuple(shape)).to(DTYPES[dtype])
             at += n
         return replace(out, value=ask.reducer.done(total))
+
+    def _enough(self, answered: Sequence[str]) -> None:
+        """A sum of too few is one that nobody hides in: it stays closed."""
+        if len(answered) < (least := self.__dict__["_least"]):
+            raise QuorumError(f"{type(self).__name__} gives the round up: {len(answered)} of the {least} clients "
+                              "answered among whom one must hide")
 
     def _first(self, fn: Any, holders: Sequence[str], msg: Payload) -> Any:
         """What the first of the key's holders says that answers as it should; one that does not harms nobody."""
@@ -149,9 +167,10 @@ class HECKKS(Knobs, Layer):
         """A context that the server can add under, and a box for each."""
         aligned(reply, ("boxes",), len(msg["to"]))
         try:
-            tenseal().context_from(bytes(reply["public"]))
+            private = tenseal().context_from(bytes(reply["public"])).is_private()
         except (TypeError, ValueError, RuntimeError) as error:
             raise PayloadError(f"'public' is no CKKS context: {error}") from None
+        need(not private, "'public' holds the secret key, which is the clients' alone")
 
     @on_client(gives="boxes: blobs, public: bytes", fits=made)
     def make_key(self, msg: Payload, client: Any) -> Payload:
@@ -179,7 +198,10 @@ class HECKKS(Knobs, Layer):
             text = AESGCM(key).decrypt(msg["box"][:12], msg["box"][12:], client.id.encode())
         except InvalidTag:
             raise PayloadError(f"client '{client.id}': the box with the HE key does not open") from None
-        seat["context"] = tenseal().context_from(text)
+        context = tenseal().context_from(text)
+        if not context.is_private() or context.global_scale != 2.0**self.scale_bits:
+            raise PayloadError(f"client '{client.id}': the box holds no secret key of this run's CKKS")
+        seat["context"] = context
         return {"ok": 1}
 
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
@@ -196,12 +218,17 @@ class HECKKS(Knobs, Layer):
 
     def _encrypted(self, who: str, flat: np.ndarray, told: Payload) -> dict[str, Any]:
         """Ciphertexts of these numbers in the unit that all were told, if the sum of so many clients has room."""
+        if told[OWN + "count"] < (least := self.__dict__["_least"]):
+            raise PayloadError(f"client '{who}' refuses a sum of {told[OWN + 'count']}: fewer than {least} hide too "
+                               "little")
         unit = told.get(OWN + "unit", 1.0)
         room = self.most * unit / told[OWN + "count"]
         if not np.abs(flat).max(initial=0) < room:
             raise PayloadError(f"client '{who}': a reply holds {np.abs(flat).max():.6g} and CKKS with scale 2^"
                                f"{self.scale_bits} has room for {room:g} of each client; lower scale_bits")
-        context, slots = self._seat(who)["context"], self.poly_modulus_degree // 2
+        seat = self._seat(who)
+        context, slots = seat["context"], self.poly_modulus_degree // 2
+        seat["may_open"] = True
         parts = [tenseal().ckks_vector(context, flat[i : i + slots] / unit) for i in range(0, len(flat), slots)]
         return joined([p.serialize() for p in parts])
 
@@ -216,85 +243,23 @@ class HECKKS(Knobs, Layer):
     @on_client(gives="sum: tensor, numbers: numbers, names: names, tensors: layout", fits=opened)
     def open(self, msg: Payload, client: Any) -> Payload:
         """Decrypt the sum, and round it before it leaves."""
-        context = self._seat(client.id)["context"]
-        parts = [tenseal().ckks_vector_from(context, b) for b in split(msg)]
-        values = np.concatenate([p.decrypt() for p in parts])
+        values = self._decrypted(client.id, msg)
         values = np.round(values * 2.0**self.round_bits) / 2.0**self.round_bits
         n = len(values) - len(msg["names"])
         return {"sum": torch.from_numpy(values[:n]), "numbers": values[n:].tolist(), "names": msg["names"],
                 "tensors": msg["tensors"]}
 
+    def _decrypted(self, who: str, msg: Payload) -> np.ndarray:
+        """What is in a ciphertext; a client that added nothing since it last opened one opens none."""
+        seat = self._seat(who)
+        if not seat.pop("may_open", False):
+            raise PayloadError(f"client '{who}' opens one sum for each reply of its own, and has none in this one")
+        parts = [tenseal().ckks_vector_from(seat["context"], b) for b in split(msg)]
+        return np.concatenate([p.decrypt() for p in parts])
+
     def statement(self, state: Any) -> dict[str, Any]:
-        return {"layer": "he_ckks", "hides": "single updates from the server, unless a client colludes with it",
+        return {"layer": "he_ckks", "hides": f"single updates from {HONEST}",
                 "not_covered": "the sum itself, who answered; no differential privacy of its own", "void": []}
 
     def _seat(self, client: str) -> dict[str, Any]:
         return self.__dict__["_seats"].setdefault(client, {})
-
-
-@dataclass(frozen=True)
-class CipherSum(Sum):
-    """Adds ciphertexts under a context that holds no secret key."""
-
-    ragged = staticmethod(lambda reply: frozenset((k, repr(reply.get(k))) for k in ("tensors", "names")))
-
-    public: bytes
-
-    def lift(self, reply: Payload) -> Payload:
-        return reply
-
-    def plus(self, acc: dict[str, Any], lifted: Payload) -> dict[str, Any]:
-        try:
-            context = tenseal().context_from(self.public)
-            parts = [tenseal().ckks_vector_from(context, b) for b in split(lifted)]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise PayloadError(f"an encrypted reply is malformed: {error}") from None
-        form = {"tensors": lifted["tensors"], "names": lifted["names"]}
-        if not acc:
-            return {"parts": parts, **form}
-        if form != {k: acc[k] for k in form} or len(parts) != len(acc["parts"]):
-            raise PayloadError("an encrypted reply's names or shapes differ from the others'")
-        for mine, theirs in zip(acc["parts"], parts, strict=True):
-            mine.add_(theirs)
-        return acc
-
-    def done(self, total: Payload) -> Payload:
-        return {**joined([p.serialize() for p in total["parts"]]), "tensors": total["tensors"], "names": total["names"]}
-
-
-def joined(blobs: list[bytes]) -> dict[str, Any]:
-    """Ciphertexts as one tensor of bytes: bytes proper would cross the wire as text, a third longer."""
-    return {"cipher": torch.frombuffer(bytearray(b"".join(blobs)), dtype=torch.uint8), "sizes": [len(b) for b in blobs]}
-
-
-def split(payload: Payload) -> list[bytes]:
-    """The ciphertexts of `joined`."""
-    return [bytes(t.numpy()) for t in payload["cipher"].split([int(n) for n in payload["sizes"]])]
-
-
-def serialized(context: Any, secret: bool) -> bytes:
-    """A CKKS context with its secret key, or without."""
-    return context.serialize(save_public_key=False, save_secret_key=secret, save_galois_keys=False,
-                             save_relin_keys=False)
-
-
-def no_openfhe(layer: str) -> str:
-    """Why there are no threshold keys here."""
-    try:
-        import openfhe  # noqa: F401
-    except ImportError as error:
-        why = f"it does not import under Python {platform.python_version()} ({error})"
-    else:
-        why = "it imports, and fedllm has no protocol for it yet"
-    return (f"layer '{layer}' and the backend 'openfhe' do not fit together: {why}; backend: tenseal works, with one "
-            "key that all clients share")
-
-
-def tenseal() -> Any:
-    """The library, which is an optional extra."""
-    try:
-        import tenseal as ts
-    except ImportError:
-        raise CompositionError("layer 'HECKKS' and this installation do not fit together: it needs TenSEAL (pip "
-                               "install 'fedlm[he]'); secagg hides updates without it") from None
-    return ts

@@ -26,7 +26,7 @@ from fedllm.report.facts import (
 )
 from fedllm.report.statement import privacy_statement, seen, summary
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.plugins import plugged
+from fedllm.runs.received import received
 from fedllm.runs.result import Result
 
 STYLE = (Path(__file__).parent / "report.css").read_text
@@ -40,11 +40,11 @@ def publish(folder: RunFolder, result: Result) -> None:
     folder.write_text("model_card.md", model_card(folder, result))
 
 
-def write_report(path: str | Path) -> Path:
+def write_report(path: str | Path, trust_remote_code: bool = False, plugins: Sequence[str | Path] = ()) -> Path:
     """Write what `publish` writes afresh, from the record of the finished run in this folder."""
     folder = RunFolder.open(Path(path))
-    listed = read_facts(folder).recipe.get("plugins", ())
-    plugged([(p["file"], p["sha256"]) for p in listed])  # the card of a method of one's own is in its file
+    if read_facts(folder).recipe.get("plugins"):  # the card of a method of one's own is in its file
+        received(folder.path, trust_remote_code, plugins)
     try:
         publish(folder, Result.load(folder.path))
     except OSError as error:

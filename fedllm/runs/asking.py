@@ -17,6 +17,7 @@ from fedllm.methods.registry import method_class, modules
 from fedllm.runs.build import build
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.received import received
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
 
 PATIENCE = 300.0
@@ -49,7 +50,7 @@ class Session:
     """An answering method, ready for questions."""
 
     def __init__(self, source: str | Path | Mapping[str, Any] | Recipe, changes: Mapping[str, Any] | None = None,
-                 timeout: float = PATIENCE) -> None:
+                 timeout: float = PATIENCE, trust_remote_code: bool = False) -> None:
         """`source` is a run's folder, or a recipe, whose rounds are then gone through first (nothing is written).
 
         Raises RecipeError for a method that answers no questions, RunError for a folder without a state.
@@ -61,7 +62,7 @@ class Session:
         if folder and changes:
             raise RecipeError(f"{folder.path} is a run, whose recipe stands: {', '.join(changes)} can be changed in a "
                               "recipe alone")
-        recipe = load_recipe(folder.path / "recipe.yaml" if folder else source, changes)  # type: ignore[arg-type]
+        recipe = received(folder.path, trust_remote_code) if folder else load_recipe(source, changes)
         _answers(recipe)
         if recipe.data.source == OWN:
             raise RunError(f"{source} is a run of a real federation, whose clients are not here; ask a simulation")

@@ -23,10 +23,12 @@ PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_stateme
 """What goes along with a model, and under which name model hubs look for it."""
 
 
-def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False) -> Path:
+def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False, trust_remote_code: bool = False
+           ) -> Path:
     """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
 
-    Raises RunError when the run serves no model or `out` exists, ModelError for adapters that cannot be merged.
+    A base model that brings code of its own is loaded only if that is trusted. Raises RunError when the run serves no
+    model or `out` exists, ModelError for adapters that cannot be merged.
     """
     result = Result.load(path)
     served = result.adapter_path
@@ -43,7 +45,7 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
             raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what "
                              "it trained as it is with --peft")
         if merge and served.name == "adapter":
-            _merge(served, goal, load_recipe(result.folder / "recipe.yaml").model.trust_remote_code)
+            _merge(served, goal, trust_remote_code)
         else:
             if (served / BASE).exists():
                 raise RunError(f"{served}: the method also changed the base weights ({BASE}), which an adapter alone "

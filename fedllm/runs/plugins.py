@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ def plugged(listed: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]:
     return found
 
 
-def moved(raw: MutableMapping[str, Any], files: Sequence[str | Path]) -> Mapping[str, Any]:
-    """A run's own recipe with its plugins at other places: each of `files` stands for the one of the same name."""
-    known = {Path(p["file"]).stem: p for p in raw.get("plugins", [])}
+def moved(listed: Sequence[tuple[str, str | None]], files: Sequence[str | Path]) -> list[tuple[str, str | None]]:
+    """A run's own plugins (path, sha256) at other places: each of `files` stands for the one of the same name."""
+    known = {Path(file).stem: (file, sha256) for file, sha256 in listed}
     for file in files:
         if Path(file).stem not in known:
             raise RecipeError(f"--plugin {str(file)!r}: this run goes on with the plugins that it began with "
                               f"({', '.join(known) or 'none'}); allowed is another place of one of these")
-        known[Path(file).stem]["file"] = str(file)
-    return raw
+        known[Path(file).stem] = str(file), known[Path(file).stem][1]
+    return list(known.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +21,8 @@ from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
 from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
-from fedllm.runs.plugins import moved, plugged
-from fedllm.tasks.answers import judge_of
+from fedllm.runs.plugins import plugged
+from fedllm.tasks.answers import check_metric, judge_of
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
@@ -238,7 +238,7 @@ class EvaluateSpec(Section):
     @field_validator("metric")
     @classmethod
     def _metric_is_known(cls, value: str) -> str:
-        judge_of(value)
+        check_metric(value)
         return value
 
     baselines: list[Literal["local_only", "centralized"]] = Field(default_factory=list)
@@ -302,22 +302,17 @@ class Recipe(Section):
     """Written into a run's own recipe: what it ran with. Not read."""
 
 
-def received(folder: Path, trust_remote_code: bool = False, plugins: Sequence[str | Path] = ()) -> Recipe:
-    """The recipe of a run's folder, which may have come from elsewhere: RecipeError when it would run code that comes
-    with its model and nobody here said that it may. `plugins` are other places of the plugin files that it has."""
-    recipe = load_recipe(moved(read_yaml(folder / "recipe.yaml"), plugins))
-    if recipe.model.trust_remote_code and not trust_remote_code:
-        raise RecipeError(f"{folder / 'recipe.yaml'} says model.trust_remote_code = true, which runs Python code of "
-                          f"{recipe.model.name!r} on this machine; give --trust-remote-code if you trust it")
-    return recipe
-
-
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A checked recipe from a YAML path, a mapping or a recipe; `overrides` maps key paths to values.
 
     Its plugin files are loaded; those in `overrides` come beside the recipe's own. Raises RecipeError with one line for
     each thing that is wrong.
     """
+    return armed(read_recipe(source, overrides))
+
+
+def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The same, of which nothing is loaded or run: whoever's it is, reading it does no harm."""
     if isinstance(source, Recipe):
         raw = source.model_dump()
     elif isinstance(source, Mapping):
@@ -336,5 +331,11 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
     if recipe.data.source == OWN and recipe.evaluate.metric != "exact":
         raise RecipeError(f"evaluate.metric = {recipe.evaluate.metric!r}: the sites of a real federation compare whole "
                           "answers; allowed there is exact")
+    return recipe
+
+
+def armed(recipe: Recipe) -> Recipe:
+    """The recipe with what it names loaded: plugin files, and the function of one's own that judges."""
     files = plugged([(p.file, p.sha256) for p in recipe.plugins])
+    judge_of(recipe.evaluate.metric)
     return recipe.model_copy(update={"plugins": [Plugin(**f) for f in files]})

@@ -21,7 +21,7 @@ from fedllm.runs.course import draw_cohort, in_order
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.layers import make_layer
 from fedllm.runs.products import write_served
-from fedllm.runs.recipe import received
+from fedllm.runs.received import received
 from fedllm.runs.tape import Playback
 
 log = logging.getLogger(__name__)

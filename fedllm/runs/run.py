@@ -22,7 +22,8 @@ from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.progress import Quiet, progress_bars
-from fedllm.runs.recipe import OWN, Recipe, load_recipe, received
+from fedllm.runs.received import received
+from fedllm.runs.recipe import OWN, Recipe, load_recipe
 from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import look
 from fedllm.runs.seal import figures_digest, sealed
@@ -48,8 +49,8 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
 
 def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False
           ) -> Result:
-    """A run that was stopped at any moment, to its end; `plugins` are other places of the plugin files that it has, and
-    code that comes with its model runs only if it is trusted."""
+    """A run that was stopped at any moment, to its end; `plugins` are the places of the plugin files that it has, and
+    other code that it names runs only if it is trusted."""
     folder = RunFolder.open(Path(path))
     if (folder.path / "result.json").exists():
         return finished(folder.path)

@@ -47,16 +47,21 @@ NAMES = {"exact": "exact_match"}
 """What a metric is called among figures, where that is not its own name."""
 
 
+def check_metric(metric: str) -> None:
+    """RecipeError for what is no metric; a function of one's own is not loaded yet."""
+    if metric not in KNOWN and not (metric.startswith(CALL) and all(metric.removeprefix(CALL).partition(":")[::2])):
+        raise RecipeError(f"evaluate.metric = {metric!r:.200}: allowed are {', '.join(KNOWN)}, call:module:function")
+
+
 def judge_of(metric: str) -> tuple[str, Judges]:
     """(its name among figures, what judges) of `evaluate.metric`; a RecipeError names what is allowed."""
     if metric in KNOWN:
         return NAMES.get(metric, metric), KNOWN[metric]
+    check_metric(metric)
     module, _, function = metric.removeprefix(CALL).partition(":")
-    if not metric.startswith(CALL) or not function:
-        raise RecipeError(f"evaluate.metric = {metric!r}: allowed are {', '.join(KNOWN)}, call:module:function")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise RecipeError(f"evaluate.metric = {metric!r} cannot be loaded: {error}; allowed is a function of a module "
                           "that can be imported here") from None
 

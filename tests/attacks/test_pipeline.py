@@ -57,6 +57,18 @@ def test_an_honest_pipeline_is_ordinary_training():
     torch.testing.assert_close(p.forward(x), whole(x), atol=1e-5, rtol=1e-4)
 
 
+def test_copies_and_tries_that_were_given_up_are_counted():
+    size = lambda stages: sum(q.numel() for s in stages for q in s.parameters())  # noqa: E731
+    x, y = next(task(0))
+    loss = lambda z: nn.functional.cross_entropy(z, y)  # noqa: E731
+    bare, p = (Pipeline(stack(0), lambda q: torch.optim.Adam(q, 3e-3), redundant=r) for r in (False, True))
+    once, twice = bare.step(x, loss).work, p.step(x, loss).work  # 2 operations a weight and token, and 4 back
+    assert (once.tokens, once.flops) == (2 * 6 * 32, 6.0 * 32 * size(p.stages))
+    assert twice.flops - once.flops == 6.0 * 32 * size(p.copies.values())
+    lied = p.step(x, loss, lambda way, stage, z: -z if stage == 2 else z)
+    assert lied.accused == {2, 3} and lied.work.tokens == 32 * (5 + 6 + 6)  # up to the lie; then without 2 and 3
+
+
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("relay", [True, False])
 def test_every_lie_is_found_and_nobody_else_is_accused(way, relay):

@@ -1,5 +1,6 @@
 """The machine a run or a site lives on: folders, locks, signatures, ports, proxies, the network, received folders."""
 
+import inspect
 import json
 import os
 import socket
@@ -7,7 +8,9 @@ import subprocess
 import sys
 import threading
 
+import click
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -20,9 +23,11 @@ from fedllm.engines.far.reasons import Refused
 from fedllm.federation.identity import keep_identity
 from fedllm.federation.operate import announced, serving
 from fedllm.federation.process import need_port, no_proxy
+from fedllm.methods.baselines import fedavg
 from fedllm.runs.audit_key import make_key
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import load_recipe, received
+from fedllm.runs.received import received
+from fedllm.runs.recipe import load_recipe
 from fedllm.runs.signature import against_signature, sign
 
 
@@ -134,6 +139,51 @@ def test_a_received_folder_runs_no_code(tmp_path, done):
         resume(folder)
     assert CliRunner().invoke(app, ["resume", str(folder)]).exit_code != 0
     assert received(folder, trust_remote_code=True).model.trust_remote_code
+
+
+TAKES_A_RUN = {"resume": (), "replay": (), "report": (), "export": ("--merge",), "chat": (), "ask": ("Who?",),
+               "serve": ("--federation", "."), "status": (), "logs": (), "stop": (), "audit run": (),
+               "audit verify": (), "audit seal": ("--key", "k")}
+TAKES_NONE = {"run", "plan", "methods", "recipe", "group", "demo", "bench", "claims", "join", "keys new", "keys add",
+              "keys suspend", "keys restore", "keys revoke", "audit key"}
+"""All commands: with a run's folder, and without one."""
+
+
+def commands(at, *words):
+    for name, inner in at.commands.items():
+        yield from commands(inner, *words, name) if isinstance(inner, click.Group) else [" ".join((*words, name))]
+
+
+def test_every_command_is_known_to_take_a_run_or_none():
+    assert set(commands(typer.main.get_command(app))) == set(TAKES_A_RUN) | TAKES_NONE
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("key, value", [
+    ("plugins", [{"file": "evil.py"}]), ("evaluate", {"metric": "call:evil:judge"}),
+    ("method", {"name": "fed_bbpt", "policy": True, "endpoint": "http://127.0.0.1:9/v1", "api_key_env": "HOME"})])
+def test_no_command_runs_what_a_received_folder_names(tmp_path, done, monkeypatch, key, value, ended):
+    folder = copied(done, tmp_path / "r")
+    code = inspect.getsource(fedavg).replace("class FedAvg(", "class Evil(")
+    (tmp_path / "evil.py").write_text(f"{code}\nopen({str(tmp_path / 'ran')!r}, 'w')\ndef judge(said, wanted): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe[key] = {**recipe[key], **value} if key == "evaluate" else value
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if not ended:
+        (folder / "result.json").unlink()
+    said = {}
+    for words, more in TAKES_A_RUN.items():
+        got = CliRunner().invoke(app, [*words.split(), str(folder), *more])
+        said[words] = f"{got.output} {got.exception}"
+        assert not (tmp_path / "ran").exists() and "evil" not in sys.modules, words
+    refused = [w for w, text in said.items() if "--trust-remote-code" in text]
+    assert {"ask"} | ({"chat", "audit run"} if ended else {"resume", "serve"}) <= set(refused)
+    if key == "plugins":
+        assert "report" in refused or not ended
+        load_recipe(folder / "recipe.yaml")  # as a recipe of one's own it runs: the file works
+        assert (tmp_path / "ran").exists()
 
 
 def test_a_port_in_use_is_found_at_once():

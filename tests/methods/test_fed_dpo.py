@@ -13,6 +13,7 @@ from fedllm.core.errors import CompositionError, DataError
 from fedllm.core.program import drive
 from fedllm.data.load import load_federation
 from fedllm.privacy.dp_sgd import DPSGD
+from fedllm.runs.build import compose
 
 
 def preferring(begin, **options):
@@ -54,6 +55,8 @@ def test_under_dp_sgd_it_is_refused_in_one_sentence(begin):
     run = preferring(begin, layers=(DPSGD(noise_multiplier=1.0),))
     run.engine.begin(0)
     states = [layer.init() for layer in run.engine.stack[1:]]
+    with pytest.raises(CompositionError, match=r"through client\.fit only, and this one reads the rows"):
+        compose(run.method, [*run.engine.stack[1:]])
     with pytest.raises(CompositionError, match=r"through client\.fit only, and this one reads the rows"):
         drive(run.method.round(run.state, run.world.infos()), run.engine, run.engine.stack[1:], states)
 

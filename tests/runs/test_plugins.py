@@ -79,12 +79,14 @@ def test_resume_refuses_another_file_and_takes_a_moved_one(tmp_path, tiny_llama_
     text = mine.read_text()
     mine.write_text(text + "\n# changed\n")
     with pytest.raises(RecipeError, match=r"plugins.0.file = '.*fedmine.py' has changed since the run began \(sha256"):
+        fedllm.resume(done.folder, plugins=[mine])
+    with pytest.raises(RecipeError, match=r"plugins.0.file = '.*', which is Python code .* --trust-remote-code"):
         fedllm.resume(done.folder)
     away = tmp_path / "away"
     away.mkdir()
     mine.unlink()
     with pytest.raises(RecipeError, match=r"plugins.0.file = '.*fedmine.py' cannot be read: No such file"):
-        fedllm.resume(done.folder)
+        fedllm.resume(done.folder, trust_remote_code=True)
     (away / "fedmine.py").write_text(text)
     with pytest.raises(RecipeError, match=r"--plugin 'other.py': this run goes on with the plugins .* \(fedmine\)"):
         fedllm.resume(done.folder, plugins=["other.py"])

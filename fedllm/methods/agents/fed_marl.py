@@ -45,7 +45,7 @@ class FedMARL(Star):
     )
     trial = Trial(apart="its clients act in environments and hold no rows; tests/environments tries it")
     metrics: ClassVar = {"return": "max", "cut": "min"}
-    learns_from = "environments"
+    learns_from, only_fits = "environments", False
 
     episodes: int = knob(8, "of a round at each client, in one batch a step", ge=1)
     updates: int = knob(1, "batches of episodes, each followed by a step of the policy", ge=1)

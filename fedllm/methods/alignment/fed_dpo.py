@@ -40,7 +40,7 @@ class FedDPO(Star):
         evidence="OpenFedLLM's loop from a dossier. The reference is where the run starts, as in trl without a "
                  "reference model: for LoRA the base, or the adapter of space.start_from. A pair weighs as one row.",
     )
-    trial = Trial(task="preference")
+    trial, only_fits = Trial(task="preference"), False
     metrics: ClassVar = {"preference": "max", "dpo_loss": "min"}
 
     beta: float = knob(0.1, "how far the model may leave the reference: the less, the further", gt=0)

@@ -69,7 +69,7 @@ class FedMD(Method):
     )
     trial = Trial({"transfer_steps": 2, "own_steps": 1, "digest_steps": 1, "alignment": 6}, task="classification",
                   rounding="the slope of an absolute error is a sign")
-    serves, mixes = False, "models"
+    serves, mixes, only_fits = False, "models", False
 
     alignment: int = knob(256, "public rows of a round", ge=1)
     transfer_steps: int = knob(40, "steps on the public rows' labels before the first round; 0: they have none", ge=0)

@@ -40,6 +40,11 @@ class DatasetGrouper(Star):
     eps: float = knob(1e-8, "added to sqrt(v)", gt=0)
     tune_steps: int = knob(0, "steps that a client takes on its own rows before it is tested", ge=0)
 
+    @property
+    def only_fits(self) -> bool:  # type: ignore[override]
+        """The gradients at one point are taken over rows that it reads itself."""
+        return self.algorithm == "fedavg"
+
     def init(self, model) -> State:
         theta = model.initial()
         return {"theta": theta, "m": zeros_like(theta), "v": zeros_like(theta), "t": 0}

@@ -60,6 +60,7 @@ class FedMeZO(Star):
                  "server that folds answers does not see. Ours: scalars up.",
     )
     trial = Trial({"steps": 3, "lr": 1e-2, "delta": 5e-3})
+    only_fits = False
     steps: int = knob(30, "tau, local steps a round", ge=1)
     eps: float = knob(1e-3, "size of the perturbation", gt=0)
     lr: float = knob(1e-5, "eta, the middle rate", gt=0)

@@ -53,7 +53,7 @@ class FedYolo(Method):
         evidence="Abstract read; no code of the authors was found. The head is a part of each task's module. Modules "
                  "that stay at home (the paper's local arm) are local_only's matter here.",
     )
-    serves = False
+    serves = only_fits = False
 
     by: str = knob("category", "column of the rows that names their task; where no row of a client has it, the client "
                                "holds one task without a name")

@@ -46,6 +46,7 @@ class FwdLLM(Method):
                  "different rates; now both have the same rates to choose from (tuned on seed 100).",
     )
     trial = Trial({"perturbations": 2, "most": 1, "lr": 1e-2, "candidates": 3})
+    only_fits = False
     h: float = knob(0.01, "half the distance of the two points", gt=0, lt=1)
     perturbations: int = knob(4, "of a client, each time it is asked", ge=1)
     threshold: float = knob(0.5, "largest variance at which a step is committed", gt=0)

@@ -38,7 +38,7 @@ class FedNERTagset(Star):
         evidence="From the abstract; the warm-up and the threshold are the dossier's. Measured on a synthetic world of "
                  "tags (rig hidden_tags), not on the paper's clinical corpora; instance weighting is left out.",
     )
-    trial = Trial(task="tokens")
+    trial, only_fits = Trial(task="tokens"), False
     warmup_rounds: int = knob(2, "rounds in which an O may be any type that the client does not annotate, before the "
                                  "global model is worth asking", ge=0)
     temperature: float = knob(1.0, "of the global model's distribution", gt=0)

@@ -49,6 +49,7 @@ class FedPIT(Star):
     )
     trial = Trial({"synthetic_ratio": 0.0, "beta": 0.5},  # a model of random weights writes no row that can be read
                   far={"method.synthetic_ratio": 1.0, "method.beta": 1.0})
+    only_fits = False
     beta: float = knob(1.0, "share of theta_pub in what is sent: 1 is FedPIT, 0.5 FewFedPIT", ge=0, le=1)
     synthetic_ratio: float = knob(1.0, "synthetic rows for each row of the client's own", ge=0)
     k_shot: int = knob(2, "own rows shown as demonstrations", ge=1)
