@@ -129,12 +129,14 @@ def report(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = Fal
 @app.command()
 def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", help="A merged model, or the PEFT "
                                                               "adapter.")] = False,
+           gguf: Annotated[bool, typer.Option("--gguf", help="The merged model as one GGUF file.")] = False,
+           kind: Annotated[str, typer.Option("--type", help="Of a GGUF file's matrices: f32, f16, q8_0.")] = "f16",
            to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
            trust_remote_code: Trust = False) -> None:
     """Export a run's model for transformers, vLLM or llama.cpp."""
     from fedllm.runs.export import export as go
 
-    made = go(path, to, merge=merge, trust_remote_code=trust_remote_code)
+    made = go(path, to, merge=merge, gguf=kind if gguf else None, trust_remote_code=trust_remote_code)
     out.print(str(made), highlight=False, markup=False, soft_wrap=True)
 
 

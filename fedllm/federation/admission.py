@@ -10,6 +10,8 @@ from typing import Any
 from fedllm.engines.far.reasons import Refused
 from fedllm.federation.settings import SiteSettings
 from fedllm.methods.registry import METHODS, method_class
+from fedllm.models.load import OWN
+from fedllm.models.policy import POLICY
 from fedllm.runs.build import versions
 from fedllm.runs.recipe import NamedModel, Recipe, load_recipe
 from fedllm.runs.store import private_folder, read_json, write_atomic
@@ -18,7 +20,7 @@ SHAPE = "shape.json"
 SHAPES = ("task", "fields", "template", "labels", "split", "subset")
 """Keys of `data` that say how this site's rows are read."""
 HUB = "huggingface.co"
-OWN_MODELS = ("embedded", "minilm", "policy")
+OWN_MODELS = (*OWN, POLICY)
 NOT_SENT = ("source", "test", "public", "partition", "office")
 
 

@@ -30,6 +30,7 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.models.endpoint import Endpoint
+from fedllm.models.load import lasting
 from fedllm.runs.build import bound, compose, make_layers, make_recipe_space, need_public, recipe_model
 from fedllm.runs.models import check_held, check_names, need_named, shelves
 from fedllm.runs.profiles import make_profiles
@@ -76,11 +77,12 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
 
 
 def declared(settings: SiteSettings, recipe: Recipe) -> dict[str, Any]:
-    """What this site says of itself; of a folder that its model lies in the last part of the path alone."""
+    """What this site says of itself; of a folder or file that its model lies in the last part of the path alone."""
     if settings.model is None:
         return settings.profile
-    here = settings.model not in recipe.models and Path(settings.model).expanduser().is_dir()
-    return {**settings.profile, "model": Path(settings.model).expanduser().resolve().name if here else settings.model}
+    found = Path(lasting(settings.model))
+    here = settings.model not in recipe.models and found.is_absolute()
+    return {**settings.profile, "model": found.name if here else settings.model}
 
 
 def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mapping[str, Profile],

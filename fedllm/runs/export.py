@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from fedllm.core.errors import ModelError, RunError
+from fedllm.models.checks import loaded
 from fedllm.models.load import load_tokenizer
 from fedllm.models.merge import merge_adapter
 from fedllm.models.peft_io import SPACE
@@ -18,18 +21,22 @@ from fedllm.runs.products import BASE
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.result import Result
 from fedllm.spaces.registry import make_space
+from fedllm.spaces.space import CAUSAL
 
 PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_statement.md"}
 """What goes along with a model, and under which name model hubs look for it."""
 
 
-def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False, trust_remote_code: bool = False
-           ) -> Path:
-    """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
+def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False, gguf: str | None = None,
+           trust_remote_code: bool = False) -> Path:
+    """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`; `gguf` (the
+    type of its matrices: f32, f16, q8_0) writes that model as one file for llama.cpp.
 
     A base model that brings code of its own is loaded only if that is trusted. Raises RunError when the run serves no
-    model or `out` exists, ModelError for adapters that cannot be merged.
+    model or `out` exists, ModelError for adapters that cannot be merged and for models that cannot be written as GGUF.
     """
+    if gguf is not None:
+        return _as_gguf(path, out, gguf)
     result = Result.load(path)
     served = result.adapter_path
     if served is None:
@@ -57,6 +64,26 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
     except OSError as error:
         raise RunError(f"{goal} cannot be written: {error}") from None
     return goal
+
+
+def _as_gguf(path: str | Path, out: str | Path | None, kind: str) -> Path:
+    """The merged model in a folder of its own, as one file."""
+    from fedllm.models.gguf_write import written
+
+    result = Result.load(path)
+    if load_recipe(result.folder / "recipe.yaml").data.task not in CAUSAL:
+        raise ModelError(f"{path}: only models that continue texts are written as GGUF")
+    goal = Path(out) if out else result.folder / "gguf"
+    if goal.exists() and any(goal.iterdir()):
+        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+    with tempfile.TemporaryDirectory(dir=result.folder) as part:
+        merged = export(path, Path(part) / "merged", merge=True)
+        net = loaded(AutoModelForCausalLM, str(merged), str(merged), False)
+        made = written(goal, net.eval(), load_tokenizer(str(merged)), kind, result.folder.name)
+        for name in PAPERS.values():
+            if (merged / name).is_file():
+                shutil.copyfile(merged / name, goal / name)
+    return made
 
 
 def _merge(adapter: Path, goal: Path, trust: bool) -> None:

@@ -14,14 +14,14 @@ from fedllm.core.method import Method
 from fedllm.engines.world import World
 from fedllm.methods.registry import method_class, modules
 from fedllm.models.endpoint import Endpoint
-from fedllm.models.load import load_model, speaks
+from fedllm.models.gguf import is_gguf
+from fedllm.models.load import OWN, load_model, speaks
 from fedllm.models.model import Model, Task
 from fedllm.models.sealed import Sealed, sealed
 from fedllm.models.shelf import Shelf, unknown
 from fedllm.runs.recipe import Named, NamedModel, Recipe
 from fedllm.spaces.registry import make_space
 
-BUILT_IN = ("embedded", "minilm")
 NONE = ("any",)
 """The labels of an encoder that is there for its vectors."""
 Guard = Callable[[str, NamedModel], None]
@@ -66,10 +66,10 @@ def check_names(recipe: Recipe) -> None:
     for key, name in dealt.items():
         if not isinstance(name, str):
             raise RecipeError(f"{key} = {name!r} is not allowed; it must be a text")
-        mine = name in recipe.models or name == recipe.model.name or name in BUILT_IN
-        if not (mine or "/" in name or Path(name).is_dir()):
+        mine = name in recipe.models or name == recipe.model.name or name in OWN
+        if not (mine or "/" in name or Path(name).is_dir() or is_gguf(name)):
             raise RecipeError(f"{key}: there is no {unknown(name, recipe.models)}; allowed are these, "
-                              f"{', '.join((recipe.model.name, *BUILT_IN))}, a folder, and a Hub id owner/name")
+                              f"{', '.join((recipe.model.name, *OWN))}, a folder, a GGUF file, and a Hub id owner/name")
 
 
 def check_models(recipe: Recipe, method: Method, world: World) -> None:
