@@ -161,6 +161,11 @@ class Client(Protocol):
         """The mean of |d loss / d w| over these training rows, for every trainable w."""
         ...
 
+    def gradient(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> Tree:
+        """The mean over these training rows (None: all) of d loss(row) / d w, for every trainable w: no optimizer, no
+        step. A layer that hides single rows (DP-SGD) refuses it."""
+        ...
+
     def generate(self, prompts: Sequence[str], theta: Tree | None = None, **options: Any) -> list[str]:
         """Greedy (or sampled) continuations of the prompts."""
         ...

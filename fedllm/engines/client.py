@@ -289,6 +289,13 @@ class ClientCall(Holder):
         mine = self._encoded("train")
         return self._ask(Sensitivity(self.id, self.model, theta, base, [mine[i] for i in rows]))
 
+    def gradient(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> Tree:
+        """The mean over these training rows (None: all) of d loss(row) / d w, for every trainable w."""
+        self._open_rows()
+        mine = self._encoded("train")
+        some = mine if rows is None else [mine[i] for i in rows]
+        return self._ask(Sensitivity(self.id, self.model, theta, base, some, signed=True))
+
     def generate(self, prompts: Sequence[str], theta: Tree | None = None, *, base: Tree | None = None,
                  max_new_tokens: int | None = None, temperature: float = 0.0) -> list[str]:
         """Continuations of the prompts as text, greedy at temperature 0."""

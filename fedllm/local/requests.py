@@ -152,9 +152,10 @@ class Probe(Losses):
 
 @dataclass(frozen=True)
 class Sensitivity(Request):
-    """The mean over the rows of |d loss(row) / d w|, for every trainable w."""
+    """The mean over the rows of |d loss(row) / d w|, for every trainable w; `signed`: of the gradients themselves."""
 
     rows: Sequence[Encoded]
+    signed: bool = False
 
     @property
     def form(self) -> Hashable:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedllm.core.errors import CompositionError, PayloadError
 from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import Mean, Sum, wide
+from fedllm.core.rng import torch_stream
 from fedllm.methods._linalg import Svd, dense_svd, factored_svd
 from fedllm.spaces.lora import LoRA, factors, names_of
 
@@ -123,6 +124,12 @@ def split_heads(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def rank_of(theta: Mapping[str, Tensor]) -> int:
     """The rank of a LoRA tree."""
     return next(iter(factors(theta).values()))[1].shape[0]
+
+
+def fresh(client: Any, rank: int, owner: str) -> Tree:
+    """A new LoRA from the client's own stream, so that no two clients or rounds search the same subspace."""
+    seed = int(client.rng(owner).integers(2**62))
+    return client.model.space.start(client.model.net, torch_stream(seed), rank)
 
 
 def first_ranks(theta: Mapping[str, Tensor], r: int) -> Tree:

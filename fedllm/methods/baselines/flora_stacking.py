@@ -8,9 +8,8 @@ from typing import Literal
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Tree, pack, part
-from fedllm.core.rng import torch_stream
 from fedllm.methods._drift import grown, held, news, start
-from fedllm.methods._factors import Products, need_lora, split_heads, stacks
+from fedllm.methods._factors import Products, fresh, need_lora, split_heads, stacks
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class FloraStacking(Star):
     def local(self, msg, client):
         base = held(client, msg)  # W <- W + B* A*
         rank = client.profile.rank or client.model.space.rank
-        theta = fresh(client, rank) | part(msg, "heads")  # A random, B = 0
+        theta = fresh(client, rank, "flora") | part(msg, "heads")  # A random, B = 0
         fitted = client.fit(theta, base=base)
         return pack(theta=fitted.theta, n=client.n, scale=client.model.space.scale(rank), loss=fitted.loss)
 
@@ -67,9 +66,3 @@ class FloraStacking(Star):
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         return client.score(part(msg, "heads"), base=held(client, msg), on=msg["on"])
-
-
-def fresh(client, rank: int) -> Tree:
-    """A new LoRA from the client's own stream, so that no two clients or rounds search the same subspace."""
-    seed = int(client.rng("flora").integers(2**62))
-    return client.model.space.start(client.model.net, torch_stream(seed), rank)
