@@ -1,4 +1,4 @@
-"""When an answer is right: as a whole, by its number, by its choice, by what it shares, or by a function of one's own."""
+"""When an answer is right: as a whole, by its number, its choice, its words, or by a function of one's own."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ def test_a_number_is_what_stands_behind_the_mark_or_last(said, wanted, right):
 
 @pytest.mark.parametrize("said, wanted, f", [
     # LCS "the cat sat" of 3 and 4 words: recall 3/3, precision 3/4
-    ("the cat sat down", "The cat sat.", 6 / 7), ("", "a b", 0.0), ("b a", "a b", 0.5), ("\u0434\u0430 \u043d\u0435\u0442", "\u043d\u0435\u0442", 2 / 3)])
+    ("the cat sat down", "The cat sat.", 6 / 7), ("", "a b", 0.0), ("b a", "a b", 0.5),
+    ("\u0434\u0430 \u043d\u0435\u0442", "\u043d\u0435\u0442", 2 / 3)])
 def test_rouge_is_the_longest_common_subsequence_of_words(said, wanted, f):
     name, rouge = judge_of("rouge")
     assert name == "rouge_l" and rouge(said, wanted) == pytest.approx(f, abs=1e-12)
