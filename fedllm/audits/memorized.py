@@ -14,7 +14,7 @@ from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import Embed, Generate, Limits
 from fedllm.models.model import Model
 from fedllm.models.similar import minilm
-from fedllm.tasks.generation import same_answer
+from fedllm.tasks.answers import same_answer
 
 NEAR = 0.9
 """Cosine from which two texts say the same thing to MiniLM; the model's own states are calibrated instead."""

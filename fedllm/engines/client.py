@@ -56,7 +56,8 @@ from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 from fedllm.models.sealed import Sealed
 from fedllm.models.segments import Segment
-from fedllm.tasks.answers import judge_of
+from fedllm.tasks.answers import judges_of, listed
+from fedllm.tasks.choices import FIGURE, options, picked
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
@@ -326,11 +327,22 @@ class ClientCall(Holder):
             return {"n": 0}
         got = self._ask(Losses(self.id, self.model, theta, base, encoded, tested=True))
         metrics = {"loss": got.mean, "n": len(rows), **self.model.measured(got.figures)}
-        if self.model.rules.speaks and self._world.exact_match:
+        return metrics | (self._answers(rows, encoded, theta, base) if self.model.rules.speaks else {})
+
+    def _answers(self, rows: Sequence[Row], encoded: Sequence[Encoded], theta: Tree, base: Tree | None
+                 ) -> dict[str, float]:
+        """How many answers are right, by each of the recipe's metrics."""
+        judges, made = judges_of(self._world.metric), options(rows) if "choice" in listed(self._world.metric) else []
+        found = {}
+        if self._world.exact_match:
             said = self._continue([e.prompt for e in encoded], theta, base, self._world.max_new_tokens)
-            name, right = judge_of(self._world.metric)
-            metrics[name] = sum(right(s, r["response"]) for s, r in zip(said, rows, strict=True)) / len(rows)
-        return metrics
+            found = {name: sum(right(s, r["response"]) for s, r in zip(said, rows, strict=True)) / len(rows)
+                     for name, right in judges.items()}
+        if made:
+            each = self._world.tokenized([row for many, _ in made for row in many], True, self.model)
+            got = self._ask(Losses(self.id, self.model, theta, base, each))
+            found[FIGURE] = sum(picked(got.total, made)) / len(rows)
+        return found
 
     def env(self, rng: np.random.Generator) -> Bounded:
         """The client's environment; its episodes are seeded by `rng`."""

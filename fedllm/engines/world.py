@@ -49,8 +49,8 @@ class World:
     """The recipe's models beside the main one, by name."""
     held: Shelf = field(default_factory=Shelf)
     """The models that clients hold in the place of the main one, as their profiles call them."""
-    metric: str = "exact"
-    """When a generated answer is right (`tasks/answers.py`)."""
+    metric: str | Sequence[str] = "exact"
+    """When a generated answer is right, or several such rules (`tasks/answers.py`)."""
 
     def __post_init__(self) -> None:
         self._encoded: dict[tuple[str, str, int], list[Encoded]] = {}

@@ -15,6 +15,7 @@ from fedllm.models.policy import POLICY
 from fedllm.runs.build import versions
 from fedllm.runs.recipe import NamedModel, Recipe, load_recipe
 from fedllm.runs.store import private_folder, read_json, write_atomic
+from fedllm.tasks.answers import CALL, judges_of, listed
 
 SHAPE = "shape.json"
 SHAPES = ("task", "fields", "template", "labels", "split", "subset")
@@ -45,6 +46,10 @@ def admitted(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
     recipe = load_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
                                           "partition": {"kind": "per_file"}}})
     _method(recipe.method.name, settings)
+    for name in listed(recipe.evaluate.metric):  # no function has been looked for yet
+        if name.startswith(CALL) and name.removeprefix(CALL) not in settings.metrics:
+            raise Refused("metric", f"{name}; named here are {', '.join(settings.metrics) or 'none'}")
+    judges_of(recipe.evaluate.metric)
     if recipe.model.trust_remote_code and not settings.trust_remote_code:
         raise Refused("remote_code", "model.trust_remote_code = true is forbidden by this site")
     _reach(recipe, settings)

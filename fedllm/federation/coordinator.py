@@ -46,6 +46,7 @@ from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result
 from fedllm.runs.run import Run
+from fedllm.tasks.answers import judges_of
 
 log = logging.getLogger(__name__)
 FAILED = "failed.txt"
@@ -220,7 +221,8 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     named, _ = shelves(recipe, federation.task, federation.labels, lambda: model, {})
     world = FarWorld(model, federation, local, recipe.seed,
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
-                     e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, models=named)
+                     e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, models=named,
+                     metric=e.metric)
     world.said = infos
     return Parts(recipe, world, method, layers, dict(left_out), heard_by(layers, selector))
 
@@ -290,6 +292,7 @@ def check_recipe(recipe: Recipe) -> None:
                           "of a simulation. Leave it out, or measure the same recipe with `fedllm run` first")
     if recipe.evaluate.baselines:
         raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
+    judges_of(recipe.evaluate.metric)
     method = make_method(recipe.method.name, **recipe.method.knobs)
     if why := method.simulation_only:
         raise RecipeError(f"method.name = '{recipe.method.name}' {why}, so it runs in a simulation only")

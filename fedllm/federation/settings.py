@@ -83,6 +83,8 @@ class SiteSettings(BaseModel):
     modality, privacy."""
     text_leaves: bool = False
     """Whether a reply may hold text, or the tokens of one."""
+    metrics: list[str] = Field(default_factory=list)
+    """Functions (`module:function`) that a recipe's evaluate.metric may call here on what the model says; none else."""
     tests_leave: bool | None = None
     """Whether test figures on held-out rows may leave; None: yes, but not under a budget of privacy (most_epsilon)."""
     most_bytes: int | None = Field(default=None, ge=1)

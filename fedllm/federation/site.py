@@ -108,7 +108,8 @@ def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mappin
         check_held(recipe, method, name, model)
     e = recipe.evaluate
     return World(model, federation, local, recipe.seed, profiles, Limits(batch_tokens=recipe.engine.batch_tokens),
-                 e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, None, named, held)
+                 e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, None, named, held,
+                 metric=e.metric)
 
 
 def _local(recipe: Recipe, federation: Federation, settings: SiteSettings) -> LocalSpec:

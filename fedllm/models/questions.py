@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+")
+from fedllm.tasks.answers import NUMBER
+
 CHOICE = re.compile(r"\(([A-Z])\)")
 LONE_CHOICE = re.compile(r"\b([A-Z])\b(?!')")
 HASH = 32

@@ -21,7 +21,7 @@ from fedllm.runs.build import Parts, overrides
 from fedllm.runs.course import Course
 from fedllm.runs.metrics import STANDARD
 from fedllm.runs.progress import Quiet
-from fedllm.tasks.answers import judge_of
+from fedllm.tasks.answers import judges_of
 
 Metrics = dict[str, Any]
 
@@ -82,13 +82,15 @@ class Judge:
         rows, clients = self.parts.world.federation.test, self.parts.world.infos()
         answer: Any = getattr(self.method, "answer")  # noqa: B009 (only some methods have it)
         self.engine.begin(round)
-        right, answered = 0.0, 0
-        name, rightness = judge_of(self.parts.recipe.evaluate.metric)
+        judges, answered = judges_of(self.parts.recipe.evaluate.metric), 0
+        right = dict.fromkeys(judges, 0.0)
         for row in rows:
             got = drive(answer(row["prompt"], clients, state=state or None), self.engine)
             said = got if isinstance(got, str) else str(got.answer or "")
-            right, answered = right + rightness(said, row["response"]), answered + bool(said.strip())
-        return {name: right / len(rows), "answered": answered, "n": len(rows)}
+            answered += bool(said.strip())
+            for name, rightness in judges.items():
+                right[name] += rightness(said, row["response"]) / len(rows)
+        return {**right, "answered": answered, "n": len(rows)}
 
     def _each(self, state: State, on: str, round: int) -> dict[str, Metrics]:
         self.engine.begin(round)

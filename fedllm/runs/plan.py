@@ -147,7 +147,7 @@ def plan_parts(parts: Parts) -> Plan:
 
 def _tests(recipe: Recipe) -> int:
     every, rounds = recipe.evaluate.every, recipe.rounds
-    return 2 + (sum(1 for r in range(1, rounds) if r % every == 0) if every else 0)
+    return 1 if not rounds else 2 + (sum(1 for r in range(1, rounds) if r % every == 0) if every else 0)
 
 
 def _mean_steps(parts: Parts) -> float:

@@ -22,7 +22,7 @@ from fedllm.data.load import DataSpec
 from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
 from fedllm.runs.plugins import plugged
-from fedllm.tasks.answers import check_metric, judge_of
+from fedllm.tasks.answers import judges_of, listed
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
@@ -229,16 +229,17 @@ class EvaluateSpec(Section):
     """Also after every so many rounds; always before the first and after the last."""
     exact_match: bool = True
     """Generate answers and compare them (generation tasks)."""
-    metric: str = "exact"
-    """When a generated answer is right: exact (the whole of it, up to white space), last_number, choice (a letter), or
+    metric: str | list[str] = "exact"
+    """When a generated answer is right, or a list of such: exact (the whole of it, up to white space), last_number (the
+    one after `####`, or the last), choice (a letter; of rows with `choices` the likeliest option too), rouge (ROUGE-L), or
     call:module:function, a function of (said, wanted) that gives True, False or a number from 0 to 1."""
     max_new_tokens: Count = 32
     """Longest answer, in tokens."""
 
     @field_validator("metric")
     @classmethod
-    def _metric_is_known(cls, value: str) -> str:
-        check_metric(value)
+    def _metric_is_known(cls, value: str | list[str]) -> str | list[str]:
+        listed(value)
         return value
 
     baselines: list[Literal["local_only", "centralized"]] = Field(default_factory=list)
@@ -328,14 +329,11 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         raise RecipeError(complaints(Recipe, error.errors())) from None
     if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
         raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
-    if recipe.data.source == OWN and recipe.evaluate.metric != "exact":
-        raise RecipeError(f"evaluate.metric = {recipe.evaluate.metric!r}: the sites of a real federation compare whole "
-                          "answers; allowed there is exact")
     return recipe
 
 
 def armed(recipe: Recipe) -> Recipe:
-    """The recipe with what it names loaded: plugin files, and the function of one's own that judges."""
+    """The recipe with what it names loaded: plugin files, and the functions of one's own that judge."""
     files = plugged([(p.file, p.sha256) for p in recipe.plugins])
-    judge_of(recipe.evaluate.metric)
+    judges_of(recipe.evaluate.metric)
     return recipe.model_copy(update={"plugins": [Plugin(**f) for f in files]})

@@ -206,6 +206,15 @@ class Run:
             self._checkpoint(done)
         self.progress.round_done(facts)
 
+    def _last_test(self, total: int) -> tuple[Mapping[str, Any], Sequence[str]]:
+        """The figures and sample answers of the result; without a round in between they are those from before."""
+        if total == 0 and self.before:
+            return self.before, self.answers_before
+        self.progress.note("testing the result")
+        final = self._test(total)
+        self.record.emit("evaluation", round=total, **final)
+        return final, self.judge.answers(self.course.state)
+
     def _test(self, round: int) -> dict[str, Any]:
         return self.judge.test(self.course.state, self.course.engine.memory, round)
 
@@ -242,10 +251,8 @@ class Run:
     def _finish(self, total: int, ended: str) -> Result:
         parts, course = self.parts, self.course
         course.engine.finish(total)
-        self.progress.note("testing the result")
-        final = self._test(total)
-        self.record.emit("evaluation", round=total, **final)
-        shown = judging.samples(parts, self.answers_before, self.judge.answers(course.state))
+        final, said = self._last_test(total)
+        shown = judging.samples(parts, self.answers_before, said)
         spent: dict[str, Any] = {"seconds": self.meter.seconds(), "peak_memory_bytes": self.meter.peak(),
                                  "joules": self.meter.joules(), "joules_from": self.meter.joules_from()}
         evaluation: dict[str, Any] = {"before": self.before, **final}

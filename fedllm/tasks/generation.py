@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from fedllm.tasks.chat import pieces, spans
+from fedllm.tasks.choices import shaped_choices
 from fedllm.tasks.row import IGNORE, Encoded, Row, bad_row
 from fedllm.tasks.task import How, Losses, Metric, Shape, Task
 
@@ -18,10 +18,13 @@ class Generation(Task):
     """Next tokens of a response; `exact_match` is asked of the generated answer."""
 
     net, columns, takes, speaks = "causal", ("prompt", "response"), ("template",), True
-    metrics: ClassVar = {name: Metric("max") for name in ("exact_match", "last_number", "choice", "judged")}
+    metrics: ClassVar = {name: Metric("max") for name in ("exact_match", "last_number", "choice", "choice_likelihood",
+                                                          "rouge_l", "judged")}
 
     def shape(self, row: Row, where: str, how: Shape) -> dict[str, Any]:
-        return how.template(row, where)
+        """Prompt and response by the template; `choices`, where there are any, each as the template writes a response.
+        """
+        return {**how.template(row, where), **shaped_choices(row, where, how.template)}
 
     def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:
         """bos + prompt + response + eos (bos and eos where the tokenizer has them), labels on the response and eos
@@ -105,8 +108,3 @@ def _chat(row: Row, i: int, how: How) -> Encoded:
     if not count:
         return _joined([], [int(t) for t in ids[: len(ids) - len(parts[-1])]], parts[-1], how)
     return Encoded(ids[keep], labels[keep], count, cut="answer" if len(ids) > how.max_length else "")
-
-
-def same_answer(said: str, wanted: str) -> bool:
-    """Equal up to white space."""
-    return re.sub(r"\s+", " ", said).strip() == re.sub(r"\s+", " ", wanted).strip()

@@ -138,6 +138,16 @@ def columns_of(spec: str | Mapping[str, str] | None) -> set[str]:
     return {name for part in made._parts for _, name in part if name is not None}
 
 
+def as_response(render: Render, row: Row, text: str, where: str) -> str | None:
+    """What a template would make the response if this text were the answer; None where that is made of several fields,
+    or of none."""
+    if render is _chat:
+        return text
+    made = _NO_INPUT if render is _alpaca else render
+    names = {name for _, name in made._parts[1] if name is not None} if isinstance(made, Template) else set()
+    return str(render({**row, names.pop(): text}, where)["response"]) if len(names) == 1 else None
+
+
 def prompt_columns(spec: str | Mapping[str, str] | None) -> list[str]:
     """Fields of a template's prompt, in order; none where the prompt is plain or the tokenizer's own matter."""
     made = template(spec)

@@ -110,6 +110,21 @@ def test_the_result_is_the_simulations(data, tiny_llama_folder, method):
     assert far.evaluation["clients"] == here.evaluation["clients"]
 
 
+def test_sites_judge_their_rows_by_the_recipes_metrics(data, tiny_llama_folder):
+    """Over the line as in the simulation, options included; a function of one's own where every site names it."""
+    for path in (data / "data").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**r, "choices": WORDS[:14]}) + "\n" for r in rows))
+    told = {"metric": ["rouge", "choice", "call:operator:ne"], "max_new_tokens": 2, "samples": 0}
+    spec = recipe(data, tiny_llama_folder, rounds=1, evaluate=told) | {"name": "judged"}
+    spec["data"]["client_test"] = 0.3
+    here = run(spec, root=data / "runs")
+    line = Line(data, tiny_llama_folder, metrics=["operator:ne"])
+    far = drive_run(far_folder(data, spec), line, SITES, patience=QUICK)
+    assert far.evaluation["clients"] == here.evaluation["clients"] and far.state_digest == here.state_digest
+    assert {"rouge_l", "choice_likelihood", "judged"} <= far.evaluation["clients"]["site-b"].keys()
+
+
 def test_a_coordinator_killed_with_answers_under_way_goes_on_without_them(data, tiny_llama_folder):
     """The slow site's answer to the killed coordinator is refused; it stops, and answers the next question."""
     spec = recipe(data, tiny_llama_folder, {"name": "fedbuff", "buffer_size": 2, "concurrency": 3}, rounds=5)

@@ -115,6 +115,17 @@ def test_layers_that_read_rows_or_attack_are_refused(tmp_path, tiny_llama_folder
     assert code(Asker(tmp_path, tiny_llama_folder, spec, **settings).open()) == why
 
 
+def test_a_function_judges_a_sites_rows_only_where_it_is_named(tmp_path, tiny_llama_folder, monkeypatch):
+    """Nothing is imported for a coordinator's sake: the module would say so."""
+    (tmp_path / "planted_metric.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = {"evaluate": {"metric": ["exact", "call:planted_metric:x"]}}
+    assert code(Asker(tmp_path, tiny_llama_folder, metrics=["operator:eq"]).open(**asked)) == "metric"
+    assert "refused" not in Asker(tmp_path, tiny_llama_folder, metrics=["operator:eq"]).open(
+        evaluate={"metric": "call:operator:eq"})
+    assert code(Asker(tmp_path, tiny_llama_folder).open(evaluate={"metric": ["last_number", 3]})) == "recipe"
+
+
 def test_noise_of_the_coordinator_counts_only_where_it_is_trusted(tmp_path, tiny_llama_folder):
     spec = {"layers": [{"name": "dp_fedavg", "epsilon": 3.0}]}
     assert code(Asker(tmp_path, tiny_llama_folder, spec, most_epsilon=3.0).open()) == "epsilon"

@@ -214,7 +214,7 @@ def test_an_answer_is_judged_as_the_recipe_says():
         assert choice(text, "B. Rome") == 1, text
     assert choice("A) it is not B", "B") == 0 and choice("", "B") == 0
     assert judge_of("exact")[0] == "exact_match" and judge_of("call:operator:eq")[1]("a", "a") == 1
-    for wrong in ("rouge", "call:operator", "call:no_module:x", "call:operator:nothing"):
+    for wrong in ("bleu", "call:operator", "call:no_module:x", "call:operator:nothing"):
         with pytest.raises(RecipeError, match=r"evaluate\.metric"):
             judge_of(wrong)
     with pytest.raises(FedLLMError, match="gave 'ab'"):

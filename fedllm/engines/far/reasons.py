@@ -35,6 +35,7 @@ REASONS: Mapping[str, str] = {
     "network": "the run needs a host that its settings do not name",
     "method": "the method is not on this site's allow-list",
     "not_installed": "the method is not installed here, and a site runs installed code only",
+    "metric": "evaluate.metric calls a function that its settings do not name (metrics)",
     "text": "the method sends text or tokens, and this site lets none leave (text_leaves)",
     "endpoint": "the method asks an endpoint, and this site's settings name none",
     "endpoint_failed": "its endpoint did not answer as it should",
