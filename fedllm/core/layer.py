@@ -70,6 +70,9 @@ class Layer:
     tells: ClassVar[tuple[str, ...]] = ()
     """Keys of its replies that hold text about the client's machine, and never about its rows."""
 
+    by_example: ClassVar[bool] = False
+    """Whether it has each example's own gradient clipped while a client trains."""
+
     optional: ClassVar[bool] = False
     """Whether it only counts, so that a coordinator may ask a site with it or without."""
 

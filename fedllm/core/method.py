@@ -252,6 +252,9 @@ class Method(Knobs):
     reads_ranks: ClassVar[bool] = False
     """Whether clients train the rank that their profiles declare; others train the space's own everywhere."""
 
+    reads_rates: ClassVar[bool] = False
+    """Whether it divides by the sum of the learning rates (`Fitted.lr_sum`), which must then be one for all."""
+
     mixes: ClassVar[Literal["", "models", "text"]] = ""
     """Whether clients may hold models of other designs than the server's, since no trainables cross: any `models` of
     ours, or whatever continues `text` (an endpoint). "": all hold the one model."""

@@ -194,12 +194,15 @@ class ClientCall(Holder):
         lengths, count = [len(e.ids) for e in rows], steps or spec.steps
         most = count or spec.count(len(rows))
         each = sum(lengths) + sum(len(e.ids) for v in beside.values() for e in v if isinstance(e, Encoded))
-        self._bounds.work(most, each * most * spec.batch_size // max(1, len(rows)))
-        plan = batches(lengths, spec.batch_size, self.rng("batches"), shared, steps=count,
+        self._bounds.work(most, each * most * spec.lot // max(1, len(rows)))
+        plan = batches(lengths, spec.lot, self.rng("batches"), shared, steps=count,
                        epochs=None if count else spec.epochs)
         self._stepped += len(plan)
+        draws = spec.neftune is not None or self.model.space.draws
+        noise = int(self.rng("noise").integers(2**62)) if draws else None
         return self._ask(Fit(self.id, self.model, theta, base, rows, plan, spec, still, tuple(terms),
-                             objective=goal, side=beside, moments=moments if moments or moments is False else None))
+                             objective=goal, side=beside, moments=moments if moments or moments is False else None,
+                             noise=noise))
 
     def batches(self, steps: int) -> list[np.ndarray]:
         """Indices of the rows of `steps` batches, for methods with a local loop of their own."""
@@ -207,7 +210,7 @@ class ClientCall(Holder):
         self._bounds.work(steps)
         spec, rows = self._world.local, self._encoded("train")
         shared = numpy_stream(self._world.seed, self.round, "batch order")
-        return batches([len(e.ids) for e in rows], spec.batch_size, self.rng("batches"), shared, steps=steps)
+        return batches([len(e.ids) for e in rows], spec.lot, self.rng("batches"), shared, steps=steps)
 
     def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:
         """Mean loss per target on these training rows (None: all of them)."""

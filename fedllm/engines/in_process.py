@@ -117,7 +117,7 @@ class InProcess:
         self._before[job.client] = dict(self.staged(job.client))
 
         def counted(request: Any) -> Any:
-            job.took.steps += steps_of(request, self.world.local.batch_size)
+            job.took.steps += steps_of(request, self.world.local.lot)
             return submit(request)
 
         call = ClientCall(self.infos[job.client], self.world, self.staged(job.client), self.round, ask.phase,

@@ -46,6 +46,7 @@ from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result
 from fedllm.runs.run import Run
+from fedllm.runs.training import check_training
 from fedllm.tasks.answers import judges_of
 
 log = logging.getLogger(__name__)
@@ -218,6 +219,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels)
     method.check(model)
+    check_training(model, local, method, layers)
     named, _ = shelves(recipe, federation.task, federation.labels, lambda: model, {})
     world = FarWorld(model, federation, local, recipe.seed,
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),

@@ -36,6 +36,7 @@ from fedllm.runs.models import check_held, check_names, need_named, shelves
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
 from fedllm.runs.store import private_folder
+from fedllm.runs.training import check_training
 from fedllm.runs.used import NOTE
 from fedllm.tasks.registry import task_of
 
@@ -106,6 +107,7 @@ def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mappin
         method.check(model)
     else:
         check_held(recipe, method, name, model)
+    check_training(model, local, method)
     e = recipe.evaluate
     return World(model, federation, local, recipe.seed, profiles, Limits(batch_tokens=recipe.engine.batch_tokens),
                  e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, None, named, held,

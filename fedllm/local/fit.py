@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.core.errors import CompositionError
 from fedllm.core.payload import Kept
+from fedllm.data.encode import Encoded
 from fedllm.local import moments
-from fedllm.local.objective import lane_losses, taken
+from fedllm.local.noise import noisy
+from fedllm.local.objective import Objective, Side, lane_losses, lane_sums, taken
+from fedllm.local.packing import packed
 from fedllm.local.private import private_objective
 from fedllm.local.requests import Fit, Fitted, Limits
+from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
+from fedllm.models.checkpointing import checkpointed
 from fedllm.models.kernels import products
 from fedllm.spaces.space import stack_lanes, take_lane, tree_to
 
@@ -34,7 +41,8 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
     tokens = size = 0
     for r in requests:
         lengths = r.lengths
-        widest = max((int(lengths[at].max()) * len(at) for at in r.plan if len(at)), default=0)
+        most = len(r.rows) if r.private else r.spec.batch_size
+        widest = max((int(lengths[at].max()) * min(len(at), most) for at in r.plan if len(at)), default=0)
         held = 4 * sum(t.numel() * t.element_size() for t in r.theta.values())  # weights, gradients, two moments
         full = bool(lots) and (len(lots[-1]) + 1) * max(tokens, widest) > limits.batch_tokens
         if not lots or full or size + held > limits.lane_bytes:
@@ -53,7 +61,7 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
     params = {n: t.detach().clone().requires_grad_() for n, t in stacked.items() if n not in frozen}
     terms = [(t, tree_to(stack_lanes([r.terms[j].tensors for r in lot]), model.device))
              for j, t in enumerate(lot[0].terms)]
-    optimizer = spec.optimizer_over(list(params.values()))
+    optimizer = spec.optimizer_over(list(params.values()), list(params))
     if before := [r.moments for r in lot if r.moments]:
         moments.go_on(optimizer, params, before)
     live, results = len(lot), list[Fitted]()
@@ -63,15 +71,15 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
         if (left := sum(len(r.plan) > step for r in lot)) < live:  # the shortest plans sit last
             results = _ended(lot, range(left, live), params, frozen, optimizer, losses, lr_sum) + results
             live = left
-            params, optimizer = _shrink(params, optimizer, live)
+            params, optimizer = _shrink(params, optimizer, live, spec)
             frozen = {n: t[:live] for n, t in frozen.items()}
         lr = spec.rate(step, len(lot[0].plan))
         lr_sum += lr
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        objective, loss = _objective(lot[:live], step, base, params, frozen)
-        with products(objective.device, model.fast_kernels):
-            _step(objective, params, optimizer, terms, live, spec.clip_norm)
+            group["lr"] = lr * group.get("times", 1.0)
+        with products(model.device, model.fast_kernels):
+            loss = _descend(lot[:live], step, base, params, frozen, terms)
+            _step(params, optimizer, spec.clip_norm)
         losses[:live] += loss.detach().double()
     return _ended(lot, range(live), params, frozen, optimizer, losses, lr_sum) + results
 
@@ -91,28 +99,70 @@ def _ended(lot: Sequence[Fit], lanes: range, params: Mapping[str, Tensor], froze
     return out
 
 
-def _objective(lot: Sequence[Fit], step: int, base: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
-               frozen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What each lane descends [K], and the loss that may be told [K]: none (0) where training is private."""
-    model, trees, objective = lot[0].model, [r.theta for r in lot], lot[0].objective
-    rows = [[r.rows[i] for i in r.plan[step]] for r in lot]
-    sides = [taken(r.side, r.plan[step]) for r in lot]
+def _descend(lot: Sequence[Fit], step: int, base: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
+             frozen: Mapping[str, Tensor], terms: Sequence[tuple[Term, Mapping[str, Tensor]]]) -> Tensor:
+    """Leave each lane's own gradient in the parameters (the lanes' losses are added); gives the loss that may be told
+    [K]: none (0) where training is private."""
+    model, trees, objective, spec = lot[0].model, [r.theta for r in lot], lot[0].objective, lot[0].spec
+    for p in params.values():
+        p.grad = None
     if private := [r.private for r in lot if r.private]:
+        if lot[0].noise is not None:
+            raise CompositionError("space.dropout and local.neftune do not fit together with the clipping of single "
+                                   "examples' gradients, where nothing is drawn; leave them out")
+        rows, sides = zip(*(_part(r, r.plan[step]) for r in lot), strict=True)
         descended = private_objective(model, rows, private, trees, base, params, frozen, objective, sides)
-        return descended, torch.zeros_like(descended)
-    with model.using(trees, base, params | frozen):
-        loss = lane_losses(objective, model, rows, sides)
-    return loss, loss
+        _penalized(descended.sum(), terms, params, len(lot)).backward()
+        return torch.zeros_like(descended)
+    parts = max(1, *(-(-len(r.plan[step]) // spec.batch_size) for r in lot))
+    total: Any = 0.0
+    count: Any = 0.0
+    with model.using(trees, base, params | frozen), checkpointed(model, spec.checkpointing):
+        for i in range(parts):
+            rows, sides = zip(*(_part(r, _slice(r.plan[step], i, parts, spec)) for r in lot), strict=True)
+            if spec.packing:
+                rows = _packed(rows, objective)
+            with noisy(model, [r.noise for r in lot], (step, i), list(map(len, rows)), spec.neftune):
+                if parts == 1:
+                    loss = lane_losses(objective, model, rows, sides)
+                    _penalized(loss.sum(), terms, params, len(lot)).backward()
+                    return loss.detach()
+                summed, targets = lane_sums(objective, model, rows, sides)
+                summed.sum().backward()
+                total, count = total + summed.detach(), count + targets.detach()
+    count = count.clamp(min=1)
+    for p in params.values():  # the mean over all targets of the step, as if it had been one part
+        if p.grad is not None:
+            p.grad.div_(count.view(-1, *[1] * (p.dim() - 1)).to(p.dtype))
+    if terms:
+        _penalized(total.new_zeros(()), terms, params, len(lot)).backward()
+    return total / count
 
 
-def _step(loss: Tensor, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
-          terms: Sequence[tuple[Term, Mapping[str, Tensor]]], live: int, clip_norm: float | None) -> None:
-    """One optimizer step for all lanes; the lanes' losses are added, so each lane's gradient is its own."""
-    total = loss.sum()
+def _packed(rows: Sequence[Sequence[Encoded]], objective: Objective) -> list[list[Encoded]]:
+    if objective.needs:
+        raise CompositionError(f"local.packing = true: objective '{objective.name}' looks at each row by itself; leave "
+                               "it out")
+    return [packed(lane) for lane in rows]
+
+
+def _part(r: Fit, at: np.ndarray) -> tuple[list[Encoded], Side]:
+    return [r.rows[i] for i in at], taken(r.side, at)
+
+
+def _slice(at: np.ndarray, i: int, parts: int, spec: LocalSpec) -> np.ndarray:
+    return at if parts == 1 else at[i * spec.batch_size : (i + 1) * spec.batch_size]
+
+
+def _penalized(total: Tensor, terms: Sequence[tuple[Term, Mapping[str, Tensor]]], params: Mapping[str, Tensor],
+               live: int) -> Tensor:
     for term, tensors in terms:
         total = total + term.loss(params, {n: t[:live] for n, t in tensors.items()}).sum()
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
+    return total
+
+
+def _step(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
+    """One optimizer step for all lanes."""
     if clip_norm is not None:
         grads = [p.grad for p in params.values() if p.grad is not None]
         norms = torch.stack([g.flatten(1).pow(2).sum(1) for g in grads]).sum(0).sqrt()  # [K]
@@ -122,20 +172,15 @@ def _step(loss: Tensor, params: Mapping[str, Tensor], optimizer: torch.optim.Opt
     optimizer.step()
 
 
-def _shrink(params: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-            live: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+def _shrink(params: dict[str, Tensor], optimizer: torch.optim.Optimizer, live: int,
+            spec: LocalSpec) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
     """Keep the first `live` lanes of the parameters and of the optimizer's state."""
     kept = {n: p.detach()[:live].clone().requires_grad_() for n, p in params.items()}
-    group = optimizer.param_groups[0]
-    fresh = type(optimizer)(list(kept.values()), **{k: v for k, v in group.items() if k in _settings(optimizer)})
+    fresh = spec.optimizer_over(list(kept.values()), list(kept))
     for old, new in zip(params.values(), kept.values(), strict=True):
         fresh.state[new] = {k: v[:live].clone() if isinstance(v, Tensor) and v.shape == old.shape else v
                             for k, v in optimizer.state[old].items()}
     return kept, fresh
-
-
-def _settings(optimizer: torch.optim.Optimizer) -> set[str]:
-    return set(optimizer.defaults) - {"decoupled_weight_decay"}
 
 
 def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float, own: Kept) -> Fitted:

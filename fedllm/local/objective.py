@@ -71,6 +71,13 @@ def taken(side: Side, at: Sequence[int]) -> dict[str, list[Any]]:
 def lane_losses(objective: Objective, model: Model, rows: Sequence[Sequence[Encoded]],
                 sides: Sequence[Side]) -> Tensor:
     """Mean loss per target of each lane [K]; `rows` and `sides` hold each lane's batch. Runs within `model.using`."""
+    total, count = lane_sums(objective, model, rows, sides)
+    return total / count.clamp(min=1)
+
+
+def lane_sums(objective: Objective, model: Model, rows: Sequence[Sequence[Encoded]],
+              sides: Sequence[Side]) -> tuple[Tensor, Tensor]:
+    """The same as summed loss and number of targets, [K] each."""
     batch = collate(rows, model.pad, model.device)
     model.stack.rows = len(batch.ids)
     side = {n: beside([s[n] for s in sides], model) for n in objective.needs}
@@ -79,15 +86,16 @@ def lane_losses(objective: Objective, model: Model, rows: Sequence[Sequence[Enco
     if any(len(lane) < batch.rows for lane in rows):  # rows that fill up short lanes count nothing
         real = torch.tensor([[j < len(lane) for j in range(batch.rows)] for lane in rows], device=total.device)
         total, count = torch.where(real, total, 0.0), count * real
-    return total.sum(1) / count.sum(1).clamp(min=1)
+    return total.sum(1), count.sum(1)
 
 
 def beside(lanes: Sequence[Sequence[Any]], model: Model) -> Any:
     """One kind of side of K lanes: rows as a Batch, tensors and numbers as [K * B, ...], padded with zeros."""
-    if isinstance(lanes[0][0], Encoded):
+    some = next(lane[0] for lane in lanes if len(lane))  # of a step in parts, short lanes have none in the last
+    if isinstance(some, Encoded):
         return collate(lanes, model.pad, model.device)
     made = [[_tensor(v) for v in lane] for lane in lanes]
-    first, b = made[0][0], max(map(len, made))
+    first, b = _tensor(some), max(map(len, made))
     shape = [max(sizes) for sizes in zip(*(v.shape for lane in made for v in lane), strict=True)]
     out = first.new_zeros((len(made) * b, *shape))
     for k, lane in enumerate(made):

@@ -82,6 +82,8 @@ class Fit(Request):
     """What the objective needs beside each of `rows`."""
     moments: Tree | Literal[False] | None = False
     """The optimizer's state to go on from (`Fitted.moments`); None: it starts afresh and is told; False: and is not."""
+    noise: int | None = None
+    """Seed of what is drawn while it trains (dropout, NEFTune); None: nothing is."""
 
     @property
     def form(self) -> Hashable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ class LocalSpec(Knobs):
     lr: float = knob(3e-3, "learning rate", gt=0)
     steps: int | None = knob(None, "steps per round; None: as many as `epochs` needs", ge=1)
     epochs: int = knob(1, "passes over the client's rows per round, where `steps` is not given", ge=1)
-    batch_size: int = knob(8, "rows per step", ge=1)
+    batch_size: int = knob(8, "rows per step, or of each part of a step where `accumulate` is above 1", ge=1)
+    accumulate: int = knob(1, "parts of a step, each a forward and backward of `batch_size` rows: one step of "
+                              "batch_size * accumulate rows in the memory of batch_size", ge=1)
     momentum: float = knob(0.0, "momentum of SGD", ge=0, lt=1)
     weight_decay: float = knob(0.0, "decoupled for adamw, added to the gradient otherwise", ge=0)
     beta1: float = knob(0.9, "Adam's first decay", ge=0, lt=1)
@@ -37,23 +39,47 @@ class LocalSpec(Knobs):
     warmup: int = knob(0, "local steps, counted over all rounds, in which the rate climbs to `lr`", ge=0)
     max_length: int = knob(512, "tokens kept of a row", ge=2)
     every_turn: bool = knob(True, "learn every assistant turn of a conversation; false: the last alone")
+    checkpointing: bool = knob(False, "keep each layer's input alone and compute the layer again in the backward pass: "
+                                      "the same gradients, less memory, about a third more time")
+    packing: bool = knob(False, "lay a step's short rows end to end, each seeing itself alone: the same training with "
+                                "less padding")
+    lora_plus: float | None = knob(None, "LoRA+: the rate of LoRA's B factors is this many times `lr`; None: the same",
+                                   gt=0, le=1024)
+    neftune: float | None = knob(None, "NEFTune: uniform noise of alpha / sqrt(tokens * width) on the word embeddings "
+                                       "while training; None: none", gt=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.momentum and self.optimizer != "sgd":
             raise RecipeError(f"local.momentum = {self.momentum} is SGD's knob; {self.optimizer} has beta1")
+        if self.packing and self.neftune is not None:
+            raise RecipeError(f"local.neftune = {self.neftune} goes by the length of each row, and local.packing lays "
+                              "rows end to end; leave one out")
+
+    @property
+    def lot(self) -> int:
+        """Rows of a whole step."""
+        return self.batch_size * self.accumulate
 
     def count(self, rows: int) -> int:
         """How many steps a round has for a client with so many rows."""
-        return self.steps or self.epochs * -(-rows // self.batch_size)
+        return self.steps or self.epochs * -(-rows // self.lot)
 
-    def optimizer_over(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """A torch optimizer over stacked tensors: elementwise, so that each lane is on its own."""
+    def optimizer_over(self, params: Sequence[Tensor], names: Sequence[str] = ()) -> torch.optim.Optimizer:
+        """A torch optimizer over stacked tensors: elementwise, so that each lane is on its own.
+
+        By their `names` LoRA+ tells the B factors, whose group has the key `times`.
+        """
+        groups: Any = list(params)
+        if self.lora_plus is not None and names:
+            fast = [".lora_B." in n for n in names]
+            groups = [{"params": [p for p, b in zip(params, fast, strict=True) if b is which], "times": times}
+                      for which, times in ((False, 1.0), (True, self.lora_plus))]
         if self.optimizer == "sgd":
-            return torch.optim.SGD(params, self.lr, momentum=self.momentum, weight_decay=self.weight_decay,
+            return torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay,
                                    foreach=True)
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
-        return kind(params, self.lr, betas=(self.beta1, self.beta2), weight_decay=self.weight_decay, fused=True)
+        return kind(groups, self.lr, betas=(self.beta1, self.beta2), weight_decay=self.weight_decay, fused=True)
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of this step of the round."""

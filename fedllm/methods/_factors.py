@@ -17,11 +17,15 @@ from fedllm.methods._linalg import Svd, dense_svd, factored_svd
 from fedllm.spaces.lora import LoRA, factors, names_of
 
 
-def need_lora(method: Any, model: Any) -> LoRA:
-    """The model's space, which must be LoRA."""
+def need_lora(method: Any, model: Any, plain: bool = True) -> LoRA:
+    """The model's space, which must be LoRA; with `plain` one whose change of a weight is s B A and no more."""
     if not isinstance(model.space, LoRA):
         raise CompositionError(f"method '{type(method).__name__}' and space '{type(model.space).__name__}' do not fit "
                                "together: it works on LoRA's factors; use the space 'lora'")
+    if plain and not model.space.plain:
+        knob = "dora = true" if model.space.dora else "init = 'pissa'"
+        raise CompositionError(f"space.{knob} and method '{type(method).__name__}' do not fit together: it counts on a "
+                               "change of s B A and no more; leave it out, or use fedavg or fedit")
     return model.space
 
 

@@ -18,6 +18,7 @@ from fedllm.core.reduce import Mean
 from fedllm.data.encode import batches
 from fedllm.local.align import View, align, align_work
 from fedllm.local.terms import Proximal, sum_lanes
+from fedllm.methods._factors import need_lora
 from fedllm.models.emulator import KEPT, blocks_of, emulator, renamed
 from fedllm.models.model import Model
 from fedllm.spaces.layers import block_of
@@ -93,6 +94,8 @@ class Offsite(Method):
             raise CompositionError(
                 f"method '{type(self).__name__}' and space '{type(model.space).__name__}' do not fit together: "
                 + ("freeze_a is about LoRA's factors" if a else "it trains nothing within blocks") + "; use 'lora'")
+        if isinstance(model.space, LoRA):
+            need_lora(self, model)
 
     def init(self, model: Model) -> State:
         self.check(model)
@@ -143,7 +146,7 @@ class Offsite(Method):
         a, e = part(msg, "A"), part(msg, "E")
         spec = replace(client.training, lr=self.align_lr, optimizer="adamw", momentum=0.0)
         rng = client.rng("alignment")
-        plan = batches([len(r.ids) for r in client.public], spec.batch_size, rng, rng, steps=msg["steps"])
+        plan = batches([len(r.ids) for r in client.public], spec.lot, rng, rng, steps=msg["steps"])
         client.book(**align_work(teacher, thin, e, client.public, plan))
         e, loss = align(teacher, View(thin, {**e, **a}, ends[1]), e, client.public, plan, spec, self.gamma)
         return pack(E=e, loss=loss)

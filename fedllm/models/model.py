@@ -35,6 +35,8 @@ from fedllm.tasks.task import Task, wide
 
 log = logging.getLogger(__name__)
 UNBOUND = 1 << 20
+POSITIONS = "positions"
+"""The part of packed rows that says where in its own row each token stands."""
 PADDED = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet", "data2vec-text", "esm")
 """Families that number a row's places from the padding token's on."""
 
@@ -303,6 +305,10 @@ class Model:
             feed["inputs_embeds"] = torch.cat([prompt.embeds.to(text.dtype), text], 1)
         else:
             feed["input_ids"] = batch.ids
+        if (places := batch.parts.get(POSITIONS)) is not None:  # rows end to end: transformers keeps them apart by it
+            if prompt is not None or "attention_mask" in feed:
+                raise CompositionError("packed rows go with neither virtual tokens nor a mask; leave local.packing out")
+            feed["position_ids"] = places
         h = body(**feed).last_hidden_state
         return h[:, -batch.ids.shape[1] :]
 

@@ -94,7 +94,7 @@ def load_adapter(folder: str | Path, model: Model) -> Tree:
             head = _tensors(folder / HEAD)
             tree |= {k: t for n, t in head.items() if (k := PEFT + n) in fresh}
         tree |= {n: t for n, t in fresh.items() if n.startswith(PEFT + "classifier.") and n not in tree}
-    if config.get("lora_dropout"):
+    if config.get("lora_dropout") and not model.space.draws:
         model.tell([f"{folder}: lora_dropout = {config['lora_dropout']} is off while clients train"])
     tree = _fitting(folder, model.space.from_peft(config, tree, fresh), fresh, model.space.ragged)
     return fitted_to(tree, fresh) if model.space.ragged else tree
@@ -136,7 +136,7 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
     return kind.peft_knobs(_exact(folder, config))
 
 
-UNSUPPORTED = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
+UNSUPPORTED = {"bias": "none", "lora_bias": False, "trainable_token_indices": None,
                "target_parameters": None, "encoder_hidden_size": 0, "prefix_projection": False,
                "layer_replication": None}
 """Options of PEFT that change the function and that our spaces do not have, with the value that turns each off."""

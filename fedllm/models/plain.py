@@ -82,12 +82,7 @@ def _mask(space: Mask, net: Any, theta: Mapping[str, Tensor]) -> Tree | None:
 
 @put_in.register
 def _lora(space: LoRA, net: Any, theta: Mapping[str, Tensor]) -> Tree | None:
-    out = {}
-    for path, (b, a) in factors(theta).items():
-        module = net.get_submodule(path)
-        delta = space.scale(a.shape[0]) * b @ a
-        delta = delta.T if isinstance(module, Conv1D) else delta
-        out[f"{path}.weight"] = module.weight.to(delta.dtype) + delta
+    out = {f"{path}.weight": space.weight(net.get_submodule(path), path, theta) for path in factors(theta)}
     saved = with_ties(net, space._saved(net))
     return _cast(net, out | {path: theta[PEFT + name] for path, name in saved.items()})
 

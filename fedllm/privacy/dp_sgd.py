@@ -45,6 +45,7 @@ class DPSGD(Knobs, Layer):
     different rows, so the run's epsilon is the largest of theirs.
     """
 
+    by_example = True
     algebra = Algebra("dp", instead="dp_fedavg, which clips and noises what the method sends")
 
     noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon, the rounds and local steps", gt=0)
@@ -75,7 +76,7 @@ class DPSGD(Knobs, Layer):
             assert bound.epsilon is not None and bound.delta is not None
             rows = min(facts.rows.values())
             steps = facts.local.count(rows) * facts.rounds
-            z = noise_for(bound.epsilon, bound.delta, steps, "poisson", min(1.0, facts.local.batch_size / rows))
+            z = noise_for(bound.epsilon, bound.delta, steps, "poisson", min(1.0, facts.local.lot / rows))
             bound = replace(bound, noise_multiplier=z)
         object.__setattr__(bound, "_facts", facts)
         return bound
@@ -155,7 +156,7 @@ class DPSGD(Knobs, Layer):
         if self.noise_multiplier is None:
             raise RecipeError("DPSGD.noise_multiplier is unknown: with epsilon alone, bind the layer first")
         n, steps = len(request.rows), len(request.plan)
-        rate = min(1.0, request.spec.batch_size / n)
+        rate = min(1.0, request.spec.lot / n)
         book = client.memory.setdefault(BOOK, {})
         release = Release(self.noise_multiplier, "poisson" if rate < 1 else "none", rate, 0)
         client.spend(release, steps)
@@ -174,7 +175,7 @@ class DPSGD(Knobs, Layer):
         if not rows or not z:
             return None
         local = self._facts.local  # type: ignore[attr-defined]
-        rate = min(1.0, local.batch_size / rows)
+        rate = min(1.0, local.lot / rows)
         return Release(z, "poisson" if rate < 1 else "none", rate, 0), local.count(rows)
 
     def _afford(self, client: str, state: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ from fedllm.runs.metrics import check_metrics
 from fedllm.runs.models import check_models, check_names, shelves
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
+from fedllm.runs.training import check_training
 from fedllm.runs.used import usage_of
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
@@ -100,6 +101,10 @@ def build(recipe: Recipe) -> Parts:
     method.init(world.model)  # some methods find only here that the model's space does not suit them
     check_deadlines(recipe, method, world)
     check_models(recipe, method, world)
+    check_training(world.model, local, method, layers)
+    if local.packing and recipe.clients.models:
+        raise CompositionError("local.packing = true and clients.models do not fit together: whether rows stay apart "
+                               "is tried on the main model alone; leave one out")
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
 
 

@@ -23,6 +23,7 @@ from fedllm.runs.meter import Meter
 from fedllm.runs.progress import log as progress
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.rows import look
+from fedllm.runs.training import cautions
 
 PROBED = 16
 """Clients in the slice: the vectorized engine's step is full with as many."""
@@ -111,7 +112,7 @@ def plan_parts(parts: Parts) -> Plan:
     once more with several: the difference is what a step costs, whatever the method makes of it.
     """
     recipe, meter = parts.recipe, Meter()
-    said = [*parts.world.federation.cautions, *look(parts)]
+    said = [*parts.world.federation.cautions, *look(parts), *cautions(parts.world.local)]
     progress.info("plan: %d clients have %d rows; a slice of the run is tried", len(parts.world.infos()),
                   sum(c.n for c in parts.world.infos()))
     cohorts = [draw_cohort(parts.world.infos(), recipe.clients.per_round, recipe.seed, r) for r in range(recipe.rounds)]

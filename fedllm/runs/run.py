@@ -30,6 +30,7 @@ from fedllm.runs.seal import figures_digest, sealed
 from fedllm.runs.spread import spread
 from fedllm.runs.store import Frozen, freeze
 from fedllm.runs.tape import Tape
+from fedllm.runs.training import cautions
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class Run:
         """What may not be meant."""
         parts = self.parts
         said = list(parts.method.cautions(cohort_size(parts.recipe.clients.per_round, len(self.course.clients))))
-        said += [*parts.world.federation.cautions, *look(parts)]
+        said += [*parts.world.federation.cautions, *look(parts), *cautions(parts.world.local)]
         for name, spec in parts.recipe.models.items():
             if spec.endpoint is not None:
                 said.append(f"models.{name} is an endpoint at {spec.endpoint.get('base_url', 'its default address')}: "

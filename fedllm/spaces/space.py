@@ -40,6 +40,7 @@ class Stack:
     causal: bool = False  # whether a token may see only those before it
     mask: Tensor | None = None  # [K*B, T] bool: which positions of this forward are text, for spaces that mix tokens
     past: dict[str, Tensor] | None = None  # while a model generates: what such spaces keep from token to token
+    noise: Any = None  # while a client trains with dropout or NEFTune: what it draws (`local/noise.py`)
 
     def lanes(self, x: Tensor) -> Tensor:
         """[K*B, ..., d] -> [K, B*..., d], without a copy."""
@@ -83,6 +84,11 @@ class Space(Knobs):
     def virtual(self) -> int:
         """Virtual tokens that pass through the network in front of each row."""
         return 0
+
+    @property
+    def draws(self) -> bool:
+        """Whether something is drawn while it trains (dropout)."""
+        return False
 
     def trains(self, name: str) -> bool:
         """Whether the parameter `name` of the network itself is replaced by a trainable."""

@@ -85,7 +85,7 @@ class EdgeEnergy(Knobs, Layer):
 
         def watch(request: Any) -> Any:
             nonlocal done, steps
-            done, steps = done + work_of(request), steps + steps_of(request, client.training.batch_size)
+            done, steps = done + work_of(request), steps + steps_of(request, client.training.lot)
             return request
 
         before = power.read() if self.measure else None

@@ -77,7 +77,7 @@ def test_starts_that_change_the_base_are_refused(tiny_llama_folder, tmp_path, in
 
 def test_dropout_of_the_adapter_is_said(tiny_llama_folder, tmp_path):
     adapter, _ = made(tiny_llama_folder, tmp_path, target_modules=["q_proj"], lora_dropout=0.2)
-    assert any("lora_dropout = 0.2 is off" in s for s in started(tiny_llama_folder, adapter).said)
+    assert started(tiny_llama_folder, adapter).space.dropout == 0.2
 
 
 def test_an_adapter_that_is_read_otherwise_is_refused(tiny_llama_folder, tmp_path):

@@ -42,7 +42,7 @@ class Centralized(Method):
     def pooled(self, msg, client):
         local = client.training
         steps = [local.count(n) for n in msg["rows"]]  # what each client of the round would have taken
-        seen = sum(h * n / math.ceil(n / local.batch_size) for h, n in zip(steps, msg["rows"], strict=True))
-        total = sum(steps) if self.match == "steps" else max(1, round(seen / min(local.batch_size, sum(msg["rows"]))))
+        seen = sum(h * n / math.ceil(n / local.lot) for h, n in zip(steps, msg["rows"], strict=True))
+        total = sum(steps) if self.match == "steps" else max(1, round(seen / min(local.lot, sum(msg["rows"]))))
         fitted = client.fit(part(msg, "theta"), steps=total)
         return pack(theta=fitted.theta, n=1, loss=fitted.loss)

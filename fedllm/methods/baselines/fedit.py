@@ -30,7 +30,7 @@ class FedIT(Star):
     )
 
     def init(self, model) -> State:
-        need_lora(self, model)
+        need_lora(self, model, plain=False)
         return super().init(model)
 
     @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")

@@ -28,6 +28,7 @@ class Scaffold(Star):
                     options={"rounds": 150}),
         evidence="Option II of the paper's algorithm 1 (option I costs a pass over all rows).",
     )
+    reads_rates = True
     trial = Trial(local={"optimizer": "sgd", "lr": 0.1})
     server_lr: float = knob(1.0, "eta_g, the server's step along the mean change", gt=0)
     clients: int | None = knob(None, "N, how many clients there are; None: as many as have answered so far", ge=1)

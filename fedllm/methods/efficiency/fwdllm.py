@@ -110,7 +110,7 @@ class FwdLLM(Method):
 
     def batch(self, at: int, client: Any) -> list[int]:
         """Rows of the client's data shard number `at`, in an order of its own that the round does not change."""
-        size = min(client.n, client.training.batch_size)
+        size = min(client.n, client.training.lot)
         return [(at * size + i) % client.n for i in range(size)]
 
     def gradients(self, seed: int, jvp: Tensor, last: Tensor | None, like: Tree) -> Iterator[Tensor]:

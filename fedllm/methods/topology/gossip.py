@@ -48,6 +48,7 @@ class Gossip(Method):
     )
     trial = Trial(silent="who is whose neighbor follows from all who are asked")
     serves = False
+    reads_rates = True
     graph: Literal["ring", "torus", "exponential", "random", "complete"] = knob(
         "ring", "who is whose neighbor, over the round's clients in the data's order", options=GRAPHS)
     degree: int = knob(4, "neighbors of each client at most, where the graph is random", ge=2)

@@ -1,0 +1,59 @@
+"""Whether a model and a method can be trained as `local` and the space say, before anything is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.method import Method
+from fedllm.local.packing import check_packing
+from fedllm.local.spec import LocalSpec
+from fedllm.models.checkpointing import layers_of
+from fedllm.models.model import Model
+from fedllm.models.policy import POLICY
+
+FASTEST = 0.1
+"""A learning rate of adam above this is hardly meant: it moves every weight by as much in each step."""
+
+
+def check_training(model: Any, local: LocalSpec, method: Method, layers: Any = ()) -> None:
+    """RecipeError or CompositionError naming the key that this model, method or layer cannot follow."""
+    if not isinstance(model, Model):
+        return
+    name = f"model {model.name or type(model.net).__name__!r}"
+    if local.lora_plus is not None:
+        if not any(".lora_B." in n for n in model.initial()):
+            raise RecipeError(f"local.lora_plus = {local.lora_plus} is the ratio of the rates of LoRA's two factors, "
+                              f"and space '{model.space.stem}' has none; leave it out")
+        if method.reads_rates:
+            raise CompositionError(f"local.lora_plus = {local.lora_plus} and method '{type(method).__name__}' do not "
+                                   "fit together: it divides by the one rate of all trainables; leave it out")
+    if local.checkpointing and not layers_of(model):
+        raise CompositionError(f"local.checkpointing = true: {name} has no layers of which transformers says that they "
+                               "may run again; leave it out")
+    if local.checkpointing and _keeps_keys(model):
+        raise CompositionError(f"local.checkpointing = true: space '{model.space.stem}' puts keys and values before "
+                               "each layer, and a layer that ran again would put them twice; leave it out")
+    if draws := "local.neftune" if local.neftune is not None else "space.dropout" if model.space.draws else "":
+        if private := next((x for x in layers if x.by_example), None):
+            raise CompositionError(f"{draws} and layer '{type(private).__name__}' do not fit together: nothing is "
+                                   "drawn where single examples' gradients are clipped; leave one out")
+        if model.name == POLICY or model.rules.net == "dual" or not model.ways.uneven:
+            raise CompositionError(f"{draws}: {name} shows no rows of tokens to draw for; leave it out")
+    if local.packing:
+        check_packing(model)
+
+
+def _keeps_keys(model: Model) -> bool:
+    """Whether the space puts keys and values in front of every layer."""
+    with model.using([model.initial()]):
+        prompt = model.space.before(model.net, model.stack, 1)
+    return prompt is not None and prompt.cache is not None
+
+
+def cautions(local: LocalSpec) -> list[str]:
+    """What of `local` may not be meant."""
+    if local.optimizer == "sgd" or local.lr <= FASTEST:
+        return []
+    return [f"local.lr = {local.lr:g} is the rate of {local.optimizer}, which moves every weight by about as much in "
+            "each step: usual are 1e-5 to 1e-2"]
