@@ -19,7 +19,9 @@ from fedllm.models.batch import Batch, collate
 from fedllm.models.decode import Continuation
 from fedllm.models.kernels import fast
 from fedllm.models.model import HeadedEncoder, Model
-from fedllm.models.reread import reread_at_once
+from fedllm.models.plain import unpatched
+from fedllm.models.quantized import dequantized, kind_of
+from fedllm.models.reread import reread_at_once, rough
 from fedllm.models.ways import WORDS, Ways
 from fedllm.spaces.params import Params
 from fedllm.spaces.space import PEFT, Stack, stack_lanes
@@ -53,12 +55,16 @@ class Exam:
     lanes: list[list[Encoded]]
     losses: Tensor
     grads: list[dict[str, Tensor]]
+    rough: bool = False
+    """Whether the network itself rounds what it reads, so that nothing but another function shows."""
 
     @classmethod
     def of(cls, model: Model) -> Exam:
         """Ask the plain network; a ModelError where transformers itself cannot run it."""
         plain = copy.copy(model)
         plain.stack, plain.said = Stack(causal=model.stack.causal), []
+        if kind_of(model.net):
+            plain.net = dequantized(unpatched(model.net))
         try:
             plain.go(Ways(*[False] * len(WORDS)))
             rng = torch_stream(model.seed, "exam")
@@ -78,7 +84,7 @@ class Exam:
         if not all(bool(t.isfinite().all()) for t in (told, *(t for g in grads for t in g.values()))):
             raise ModelError(f"{what(model)}: in plain transformers too, losses or gradients of texts of 2 to 9 tokens "
                              f"are no numbers in {model.net.dtype}")
-        return cls(plain, trees, lanes, told, grads)
+        return cls(plain, trees, lanes, told, grads, rough(model))
 
     def plainly(self) -> None:
         """ModelError for a network that is not what its task takes it for, however it is run."""
@@ -122,7 +128,7 @@ class Exam:
         return []
 
     def _near(self, which: int) -> float:
-        return NEAR.get(self.plain.net.dtype, ROUGH)[which]
+        return (ROUGH if self.rough else NEAR.get(self.plain.net.dtype, ROUGH))[which]
 
     def _worst(self, got: Sequence[Mapping[str, Tensor]], want: Sequence[Mapping[str, Tensor]]) -> list[str]:
         wrong: dict[str, float] = {}

@@ -27,6 +27,7 @@ from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, lo
 
 from fedllm.core.errors import ModelError
 from fedllm.models.cache import made_once
+from fedllm.models.plain import plain_copy
 from fedllm.models.splits import split_of
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def read(name: str, file: Path, head: Head) -> tuple[Any, Any]:
         raise
     except Exception as error:
         raise ModelError(f"{told} cannot be read: {_line(error)}") from error
-    net = _plain_net(net)
+    net = plain_copy(net, net.state_dict())
     if lost := sorted(said["missing_keys"]):
         raise ModelError(f"{told} lacks tensors for {', '.join(lost[:3])}")
     held = sum(prod(t.shape) for t in header.tensors if t.name != FACTORS)
@@ -156,21 +157,6 @@ def save(folder: Path, net: Any, tokenizer: Any) -> None:
             break
     net.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-
-
-def _plain_net(net: Any) -> Any:
-    """The same weights in a network that knows nothing of where they came from, so that it is saved as any other."""
-    config = type(net.config).from_dict({k: v for k, v in net.config.to_dict().items() if k not in (
-        "quantization_config", "_model_name_or_path")})
-    with torch.device("meta"):
-        plain = type(net)(config)
-    plain.load_state_dict(dict(net.state_dict()), assign=True)
-    plain.tie_weights()
-    for path, buffer in net.named_buffers():  # those that no checkpoint has: the angles of positions
-        owner, _, leaf = path.rpartition(".")
-        plain.get_submodule(owner)._buffers[leaf] = buffer
-    plain.generation_config = net.generation_config
-    return plain
 
 
 def _accounted(told: str, header: GgufHeader, facts: Mapping[str, Any], config: Any) -> None:

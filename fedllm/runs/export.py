@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from fedllm.core.errors import ModelError, RunError
 from fedllm.models.checks import loaded
-from fedllm.models.load import load_tokenizer
+from fedllm.models.gguf import is_gguf
+from fedllm.models.load import DTYPES, load_tokenizer, place_of, resolve
 from fedllm.models.merge import merge_adapter
 from fedllm.models.peft_io import SPACE
+from fedllm.models.quantized import options
 from fedllm.runs.build import build
 from fedllm.runs.products import BASE
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import ModelSpec, load_recipe
 from fedllm.runs.result import Result
 from fedllm.spaces.registry import make_space
 from fedllm.spaces.space import CAUSAL
@@ -51,7 +53,7 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
             raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what "
                              "it trained as it is with --peft")
         if merge and served.name == "adapter":
-            _merge(served, goal, load_recipe(result.folder / "recipe.yaml").model.trust_remote_code)
+            _merge(served, goal, load_recipe(result.folder / "recipe.yaml").model)
         else:
             if (served / BASE).exists():
                 raise RunError(f"{served}: the method also changed the base weights ({BASE}), which an adapter alone "
@@ -85,10 +87,13 @@ def _as_gguf(path: str | Path, out: str | Path | None, kind: str) -> Path:
     return made
 
 
-def _merge(adapter: Path, goal: Path, trust: bool) -> None:
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+def _merge(adapter: Path, goal: Path, model: ModelSpec) -> None:
+    said = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = resolve(model.name) if is_gguf(model.name) else said  # what lies in the cache may have been deleted
     delta = load_file(adapter / BASE) if (adapter / BASE).exists() else {}
-    merge_adapter(adapter, goal, delta, load_tokenizer(base, trust), trust)
+    how = options(model.quantize, DTYPES[model.dtype], place_of("auto"))
+    merge_adapter(adapter, goal, delta, load_tokenizer(base, model.trust_remote_code), model.trust_remote_code, base,
+                  **({**how, "dtype": DTYPES[model.dtype]} if how else {}))
 
 
 def export_for_clients(recipe: Any, out: str | Path) -> Path:

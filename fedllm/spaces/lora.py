@@ -32,6 +32,7 @@ class LoRA(Space):
 
     ragged = True
     takes_base = True
+    over_packed = True
     stays = ""
     peft = "LORA"
 
