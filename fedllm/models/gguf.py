@@ -117,8 +117,8 @@ def look(name: str, file: Path) -> Head:
     if ends > file.stat().st_size:
         raise ModelError(f"{told} is cut short: it has {file.stat().st_size} bytes, and its tensors end at {ends}")
     if head.architecture not in ARCHITECTURES:
-        raise ModelError(f"{told} has the architecture {head.architecture!r}; read are {', '.join(ARCHITECTURES)}. Give "
-                         "the model's own folder (save_pretrained)")
+        raise ModelError(f"{told} has the architecture {head.architecture!r}; read are {', '.join(ARCHITECTURES)}. "
+                         "Give the model's own folder (save_pretrained)")
     if not facts.get(TEXTS[0]):
         raise ModelError(f"{told} has no tokenizer ({TEXTS[0]}); give a file that has one, or the model's own folder")
     return head, facts

@@ -53,7 +53,8 @@ def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], to
     """Merge a saved adapter into its base with plain `peft`, and save the model with its tokenizer.
 
     `where` is the base's folder, if it is not where the adapter says; `how` tells `from_pretrained` how the base was
-    packed: then the adapter is merged into what those weights are unpacked, in which it was trained. Raises ModelError for adapters that cannot be merged (soft prompts, prefixes).
+    packed: then the adapter is merged into those weights unpacked, over which it was trained. Raises ModelError for
+    adapters that cannot be merged (soft prompts, prefixes).
     """
     import json
     import shutil

@@ -30,8 +30,9 @@ PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_stateme
 
 
 def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False, gguf: str | None = None) -> Path:
-    """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`; `gguf` (the
-    type of its matrices: f32, f16, q8_0) writes that model as one file for llama.cpp.
+    """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
+
+    `gguf` (the type of its matrices: f32, f16, q8_0) writes that model as one file for llama.cpp, and gives its path.
 
     Raises RunError when the run serves no model or `out` exists, ModelError for adapters that cannot be merged and for
     models that cannot be written as GGUF.

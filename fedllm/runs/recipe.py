@@ -78,8 +78,8 @@ class ModelSpec(Section):
     """Which model, and how it is held in memory."""
 
     name: str = "embedded"
-    """embedded, minilm, smollm2, a folder saved with save_pretrained, a GGUF file, or a Hub id; policy where clients act
-    in environments."""
+    """embedded, minilm, smollm2, a folder saved with save_pretrained, a GGUF file, or a Hub id; policy where clients
+    act in environments."""
     hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Widths of a policy's hidden layers (name policy); none: one linear map."""
     at_clients: str | None = None

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import fedllm
@@ -14,6 +15,7 @@ from fedllm.defenses.vetting import base_digest
 from fedllm.models import proof
 from fedllm.models.exam import Exam, _answer
 from fedllm.models.load import EMBEDDED, load_model
+from fedllm.models.peft_io import load_adapter
 from fedllm.models.quantized import dequantized, packed, unpacked
 from fedllm.runs.export import export
 from fedllm.spaces import make_space
@@ -88,14 +90,12 @@ def test_a_run_and_its_adapter_in_plain_peft(tmp_path, kind):
                                                 device_map={"": "cpu"}, dtype=torch.float32)
     for _, module in packed(base):
         module.support_avx512bf16_for_cpu = False
+    model = load_model("embedded", "generation", make_space("lora", rank=2, alpha=64.0), quantize=kind)
     ids = AutoTokenizer.from_pretrained(EMBEDDED)("A note about a late delivery", return_tensors="pt").input_ids
     with torch.no_grad():
         alone = base(input_ids=ids).logits
         theirs = PeftModel.from_pretrained(base, str(result.folder / "adapter")).eval()(input_ids=ids).logits
         merged = AutoModelForCausalLM.from_pretrained(export(result.folder, merge=True))(input_ids=ids).logits
-        from fedllm.models.peft_io import load_adapter
-
-        model = load_model("embedded", "generation", make_space("lora", rank=2, alpha=64.0), quantize=kind)
         with model.using([load_adapter(result.folder / "adapter", model)]):
             ours = model.net(input_ids=ids).logits
     top = float(theirs.abs().max())
@@ -110,8 +110,6 @@ def test_engines_agree(tmp_path):
     ends = []
     for engine in ("vectorized", "in_process"):
         result = fedllm.run(recipe("nf4", engine={"kind": engine}), root=tmp_path / engine)
-        from safetensors.torch import load_file
-
         ends.append(load_file(result.folder / "adapter" / "adapter_model.safetensors"))
     assert all(torch.allclose(ends[0][n], ends[1][n], atol=1e-5) for n in ends[0])
 
@@ -119,11 +117,7 @@ def test_engines_agree(tmp_path):
 def test_bf16_trains(tmp_path):
     result = fedllm.run(recipe("nf4", model={"name": "embedded", "quantize": "nf4", "dtype": "bfloat16"},
                                local={"lr": 0.01, "steps": 4, "batch_size": 4, "max_length": 64}), root=tmp_path)
-    told = json.loads((result.folder / "result.json").read_text())
-    assert json.dumps(told).count("NaN") == 0
-    tests = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
-    losses = [e["metrics"]["loss"] for e in tests if e["kind"] == "evaluation" and "loss" in e.get("metrics", {})]
-    assert len(losses) >= 2 and losses[-1] < losses[0]
+    assert result.evaluation["global"]["loss"] < result.evaluation["before"]["global"]["loss"]
 
 
 def test_it_weighs_less(kind, model):
@@ -152,13 +146,13 @@ def test_spaces_that_train_the_base_are_refused(space):
 
 def test_other_refusals(tmp_path, monkeypatch):
     lora = make_space("lora", modules_to_save=("up_proj",), targets=("q_proj",))
-    with pytest.raises(CompositionError, match="space.modules_to_save names 'model.layers.0.mlp.up_proj'"):
+    with pytest.raises(CompositionError, match=r"modules_to_save names 'model\.layers\.0\.mlp\.up_proj'"):
         load_model("embedded", "generation", lora, quantize="nf4")
     for more, says in (({"dtype": "float64"}, "model.dtype = 'float64' do not fit"), ({"quantize": "int3"}, "int3"),
                        ({"weights": "random"}, "model.weights = 'random' do not fit")):
         with pytest.raises(ModelError, match=says):
             load_model("embedded", "generation", make_space("lora"), **{"quantize": "nf4", **more})
-    with pytest.raises(RecipeError, match="model.quantize"):
+    with pytest.raises(RecipeError, match=r"model\.quantize"):
         fedllm.run(recipe("fp2"), root=tmp_path)
     with pytest.raises(CompositionError, match="streams"):
         load_model("embedded", "generation", make_space("streams", of={"a": "full", "b": {"name": "lora", "rank": 2}}),
