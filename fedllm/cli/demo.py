@@ -17,7 +17,7 @@ from fedllm.runs.progress import progress_bars
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.run import Run
 
-RECIPE = Path(__file__).with_name("demo.yaml")
+RECIPE, LLM = (Path(__file__).with_name(name) for name in ("demo.yaml", "demo_llm.yaml"))
 
 
 def demo(console: Console, root: Path, recipe: Path = RECIPE) -> None:
@@ -30,8 +30,8 @@ def demo(console: Console, root: Path, recipe: Path = RECIPE) -> None:
     console.print(Panel(
         f"{len(shards)} institutions hold {min(rows)} to {max(rows)} records, of {min(kinds)} to {max(kinds)} kinds. "
         "Each knows the routing codes of its own kinds only, and none may show its records to another. They tune a "
-        "small language model together (LoRA), and the test asks for every kind. Then each trains alone, and all in "
-        "one place, for comparison.", title="fedllm demo", border_style="blue"))
+        f"language model ({parts.recipe.model.name}) together (LoRA), and the test asks for every kind. Then each "
+        "trains alone, and all in one place, for comparison.", title="fedllm demo", border_style="blue"))
     folder = RunFolder.fresh(root, parts.recipe.name, resolved(parts))
     with progress_bars(console) as progress:
         result = Run(parts, folder, progress, publish).go()

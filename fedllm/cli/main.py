@@ -129,7 +129,7 @@ def report(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = Fal
 @app.command()
 def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", help="A merged model, or the PEFT "
                                                               "adapter.")] = False,
-           gguf: Annotated[bool, typer.Option("--gguf", help="The merged model as one GGUF file.")] = False,
+           gguf: Annotated[bool, typer.Option("--gguf", help="The merged model as a GGUF file.")] = False,
            kind: Annotated[str, typer.Option("--type", help="Of a GGUF file's matrices: f32, f16, q8_0.")] = "f16",
            to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
            trust_remote_code: Trust = False) -> None:
@@ -171,12 +171,15 @@ def group(source: Annotated[list[str], typer.Argument(help="Files: .jsonl, .txt,
 
 
 @app.command()
-def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs")) -> None:
+def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
+         llm: Annotated[bool, typer.Option("--llm", help="On SmolLM2-135M-Instruct, in a quarter of an hour.")] = False,
+         ) -> None:
     """Eight institutions tune the embedded model together; offline, in a few minutes."""
+    from fedllm.cli.demo import LLM, RECIPE
     from fedllm.cli.demo import demo as show
 
     with _stopped("nothing was kept yet"):
-        show(out, root)
+        show(out, root, LLM if llm else RECIPE)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

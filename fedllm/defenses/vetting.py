@@ -14,6 +14,7 @@ from fedllm.core.errors import Withheld
 from fedllm.core.layer import Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload, digest, part
+from fedllm.models.quantized import scales
 
 MEMORY = "vetting"
 
@@ -133,4 +134,4 @@ def base_digest(model: Any) -> str:
     trained = set(model.initial())
     frozen = {n: p for n, p in net.named_parameters() if n not in trained}
     kind = f"{type(net).__name__} {sorted((n, tuple(p.shape)) for n, p in net.named_parameters())}"
-    return hashlib.sha256((kind + digest(frozen)).encode()).hexdigest()
+    return hashlib.sha256((kind + digest(frozen | scales(net))).encode()).hexdigest()

@@ -1,7 +1,8 @@
-"""Folders that are made once and kept under the user's cache: written whole or not at all, and looked over when read."""
+"""Folders that are made once and kept under the user's cache: written whole or not at all, looked over when read."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -37,10 +38,8 @@ def made_once(room: str, key: str, by: str, make: Callable[[Path], None]) -> Pat
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = FileLock(f"{folder}.lock", timeout=PATIENCE, mode=0o600)
-        try:
+        with contextlib.suppress(Timeout):
             lock.acquire()
-        except Timeout:
-            pass
         try:
             if not whole(folder, by):
                 _make(folder, by, make)

@@ -20,7 +20,9 @@ from fedllm.models.decode import Continuation
 from fedllm.models.dual import DualEncoder
 from fedllm.models.exam_rows import LENGTHS, near, rows_of, told
 from fedllm.models.model import Model
-from fedllm.models.reread import reread_at_once
+from fedllm.models.plain import unpatched
+from fedllm.models.quantized import dequantized, kind_of
+from fedllm.models.reread import reread_at_once, rough
 from fedllm.models.ways import WORDS, Ways
 from fedllm.spaces.params import Params
 from fedllm.spaces.space import PEFT, Stack, stack_lanes
@@ -50,12 +52,16 @@ class Exam:
     lanes: list[list[Encoded]]
     losses: Tensor
     grads: list[dict[str, Tensor]]
+    rough: bool = False
+    """Whether the network itself rounds what it reads, so that nothing but another function shows."""
 
     @classmethod
     def of(cls, model: Model) -> Exam:
         """Ask the plain network; a ModelError where transformers itself cannot run it."""
         plain = copy.copy(model)
         plain.stack, plain.said = Stack(causal=model.stack.causal), []
+        if kind_of(model.net):
+            plain.net = dequantized(unpatched(model.net))
         try:
             plain.go(Ways(*[False] * len(WORDS)))
             if isinstance(plain.net, DualEncoder):
@@ -79,7 +85,7 @@ class Exam:
         if not all(bool(t.isfinite().all()) for t in (said, *(t for g in grads for t in g.values()))):
             raise ModelError(f"{what(model)}: in plain transformers too, losses or gradients of texts of 2 to 9 tokens "
                              f"are no numbers in {model.net.dtype}")
-        return cls(plain, trees, lanes, said, grads)
+        return cls(plain, trees, lanes, said, grads, rough(model))
 
     def differs(self, model: Model) -> list[str]:
         """Where `model` answers otherwise: trainables, the worst first, or what went wrong; empty where nowhere."""
@@ -100,7 +106,7 @@ class Exam:
         return []
 
     def near(self, which: int) -> float:
-        return NEAR.get(self.plain.net.dtype, ROUGH)[which]
+        return (ROUGH if self.rough else NEAR.get(self.plain.net.dtype, ROUGH))[which]
 
     def _worst(self, got: Sequence[Mapping[str, Tensor]], want: Sequence[Mapping[str, Tensor]]) -> list[str]:
         wrong: dict[str, float] = {}

@@ -27,6 +27,7 @@ from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, lo
 
 from fedllm.core.errors import ModelError
 from fedllm.models.cache import made_once
+from fedllm.models.plain import plain_copy
 from fedllm.models.splits import split_of
 
 log = logging.getLogger(__name__)
@@ -116,8 +117,8 @@ def look(name: str, file: Path) -> Head:
     if ends > file.stat().st_size:
         raise ModelError(f"{told} is cut short: it has {file.stat().st_size} bytes, and its tensors end at {ends}")
     if head.architecture not in ARCHITECTURES:
-        raise ModelError(f"{told} has the architecture {head.architecture!r}; read are {', '.join(ARCHITECTURES)}. Give "
-                         "the model's own folder (save_pretrained)")
+        raise ModelError(f"{told} has the architecture {head.architecture!r}; read are {', '.join(ARCHITECTURES)}. "
+                         "Give the model's own folder (save_pretrained)")
     if not facts.get(TEXTS[0]):
         raise ModelError(f"{told} has no tokenizer ({TEXTS[0]}); give a file that has one, or the model's own folder")
     return head, facts
@@ -137,7 +138,7 @@ def read(name: str, file: Path, head: Head) -> tuple[Any, Any]:
         raise
     except Exception as error:
         raise ModelError(f"{told} cannot be read: {_line(error)}") from error
-    net = _plain_net(net)
+    net = plain_copy(net, net.state_dict())
     if lost := sorted(said["missing_keys"]):
         raise ModelError(f"{told} lacks tensors for {', '.join(lost[:3])}")
     held = sum(prod(t.shape) for t in header.tensors if t.name != FACTORS)
@@ -156,21 +157,6 @@ def save(folder: Path, net: Any, tokenizer: Any) -> None:
             break
     net.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-
-
-def _plain_net(net: Any) -> Any:
-    """The same weights in a network that knows nothing of where they came from, so that it is saved as any other."""
-    config = type(net.config).from_dict({k: v for k, v in net.config.to_dict().items() if k not in (
-        "quantization_config", "_model_name_or_path")})
-    with torch.device("meta"):
-        plain = type(net)(config)
-    plain.load_state_dict(dict(net.state_dict()), assign=True)
-    plain.tie_weights()
-    for path, buffer in net.named_buffers():  # those that no checkpoint has: the angles of positions
-        owner, _, leaf = path.rpartition(".")
-        plain.get_submodule(owner)._buffers[leaf] = buffer
-    plain.generation_config = net.generation_config
-    return plain
 
 
 def _accounted(told: str, header: GgufHeader, facts: Mapping[str, Any], config: Any) -> None:

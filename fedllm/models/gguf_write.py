@@ -1,4 +1,4 @@
-"""Write a model as a GGUF file, for llama.cpp and all that is built on it; what was written is read back and compared."""
+"""Write a model as a GGUF file, for llama.cpp and what is built on it; it is read back and compared."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def _factors(net: Any) -> Tensor | None:
     fixed = kind in ("linear", "llama3") or (
         kind == "longrope" and config.rope_parameters["short_factor"] == config.rope_parameters["long_factor"])
     if not fixed or float(turn.attention_scaling) != 1.0:
-        raise ModelError(f"positions scaled by rope_type = {kind!r} cannot be written as GGUF here; default, linear and "
-                         "llama3 can")
+        raise ModelError(f"positions scaled by rope_type = {kind!r} cannot be written as GGUF here; default, linear "
+                         "and llama3 can")
     at = torch.arange(len(turn.inv_freq), dtype=torch.float64) / len(turn.inv_freq)
     return (config.rope_parameters["rope_theta"] ** -at / turn.inv_freq.double().cpu()).float()
 

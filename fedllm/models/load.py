@@ -20,6 +20,7 @@ from transformers import (
 
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.rng import seed_of
+from fedllm.models import quantized
 from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder, class_prompts
 from fedllm.models.gguf import gguf_folder, is_gguf
@@ -65,8 +66,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
                dtype: str = "float32", pooling: Literal["mean", "cls", "last"] = "mean", fast_kernels: bool = True,
                device: str = "auto", trust_remote_code: bool = False,
-               weights: Literal["pretrained", "random"] = "pretrained") -> Model:
+               weights: Literal["pretrained", "random"] = "pretrained", quantize: str | None = None) -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
+
+    `quantize` packs the linear maps of the frozen base in 4 or 8 bits (see models/quantized.py).
 
     `weights` "random": the model is built from its config alone, with weights that follow from the seed. It is examined
     (see models/proof.py), and `model.said` tells what its user must know. Raises ModelError when the model cannot be
@@ -86,12 +89,22 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
         reads_texts(name, config, task_of(task).net != "causal")
     made_by = {"weights": weights, "seed": seed, "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
     images = None
+    if task_of(task).net in ("dual", "masked") and quantize:
+        raise CompositionError(f"model.quantize = {quantize!r} and data.task = {task!r} do not fit together; leave "
+                               "quantize out")
+    made_by |= quantized.options(quantize, DTYPES[dtype], place, weights)
     if task_of(task).net == "dual":
         images = _load(AutoImageProcessor, name, trust_remote_code)
     said = unused(config)
-    net = load_net(name, task, labels, pooling, tokenizer, said, **made_by).to(DTYPES[dtype])
+    net = load_net(name, task, labels, pooling, tokenizer, said, **made_by)
     words_fit(name, tokenizer, net)
-    net.to(place)
+    if quantize:  # it lies where it belongs, and packed weights are not converted
+        quantized.settle(net)
+        quantized.check(space, net)
+        if isinstance(net, HeadedEncoder):
+            net.classifier.to(place, DTYPES[dtype])
+    else:
+        net.to(DTYPES[dtype]).to(place)
     model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
                   weights=weights, images=images)
     if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
@@ -103,13 +116,13 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
 
 
 def bare(kind: Any, name: str, said: list[str], *, weights: str = "pretrained", seed: int = 0,
-         dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
-    """A network as transformers builds it; `said` is told which weights are not used.
+         dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, **how: Any) -> Any:
+    """A network as transformers builds it, packed as `how` says; `said` is told which weights are not used.
 
     Random weights are drawn on the CPU in fp32: the same bits everywhere.
     """
     if weights == "pretrained":
-        net, told = _load(kind, name, trust_remote_code, dtype=dtype, output_loading_info=True)
+        net, told = _load(kind, name, trust_remote_code, dtype=dtype, output_loading_info=True, **how)
         if "pooler" in dict(net.named_children()):
             net.pooler = None  # its output is not used: pooling is ours
         said += complete(name, net, told)

@@ -18,6 +18,7 @@ from fedllm.models.checks import loaded
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.models.peft_io import HEAD
 from fedllm.models.plain import unpatched
+from fedllm.models.quantized import dequantized, kind_of
 from fedllm.spaces.registry import of_peft
 
 
@@ -42,21 +43,24 @@ def save_merged(folder: Path, model: Model, theta: Mapping[str, Tensor], base: M
 
 
 def fresh_net(model: Model) -> nn.Module:
-    """The base network with weights of its own and without any patch of ours."""
-    return copy.deepcopy(unpatched(model.net))
+    """The base network with weights of its own, unpacked, and without any patch of ours."""
+    bare = unpatched(model.net)
+    return dequantized(bare) if kind_of(bare) else copy.deepcopy(bare)
 
 
 def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], tokenizer: object,
-                  trust_remote_code: bool = False) -> None:
+                  trust_remote_code: bool = False, where: str | None = None, **how: Any) -> None:
     """Merge a saved adapter into its base with plain `peft`, and save the model with its tokenizer.
 
-    Raises ModelError for adapters that cannot be merged (soft prompts, prefixes).
+    `where` is the base's folder, if it is not where the adapter says; `how` tells `from_pretrained` how the base was
+    packed: then the adapter is merged into those weights unpacked, over which it was trained. Raises ModelError for
+    adapters that cannot be merged (soft prompts, prefixes).
     """
     import json
     import shutil
 
     config = json.loads((adapter / "adapter_config.json").read_text())
-    kind, where = config["peft_type"], config["base_model_name_or_path"]
+    kind, where = config["peft_type"], where or config["base_model_name_or_path"]
     space = of_peft(kind)
     if space is None or space.stays:
         raise ModelError(f"a {kind} adapter cannot be merged into the weights: "
@@ -65,7 +69,8 @@ def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], to
     config = loaded(AutoConfig, where, where, trust_remote_code)
     masked = any(str(kind).endswith("ForMaskedLM") for kind in config.architectures or ())
     loader = AutoModel if (adapter / HEAD).exists() else AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    net = loaded(loader, where, where, trust_remote_code)
+    net = loaded(loader, where, where, trust_remote_code, **how)
+    net = dequantized(net) if how else net
     weights = dict(net.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, delta in base_delta.items():

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import singledispatch
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,11 +24,31 @@ from fedllm.spaces.space import PEFT
 def unpatched(net: nn.Module) -> Any:
     """The same network on the very same weights, with every module's own forward."""
     kept = [v for m in net.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]  # of recurrent layers
-    held = {id(t): t for t in [*net.parameters(), *net.buffers(), *kept]}
+    states = [m.__dict__["state"] for m in net.modules() if "state" in m.__dict__]  # of packed weights
+    held = {id(t): t for t in [*net.parameters(), *net.buffers(), *kept, *states]}
     bare = copy.deepcopy(net, held)
     for module in bare.modules():
         module.__dict__.pop("forward", None)
     return bare
+
+
+def plain_copy(net: Any, weights: Mapping[str, Tensor]) -> Any:
+    """A network of transformers' of this kind on these weights, which does not know how they were kept before."""
+    config = type(net.config).from_dict({k: v for k, v in net.config.to_dict().items() if k not in (
+        "quantization_config", "_model_name_or_path")})
+    with torch.device("meta"):
+        made: Any = type(net)(config)
+    for name, module in net._modules.items():
+        if module is None:
+            made._modules[name] = None
+    made.load_state_dict(dict(weights), assign=True)
+    made.tie_weights()
+    for path, buffer in net.named_buffers():  # those that no checkpoint has: the angles of positions
+        owner, _, leaf = path.rpartition(".")
+        made.get_submodule(owner)._buffers[leaf] = buffer
+    if net.can_generate():
+        made.generation_config = net.generation_config
+    return made.eval()
 
 
 @contextlib.contextmanager

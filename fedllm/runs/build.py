@@ -203,7 +203,7 @@ def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] 
         return policy_of(recipe, space, device or m.device)
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
                       fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code,
-                      weights=m.weights)
+                      weights=m.weights, quantize=m.quantize)
 
 
 def need_public(recipe: Recipe, method: Method, rows: int) -> None:

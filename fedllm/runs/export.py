@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from fedllm.core.errors import ModelError, RunError
 from fedllm.models.checks import loaded
-from fedllm.models.load import load_tokenizer
+from fedllm.models.gguf import is_gguf
+from fedllm.models.load import DTYPES, load_tokenizer, place_of, resolve
 from fedllm.models.merge import merge_adapter
 from fedllm.models.peft_io import SPACE
+from fedllm.models.quantized import options
 from fedllm.runs.build import build
 from fedllm.runs.products import BASE
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import ModelSpec, load_recipe, read_recipe
 from fedllm.runs.result import Result
 from fedllm.spaces.registry import make_space
 from fedllm.spaces.space import CAUSAL
@@ -29,14 +31,15 @@ PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_stateme
 
 def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False, gguf: str | None = None,
            trust_remote_code: bool = False) -> Path:
-    """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`; `gguf` (the
-    type of its matrices: f32, f16, q8_0) writes that model as one file for llama.cpp.
+    """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
+
+    `gguf` (the type of its matrices: f32, f16, q8_0) writes that model as one file for llama.cpp, and gives its path.
 
     A base model that brings code of its own is loaded only if that is trusted. Raises RunError when the run serves no
     model or `out` exists, ModelError for adapters that cannot be merged and for models that cannot be written as GGUF.
     """
     if gguf is not None:
-        return _as_gguf(path, out, gguf)
+        return _as_gguf(path, out, gguf, trust_remote_code)
     result = Result.load(path)
     served = result.adapter_path
     if served is None:
@@ -52,7 +55,7 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
             raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what "
                              "it trained as it is with --peft")
         if merge and served.name == "adapter":
-            _merge(served, goal, trust_remote_code)
+            _merge(served, goal, read_recipe(result.folder / "recipe.yaml").model, trust_remote_code)
         else:
             if (served / BASE).exists():
                 raise RunError(f"{served}: the method also changed the base weights ({BASE}), which an adapter alone "
@@ -66,18 +69,18 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
     return goal
 
 
-def _as_gguf(path: str | Path, out: str | Path | None, kind: str) -> Path:
+def _as_gguf(path: str | Path, out: str | Path | None, kind: str, trust: bool) -> Path:
     """The merged model in a folder of its own, as one file."""
     from fedllm.models.gguf_write import written
 
     result = Result.load(path)
-    if load_recipe(result.folder / "recipe.yaml").data.task not in CAUSAL:
+    if read_recipe(result.folder / "recipe.yaml").data.task not in CAUSAL:
         raise ModelError(f"{path}: only models that continue texts are written as GGUF")
     goal = Path(out) if out else result.folder / "gguf"
     if goal.exists() and any(goal.iterdir()):
         raise RunError(f"{goal} exists and is not empty; give another folder with --out")
     with tempfile.TemporaryDirectory(dir=result.folder) as part:
-        merged = export(path, Path(part) / "merged", merge=True)
+        merged = export(path, Path(part) / "merged", merge=True, trust_remote_code=trust)
         net = loaded(AutoModelForCausalLM, str(merged), str(merged), False)
         made = written(goal, net.eval(), load_tokenizer(str(merged)), kind, result.folder.name)
         for name in PAPERS.values():
@@ -86,10 +89,13 @@ def _as_gguf(path: str | Path, out: str | Path | None, kind: str) -> Path:
     return made
 
 
-def _merge(adapter: Path, goal: Path, trust: bool) -> None:
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+def _merge(adapter: Path, goal: Path, model: ModelSpec, trust: bool) -> None:
+    said = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = resolve(model.name) if is_gguf(model.name) else said  # what lies in the cache may have been deleted
     delta = load_file(adapter / BASE) if (adapter / BASE).exists() else {}
-    merge_adapter(adapter, goal, delta, load_tokenizer(base, trust), trust)
+    how = options(model.quantize, DTYPES[model.dtype], place_of("auto"))
+    how = {**how, "dtype": DTYPES[model.dtype]} if how else {}
+    merge_adapter(adapter, goal, delta, load_tokenizer(base, trust), trust, base, **how)
 
 
 def export_for_clients(recipe: Any, out: str | Path) -> Path:

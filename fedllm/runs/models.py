@@ -133,4 +133,5 @@ def _loaded(recipe: Recipe, spec: NamedModel, task: Task, labels: Sequence[str],
     known = {"classification": labels, "embedding": NONE}.get(wanted, ())
     return load_model(name, kind, space, labels=known, seed=recipe.seed,
                       dtype=spec.dtype or m.dtype, pooling=spec.pooling or m.pooling, fast_kernels=m.fast_kernels,
-                      device=device or m.device, trust_remote_code=m.trust_remote_code)
+                      device=device or m.device, trust_remote_code=m.trust_remote_code,
+                      quantize=spec.quantize)

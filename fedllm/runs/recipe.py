@@ -78,7 +78,8 @@ class ModelSpec(Section):
     """Which model, and how it is held in memory."""
 
     name: str = "embedded"
-    """embedded, minilm, a folder saved with save_pretrained, or a Hub id; policy where clients act in environments."""
+    """embedded, minilm, smollm2, a folder saved with save_pretrained, a GGUF file, or a Hub id; policy where clients
+    act in environments."""
     hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Widths of a policy's hidden layers (name policy); none: one linear map."""
     at_clients: str | None = None
@@ -87,6 +88,9 @@ class ModelSpec(Section):
     """As the model's folder holds them, or drawn by the recipe's seed from its config alone (with space: full)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the frozen base; trainables are fp32 at least."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Pack the frozen base's linear maps in 4 or 8 bits (bitsandbytes), as QLoRA does; for spaces that leave them as
+    they are."""
     device: Device = "auto"
     """auto (a CUDA card where there is one), cpu, cuda, or cuda:N. The sites of a real federation choose theirs."""
     pooling: Literal["mean", "cls", "last"] = "mean"
@@ -114,7 +118,7 @@ class NamedModel(Section):
     """A model beside the main one: a folder, an id or an endpoint."""
 
     name: str | None = None
-    """embedded, minilm, a folder saved with save_pretrained, or a Hub id."""
+    """embedded, minilm, smollm2, a folder saved with save_pretrained, a GGUF file, or a Hub id."""
     endpoint: dict[str, Any] | None = None
     """In its place: an OpenAI-compatible API (base_url, model, api, api_key_env, timeout, ...)."""
     space: Annotated[Named, _short("name")] | None = None
@@ -125,6 +129,8 @@ class NamedModel(Section):
     """What it is for; None: the data's task, or embedding for an encoder beside language models."""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """None: as the main model's."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """As `model.quantize`; None: not packed."""
     pooling: Literal["mean", "cls", "last"] | None = None
     """None: as the main model's."""
 
@@ -132,8 +138,9 @@ class NamedModel(Section):
     def _one_of_both(self) -> NamedModel:
         if (self.name is None) == (self.endpoint is None):
             raise ValueError("give either name or endpoint")
-        if self.endpoint is not None and (self.space or self.sealed or self.task or self.dtype or self.pooling):
-            raise ValueError("an endpoint has no space, sealed, task, dtype or pooling: it continues text")
+        if self.endpoint is not None and (self.space or self.sealed or self.task or self.dtype or self.pooling
+                                          or self.quantize):
+            raise ValueError("an endpoint has no space, sealed, task, dtype, quantize or pooling: it continues text")
         return self
 
 

@@ -27,6 +27,7 @@ class Adapter(Space):
     """h + up(relu(down(h))) with a bottleneck of `size`; `up` starts at zero, so the model starts unchanged."""
 
     stays = "its bottlenecks are modules of their own"
+    over_packed = True
 
     size: int = knob(16, "width of the bottleneck", ge=1)
     modules_to_save: tuple[str, ...] = knob(("classifier",), "modules trained whole beside the adapters, where present")

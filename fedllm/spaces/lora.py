@@ -35,6 +35,7 @@ class LoRA(Space):
     """
 
     ragged = True
+    over_packed = True
     stays = ""
     peft = "LORA"
 

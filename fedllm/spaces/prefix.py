@@ -25,6 +25,7 @@ class Prefix(Space):
     """`length` virtual positions in every layer; one tensor [P, layers * 2 * kv_heads * head_dim], as PEFT keeps it."""
 
     multiplies: ClassVar[bool] = False
+    over_packed: ClassVar[bool] = True
     stays: ClassVar[str] = "it puts virtual tokens before the text"
     peft: ClassVar[str] = "PREFIX_TUNING"
     length: int = knob(16, "number of virtual positions", ge=1)

@@ -22,6 +22,7 @@ class SoftPrompt(Space):
     """`length` virtual tokens, started from the embeddings of random real tokens or at random."""
 
     multiplies: ClassVar[bool] = False
+    over_packed: ClassVar[bool] = True
     stays: ClassVar[str] = "it puts virtual tokens before the text"
     peft: ClassVar[str] = "PROMPT_TUNING"
     length: int = knob(16, "number of virtual tokens", ge=1)

@@ -58,6 +58,8 @@ class Space(Knobs):
     """True when the space can add a drift to the frozen base weights (FLoRA, FedEx-LoRA)."""
     stays: ClassVar[str] = "it does not say how"
     """Why trainables cannot be merged into the network's weights; empty where `merge` does it."""
+    over_packed: ClassVar[bool] = False
+    """Whether it works over a base whose weights are packed in few bits (`model.quantize`)."""
     peft: ClassVar[str] = ""
     """PEFT's name for adapters of this kind ("LORA"); empty where PEFT has none."""
     personal: ClassVar[tuple[str, ...]] = ()

@@ -1,0 +1,114 @@
+"""Bases whose linear maps are packed in 4 or 8 bits (bitsandbytes), and what they are unpacked.
+
+nf4 packs weights alone: a product is that of the unpacked weights. int8 also rounds what goes in, token by token; its
+columns of outliers are left out (`llm_int8_threshold` 0), for they would let the rows of a batch change one another.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedllm.core.errors import CompositionError, ModelError
+from fedllm.models.model import HeadedEncoder
+from fedllm.models.plain import plain_copy
+from fedllm.spaces.registry import SPACES
+from fedllm.spaces.space import Space
+
+KINDS = ("nf4", "int8")
+NEEDS = "pip install 'fedlm[quantized]'"
+
+
+def options(kind: str | None, dtype: torch.dtype, device: torch.device, weights: str = "pretrained") -> dict[str, Any]:
+    """What `from_pretrained` is told to pack a base; nothing for none. ModelError where it cannot be packed here."""
+    if kind is None:
+        return {}
+    if kind not in KINDS:
+        raise ModelError(f"model.quantize = {kind!r} is not allowed; it must be one of {list(KINDS)}")
+    if dtype == torch.float64 or weights == "random":
+        key, value = ("dtype", "float64") if dtype == torch.float64 else ("weights", "random")
+        raise ModelError(f"model.quantize = {kind!r} and model.{key} = {value!r} do not fit together; allowed is a "
+                         "pretrained model in float32 or bfloat16")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"model.quantize = {kind!r} needs an optional extra: {NEEDS}")
+    from transformers import BitsAndBytesConfig
+
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.utils", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # one line a product says that int8 rounds its input
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) if kind == "int8" else BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+def packed(net: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Paths and modules whose weights are packed."""
+    return ((path, m) for path, m in net.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
+
+
+def kind_of(net: nn.Module) -> str | None:
+    """nf4, int8 or None."""
+    found = next(packed(net), None)
+    return None if found is None else "nf4" if type(found[1]).__name__ == "Linear4bit" else "int8"
+
+
+def settle(net: nn.Module) -> None:
+    """Keep 4-bit weights as they are packed. On processors with AVX-512 bf16 bitsandbytes packs them anew at the first
+    forward that needs no gradient, into a form through which none flows afterwards."""
+    for _, module in packed(net):
+        module.support_avx512bf16_for_cpu = False
+
+
+def unpacked(module: Any) -> Tensor:
+    """The weight [o, i] that a packed module multiplies by, in fp32."""
+    weight = module.weight
+    if type(module).__name__ == "Linear4bit":
+        import bitsandbytes.functional as bnb
+
+        return bnb.dequantize_4bit(weight.data, weight.quant_state).float()
+    state = module.state
+    rows, scale = (weight.data, weight.SCB) if state.CB is None else (state.CB, state.SCB)
+    return rows.float() * (scale.float() / 127.0)[:, None]
+
+
+def scales(net: nn.Module) -> dict[str, Tensor]:
+    """What the packed weights mean beside their bits, by name: a base is not the same without."""
+    return {f"{path}.scale": m.weight.quant_state.absmax if type(m).__name__ == "Linear4bit" else
+            m.weight.SCB if m.state.CB is None else m.state.SCB for path, m in packed(net)}
+
+
+def dequantized(net: Any) -> Any:
+    """The same network on plain weights of its type, all of its own; what is saved and merged."""
+    if isinstance(net, HeadedEncoder):
+        return copy.deepcopy(net, {id(net.body): dequantized(net.body)})
+    whole = {f"{path}.weight": unpacked(m).to(net.dtype) for path, m in packed(net)}
+    own = {n: p.detach().clone() for n, p in net.named_parameters(remove_duplicate=False) if n not in whole}
+    kept = {n: b for n, b in net.state_dict().items() if n in dict(net.named_buffers())}
+    return plain_copy(net, own | kept | whole)
+
+
+def plain_bytes(net: nn.Module) -> int:
+    """The memory of `dequantized`."""
+    like = next(p for p in net.parameters() if p.is_floating_point())
+    inside = {f"{path}.weight" for path, _ in packed(net)}
+    rest = sum(p.numel() for n, p in net.named_parameters() if n not in inside)
+    return like.element_size() * (rest + sum(m.out_features * m.in_features for _, m in packed(net)))
+
+
+def check(space: Space, net: nn.Module) -> None:
+    """CompositionError for a space that trains, or cannot do without, weights that are packed."""
+    if (kind := kind_of(net)) is None:
+        return
+    if not space.over_packed:
+        able = [name for name, kind_ in SPACES.items() if isinstance(kind_.over_packed, bool) and kind_.over_packed]
+        raise CompositionError(f"space '{space.stem}' trains the base's own weights, which model.quantize = {kind!r} "
+                               f"packs; allowed are {', '.join(sorted(able))}, or leave model.quantize out")
+    for path, _ in packed(net):
+        if space.trains(f"{path}.weight"):
+            raise CompositionError(f"space.modules_to_save names '{path}', whose weights model.quantize = {kind!r} "
+                                   "packs: they have no gradients; leave it out, or leave model.quantize out")
