@@ -57,13 +57,15 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
 
 
 @app.command()
-def resume(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
-    """Go on with a run that was stopped; it ends in the same state as if it had not been."""
+def resume(path: RunPath, overrides: Annotated[list[str] | None, typer.Argument(
+        metavar="[rounds=N]", show_default=False, help="More rounds than the run was begun with.")] = None,
+           plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
+    """Go on with a run that was stopped (it ends as if it had not been), or give it more rounds."""
     from fedllm.api import resume as go
     from fedllm.cli.tables import show_result
 
     with _stopped(f"`fedllm resume {path}` goes on where the run stood"):
-        show_result(out, go(path, plugins=plugin or (), trust_remote_code=trust_remote_code))
+        show_result(out, go(path, plugins=plugin or (), trust_remote_code=trust_remote_code, **_parsed(overrides)))
 
 
 @app.command()
@@ -128,11 +130,13 @@ def report(path: RunPath) -> None:
 @app.command()
 def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", help="A merged model, or the PEFT "
                                                               "adapter.")] = False,
-           to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None) -> None:
+           to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
+           round: Annotated[int | None, typer.Option(min=0, help="The model after so many rounds, of a run with "
+                                                                 "record.keep_rounds.")] = None) -> None:
     """Export a run's model for transformers, vLLM or llama.cpp."""
     from fedllm.runs.export import export as go
 
-    out.print(str(go(path, to, merge=merge)), highlight=False, markup=False, soft_wrap=True)
+    out.print(str(go(path, to, merge=merge, round=round)), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from fedllm.models.load import load_tokenizer
 from fedllm.models.merge import merge_adapter
 from fedllm.models.peft_io import SPACE
 from fedllm.runs.build import build
-from fedllm.runs.products import BASE
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.products import BASE, form_of, write_tree
+from fedllm.runs.recipe import load_recipe, received
 from fedllm.runs.result import Result
 from fedllm.spaces.registry import make_space
 
@@ -23,11 +25,14 @@ PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_stateme
 """What goes along with a model, and under which name model hubs look for it."""
 
 
-def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False) -> Path:
+def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False, round: int | None = None) -> Path:
     """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
 
-    Raises RunError when the run serves no model or `out` exists, ModelError for adapters that cannot be merged.
+    `round`: the model after so many rounds, of a run that kept its checkpoints. Raises RunError when the run serves no
+    model or `out` exists, ModelError for adapters that cannot be merged.
     """
+    if round is not None:
+        return _export_round(Path(path), round, Path(out) if out else None, merge)
     result = Result.load(path)
     served = result.adapter_path
     if served is None:
@@ -54,6 +59,36 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
                 shutil.copyfile(paper, goal / as_name)
     except OSError as error:
         raise RunError(f"{goal} cannot be written: {error}") from None
+    return goal
+
+
+def _export_round(path: Path, round: int, out: Path | None, merge: bool) -> Path:
+    """The model of one of a run's checkpoints."""
+    folder = RunFolder.open(path)
+    if round not in (kept := folder.rounds()):
+        raise RunError(f"--round {round}: {path} keeps checkpoints after {', '.join(map(str, kept)) or 'no'} rounds; "
+                       "run a recipe with record.keep_rounds = true to keep them all")
+    goal = out or folder.path / f"{'merged' if merge else 'export'}-{round}"
+    if goal.exists() and any(goal.iterdir()):
+        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+    parts, found = build(received(folder.path)), folder.load(round)
+    assert found
+    theta, base = parts.method.served(found[1]["state"]) if parts.method.serves else ({}, None)
+    if not theta:
+        raise RunError(f"{path}: method '{parts.recipe.method.name}' serves no single model")
+    if base and not merge:
+        raise RunError(f"{path}: the method also changed the base weights, which an adapter alone cannot hold; export "
+                       "with --merge")
+    if form_of(parts.world.model, theta) != "adapter" and merge:
+        raise ModelError(f"space '{parts.world.model.space.stem}' has no adapter to merge; export it with --peft")
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name) / "made"
+        made.mkdir()
+        write_tree(made, parts.world.model, theta, base)
+        if merge:
+            _merge(made, goal, parts.recipe.model.trust_remote_code)
+        else:
+            shutil.copytree(made, goal, dirs_exist_ok=True)
     return goal
 
 
