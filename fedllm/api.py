@@ -40,10 +40,14 @@ def ask(source: str | Path | Mapping[str, Any] | Recipe, *questions: str, timeou
     return [session.ask(question) for question in questions]
 
 
-def resume(path: str | Path, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False) -> Result:
+def resume(path: str | Path, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False,
+           **overrides: Any) -> Result:
     """Go on with a run that was stopped at any moment; it ends as if it had never stopped.
+
+    `rounds=N` gives it more rounds, finished or not: it ends as one that had so many from the start, and is refused
+    where its schedule or its privacy depends on their number.
 
     A folder whose recipe runs code (of its model, of plugin files, of a metric) is refused unless that is trusted;
     `plugins` says where the plugin files that the run began with lie here, which is to trust them.
     """
-    return go_on(path, publish, plugins=plugins, trust_remote_code=trust_remote_code)
+    return go_on(path, publish, plugins=plugins, trust_remote_code=trust_remote_code, overrides=overrides)

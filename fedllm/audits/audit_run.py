@@ -23,6 +23,7 @@ from fedllm.data.federation import Row, Shard
 from fedllm.runs.build import Parts, bound, build
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.more import served
 from fedllm.runs.received import received
 from fedllm.runs.recipe import OWN
 from fedllm.runs.result import Result
@@ -148,7 +149,7 @@ def _case(path: Path, rows: int, shadows: int, transcript: bool, trust_remote_co
     if transcript and not recipe.record.replies:
         raise RunError(f"{path} kept no transcript; run the recipe with record.replies=true, or audit without "
                        "--transcript (a fresh round is then looked at)")
-    parts, last = build(recipe), folder.load()
+    parts, last = build(recipe), served(folder)
     if last is None:
         raise RunError(f"{path} has no checkpoint that can be read, so there is no model to audit")
     if not parts.method.serves:

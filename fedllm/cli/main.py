@@ -58,13 +58,15 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
 
 
 @app.command()
-def resume(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
-    """Go on with a run that was stopped; it ends in the same state as if it had not been."""
+def resume(path: RunPath, overrides: Annotated[list[str] | None, typer.Argument(
+        metavar="[rounds=N]", show_default=False, help="More rounds than the run was begun with.")] = None,
+           plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
+    """Go on with a run that was stopped (it ends as if it had not been), or give it more rounds."""
     from fedllm.api import resume as go
     from fedllm.cli.tables import show_result
 
     with _stopped(f"`fedllm resume {path}` goes on where the run stood"):
-        show_result(out, go(path, plugins=plugin or (), trust_remote_code=trust_remote_code))
+        show_result(out, go(path, plugins=plugin or (), trust_remote_code=trust_remote_code, **_parsed(overrides)))
 
 
 @app.command()
@@ -132,11 +134,13 @@ def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", 
            gguf: Annotated[bool, typer.Option("--gguf", help="The merged model as a GGUF file.")] = False,
            kind: Annotated[str, typer.Option("--type", help="Of a GGUF file's matrices: f32, f16, q8_0.")] = "f16",
            to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
+           round: Annotated[int | None, typer.Option(min=0, help="The model after so many rounds, of a run with "
+                                                                 "record.keep_rounds.")] = None,
            trust_remote_code: Trust = False) -> None:
     """Export a run's model for transformers, vLLM or llama.cpp."""
     from fedllm.runs.export import export as go
 
-    made = go(path, to, merge=merge, gguf=kind if gguf else None, trust_remote_code=trust_remote_code)
+    made = go(path, to, merge=merge, gguf=kind if gguf else None, round=round, trust_remote_code=trust_remote_code)
     out.print(str(made), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -29,6 +29,9 @@ def show_result(console: Console, result: Result) -> None:
         console.print(f"[bold red]failed[/bold red]: {escape(result.failed)}")
     if result.ended:
         console.print(f"[yellow]ended before round {result.rounds + 1}[/yellow]: {escape(result.ended)}")
+    if result.best and result.best["kept"]:
+        console.print(f"[yellow]kept round {result.best['round']}[/yellow]: its loss on {result.best['of']} was the "
+                      f"best ({result.best['loss']:.4g})")
     where = Table.grid(padding=(0, 2))
     tests = result.bytes.get("evaluation")
     tested = f"; to test: {size(tests['up'])} up, {size(tests['down'])} down" if tests else ""

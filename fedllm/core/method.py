@@ -69,8 +69,15 @@ ELSEWHERE: Mapping[str, str] = {
     "data.completion_only", "bf16": "model.dtype: bfloat16", "torch_dtype": "model.dtype", "num_rounds": "rounds",
     "num_clients": "data.partition.clients", "fraction_fit": "clients.per_round", "output_dir":
     "the option --root of `fedllm run`", "eval_steps": "evaluate.every (in rounds)", "save_steps":
-    "record.checkpoint_every (in rounds)", "gradient_accumulation_steps": "local.batch_size (rows of a whole step; "
-    "engine.batch_tokens bounds what is held at once)", "generation_max_length": "evaluate.max_new_tokens",
+    "record.checkpoint_every (in rounds)", "gradient_accumulation_steps": "local.accumulate",
+    "gradient_checkpointing": "local.checkpointing", "neftune_noise_alpha": "local.neftune", "sample_packing":
+    "local.packing", "loraplus_lr_ratio": "local.lora_plus", "lora_dropout": "space.dropout", "use_dora": "space.dora",
+    "use_rslora": "space.scaling: rslora", "init_lora_weights": "space.init", "lora_modules_to_save":
+    "space.modules_to_save", "adapter_name_or_path": "space.start_from", "load_best_model_at_end":
+    "evaluate.keep_best", "early_stopping_patience": "evaluate.patience", "save_total_limit": "record.keep_rounds",
+    "val_set_size": "data.test", "train_on_inputs": "data.completion_only", "weights_dtype": "model.dtype",
+    "learning_rate_scheduler": "local.over_rounds", "lr_scheduler_kwargs": "local.over_rounds",
+    "generation_max_length": "evaluate.max_new_tokens",
 }
 """Keys that people know from TRL, transformers, PEFT, Axolotl and Flower, and what they are called here."""
 

@@ -29,6 +29,9 @@ from fedllm.tasks.templates import template
 HOLD_BACK_FROM = 10
 """Clients with fewer rows keep none back: a test of fewer than one row in ten says nothing."""
 
+TEXTS = ("prompt", "response", "text", "system", "chosen", "rejected")
+"""Fields that may be joined of several columns."""
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -76,8 +79,9 @@ class DataSpec(BaseModel):
     task: str = "generation"
     """What rows are for: generation (prompt, response), classification (text, label), tokens (tokens, tags),
     masked_words (text), regression (text, target), preference (prompt, chosen, rejected), image_text (image, label)."""
-    fields: dict[str, str] = Field(default_factory=dict)
-    """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}."""
+    fields: dict[str, str | Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
+    """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}; of a text also
+    several columns, as in {prompt: [instruction, input]}, with a blank line between those that are not empty."""
     template: str | dict[str, str] | None = None
     """Makes prompt and response: plain, question_answer, alpaca, text, chat, or format strings over columns."""
     empty: Literal["refuse", "leave_out"] = "refuse"
@@ -107,6 +111,14 @@ class DataSpec(BaseModel):
     def _test_is_a_file_or_a_fraction(cls, value: float | str, info: ValidationInfo) -> float | str:
         if isinstance(value, float) and not 0 <= value < 1:
             raise ValueError(f"data.{info.field_name} = {value}: allowed is a file, or a fraction from 0 to below 1")
+        return value
+
+    @field_validator("fields")
+    @classmethod
+    def _several_columns_make_a_text(cls, value: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+        if odd := next((n for n, columns in value.items() if isinstance(columns, list) and n not in TEXTS), None):
+            raise ValueError(f"data.fields.{odd} = {value[odd]!r}: several columns can be joined for a text alone "
+                             f"({', '.join(TEXTS)})")
         return value
 
     @field_validator("task")
@@ -274,7 +286,7 @@ def _labels(spec: DataSpec, tables: Sequence[Table]) -> tuple[str, ...]:
     if "labels" not in task.takes:
         return ()
     column = task.columns[-1]
-    found = tuple(spec.labels or ()) or tables[0].classes.get(spec.fields.get(column, column), ())
+    found = tuple(spec.labels or ()) or tables[0].classes.get(str(spec.fields.get(column, column)), ())
     at: list[Any] = ["", 0]
 
     def rows() -> Iterator[tuple[dict[str, Any], str]]:

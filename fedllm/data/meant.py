@@ -15,7 +15,7 @@ INPUTS = ("input", "inputs", "context", "passage", "document", "article", "backg
 """Names of columns that people put in for a model to read."""
 
 
-def unread(task: str, template: str | Mapping[str, str] | None, fields: Mapping[str, str],
+def unread(task: str, template: str | Mapping[str, str] | None, fields: Mapping[str, str | list[str]],
            tables: Sequence[Table]) -> Iterator[str]:
     """Columns that are named like an input and hold something, and that neither template nor task reads."""
     if not task_of(task).speaks:
@@ -24,7 +24,8 @@ def unread(task: str, template: str | Mapping[str, str] | None, fields: Mapping[
         columns = list(table.rows[0])
         turns = next((c for c in COLUMNS if c in columns), None)
         read = {turns} if template == "chat" and turns else columns_of(template)
-        taken = {fields.get(name, name) for name in read} | set(fields.values())
+        mapped = [fields.get(name, name) for name in read if name] + list(fields.values())
+        taken = {name for one in mapped for name in (one if isinstance(one, list) else [one])}
         for column in columns:
             if column.lower() in INPUTS and column not in taken and any(
                     row.get(column) not in (None, "", [], {}) for row in table.rows):

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedllm.core.errors import DataError
 from fedllm.data.strict import delimited, loads
-from fedllm.tasks.row import nearest, value_of
+from fedllm.tasks.row import as_text, nearest, value_of
 
 __all__ = ["Table", "map_fields", "nearest", "read_tables", "resolve", "value_of"]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -44,9 +44,18 @@ class Table:
         return f"{self.name}, row {i + 1}" + (f" (line {self.lines[i]})" if self.lines else "")
 
 
-def map_fields(row: Mapping[str, Any], fields: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The row with each mapped field under fedllm's name; columns that are not mapped stay."""
-    return {**row, **{ours: value_of(row, theirs, where) for ours, theirs in fields.items()}}
+def map_fields(row: Mapping[str, Any], fields: Mapping[str, str | list[str]], where: str) -> dict[str, Any]:
+    """The row with each mapped field under fedllm's name; columns that are not mapped stay.
+
+    Several columns are one text, a blank line between them; those that are null or blank are left out.
+    """
+    return {**row, **{ours: value_of(row, theirs, where) if isinstance(theirs, str) else _joined(row, theirs, where)
+                      for ours, theirs in fields.items()}}
+
+
+def _joined(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str | None:
+    texts = [as_text(value_of(row, name, where), name, where) for name in columns]
+    return "\n\n".join(t for t in texts if t.strip()) or None
 
 
 def resolve(path: str) -> Path:

@@ -122,7 +122,7 @@ class SiteSettings(BaseModel):
     """Seconds of work over all runs."""
     task: str | None = None
     """What rows are for here (`data.task`)."""
-    fields: dict[str, str] | None = None
+    fields: dict[str, str | list[str]] | None = None
     """fedllm's names of fields and the columns that hold them here."""
     template: str | dict[str, str] | None = None
     """What makes prompt and response here."""

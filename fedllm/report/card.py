@@ -77,6 +77,9 @@ def _limits(facts: object, result: Result, recipe: dict) -> list[str]:
         said.append(f"* Rounds without enough answers: {', '.join(str(k + 1) for k in result.skipped)}.")
     if result.failed:
         said.insert(0, f"* The run failed: {result.failed}. What it left is where it began.")
+    if result.best and result.best["kept"]:
+        said.append(f"* This is the model after round {result.best['round']} of {result.rounds}, whose loss on "
+                    f"{result.best['of']} was the best ({result.best['loss']:.4g}).")
     if result.ended:
         said.append(f"* The run ended before round {result.rounds + 1} of {recipe['rounds']}: {result.ended}.")
     return said

@@ -92,6 +92,9 @@ def _header(facts: Facts, result: Result) -> str:
             f"trains <b>{escape(r['space']['name'])}</b>", f"<b>{len(facts.clients)}</b> clients",
             f"<b>{result.rounds}</b> rounds", f"seed <b>{result.seed}</b>", f"engine <b>{escape(result.engine)}</b>"]
     early = f"<p>Ended before round {result.rounds + 1} of {r['rounds']}: {escape(result.ended)}.</p>"
+    best = result.best or {}
+    if best.get("kept"):
+        said.append(f"keeps round <b>{best['round']}</b>, the best on {escape(best['of'])}")
     failed = f"<p><b>Failed:</b> {escape(result.failed)}.</p>" if result.failed else ""
     return (f"<header><h1>{escape(r['name'])}</h1><p>{' &middot; '.join(said)}</p>{failed}"
             f"{early if result.ended else ''}</header>")

@@ -17,6 +17,7 @@ from fedllm.methods.registry import method_class, modules
 from fedllm.runs.build import build
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.more import served
 from fedllm.runs.received import received
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
 
@@ -75,9 +76,10 @@ class Session:
         found = folder.load()
         if found is None:
             raise RunError(f"{folder.path} has no checkpoint; `fedllm resume {folder.path}` goes on with it")
-        self.course.states, self.course.engine.memory = found[1]["layers"], found[1]["memory"]
-        self.state = found[1]["state"] if found[0] else None
-        return found[0]
+        self.course.states = found[1]["layers"]
+        best = served(folder) or found
+        self.state, self.course.engine.memory = best[1]["state"] if best[0] else None, best[1]["memory"]
+        return best[0]
 
     def _go(self) -> int:
         """The recipe's rounds: what a method collects before the first question."""

@@ -31,6 +31,7 @@ from fedllm.models.load import lasting, load_model, load_tokenizer
 from fedllm.models.model import Model
 from fedllm.privacy.composition import check_stack
 from fedllm.runs.acting import acts, check_acting, policy_of
+from fedllm.runs.best import check_best
 from fedllm.runs.layers import make_layer
 from fedllm.runs.metrics import check_metrics
 from fedllm.runs.models import check_models, check_names, shelves
@@ -102,10 +103,17 @@ def build(recipe: Recipe) -> Parts:
     check_deadlines(recipe, method, world)
     check_models(recipe, method, world)
     check_training(world.model, local, method, layers)
+    tests = bool(federation.test) or (recipe.evaluate.clients and any(s.test for s in _shards(federation)))
+    check_best(recipe.evaluate, tests)
     if local.packing and recipe.clients.models:
         raise CompositionError("local.packing = true and clients.models do not fit together: whether rows stay apart "
                                "is tried on the main model alone; leave one out")
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
+
+
+def _shards(federation: Federation) -> Sequence[Any]:
+    """The clients' rows; of streamed clients nothing is known before they are read."""
+    return () if federation.streamed else list(federation.clients.values())
 
 
 def check_ranks(recipe: Recipe, method: Method) -> None:

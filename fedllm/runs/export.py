@@ -19,7 +19,9 @@ from fedllm.models.merge import merge_adapter
 from fedllm.models.peft_io import SPACE
 from fedllm.models.quantized import options
 from fedllm.runs.build import build
-from fedllm.runs.products import BASE
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.products import BASE, form_of, write_tree
+from fedllm.runs.received import received
 from fedllm.runs.recipe import ModelSpec, load_recipe, read_recipe
 from fedllm.runs.result import Result
 from fedllm.spaces.registry import make_space
@@ -30,16 +32,18 @@ PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_stateme
 
 
 def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False, gguf: str | None = None,
-           trust_remote_code: bool = False) -> Path:
+           round: int | None = None, trust_remote_code: bool = False) -> Path:
     """Copy the adapter to `out`, or with `merge` write a whole model there that needs neither us nor `peft`.
 
     `gguf` (the type of its matrices: f32, f16, q8_0) writes that model as one file for llama.cpp, and gives its path.
-
-    A base model that brings code of its own is loaded only if that is trusted. Raises RunError when the run serves no
-    model or `out` exists, ModelError for adapters that cannot be merged and for models that cannot be written as GGUF.
+    `round`: the model after so many rounds, of a run that kept its checkpoints. A base model that brings code of its
+    own is loaded only if that is trusted. Raises RunError when the run serves no model or `out` exists, ModelError for
+    adapters that cannot be merged and for models that cannot be written as GGUF.
     """
     if gguf is not None:
-        return _as_gguf(path, out, gguf, trust_remote_code)
+        return _as_gguf(path, out, gguf, round, trust_remote_code)
+    if round is not None:
+        return _export_round(Path(path), round, Path(out) if out else None, merge, trust_remote_code)
     result = Result.load(path)
     served = result.adapter_path
     if served is None:
@@ -69,7 +73,7 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
     return goal
 
 
-def _as_gguf(path: str | Path, out: str | Path | None, kind: str, trust: bool) -> Path:
+def _as_gguf(path: str | Path, out: str | Path | None, kind: str, round: int | None, trust: bool) -> Path:
     """The merged model in a folder of its own, as one file."""
     from fedllm.models.gguf_write import written
 
@@ -80,13 +84,43 @@ def _as_gguf(path: str | Path, out: str | Path | None, kind: str, trust: bool) -
     if goal.exists() and any(goal.iterdir()):
         raise RunError(f"{goal} exists and is not empty; give another folder with --out")
     with tempfile.TemporaryDirectory(dir=result.folder) as part:
-        merged = export(path, Path(part) / "merged", merge=True, trust_remote_code=trust)
+        merged = export(path, Path(part) / "merged", merge=True, round=round, trust_remote_code=trust)
         net = loaded(AutoModelForCausalLM, str(merged), str(merged), False)
         made = written(goal, net.eval(), load_tokenizer(str(merged)), kind, result.folder.name)
         for name in PAPERS.values():
             if (merged / name).is_file():
                 shutil.copyfile(merged / name, goal / name)
     return made
+
+
+def _export_round(path: Path, round: int, out: Path | None, merge: bool, trust: bool) -> Path:
+    """The model of one of a run's checkpoints."""
+    folder = RunFolder.open(path)
+    if round not in (kept := folder.rounds()):
+        raise RunError(f"--round {round}: {path} keeps checkpoints after {', '.join(map(str, kept)) or 'no'} rounds; "
+                       "run a recipe with record.keep_rounds = true to keep them all")
+    goal = out or folder.path / f"{'merged' if merge else 'export'}-{round}"
+    if goal.exists() and any(goal.iterdir()):
+        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+    parts, found = build(received(folder.path, trust)), folder.load(round)
+    assert found
+    theta, base = parts.method.served(found[1]["state"]) if parts.method.serves else ({}, None)
+    if not theta:
+        raise RunError(f"{path}: method '{parts.recipe.method.name}' serves no single model")
+    if base and not merge:
+        raise RunError(f"{path}: the method also changed the base weights, which an adapter alone cannot hold; export "
+                       "with --merge")
+    if form_of(parts.world.model, theta) != "adapter" and merge:
+        raise ModelError(f"space '{parts.world.model.space.stem}' has no adapter to merge; export it with --peft")
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name) / "made"
+        made.mkdir()
+        write_tree(made, parts.world.model, theta, base)
+        if merge:
+            _merge(made, goal, parts.recipe.model, trust)
+        else:
+            shutil.copytree(made, goal, dirs_exist_ok=True)
+    return goal
 
 
 def _merge(adapter: Path, goal: Path, model: ModelSpec, trust: bool) -> None:

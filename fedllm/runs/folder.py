@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +202,16 @@ class RunFolder:
         Its tensors are stored first, so that a checkpoint that exists is complete. A pinned one is never pruned.
         """
         doc = freeze(value, self.blobs)
-        write_atomic(self.checkpoints / f"{round:06d}.json", json.dumps(doc, separators=(",", ":")).encode())
         if pin:
             write_atomic(self.checkpoints / f"{round:06d}.pin", b"")
+        write_atomic(self.checkpoints / f"{round:06d}.json", json.dumps(doc, separators=(",", ":")).encode())
         self._prune()
+
+    def unpin(self, but: Collection[int]) -> None:
+        """Let go of all pinned checkpoints but these; they are pruned with the next save."""
+        for path in self.checkpoints.glob("[0-9]*.pin"):
+            if int(path.stem) not in but:
+                path.unlink(missing_ok=True)
 
     def rounds(self) -> list[int]:
         """The rounds before which there is a checkpoint, oldest first."""

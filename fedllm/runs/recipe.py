@@ -234,6 +234,11 @@ class EvaluateSpec(Section):
 
     every: Count | None = None
     """Also after every so many rounds; always before the first and after the last."""
+    keep_best: bool = False
+    """End with the tested round of the lowest loss on the clients' own test rows (on the global test where they keep
+    none), in place of the last round."""
+    patience: Count | None = None
+    """End the run after so many tests in a row in which that loss was no better than before; None: never."""
     exact_match: bool = True
     """Generate answers and compare them (generation tasks)."""
     metric: str | list[str] = "exact"
@@ -264,6 +269,9 @@ class RecordSpec(Section):
     """Keep every reply, so that `fedllm replay` can fold them another way."""
     checkpoint_every: Count = 1
     """Rounds from one checkpoint to the next."""
+    keep_rounds: bool = False
+    """Keep every checkpoint, so that `fedllm export --round N` hands out the model of any of them; else the last few
+    alone are kept."""
 
 
 class Plugin(Section):

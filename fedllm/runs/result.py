@@ -35,6 +35,9 @@ class Result:
     """Rounds that too few clients answered."""
     ended: str = ""
     """Why the run ended before the recipe's last round: the next one would have broken a budget. Empty: it did not."""
+    best: Mapping[str, Any] | None = None
+    """With evaluate.keep_best or patience: the best tested `round` (how many rounds it had), its `loss`, `of` which
+    rows, and whether the run ended with it (`kept`)."""
     failed: str = ""
     """Why the run counts as failed though it came to its end: no round counted, or no question was answered."""
     joules: float | None = None

@@ -15,11 +15,13 @@ from fedllm.core.record import Event, Record, is_test
 from fedllm.privacy.accountant import BudgetSpent, join, unaccounted
 from fedllm.runs import judge as judging
 from fedllm.runs.beside import Beside, beside, run_baselines
+from fedllm.runs.best import Best
 from fedllm.runs.build import FAR, Parts, build, cohort_size, resolved
 from fedllm.runs.course import Course
 from fedllm.runs.folder import EventLog, RunFolder
 from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
+from fedllm.runs.more import check_layers, grown, write_rounds
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.progress import Quiet, progress_bars
 from fedllm.runs.received import received
@@ -48,25 +50,33 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
         return Run(parts, folder, progress, publish).go()
 
 
-def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False
-          ) -> Result:
+def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False,
+          overrides: Mapping[str, Any] | None = None) -> Result:
     """A run that was stopped at any moment, to its end; `plugins` are the places of the plugin files that it has, and
-    other code that it names runs only if it is trusted."""
+    other code that it names runs only if it is trusted. `overrides` may hold more `rounds`, and nothing else."""
     folder = RunFolder.open(Path(path))
-    if (folder.path / "result.json").exists():
+    if (folder.path / "result.json").exists() and not overrides:
         return finished(folder.path)
     recipe = received(folder.path, plugins=plugins, trust_remote_code=trust_remote_code)
+    more = grown(recipe, overrides or {})
     if recipe.data.source == OWN:
         raise RunError(f"{path} is a run of a real federation: "
                        f"`fedllm serve {path} --federation FOLDER` goes on with it")
     with folder.held():
+        if more.rounds == recipe.rounds and (folder.path / "result.json").exists():
+            return finished(folder.path)
         parts = build(recipe)
-        return _go_on(parts, folder, publish)
+        if more.rounds > recipe.rounds:
+            longer = build(more)
+            check_layers(parts, longer, folder)
+            write_rounds(folder, more.rounds)
+            parts = longer
+        return _go_on(parts, folder, publish, recipe.rounds if more.rounds > recipe.rounds else None)
 
 
-def _go_on(parts: Parts, folder: RunFolder, publish: Publish) -> Result:
+def _go_on(parts: Parts, folder: RunFolder, publish: Publish, ended: int | None) -> Result:
     with spread(parts), progress_bars() as progress:
-        return Run(parts, folder, progress, publish).go()
+        return Run(parts, folder, progress, publish).go(ended)
 
 
 class Run:
@@ -87,13 +97,17 @@ class Run:
         self.why_skipped = ""
         self.before: dict[str, Any] = self.kept.get("before", {})
         self.answers_before: list[str] = self.kept.get("answers_before", [])
+        self.best = Best(**self.kept["best"]) if self.kept.get("best") else Best()
         self.beside: Beside | None = None
         self.meter = Meter(*self.kept.get("spent", ()))
         if found:
             self._restore()
 
-    def go(self) -> Result:
-        """From wherever the run stands to its end; DidNothing when no round on the way counted."""
+    def go(self, was_last: int | None = None) -> Result:
+        """From wherever the run stands to its end; DidNothing when no round on the way counted.
+
+        `was_last`: the round that was the run's last before it was given more, whose test was that of the end.
+        """
         total = self.parts.recipe.rounds
         self.progress.rounds(total, self.at)
         self.beside = beside(self.parts, self.folder)
@@ -101,7 +115,14 @@ class Run:
         try:
             if not self.kept:
                 self._begin()
+            if self.at == was_last:
+                self._tested_between(was_last)
             for round in range(self.at, total):
+                if why := self.best.over(self.parts.recipe.evaluate.patience):
+                    self.record.emit("early_stop", round=round, why=why)
+                    log.warning("the run ends before round %d: %s", round + 1, why)
+                    total, ended = round, why
+                    break
                 try:
                     self._round(round, total)
                 except BudgetSpent as spent:  # the next round would break a promise; this is the result
@@ -165,6 +186,7 @@ class Run:
             self.before = self.judge.test(self.course.state, {}, 0)
             self.answers_before = self.judge.answers(self.course.state)
         self.record.emit("evaluation", round=0, **self.before)
+        self.best = self.best.after(self.before, 0)
         self._checkpoint(0)
 
     def _cautions(self) -> list[str]:
@@ -199,11 +221,8 @@ class Run:
                 self.record.emit("replies_lost", round=round, why=self.tape.trouble)
         self.record.emit("round", **facts)
         done = round + 1
-        every = recipe.evaluate.every
-        if every and done % every == 0 and done < total:
-            self.progress.note(f"testing after round {done}")
-            self.record.emit("evaluation", round=done, **self._test(done))
-        if done % recipe.record.checkpoint_every == 0 or done == total:
+        if not (done < total and self._tested_between(done)) and (
+                done % recipe.record.checkpoint_every == 0 or done == total):
             self._checkpoint(done)
         self.progress.round_done(facts)
 
@@ -216,12 +235,41 @@ class Run:
         self.record.emit("evaluation", round=total, **final)
         return final, self.judge.answers(self.course.state)
 
+    def _tested_between(self, done: int) -> bool:
+        """Test after a round that is not the last, if it is time; whether a checkpoint was made of it."""
+        e = self.parts.recipe.evaluate
+        if not e.every or done % e.every:
+            return False
+        self.progress.note(f"testing after round {done}")
+        tested = self._test(done)
+        self.record.emit("evaluation", round=done, **tested)
+        before, self.best = self.best, self.best.after(tested, done)
+        if not (e.keep_best or e.patience):
+            return False
+        if not self._checkpoint(done) and self.best.round == done:
+            self.best = before  # what is not kept cannot be gone back to
+        return True
+
+    def _back_to_best(self, total: int, final: Mapping[str, Any]) -> dict[str, Any] | None:
+        """With keep_best: the state of the best round in the place of the last, and what it did; else nothing."""
+        e = self.parts.recipe.evaluate
+        self.best = self.best.after(final, total)
+        if not e.keep_best or self.best.round == total:
+            return None
+        found = self.folder.load(self.best.round)
+        assert found
+        self.course.state, self.course.engine.memory = found[1]["state"], found[1]["memory"]
+        self.record.emit("kept_best", **self.best.as_json())
+        log.warning("the run keeps round %d, whose loss on %s was the best (%.4g)", self.best.round, self.best.of,
+                    self.best.loss)
+        return self._test(total)
+
     def _test(self, round: int) -> dict[str, Any]:
         return self.judge.test(self.course.state, self.course.engine.memory, round)
 
-    def _checkpoint(self, round: int) -> None:
+    def _checkpoint(self, round: int) -> bool:
         """Keep all that the next round needs. A full disk costs this checkpoint, never the run or the one before."""
-        course = self.course
+        course, recipe = self.course, self.parts.recipe
         try:
             for client in sorted(self.dirty):
                 self.frozen[client] = Frozen(freeze(course.engine.memory[client], self.folder.blobs, client))
@@ -231,13 +279,18 @@ class Run:
                 "answers_before": self.answers_before, "events": self.events.sync(), "chain": self.events.head,
                 "bytes": [(*key, size) for key, size in self.record.bytes.items()],
                 "tests": [(*key, size) for key, size in self.record.tests.items()],
-                "spent": (self.meter.seconds(), self.meter.peak(), self.meter.joules())}
-            self.folder.save(round, value, pin=round == 0 and self.tape is not None)
+                "spent": (self.meter.seconds(), self.meter.peak(), self.meter.joules()), "best": self.best.as_json()}
+            first, best = round == 0 and self.tape is not None, recipe.evaluate.keep_best and self.best.round == round
+            self.folder.save(round, value, pin=first or best or recipe.record.keep_rounds)
+            if best and not recipe.record.keep_rounds:
+                self.folder.unpin(but={round, *([0] if self.tape else [])})
             self.dirty.clear()
+            return True
         except OSError as error:
             why = error.strerror or str(error)
             self.record.emit("checkpoint_failed", round=round, why=why)
             log.warning("the checkpoint before round %d could not be written (%s); the last one stands", round, why)
+            return False
 
     def _write(self, write: Callable[[], Any]) -> Any:
         """Write what the run made; when the disk refuses, say how to finish it."""
@@ -253,6 +306,8 @@ class Run:
         parts, course = self.parts, self.course
         course.engine.finish(total)
         final, said = self._last_test(total)
+        if kept := self._back_to_best(total, final):
+            final, said = kept, self.judge.answers(course.state)
         shown = judging.samples(parts, self.answers_before, said)
         spent: dict[str, Any] = {"seconds": self.meter.seconds(), "peak_memory_bytes": self.meter.peak(),
                                  "joules": self.meter.joules(), "joules_from": self.meter.joules_from()}
@@ -267,7 +322,7 @@ class Run:
             seed=parts.recipe.seed, evaluation=evaluation, bytes=self.record.totals(), privacy=self._privacy(),
             virtual=course.virtual(), reports=course.report(), metrics=dict(parts.method.metrics),
             state_digest=digest(course.state), skipped=self.skipped, ended=ended, failed=self._failed(total, final),
-            **spent)
+            best=self._best(kept is not None), **spent)
         self._write(lambda: self.folder.write_json("samples.json", shown))
         figures = figures_digest(result.as_json())
         if result.failed:
@@ -283,6 +338,10 @@ class Run:
         self._write(lambda: self._publish(result))
         self._write(self.folder.close_to_others)
         return result
+
+    def _best(self, kept: bool) -> dict[str, Any] | None:
+        e = self.parts.recipe.evaluate
+        return {**self.best.as_json(), "kept": kept} if e.keep_best or e.patience else None
 
     def _failed(self, total: int, final: Mapping[str, Any]) -> str:
         """Why this run has done nothing; empty when it has done something."""

@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 COLUMNS = ("messages", "conversations", "conversation")
 """Columns that a conversation is found in: as OpenAI writes it (role, content) or ShareGPT (from, value)."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-         "bot": "assistant", "model": "assistant"}
+         "bot": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
+SPOKEN = ("user", "assistant", "system", "developer", "tool", "function")
+"""Roles that a turn may have; those of ShareGPT are read as these."""
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 """Stand around control tokens that somebody wrote (characters for private use), until they are tokens."""
 
@@ -40,10 +42,26 @@ def messages_of(row: Row, where: str) -> Turns | None:
     if len(made) < 2 or made[-1]["role"] != "assistant":
         raise DataError(f"{where}: {column!r} must hold two turns or more and end with the role 'assistant'",
                         kind="chat")
+    _check_order(made, f"{where}: {column!r}")
     if not made[-1]["content"].strip():
         raise DataError(f"{where}: the last turn of {column!r} is empty, so that there is nothing to learn",
                         kind="empty")
     return made
+
+
+def _check_order(turns: Turns, what: str) -> None:
+    """A DataError for roles that nobody can have said in this order, whatever a chat template would make of them."""
+    roles = [t["role"] for t in turns]
+    if "user" not in roles[:-1]:
+        raise DataError(f"{what} has no turn of the user, so that nothing is answered", kind="chat")
+    for i, role in enumerate(roles, start=1):
+        if role not in SPOKEN:
+            raise DataError(f"{what}, turn {i}: the role is {role!r}; allowed are {', '.join(SPOKEN)}", kind="chat")
+        if role in ("system", "developer") and i > 1:
+            raise DataError(f"{what}, turn {i} is the {role}'s; it can only come first", kind="chat")
+        if role == "assistant" and i > 1 and roles[i - 2] == role:
+            raise DataError(f"{what}, turns {i - 1} and {i} are both the assistant's; join them, or leave the row out",
+                            kind="chat")
 
 
 def _keys(turn: Mapping[str, Any]) -> tuple[str, str] | None:

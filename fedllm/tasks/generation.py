@@ -31,7 +31,7 @@ class Generation(Task):
         alone if `completion_only`; one call of the tokenizer for all prompts and one for all responses. Of too long a
         row the response loses its end (eos too) down to half the room, and only then the prompt its start."""
         if any("messages" in row for row in rows):
-            out = [_chat(row, i, how) if "messages" in row else joined([row], [_pair(row)], how)[0]
+            out = [answered(row, i, how) if "messages" in row else joined([row], [_pair(row)], how)[0]
                    for i, row in enumerate(rows, start=1)]
         else:
             out = joined(rows, [_pair(row) for row in rows], how)
@@ -91,7 +91,7 @@ def _joined(bos: list[int], prompt: list[int], response: list[int], how: How) ->
     return Encoded(ids, labels, int((labels != IGNORE).sum()), cut=cut)
 
 
-def _chat(row: Row, i: int, how: How) -> Encoded:
+def answered(row: Row, i: int, how: How) -> Encoded:
     """A conversation by the tokenizer's chat template, which writes its own beginning and end."""
     found = spans(how.tokenizer, row, i, how.every_turn)
     parts = pieces(how.tokenizer, [text for text, _ in found], how.tokens)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import DataError
-from fedllm.tasks.generation import joined, next_words
-from fedllm.tasks.row import IGNORE, Encoded, Row, bad_row, text_of
+from fedllm.tasks.chat import messages_of
+from fedllm.tasks.generation import answered, joined, next_words
+from fedllm.tasks.row import IGNORE, Encoded, Placed, Row, bad_row, text_of
 from fedllm.tasks.task import How, Losses, Metric, Shape, Task
+from fedllm.tasks.templates import exchange, template
 
 REJECTED = ("rejected_ids", "rejected_mask", "rejected_labels")
 
@@ -25,6 +27,10 @@ class Preference(Task):
     metrics: ClassVar = {"preference_accuracy": Metric("max")}
 
     def shape(self, row: Row, where: str, how: Shape) -> dict[str, Any]:
+        if how.template is template("chat"):
+            return _talks(row, where)
+        if odd := next((n for n in ("prompt", "chosen", "rejected") if isinstance(row.get(n), list)), None):
+            raise DataError(f"{where}: {odd!r} is a list of turns; data.template = 'chat' reads those", kind="chat")
         said = {name: text_of(row, name, where) for name in ("chosen", "rejected")}
         if bad := [name for name, text in said.items() if not text.strip()]:
             raise DataError(f"{where}: {bad[0]!r} is {said[bad[0]]!r}; a preference row needs text in chosen and in "
@@ -57,14 +63,52 @@ class Preference(Task):
         return {"preference_accuracy": float(figures[:, 2].sum() / max(1.0, figures[:, 3].sum()))}
 
 
+def _talks(row: Row, where: str) -> dict[str, Any]:
+    """The row as two conversations that differ in their last turn: chosen and rejected are texts, the last turns, or
+    whole conversations; the prompt is a text or the turns before."""
+    before, talks = row.get("prompt"), {}
+    for name in ("chosen", "rejected"):
+        said = row.get(name)
+        if isinstance(said, list):
+            said = said if any(_role(t) in ("user", "human") for t in said) else [*_asked(row, before, where), *said]
+        elif isinstance(before, list):
+            said = [*before, {"role": "assistant", "content": text_of(row, name, where)}]
+        else:
+            said = exchange(row, text_of(row, "prompt", where), text_of(row, name, where), where)
+        talks[name] = messages_of({"messages": said}, f"{where}, {name}") or []
+    one, two = talks["chosen"], talks["rejected"]
+    if one == two or one[:-1] != two[:-1]:
+        why = "are the same, so that nothing is preferred" if one == two else "differ before their last turn"
+        raise DataError(f"{where}: 'chosen' and 'rejected' {why}", kind="chat")
+    return {"talks": talks, "prompt": one[-2]["content"], "chosen": one[-1]["content"], "rejected": two[-1]["content"]}
+
+
+def _role(turn: Any) -> str:
+    return str(turn.get("role", turn.get("from"))) if isinstance(turn, Mapping) else ""
+
+
+def _asked(row: Row, before: Any, where: str) -> list[Any]:
+    return before if isinstance(before, list) else exchange(row, text_of(row, "prompt", where), "", where)[:-1]
+
+
 def side(rows: Sequence[Row], which: str, how: How) -> list[Encoded]:
     """One response of each row ("chosen" or "rejected") after its prompt, as a row of generation."""
-    out = joined(rows, [(row["prompt"], row[which]) for row in rows], how)
+    if any("talks" in row for row in rows):
+        last = replace(how, every_turn=False)
+        out = [answered(_talk(row, which), i, last) for i, row in enumerate(rows, start=1)]
+    else:
+        out = joined(rows, [(row["prompt"], row[which]) for row in rows], how)
     for i, encoded in enumerate(out, start=1):
         if not encoded.n_target:
             raise bad_row(rows[i - 1], i, f" has nothing to learn: {which!r} gives no token to predict from a token "
                           "before it", "empty")
     return out
+
+
+def _talk(row: Row, which: str) -> Row:
+    """One of the row's conversations, at the row's place."""
+    made = {**row, "messages": row["talks"][which]}
+    return Placed(made, row.file, row.row, row.line) if isinstance(row, Placed) else made
 
 
 def chosen(row: Encoded) -> Encoded:

@@ -94,11 +94,15 @@ def _chat(row: Row, where: str = "row") -> dict[str, Any]:
     turns = messages_of(row, where)
     if turns is None:
         pair = NAMED["plain"](row, where)
-        turns = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["response"]}]
-        if system := as_text(row.get("system"), "system", where):
-            turns.insert(0, {"role": "system", "content": system})
-        return {"messages": turns, **pair}
+        return {"messages": exchange(row, pair["prompt"], pair["response"], where), **pair}
     return {"messages": turns, "prompt": turns[-2]["content"], "response": turns[-1]["content"]}
+
+
+def exchange(row: Row, prompt: str, response: str, where: str) -> list[dict[str, str]]:
+    """One question and its answer as turns, after the row's `system` if it has one."""
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    system = as_text(row.get("system"), "system", where)
+    return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 NAMED: dict[str, Render] = {

@@ -77,7 +77,8 @@ def test_parts_of_a_step_are_the_whole_step(tiny_llama_folder, knobs):
 
 def test_parts_of_a_step_with_a_penalty(tiny_llama_folder):
     mu = {"method": "fedprox", "knobs": {"mu": 0.5}}
-    whole, parts = (trained(tiny_llama_folder, Vectorized, LocalSpec(**BASE, **how), **mu) for how in ({"batch_size": 6}, {"batch_size": 2, "accumulate": 3}))
+    whole, parts = (trained(tiny_llama_folder, Vectorized, LocalSpec(**BASE, **how), **mu)
+                    for how in ({"batch_size": 6}, {"batch_size": 2, "accumulate": 3}))
     assert apart(parts, whole) < 1e-10
 
 
