@@ -29,13 +29,14 @@ MAY: Mapping[str, str] = {
     "engines": "core data environments local models tasks wire",
     "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines",
     "report": "core methods tasks runs",
+    "evaluation": "core data engines local models spaces tasks runs",
     "audits": "core data local models spaces tasks attacks defenses engines runs",
     "federation": "core data local models tasks wire privacy defenses methods engines runs report",
     "api": "runs report",
-    "cli": "core data local models spaces tasks methods runs report audits federation api",
+    "cli": "core data local models spaces tasks methods runs report audits evaluation federation api",
     "fedllm": "core data runs api",
     "evidence": "core data environments local models spaces tasks wire privacy defenses attacks selectors methods "
-                "engines runs report audits federation api cli fedllm",
+                "engines runs report audits evaluation federation api cli fedllm",
 }
 """What each room may import beside itself. `api` and `fedllm` are the faces, `evidence` stands beside the package."""
 

@@ -21,7 +21,7 @@ from fedllm.engines.far.reasons import Refused, sentence
 from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
 from fedllm.federation.identity import TOLD, differing, identity_of, keep_identity
-from fedllm.federation.public import MOST, PublicRows, file_rows
+from fedllm.federation.public import MOST, PublicRows
 from fedllm.federation.site import site_profile
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
@@ -45,6 +45,7 @@ from fedllm.runs.profiles import check_profile
 from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result
+from fedllm.runs.rows import file_rows
 from fedllm.runs.run import Run
 from fedllm.runs.training import check_training
 from fedllm.tasks.answers import judges_of

@@ -12,10 +12,10 @@ from typing import Any
 
 from fedllm.core.errors import DataError, FedLLMError, PayloadError
 from fedllm.data.federation import Row
-from fedllm.data.load import load_federation
 from fedllm.engines.far.site import Lacks
 from fedllm.federation.settings import SiteSettings
 from fedllm.runs.recipe import Recipe
+from fedllm.runs.rows import file_rows
 from fedllm.runs.store import private_folder, write_atomic
 
 log = logging.getLogger(__name__)
@@ -44,16 +44,6 @@ class PublicRows:
     def head(self) -> dict[str, Any]:
         """What a site is told of them, to look for its own copy."""
         return {"sha256": self.sha256, "rows": len(self.rows), "bytes": len(self.data)}
-
-
-def file_rows(recipe: Recipe, file: float | str) -> Sequence[Row]:
-    """The rows of a file of one's own; of rows that lie elsewhere no fraction can be held out."""
-    if not isinstance(file, str):
-        return ()
-    spec = recipe.data
-    own = spec.model_copy(update={"source": file, "test": 0.0, "public": 0.0, "client_test": 0.0, "office": None,
-                                  "partition": {"kind": "per_file"}, "limit": None})
-    return load_federation(own, recipe.seed).pooled()
 
 
 def site_rows(head: Mapping[str, Any], recipe: Recipe, settings: SiteSettings) -> Sequence[Row]:

@@ -242,8 +242,8 @@ class EvaluateSpec(Section):
     exact_match: bool = True
     """Generate answers and compare them (generation tasks)."""
     metric: str | list[str] = "exact"
-    """When a generated answer is right, or a list of such: exact (the whole of it, up to white space), last_number (the
-    one after `####`, or the last), choice (a letter; of rows with `choices` the likeliest option too), rouge (ROUGE-L), or
+    """When a generated answer is right, or a list of such: exact (all of it, up to white space), last_number (the one
+    after `####`, or the last), choice (a letter; of rows with `choices` the likeliest option too), rouge (ROUGE-L), or
     call:module:function, a function of (said, wanted) that gives True, False or a number from 0 to 1."""
     max_new_tokens: Count = 32
     """Longest answer, in tokens."""

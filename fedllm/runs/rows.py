@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fedllm.core.client import SERVER
+from fedllm.data.federation import Row
+from fedllm.data.load import load_federation
 from fedllm.engines.world import World
 from fedllm.models.model import Model
 from fedllm.runs.build import Parts, overrides
+from fedllm.runs.recipe import Recipe
 
 MOST = 50_000
 """Rows that are looked at; those of further clients are read when they are asked for."""
+
+
+def file_rows(recipe: Recipe, file: float | str) -> Sequence[Row]:
+    """The rows of a file of one's own, shaped as the recipe says; of rows that lie elsewhere no fraction can be held
+    out."""
+    if not isinstance(file, str):
+        return ()
+    spec = recipe.data
+    own = spec.model_copy(update={"source": file, "test": 0.0, "public": 0.0, "client_test": 0.0, "office": None,
+                                  "partition": {"kind": "per_file"}, "limit": None})
+    return load_federation(own, recipe.seed).pooled()
 
 
 def look(parts: Parts) -> list[str]:

@@ -12,9 +12,10 @@ if importlib.util.find_spec("nvflare") is None:
 from fedllm.api import run
 from fedllm.core.errors import RunError
 from fedllm.federation.nvflare.loopback import loopback
-from fedllm.federation.public import PublicRows, file_rows
+from fedllm.federation.public import PublicRows
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.result import Result
+from fedllm.runs.rows import file_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
