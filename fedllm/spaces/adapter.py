@@ -66,18 +66,21 @@ class Adapter(Space):
         """What happens in the bottleneck: z [K, N, m] -> [K, N, m], N the tokens of a lane's `rows` rows."""
         return F.relu(z)
 
-    def _adapted(self, frozen: Any, path: str, stack: Stack) -> Any:
+    def alone(self, h: Tensor, path: str, stack: Stack) -> Tensor:
+        """h + up(relu(down(h))) of the adapter at `path` [K*B, ..., d], without the block that it follows."""
         keys = [f"{path}.adapter_{p}" for p in ("down.weight", "down.bias", "up.weight", "up.bias")]
+        down, down_b, up, up_b = (stack.tensors[k].to(h.dtype) for k in keys)
+        x = stack.lanes(h)  # [K, N, d]
+        z = self.inner(torch.baddbmm(down_b[:, None], x, down.mT), path, stack, h.shape[0] // stack.k)
+        return (x + torch.baddbmm(up_b[:, None], z, up.mT)).reshape(h.shape)
 
+    def _adapted(self, frozen: Any, path: str, stack: Stack) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             whole = frozen(*args, **kwargs)
-            if keys[0] not in stack.tensors:
+            if f"{path}.adapter_down.weight" not in stack.tensors:
                 return whole
             h = whole[0] if isinstance(whole, tuple) else whole  # experts give their router's scores beside
-            down, down_b, up, up_b = (stack.tensors[k].to(h.dtype) for k in keys)
-            x = stack.lanes(h)  # [K, N, d]
-            z = self.inner(torch.baddbmm(down_b[:, None], x, down.mT), path, stack, h.shape[0] // stack.k)
-            y = (x + torch.baddbmm(up_b[:, None], z, up.mT)).reshape(h.shape)
+            y = self.alone(h, path, stack)
             return (y, *whole[1:]) if isinstance(whole, tuple) else y
 
         return forward
