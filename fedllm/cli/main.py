@@ -295,7 +295,7 @@ def _quiet(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("transformers", "datasets", "huggingface_hub", "peft"):
+    for name in ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
