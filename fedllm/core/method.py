@@ -87,7 +87,7 @@ def hint_of(key: str, names: Sequence[str], path: str = "") -> str:
     if key in ELSEWHERE:
         here = ELSEWHERE[key]
         inside = here.removeprefix(f"{path}.") if path else here
-        return f"; here it is '{inside if inside.split()[0] in names else here}'."
+        return f"; here it is '{inside if inside.split()[0].rstrip(':') in names else here}'."
     near = difflib.get_close_matches(key, names, n=1)
     return f"; did you mean '{near[0]}'?" if near else "."
 

@@ -27,7 +27,8 @@ from fedllm.runs.result import Result
 from fedllm.spaces.registry import make_space
 from fedllm.spaces.space import CAUSAL
 
-PAPERS = {"model_card.md": "README.md", "privacy_statement.md": "privacy_statement.md"}
+CARD = "model_card.md"
+PAPERS = {CARD: "README.md", "privacy_statement.md": "privacy_statement.md"}
 """What goes along with a model, and under which name model hubs look for it."""
 
 
@@ -67,10 +68,27 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
             shutil.copytree(served, goal, dirs_exist_ok=True)
         for name, as_name in PAPERS.items():
             if (paper := result.folder / name).is_file():
-                shutil.copyfile(paper, goal / as_name)
+                text = paper.read_text(encoding="utf-8")
+                (goal / as_name).write_text(as_exported(text, merge) if name == CARD else text, encoding="utf-8")
     except OSError as error:
         raise RunError(f"{goal} cannot be written: {error}") from None
     return goal
+
+
+USE = """```python
+from {library} import {kind}
+model = {kind}.from_pretrained("PATH/OF/THIS/FOLDER")
+```"""
+
+
+def as_exported(card: str, merged: bool) -> str:
+    """The run's card as that of the exported folder: which library loads it, and how."""
+    library, kind = ("transformers", "AutoModelForCausalLM") if merged else ("peft", "AutoPeftModelForCausalLM")
+    if merged:
+        card = card.replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
+    head, mark, rest = card.partition("```python\nfrom peft import AutoPeftModelForCausalLM\n")
+    _, end, rest = rest.partition("\n## Results\n")
+    return f"{head}{USE.format(library=library, kind=kind)}\n{end}{rest}" if mark and end else card
 
 
 def _as_gguf(path: str | Path, out: str | Path | None, kind: str, round: int | None, trust: bool) -> Path:

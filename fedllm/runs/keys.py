@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,6 +21,8 @@ partition stand in its own file.
 """
 
 
+BIG = 10**6
+"""A bound from here on only guards against slips, and is not told."""
 WORDS: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "see there"}
 
 
@@ -50,12 +52,22 @@ def _keys(model: type[BaseModel], path: str) -> Iterator[tuple[str, str, str, st
             continue
         default = "needed" if field.is_required() else _shown(
             field.default_factory() if field.default_factory else field.default)  # type: ignore[call-arg]
-        yield here, _type(field.annotation), default, field.description or ""
+        yield here, _type(field.annotation) + _limits(field.metadata), default, field.description or ""
+
+
+def _limits(given: Iterable[Any]) -> str:
+    """`, >= 1, < 10`, from what pydantic holds of a field's range."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = [f", {sign} {getattr(m, key):,}" for m in given for key, sign in signs.items()
+             if getattr(m, key, None) is not None and not (key in ("le", "lt") and getattr(m, key) >= BIG)]
+    return "".join(found)
 
 
 def _knobs(path: str, knobs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
     for name, k in knobs.items():
-        kind = ", ".join(map(str, k["options"])) if k.get("options") else str(k["type"])
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        limits = "".join(f", {sign} {k[key]}" for key, sign in signs.items() if k.get(key) is not None)
+        kind = ", ".join(map(str, k["options"])) if k.get("options") else str(k["type"]) + limits
         yield f"{path}.{name}", kind, _shown(k["default"]), str(k.get("doc", ""))
 
 
@@ -73,7 +85,7 @@ def _type(annotation: Any) -> str:
     """`str or list of str`, from an annotation with whatever pydantic hangs on it."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type(args[0])
+        return _type(args[0]) + _limits(m for x in args[1:] for m in getattr(x, "metadata", ()))
     if origin is Literal:
         return ", ".join(map(str, args))
     if origin in (Union, UnionType):

@@ -46,6 +46,8 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
     parts = build(load_recipe(recipe, overrides))
     look(parts)  # rows that cannot be read are refused before there is a folder
     folder = RunFolder.fresh(Path(root), parts.recipe.name, resolved(parts))
+    if folder.path.name != parts.recipe.name:
+        log.warning("%s is there already; this run goes to %s", Path(root) / parts.recipe.name, folder.path)
     with folder.held(), spread(parts), progress_bars() as progress:
         return Run(parts, folder, progress, publish).go()
 

@@ -50,8 +50,13 @@ def test_merged_and_adapter_give_the_same_logits(recipe, tmp_path):
     from transformers import AutoModelForCausalLM
 
     run = fedllm.run(recipe, root=tmp_path, rounds=1)
-    merged = AutoModelForCausalLM.from_pretrained(fedllm.export(run.folder, merge=True)).eval()
-    adapter = AutoPeftModelForCausalLM.from_pretrained(fedllm.export(run.folder)).eval()
+    merged = AutoModelForCausalLM.from_pretrained(whole := fedllm.export(run.folder, merge=True)).eval()
+    adapter = AutoPeftModelForCausalLM.from_pretrained(part := fedllm.export(run.folder)).eval()
+    for folder, library, other in ((whole, "transformers", "peft"), (part, "peft", "transformers")):
+        card = (folder / "README.md").read_text()
+        assert f"\nlibrary_name: {library}\n" in card and f"from {library} import Auto" in card
+        assert f"library_name: {other}" not in card and f"from {other} import" not in card
+        assert "PATH/OF/THIS/FOLDER" in card and "## Results" in card
     ids = torch.tensor([[1, 5, 8, 9]])
     with torch.no_grad():
         assert torch.allclose(merged(input_ids=ids).logits, adapter(input_ids=ids).logits, atol=1e-5)

@@ -89,7 +89,12 @@ def test_progress_lines_say_rounds_loss_and_the_time_left(caplog):
     ({"local": {"learning_rate": 1e-3}}, "local.learning_rate: unknown key; here it is 'lr'. Allowed here: optimizer"),
     ({"learning_rate": 1e-3}, "learning_rate: unknown key; here it is 'local.lr'. Allowed here: name"),
     ({"local": {"per_device_train_batch_size": 2}}, "here it is 'batch_size'."),
-    ({"local": {"gradient_accumulation_steps": 2}}, "here it is 'batch_size (rows of a whole step"),
+    ({"local": {"gradient_accumulation_steps": 2}}, "here it is 'accumulate'."),
+    ({"local": {"gradient_checkpointing": True}}, "here it is 'checkpointing'."),
+    ({"local": {"neftune_noise_alpha": 5}}, "here it is 'neftune'."),
+    ({"space": {"lora_dropout": 0.1}}, "here it is 'dropout'."),
+    ({"space": {"use_rslora": True}}, "here it is 'scaling: rslora'."),
+    ({"early_stopping_patience": 3}, "here it is 'evaluate.patience'."),
     ({"local": {"num_train_epochs": 2}}, "here it is 'epochs (of a round)'."),
     ({"max_seq_length": 64}, "here it is 'local.max_length'."),
     ({"space": {"r": 8}}, "here it is 'rank'."),
@@ -115,6 +120,7 @@ def test_the_page_of_keys_is_what_the_recipe_checks():
     assert (ROOT / "docs" / "recipe.md").read_text() == page()
     for key in ("engine.batch_tokens", "local.beta1", "evaluate.max_new_tokens", "local.schedule", "data.empty"):
         assert f"| `{key}` |" in page()
+    assert "| `data.client_test` | number, >= 0, < 1 |" in page() and "| `local.lr` | float, > 0 |" in page()
     rows = [line for line in page().splitlines() if line.startswith("| `")]
     assert len(rows) > 80 and not [line for line in rows if line.split(" | ")[-1].strip(" |") == ""]
 

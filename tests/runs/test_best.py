@@ -77,9 +77,10 @@ def test_it_stops_when_nothing_gets_better(worse, tmp_path, monkeypatch):
     assert (again.state_digest, again.ended, again.rounds) == (whole.state_digest, whole.ended, whole.rounds)
 
 
-def test_every_round_can_be_had(worse, tmp_path):
+def test_every_round_can_be_had(worse, tmp_path, caplog):
     result = fedllm.run(worse, root=tmp_path, **{"record.keep_rounds": True})
     assert RunFolder(result.folder).rounds() == list(range(6))
+    assert "is there already; this run goes to" not in caplog.text
     two, five = (export(result.folder, tmp_path / f"a{n}", round=n) for n in (2, 5))
     last = _tensors(result.folder / "adapter" / "adapter_model.safetensors")
     mine, early = (_tensors(p / "adapter_model.safetensors") for p in (five, two))
@@ -106,14 +107,16 @@ def test_added_rounds_end_as_if_they_had_been_there(recipe, tmp_path, more):
     assert fedllm.resume(short.folder, rounds=4).state_digest == whole.state_digest
 
 
-def test_rounds_that_cannot_be_added_are_refused(recipe, tmp_path):
+def test_rounds_that_cannot_be_added_are_refused(recipe, tmp_path, caplog):
     recipe |= {"evaluate": QUIET, "rounds": 2}
     run = fedllm.run(recipe, root=tmp_path).folder
     with pytest.raises(RecipeError, match=r"local\.lr: a run that has begun keeps its recipe"):
         fedllm.resume(run, **{"local.lr": 1.0})
     with pytest.raises(RecipeError, match="rounds = 1: the run has 2 rounds, and they can only become more"):
         fedllm.resume(run, rounds=1)
+    assert "small is there already" not in caplog.text
     falls = fedllm.run(recipe | {"local": {"over_rounds": "cosine"}}, root=tmp_path).folder
+    assert "small is there already; this run goes to" in caplog.text and falls.name == "small-2"
     with pytest.raises(RecipeError, match=r"local\.over_rounds = 'cosine' has fallen towards the end after 2 rounds"):
         fedllm.resume(falls, rounds=4)
     private = recipe | {"layers": [{"name": "dp_fedavg", "epsilon": 50.0, "clip_norm": 1.0}]}
