@@ -23,6 +23,7 @@ from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
+from fedllm.cli.judge import judge
 from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import FedLLMError, RecipeError
 
@@ -32,6 +33,7 @@ app.add_typer(federation)  # serve, join, keys
 app.add_typer(audit, name="audit")
 app.command()(ask)
 app.command()(evaluate)
+app.command()(judge)
 out, err = Console(), Console(stderr=True)
 
 PROGRESS = "fedllm.progress"
