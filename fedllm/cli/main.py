@@ -130,6 +130,16 @@ def report(path: RunPath) -> None:
 
 
 @app.command()
+def track(path: RunPath, to: Annotated[list[str], typer.Option("--to", show_default=False, help=(
+        "tensorboard, mlflow, wandb or trackio (repeat)."))]) -> None:
+    """Tell trackers what a run's record holds and they do not know yet."""
+    from fedllm.runs.tracked import track as tell
+
+    for where in tell(path, to):
+        out.print(where, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", help="A merged model, or the PEFT "
                                                               "adapter.")] = False,
            to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None) -> None:
