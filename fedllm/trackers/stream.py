@@ -132,8 +132,8 @@ class Line:
     def _fails(self, why: str) -> None:
         if not self.trouble:
             self.trouble = why
-            log.warning("track: %s is told nothing any more (%s); the run goes on, and `fedllm track RUN --to %s` tells "
-                        "it later", self.which, why[:300], self.which)
+            log.warning("track: %s is told nothing any more (%s); the run goes on, and `fedllm track RUN --to %s` "
+                        "tells it later", self.which, why[:300], self.which)
 
 
 class Tracking:

@@ -22,7 +22,7 @@ class WandB(Tracker):
         quiet = wandb.Settings(silent=True, console="off", disable_code=True, disable_git=True, x_disable_stats=True,
                                x_disable_meta=True)
         self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "fedllm"), name=name, config=dict(config),
-                              id=id or wandb.util.generate_id(), resume="allow", dir=str(folder), mode=mode,
+                              id=id or os.urandom(4).hex(), resume="allow", dir=str(folder), mode=mode,
                               settings=quiet)
         return str(self.run.id)
 

@@ -145,5 +145,5 @@ def test_trackers_with_packages_of_their_own(recipe, tmp_path, name, monkeypatch
 
         db, = place.rglob("*.db")
         rows = sqlite3.connect(db).execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
-        told = [json.loads(m)["train/loss"] for _, m in rows if "train/loss" in m]
+        told = [m["train/loss"] for m in (json.loads(text) for _, text in rows) if "train/loss" in m]
         assert told == pytest.approx(want)
