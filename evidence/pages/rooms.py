@@ -27,16 +27,17 @@ MAY: Mapping[str, str] = {
     "selectors": "core local wire",
     "methods": "core data local models spaces tasks wire",
     "engines": "core data environments local models tasks wire",
-    "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines",
+    "trackers": "core",
+    "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines trackers",
     "report": "core methods tasks runs",
     "evaluation": "core data engines local models spaces tasks runs",
     "audits": "core data local models spaces tasks attacks defenses engines runs",
-    "federation": "core data local models tasks wire privacy defenses methods engines runs report",
+    "federation": "core data local models tasks wire privacy defenses methods engines trackers runs report",
     "api": "runs report",
     "cli": "core data local models spaces tasks methods runs report audits evaluation federation api",
     "fedllm": "core data runs api",
     "evidence": "core data environments local models spaces tasks wire privacy defenses attacks selectors methods "
-                "engines runs report audits evaluation federation api cli fedllm",
+                "engines trackers runs report audits evaluation federation api cli fedllm",
 }
 """What each room may import beside itself. `api` and `fedllm` are the faces, `evidence` stands beside the package."""
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from fedllm.core.errors import RunError
 from fedllm.core.payload import Tree
+from fedllm.evaluation.frame import framed
 from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import Generate, Limits
 from fedllm.models.model import Model
@@ -23,7 +24,7 @@ from fedllm.runs.recipe import Recipe
 from fedllm.runs.result import Result
 from fedllm.tasks.chat import pieces, render
 from fedllm.tasks.task import How
-from fedllm.tasks.templates import asked, columns_of, prompt_columns
+from fedllm.tasks.templates import prompt_columns
 
 
 class Speaker:
@@ -82,14 +83,7 @@ class Speaker:
 
     def framed(self, text: str) -> str:
         """What was typed, in the frame that the model was trained on."""
-        if self.recipe.data.source == "office":
-            from fedllm.data.office import format_prompt
-
-            return format_prompt(text)
-        names = prompt_columns(self.recipe.data.template)
-        fields = dict.fromkeys(columns_of(self.recipe.data.template) | set(names), "")
-        fields |= {names[0]: text} if names else {}
-        return asked(self.recipe.data.template, fields) if names else text
+        return framed(self.recipe, text)
 
     @property
     def empty(self) -> list[str]:

@@ -23,6 +23,7 @@ from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
+from fedllm.cli.judge import judge
 from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import FedLLMError, RecipeError
 
@@ -32,6 +33,7 @@ app.add_typer(federation)  # serve, join, keys
 app.add_typer(audit, name="audit")
 app.command()(ask)
 app.command()(evaluate)
+app.command()(judge)
 out, err = Console(), Console(stderr=True)
 
 PROGRESS = "fedllm.progress"
@@ -128,6 +130,16 @@ def report(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = Fal
     from fedllm.report.report import write_report
 
     out.print(str(write_report(path, trust_remote_code, plugin or ())), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def track(path: RunPath, to: Annotated[list[str], typer.Option("--to", show_default=False, help=(
+        "tensorboard, mlflow, wandb or trackio (repeat)."))]) -> None:
+    """Tell trackers what a run's record holds and they do not know yet."""
+    from fedllm.runs.tracked import track as tell
+
+    for where in tell(path, to):
+        out.print(where, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

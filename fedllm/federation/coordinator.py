@@ -49,6 +49,7 @@ from fedllm.runs.rows import file_rows
 from fedllm.runs.run import Run
 from fedllm.runs.training import check_training
 from fedllm.tasks.answers import judges_of
+from fedllm.trackers.registry import installed
 
 log = logging.getLogger(__name__)
 FAILED = "failed.txt"
@@ -195,7 +196,7 @@ def for_sites(recipe: Recipe) -> dict[str, Any]:
         (model["endpoint"] or {}).pop("api_key_env", None)
     raw["method"] = {k: v for k, v in raw["method"].items() if k != "api_key_env"}  # a site names its own
     raw["engine"]["kind"] = "in_process"
-    raw["evaluate"]["baselines"], raw["plugins"] = [], []
+    raw["evaluate"]["baselines"], raw["plugins"], raw["track"] = [], [], []
     return raw
 
 
@@ -296,6 +297,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.evaluate.baselines:
         raise RecipeError("evaluate.baselines run on all clients' rows in a simulation; leave them out of a federation")
     judges_of(recipe.evaluate.metric)
+    installed(recipe.track)
     method = make_method(recipe.method.name, **recipe.method.knobs)
     if why := method.simulation_only:
         raise RecipeError(f"method.name = '{recipe.method.name}' {why}, so it runs in a simulation only")

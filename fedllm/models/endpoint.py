@@ -19,6 +19,8 @@ from fedllm.core.method import Knobs, knob
 
 SEEDS = 2**63
 LONGEST_PAUSE = 30.0  # seconds between two attempts
+LARGEST = 64 << 20
+"""Bytes of the longest answer."""
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same question may be asked once more."""
 
@@ -164,7 +166,7 @@ class Endpoint(Knobs):
             if attempt:
                 time.sleep(min(self.backoff * 2 ** (attempt - 1), LONGEST_PAUSE))
             try:
-                answer = self._http.post(self.url, json=body, headers={"Authorization": f"Bearer {key}"} if key else {})
+                answer = self._posted(body, {"Authorization": f"Bearer {key}"} if key else {})
             except httpx.TimeoutException:
                 why = f"no answer within {self.timeout} s"
                 continue
@@ -177,6 +179,16 @@ class Endpoint(Knobs):
             if answer.status_code not in AGAIN:
                 raise EndpointError(f"{self._who}: {why}")
         raise EndpointError(f"{self._who}: {why} ({self.retries + 1} attempts)")
+
+    def _posted(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> httpx.Response:
+        """The whole answer within `timeout`: the HTTP library's own is from one byte to the next."""
+        ends, data = time.monotonic() + self.timeout, bytearray()
+        with self._http.stream("POST", self.url, json=body, headers=headers) as answer:
+            for piece in answer.iter_bytes():
+                data += piece
+                if time.monotonic() > ends or len(data) > LARGEST:
+                    raise httpx.ReadTimeout("it goes on and on")
+        return httpx.Response(answer.status_code, content=bytes(data))
 
     def _completion(self, answer: httpx.Response, key: str) -> Completion:
         """The first choice of an answer; EndpointError for anything of another shape."""

@@ -44,6 +44,7 @@ from fedllm.selectors.uniform import Uniform
 from fedllm.spaces.registry import SPACES, make_space
 from fedllm.spaces.space import Space
 from fedllm.tasks.answers import judges_of
+from fedllm.trackers.registry import installed
 from fedllm.wire.edge_energy import EdgeEnergy
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ def build(recipe: Recipe) -> Parts:
         recipe = recipe.model_copy(update={"rounds": 0})
     make_recipe_space(recipe)
     check_names(recipe)
+    installed(recipe.track)
     judges_of(recipe.evaluate.metric)  # a function that is not there is refused before any row is read
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers, selector = make_layers(recipe)

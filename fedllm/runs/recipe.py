@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,6 +24,7 @@ from fedllm.runs.complaints import complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
 from fedllm.runs.plugins import plugged
 from fedllm.tasks.answers import judges_of, listed
+from fedllm.trackers.registry import known
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
@@ -312,6 +314,8 @@ class Recipe(Section):
     """Of every draw: equal recipe and seed give an equal state."""
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     record: RecordSpec = Field(default_factory=RecordSpec)
+    track: Annotated[list[str], AfterValidator(known)] = Field(default_factory=list)
+    """Trackers that are told the run's figures: tensorboard, mlflow, wandb, trackio (each an extra of its name)."""
     plugins: list[Annotated[Plugin, _short("file")]] = Field(default_factory=list)
     """Files with parts of one's own. The sites of a real federation load none: there a part is installed."""
     versions: dict[str, str] = Field(default_factory=dict)

@@ -33,6 +33,7 @@ from fedllm.runs.spread import spread
 from fedllm.runs.store import Frozen, freeze
 from fedllm.runs.tape import Tape
 from fedllm.runs.training import cautions
+from fedllm.trackers.stream import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Run:
         found = folder.load()
         self.at, self.kept = found or (0, {})
         self.events = EventLog(folder.path / "events.jsonl", self.kept.get("events", 0))
+        self.tracking: Tracking | None = None
         self.record = Record(self._saw)
         self.tape = Tape(folder.path / "replies") if parts.recipe.record.replies else None
         self.course = Course(parts, parts.method, parts.layers, self.record, [self.tape] if self.tape else [])
@@ -104,6 +106,7 @@ class Run:
         self.meter = Meter(*self.kept.get("spent", ()))
         if found:
             self._restore()
+        self.tracking = Tracking(folder.path, parts.recipe.track, parts.recipe.model_dump(), self.record.totals())
 
     def go(self, was_last: int | None = None) -> Result:
         """From wherever the run stands to its end; DidNothing when no round on the way counted.
@@ -149,12 +152,16 @@ class Run:
                 self.beside.stop()
             if self.tape:
                 self.tape.close()
+            if self.tracking:
+                self.tracking.close()
             self.events.close()
         return finished(self.folder.path) if result.failed else result
 
     def _saw(self, event: Event) -> None:
         self.events.append(event)
         self.progress.saw(event)
+        if self.tracking:
+            self.tracking(event)
 
     def _restore(self) -> None:
         course, kept = self.course, self.kept
