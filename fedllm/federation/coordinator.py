@@ -219,7 +219,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     method.check(model)
     named, _ = shelves(recipe, federation.task, federation.labels, lambda: model, {})
     world = FarWorld(model, federation, local, recipe.seed,
-                     {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
+                     {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.step_tokens),
                      e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, models=named)
     world.said = infos
     return Parts(recipe, world, method, layers, dict(left_out), heard_by(layers, selector))

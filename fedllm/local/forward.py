@@ -51,7 +51,7 @@ def swept(requests: Sequence[Losses | Embed], limits: Limits,
         model, base = lot[0].request.model, lot[0].request.base
         trees = [lane.request.theta for lane in lot]
         stacked, base = tree_to(stack_lanes(trees), model.device), base and tree_to(base, model.device)
-        for live, part in _chunks(lot, limits.batch_tokens):
+        for live, part in _chunks(lot, limits.read(model)):
             batch = collate([[row[2] for row in rows] for rows in part], model.pad, model.device)
             lanes = {n: t[:live] for n, t in stacked.items()}
             with torch.no_grad(), model.using(trees[:live], base, lanes):
@@ -148,7 +148,7 @@ def run_outputs(requests: Sequence[Outputs], limits: Limits) -> list[Tensor]:
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # stable: the same for the same lengths
     out: list[Tensor] = [torch.empty(0)] * len(rows)
     while order:
-        lot = order[: max(1, limits.batch_tokens // len(rows[order[0]]))]
+        lot = order[: max(1, limits.read(model) // len(rows[order[0]]))]
         order = order[len(lot) :]
         x = torch.nn.utils.rnn.pad_sequence([rows[i] for i in lot], batch_first=True).to(model.device)
         sizes = torch.tensor([len(rows[i]) for i in lot], device=model.device)
