@@ -119,6 +119,8 @@ def _quick_attention(m: Any, slow: Callable) -> Callable:
     def forward(hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, cache: Any = None,
                 **kwargs: Any) -> tuple[Tensor, None]:
         x, turns = hidden_states, position_embeddings
+        if cache is not None and turns is not None and _readable(m, x, turns, attention_mask):
+            return m.o_proj(_read(m, x, turns, attention_mask, cache)), None
         odd = attention_mask is not None or cache is not None or turns is None or x.device.type != "cpu"
         if odd or x.shape[1] > SHORT or turns[0].shape[-1] != m.head_dim:
             return slow(hidden_states, position_embeddings=turns, attention_mask=attention_mask, cache=cache, **kwargs)
@@ -247,6 +249,25 @@ class CausalAttention(torch.autograd.Function):
                 _rotate(g, cos, sin, _heads(out, h))
                 back[i] = out
         return back[0], back[1], dv, None, None, None
+
+
+def _readable(m: Any, x: Tensor, turns: Any, mask: Tensor | None) -> bool:
+    plain = mask is not None and mask.dtype == torch.bool and mask.dim() == 4 or (mask is None and x.shape[1] == 1)
+    return plain and x.device.type == "cpu" and x.shape[1] <= SHORT and turns[0].shape[-1] == m.head_dim and not (
+        torch.is_grad_enabled())
+
+
+def _read(m: Any, x: Tensor, turns: Any, mask: Tensor | None, cache: Any) -> Tensor:
+    """Attention of new tokens x [N, T, d] to all that the cache holds; grouped heads share their keys in place."""
+    h, t = m.head_dim, x.shape[1]
+    cos, sin = (c.to(x.dtype).unsqueeze(1) for c in turns)
+    q, k, v = _heads(m.q_proj(x), h), _heads(m.k_proj(x), h), _heads(m.v_proj(x), h)
+    q, k = (_rotate(y, cos, sin, torch.empty(y.shape, dtype=y.dtype)) for y in (q, k))
+    k, v = (y.flatten(0, 1) for y in cache.update(k, v, m.layer_idx))  # [N*G, t_all, h]
+    z = torch.bmm(q.view(len(k), -1, h), k.mT).mul_(m.scaling).view(len(x), -1, t, k.shape[1])
+    if mask is not None:  # padding's own rows see nothing, and are nothing to anybody
+        z.masked_fill_(~mask[..., : k.shape[1]], torch.finfo(z.dtype).min)
+    return _flat(torch.bmm(torch.softmax(z, -1).view(len(k), -1, k.shape[1]), v), t, len(k) // len(x))
 
 
 def _heads(x: Tensor, h: int) -> Tensor:
