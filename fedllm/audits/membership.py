@@ -29,7 +29,7 @@ def row_scores(model: Model, theta: Tree, base: Tree | None, rows: Sequence[Enco
     log p / (1 - p) of the row's mean token (Carlini et al. 2022). A class label is a row's only token."""
     out: dict[str, list[float]] = {"loss": [], "min_k": [], "min_k_pp": [], "phi": []}
     at, longest = 0, max((len(e.ids) for e in rows), default=1)
-    size = max(1, limits.batch_tokens // (4 * longest))
+    size = max(1, limits.read(model) // (4 * longest))
     while at < len(rows):
         for logp, z in _tokens(model, theta, base, rows[at : at + size]):
             mean = float(logp.mean())

@@ -224,7 +224,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     check_training(model, local, method, layers)
     named, _ = shelves(recipe, federation.task, federation.labels, lambda: model, {})
     world = FarWorld(model, federation, local, recipe.seed,
-                     {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.batch_tokens),
+                     {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.step_tokens),
                      e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, models=named,
                      metric=e.metric)
     world.said = infos

@@ -109,7 +109,7 @@ def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mappin
         check_held(recipe, method, name, model)
     check_training(model, local, method)
     e = recipe.evaluate
-    return World(model, federation, local, recipe.seed, profiles, Limits(batch_tokens=recipe.engine.batch_tokens),
+    return World(model, federation, local, recipe.seed, profiles, Limits(batch_tokens=recipe.engine.step_tokens),
                  e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, None, named, held,
                  metric=e.metric)
 

@@ -39,12 +39,13 @@ def run_fits(requests: Sequence[Fit], limits: Limits) -> list[Fitted]:
 def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
     lots: list[list[Fit]] = []
     tokens = size = 0
+    most = limits.learned(requests[0].model)
     for r in requests:
         lengths = r.lengths
         most = len(r.rows) if r.private else r.spec.batch_size
         widest = max((int(lengths[at].max()) * min(len(at), most) for at in r.plan if len(at)), default=0)
         held = 4 * sum(t.numel() * t.element_size() for t in r.theta.values())  # weights, gradients, two moments
-        full = bool(lots) and (len(lots[-1]) + 1) * max(tokens, widest) > limits.batch_tokens
+        full = bool(lots) and (len(lots[-1]) + 1) * max(tokens, widest) > most
         if not lots or full or size + held > limits.lane_bytes:
             lots.append([])
             tokens = size = 0

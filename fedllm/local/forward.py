@@ -47,11 +47,12 @@ def swept(requests: Sequence[Losses | Embed], limits: Limits,
           work: Callable[[Model, Batch], Tensor]) -> list[list[np.ndarray]]:
     """`work(model, batch)` gives something for each row; returns it in each request's row order."""
     out: list[list[np.ndarray | None]] = [[None] * len(r.rows) for r in requests]
-    for lot in lots_of_lanes(lanes_of(requests), limits):
+    most = limits.read(requests[0].model) if requests else 0
+    for lot in lots_of_lanes(lanes_of(requests), limits, most):
         model, base = lot[0].request.model, lot[0].request.base
         trees = [lane.request.theta for lane in lot]
         stacked, base = tree_to(stack_lanes(trees), model.device), base and tree_to(base, model.device)
-        for live, part in _chunks(lot, limits.batch_tokens):
+        for live, part in _chunks(lot, most):
             batch = collate([[row[2] for row in rows] for rows in part], model.pad, model.device)
             lanes = {n: t[:live] for n, t in stacked.items()}
             with torch.no_grad(), model.using(trees[:live], base, lanes):
@@ -62,17 +63,19 @@ def swept(requests: Sequence[Losses | Embed], limits: Limits,
     return out  # type: ignore[return-value]
 
 
-def lots_of_lanes(lanes: Sequence[Lane], limits: Limits) -> Iterator[list[Lane]]:
-    """Cut lanes into lots whose stacked trainables fit into memory."""
+def lots_of_lanes(lanes: Sequence[Lane], limits: Limits, most: int, more: int = 0) -> Iterator[list[Lane]]:
+    """Cut lanes into lots whose stacked trainables fit into memory, and of which a row each is at most `most` tokens;
+    `more` tokens will follow each row."""
     lot: list[Lane] = []
-    size = 0
+    size = longest = 0
     for lane in lanes:
-        held = sum(t.numel() * t.element_size() for t in lane.request.theta.values())
-        if lot and (size + held > limits.lane_bytes or not lane.request.model.stackable or len(lot) >= 64):
+        held, length = sum(t.numel() * t.element_size() for t in lane.request.theta.values()), len(lane.rows[0][2].ids)
+        full = len(lot) >= 64 or (len(lot) + 1) * (max(longest, length) + more) > most
+        if lot and (full or size + held > limits.lane_bytes or not lane.request.model.stackable):
             yield lot
-            lot, size = [], 0
+            lot, size, longest = [], 0, 0
         lot.append(lane)
-        size += held
+        size, longest = size + held, max(longest, length)
     if lot:
         yield lot
 
@@ -148,7 +151,7 @@ def run_outputs(requests: Sequence[Outputs], limits: Limits) -> list[Tensor]:
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # stable: the same for the same lengths
     out: list[Tensor] = [torch.empty(0)] * len(rows)
     while order:
-        lot = order[: max(1, limits.batch_tokens // len(rows[order[0]]))]
+        lot = order[: max(1, limits.read(model) // len(rows[order[0]]))]
         order = order[len(lot) :]
         x = torch.nn.utils.rnn.pad_sequence([rows[i] for i in lot], batch_first=True).to(model.device)
         sizes = torch.tensor([len(rows[i]) for i in lot], device=model.device)

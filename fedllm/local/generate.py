@@ -21,6 +21,10 @@ from fedllm.models.model import Model
 from fedllm.models.sealed import opened
 
 
+STAY = 0.75
+"""Rows that have said all they have to say are dropped once no more than this share of them goes on."""
+
+
 def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[list[int]]]:
     """Token ids that follow each prompt, without the end token."""
     out: list[list[list[int]]] = [[[] for _ in r.prompts] for r in requests]
@@ -31,13 +35,13 @@ def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[lis
                           f"{opened(first.model).positions} positions")
     asked = [Embed(r.client, r.model, r.theta, r.base, [Encoded(p[-room:], p[-room:], 0) for p in r.prompts])
              for r in requests]
-    lots = (lot for lanes in _for_one_batch(lanes_of(asked)) for lot in lots_of_lanes(lanes, limits))
+    most, new = limits.kept(first.model), first.max_new_tokens
+    lots = (lot for lanes in _for_one_batch(lanes_of(asked)) for lot in lots_of_lanes(lanes, limits, most, new))
     for lot in lots:
         at, model = 0, opened(first.model)
-        longest = len(lot[0].rows[0][2].ids) + first.max_new_tokens
-        b = max(1, limits.batch_tokens // (max(longest, 1) * len(lot)))
-        while any(len(lane.rows) > at for lane in lot):
-            lanes = [lane for lane in lot if len(lane.rows) > at]
+        while lanes := [lane for lane in lot if len(lane.rows) > at]:
+            longest = max(len(lane.rows[at][2].ids) for lane in lanes) + new
+            b = max(1, most // (longest * len(lanes)))
             part = [lane.rows[at : at + b] for lane in lanes]
             wide = max(map(len, part))
             full = [[row[2] for row in rows] + [rows[0][2]] * (wide - len(rows)) for rows in part]  # a rectangle
@@ -73,20 +77,32 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
 
     `seats` holds one random stream a row, None for rows that only fill the rectangle.
     """
-    text, ends = Continuation(model, batch), model.ends
+    text, ends = Continuation(model, batch, how.max_new_tokens), model.ends
     said: list[list[int]] = [[] for _ in seats]
     talking = {i for i, seat in enumerate(seats) if seat is not None}
+    here = list(range(len(seats)))  # whose row each is
     for _ in range(how.max_new_tokens):
-        token = _pick(text.logits(), how.temperature, seats)
-        for i, word in enumerate(token.tolist()):
+        token = _pick(text.logits(), how.temperature, [seats[i] for i in here])
+        for i, word in zip(here, token.tolist(), strict=True):
             if i in talking and word in ends:
                 talking.remove(i)
             elif i in talking:
                 said[i].append(word)
         if not talking:
             break
+        if text.drops and (stay := _staying([i in talking for i in here], batch.k)):
+            here, token = [here[j] for j in stay], token[stay]
+            text.keep(stay)
         text.add(token)
     return said
+
+
+def _staying(talks: Sequence[bool], k: int) -> list[int]:
+    """Rows to go on with, as many in each of `k` lanes; none where too few would leave to be worth a copy."""
+    wide = len(talks) // k
+    lanes = [sorted(range(j * wide, (j + 1) * wide), key=lambda i: not talks[i]) for j in range(k)]
+    need = max(sum(talks[i] for i in lane) for lane in lanes)
+    return [i for lane in lanes for i in lane[:need]] if need <= STAY * wide else []
 
 
 def _pick(z: Tensor, temperature: float, seats: Sequence[np.random.Generator | None]) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,8 @@ from fedllm.local.private import Private
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.models.model import Model
+from fedllm.models.sealed import opened
+from fedllm.models.size import cached_tokens, read_tokens, step_tokens
 
 
 def always() -> None:
@@ -30,11 +32,24 @@ def always() -> None:
 class Limits:
     """How much one step may hold at once."""
 
-    batch_tokens: int = 16384
+    batch_tokens: int | None = None
+    """Tokens over all clients; None: what the model's own sizes and the machine allow (`models/size.py`)."""
     lane_bytes: int = 1 << 30
     """Stacked trainables, with gradients and optimizer state."""
     go_on: Callable[[], None] = always
     """Called before each training step; raises when the work is of no use any longer."""
+
+    def learned(self, model: Any) -> int:
+        """Tokens of a training step."""
+        return self.batch_tokens or step_tokens(opened(model))
+
+    def read(self, model: Any) -> int:
+        """Tokens of a pass without gradients."""
+        return self.batch_tokens or read_tokens(opened(model))
+
+    def kept(self, model: Any) -> int:
+        """Tokens of texts that are continued together, read and said."""
+        return self.batch_tokens or min(read_tokens(opened(model)), cached_tokens(opened(model)))
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def _lots(requests: Sequence[Forward], limits: Limits) -> Iterator[list[Forward]
         wide = [*lot, r]
         tokens = len(wide) * max(len(x.mask) for x in wide) * max(x.mask.shape[1] for x in wide)
         held = 2 * len(wide) * sum(t.numel() * t.element_size() for t in r.theta.values())
-        if lot and (tokens > limits.batch_tokens or held > limits.lane_bytes or not r.model.stackable):
+        if lot and (tokens > limits.learned(r.model) or held > limits.lane_bytes or not r.model.stackable):
             yield lot
             wide = [r]
         lot = wide

@@ -6,11 +6,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from fedllm.core.errors import ModelError
 from fedllm.models.batch import Batch
 from fedllm.models.heads import body_of
 from fedllm.models.model import Model, as_cache
+
+
+class Roomy(DynamicLayer):
+    """Keys and values of a layer in one buffer that has room for all that will be said: no word copies the text."""
+
+    def __init__(self, layer: DynamicLayer, length: int) -> None:
+        super().__init__()
+        self.is_initialized, self.device, self.dtype = True, layer.keys.device, layer.keys.dtype
+        self._hold(layer.keys, layer.values, length)
+
+    def _hold(self, keys: Tensor, values: Tensor, length: int) -> None:
+        self.both = [x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (keys, values)]
+        at = keys.shape[2]
+        self.keys, self.values = (whole[:, :, :at].copy_(x) for whole, x in zip(self.both, (keys, values), strict=True))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        at, most = self.keys.shape[2], self.both[0].shape[2]
+        end = at + key_states.shape[2]
+        if end > most:
+            self._hold(self.keys, self.values, 2 * end)
+        for whole, new in zip(self.both, (key_states, value_states), strict=True):
+            whole[:, :, at:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self.both)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._hold(self.keys[indices], self.values[indices], self.both[0].shape[2])
+
+
+def roomy(cache: Any, length: int) -> bool:
+    """Give a cache's layers room for texts of `length` tokens; False where it is of another kind than we know."""
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return False
+    for i, layer in enumerate(cache.layers):
+        cache.layers[i] = Roomy(layer, length)
+        layer.keys = layer.values = None  # one layer at a time is there twice
+    return True
 
 
 class Continuation:
@@ -20,7 +59,8 @@ class Continuation:
     the padding: whatever goes by distance (windows, ALiBi, recurrent layers) sees what it sees without padding.
     """
 
-    def __init__(self, model: Model, batch: Batch) -> None:
+    def __init__(self, model: Model, batch: Batch, more: int = 0) -> None:
+        """`more` is how many tokens will follow at most, where that is known."""
         if model.silent:
             raise ModelError(model.silent)
         self.model, self.body, n = model, body_of(model.net), batch.ids.shape[0]
@@ -35,7 +75,9 @@ class Continuation:
         self.mask = torch.cat([batch.mask.new_ones(n, ahead), batch.mask], 1)
         if self.prompt and self.prompt.embeds is not None:
             self.mask = self.mask.gather(1, self._order(ahead))
-        self.done = 0  # of the mask's positions, how many the cache holds
+        self.done, self.more = 0, more  # of the mask's positions, how many the cache holds
+        self.drops = False
+        """Whether rows may be taken out (`keep`)."""
 
     def logits(self) -> Tensor:
         """[N, V] in fp32 or better, after the last token."""
@@ -61,7 +103,10 @@ class Continuation:
         if self.cached:
             if out.cache is None:
                 raise ModelError(f"{type(self.body).__name__} keeps nothing of what it has read")
-            self.cache, self.done = out.cache, self.mask.shape[1]
+            self.cache = out.cache
+            if not self.done:
+                self.drops = roomy(self.cache, self.mask.shape[1] + self.more) and not stack.past
+            self.done = self.mask.shape[1]
         z = self.model.logits_of(out.last_hidden_state[:, -1:])[:, 0]
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
@@ -70,6 +115,12 @@ class Continuation:
         one = self.mask.new_ones(len(token), 1)
         self.ids, self.text = torch.cat([self.ids, token[:, None]], 1), torch.cat([self.text, one], 1)
         self.mask = torch.cat([self.mask, one], 1)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone, as many of each lane."""
+        self.ids, self.text, self.mask = self.ids[rows], self.text[rows], self.mask[rows]
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.ids.device))
+        self.model.stack.rows = len(rows)
 
     def _order(self, ahead: int) -> Tensor:
         """[N, P + T]: where each place's content lies in (prompt, padding, text), for (padding, prompt, text)."""

@@ -8,6 +8,8 @@ import functools
 import os
 import platform
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedllm.models.blocks import SHORT
+from fedllm.tasks.task import wide
 
 PRIMITIVES = 64
 """Compiled products that oneDNN keeps, one for each shape: with its own 1024 each new length of a batch adds 0.3 MB."""
+
+MANY, BLOCK = 8192, 1024
+"""A vocabulary of more words than the first goes through the loss in blocks of the second."""
 
 
 @functools.cache
@@ -65,8 +71,20 @@ def fast(device: torch.device, length: int, switch: bool = True) -> Iterator[Non
 @contextlib.contextmanager
 def products(device: torch.device, switch: bool = True) -> Iterator[None]:
     """The part of `fast` that a backward pass needs around it as well: which kernels multiply matrices."""
-    with _onednn() if switch and device.type == "cpu" and onednn_is_fp32() else contextlib.nullcontext():
+    with _onednn() if switch and device.type == "cpu" and onednn_helps() else contextlib.nullcontext():
         yield
+
+
+def onednn_helps() -> bool:
+    """Whether fp32 products go through oneDNN: it keeps their accuracy, and the processor is not one of Intel's, where
+    MKL is as quick, quicker for few rows, and holds no compiled product for each shape."""
+    return not _intel() and onednn_is_fp32()
+
+
+@functools.cache
+def _intel() -> bool:
+    facts = Path("/proc/cpuinfo")
+    return facts.exists() and "GenuineIntel" in facts.read_text()
 
 
 @functools.cache
@@ -92,33 +110,67 @@ def repeatable() -> None:
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy through a frozen output head: one chunked pass gives the losses and dL/dh, and keeps no logits."""
+    """Cross-entropy through a frozen output head: one chunked pass gives the losses and dL/dh, and keeps no logits.
+
+    Words come block by block with a running maximum, so that no more than `chunk` x `words` logits ever exist.
+    """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chunk: int) -> Tensor:
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chunk: int, words: int) -> Tensor:
         """h [M, d], weight [V, d], y [M] -> losses [M]."""
         losses = torch.empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         grad = torch.empty_like(h) if h.requires_grad else None
         for at in range(0, h.shape[0], chunk):
             part, target = h[at : at + chunk].detach(), y[at : at + chunk]
-            z = F.linear(part, weight, bias).to(losses.dtype)  # [m, V]
-            hit, top = z.gather(1, target[:, None])[:, 0], z.amax(-1, keepdim=True)
-            total = z.sub_(top).exp_().sum(-1)
-            losses[at : at + chunk] = total.log() + top[:, 0] - hit
+            top, total, hit, pull = _swept(part, weight, bias, target, words, grad is not None)
+            losses[at : at + chunk] = total.log() + top - hit
             if grad is not None:  # dL/dh = (softmax(z) - onehot(y)) W, divided by the total where it is narrow
-                grad[at : at + chunk] = (z.to(h.dtype) @ weight).div_(total[:, None]).sub_(weight[target])
+                grad[at : at + chunk] = pull.div_(total[:, None]).sub_(weight[target])
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * d[:, None].to(grad.dtype), None, None, None, None
+        return grad * d[:, None].to(grad.dtype), None, None, None, None, None
 
 
-def frozen_head_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chunk: int | None = None) -> Tensor:
+def _swept(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, words: int,
+           pulls: bool) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Of rows h [m, d]: the largest logit, the sum of exp(z - largest), the target's logit, and with `pulls`
+    exp(z - largest) W [m, d]."""
+    top: Any = None
+    total: Any = None
+    hit: Any = None
+    pull: Any = None
+    for at in range(0, len(weight), words):
+        w, b = weight[at : at + words], None if bias is None else bias[at : at + words]
+        z = wide(F.linear(h, w, b))  # [m, words]
+        inside = (y - at).clamp(0, len(w) - 1)[:, None]
+        here, most = z.gather(1, inside)[:, 0], z.amax(-1)
+        hit = here if hit is None else torch.where((y >= at) & (y < at + len(w)), here, hit)
+        fade = None if top is None else (top - torch.maximum(top, most)).exp()
+        top = most if top is None else torch.maximum(top, most)
+        summed = z.sub_(top[:, None]).exp_().sum(-1)
+        total = summed if fade is None else total.mul_(fade).add_(summed)
+        if pulls:
+            more = z.to(h.dtype)
+            if pull is None:
+                pull = more @ w if words >= len(weight) else wide(more @ w)
+            elif pull.dtype == h.dtype:
+                pull.mul_(fade[:, None]).addmm_(more, w)
+            else:
+                pull.mul_(fade[:, None]).add_(more @ w)
+    return top, total, hit, pull
+
+
+def frozen_head_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chunk: int | None = None,
+                     words: int | None = None) -> Tensor:
     """Per-position cross-entropy [M] of hidden states [M, d] under a frozen head."""
-    if chunk is None:  # on a CPU a chunk's logits stay in the cache: 4 MB of them
-        chunk = max(128, (1 << 20) // weight.shape[0]) if h.device.type == "cpu" else 2048
-    return FrozenHeadLoss.apply(h, weight, bias, y, chunk)
+    v = weight.shape[0]
+    if words is None:  # a block's logits stay in the cache: 4 MB of them at most
+        words = v if h.device.type != "cpu" or v <= MANY else BLOCK
+    if chunk is None:
+        chunk = max(128, (1 << 20) // words) if h.device.type == "cpu" else max(128, min(2048, (1 << 26) // v))
+    return FrozenHeadLoss.apply(h, weight, bias, y, chunk, words)

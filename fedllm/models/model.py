@@ -26,6 +26,7 @@ from fedllm.models.encoder import HeadedEncoder as HeadedEncoder
 from fedllm.models.encoder import Pooling as Pooling
 from fedllm.models.heads import Head, body_of
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
+from fedllm.models.pieces import piecewise_losses
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
@@ -216,11 +217,12 @@ class Model:
     def word_losses(self, h: Tensor, rows: Tensor, cols: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy [M] of the words `y` [M] through the head at h[rows, cols]."""
         if self.head is not None and self.head.trained(self.stack.tensors):  # a stacked head wants all rows together
-            return F.cross_entropy(wide(self.logits_of(h)[rows, cols]), y, reduction="none")
+            return piecewise_losses(self, h, rows, cols, y)
         if self.head is not None and self.head.plain and self.ways.fused:
             head = self.net.get_output_embeddings()
             return frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
-        return F.cross_entropy(wide(self.logits_of(h[rows, cols])), y, reduction="none")
+        at = torch.arange(len(y), device=y.device)
+        return piecewise_losses(self, h[rows, cols][None], torch.zeros_like(at), at, y)
 
     def word_logits(self, batch: Batch) -> Tensor:
         """[N, T, V] of a masked language model, through its head as it applies it."""

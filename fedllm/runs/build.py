@@ -200,7 +200,7 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
             reread(Path(start), model, model.initial())
     profiles = make_profiles(recipe, list(federation.clients))
     return World(model, federation, local, recipe.seed, profiles,
-                 Limits(batch_tokens=recipe.engine.batch_tokens), e.exact_match, e.max_new_tokens,
+                 Limits(batch_tokens=recipe.engine.step_tokens), e.exact_match, e.max_new_tokens,
                  recipe.data.completion_only, recipe.rounds, make_fleet(recipe),
                  *shelves(recipe, model.task, model.labels, lambda: model, profiles), metric=e.metric)
 

@@ -223,12 +223,18 @@ class EngineSpec(Section):
     """Workers of the Ray cluster (kind ray): each holds the model and has `threads` cores."""
     address: str | None = None
     """A running Ray cluster's address, or auto (kind ray); without it one is started on this machine for the run."""
-    batch_tokens: Annotated[int, Field(ge=1)] = 16384
-    """Most tokens in one step over all clients together."""
+    batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Most tokens in one step over all clients together; auto: what the model's own sizes and the machine's memory
+    allow, training, testing and generating each by its own need, and never more than 16384."""
     threads: Annotated[int, Field(ge=1, le=4096)] = 1
     """Threads of one operation on the CPU. The last bits of a result depend on it, so the recipe says it."""
     loopback: bool = False
     """Turn every message into bytes and back, as a network would."""
+
+    @property
+    def step_tokens(self) -> int | None:
+        """`batch_tokens` as a number; None for auto."""
+        return None if isinstance(self.batch_tokens, str) else self.batch_tokens
 
 
 class EvaluateSpec(Section):

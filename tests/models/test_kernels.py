@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fedllm.models import kernels
-from fedllm.models.kernels import fast, frozen_head_loss, onednn_is_fp32
+from fedllm.models.kernels import fast, frozen_head_loss, onednn_helps
 
 
 def test_frozen_head_loss_equals_cross_entropy_and_its_gradient():
@@ -15,11 +15,11 @@ def test_frozen_head_loss_equals_cross_entropy_and_its_gradient():
     h = torch.randn(37, 12, generator=g, dtype=torch.float64)
     w, b = torch.randn(50, 12, generator=g, dtype=torch.float64), torch.randn(50, generator=g, dtype=torch.float64)
     y, weight = torch.randint(50, (37,), generator=g), torch.rand(37, generator=g, dtype=torch.float64)
-    for chunk in (5, 37, 1000):
+    for chunk, words in ((5, 50), (37, 7), (1000, None), (10, 1)):
         for bias in (None, b):
             a, c = h.clone().requires_grad_(), h.clone().requires_grad_()
             ours, plain = (
-                frozen_head_loss(a, w, bias, y, chunk),
+                frozen_head_loss(a, w, bias, y, chunk, words),
                 F.cross_entropy(F.linear(c, w, bias), y, reduction="none"),
             )
             assert torch.allclose(ours, plain, atol=1e-12)
@@ -39,7 +39,7 @@ def test_switches_are_put_back_even_after_an_error():
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
         with fast(torch.device("cpu"), 16):
-            if onednn_is_fp32():
+            if onednn_helps():
                 assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
             raise KeyError
     except KeyError:
