@@ -11,9 +11,13 @@ from fedllm.models.load import EMBEDDED
 from fedllm.runs.recipe import load_recipe
 
 
-def test_its_recipe_shows_what_a_demo_shows(tmp_path, capsys):
+def test_its_recipe_is_one():
     recipe = load_recipe(LLM)
     assert recipe.model.name == "smollm2" and recipe.evaluate.baselines == ["local_only", "centralized"]
+
+
+@pytest.mark.slow
+def test_it_shows_what_a_demo_shows(tmp_path, capsys):
     said = yaml.safe_load(LLM.read_text()) | {"model": str(EMBEDDED), "rounds": 1, "local": {"steps": 1}, "engine": {}}
     said["data"]["office"] |= {"rows": 12, "test_rows": 8, "client_test_rows": 2}
     small = tmp_path / "demo.yaml"
