@@ -21,7 +21,10 @@ from fedllm.runs.store import read_json
 
 def show_result(console: Console, result: Result) -> None:
     """The comparison, a few answers, and where everything lies."""
-    console.print(comparison_table(result))
+    if compared(result)[1]:
+        console.print(comparison_table(result))
+    else:
+        console.print(f"{escape(result.method)}, {result.rounds} rounds: no test was given", highlight=False)
     show_samples(console, result)
     if result.skipped:
         console.print(f"[yellow]skipped rounds[/yellow] (too few answers): {[k + 1 for k in result.skipped]}")

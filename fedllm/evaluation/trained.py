@@ -79,7 +79,7 @@ class Trained:
                            + ("its space is not one of PEFT's, nor a change of weights" if made else
                               "each client has its own"))
         self.made = made
-        self.limits = Limits(batch_tokens=self.recipe.engine.batch_tokens)
+        self.limits = Limits(batch_tokens=self.recipe.engine.step_tokens)
 
     @cached_property
     def before(self) -> Arm:

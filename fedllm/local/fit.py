@@ -120,6 +120,7 @@ def _descend(lot: Sequence[Fit], step: int, base: Mapping[str, Tensor] | None, p
     count: Any = 0.0
     with model.using(trees, base, params | frozen), checkpointed(model, spec.checkpointing):
         for i in range(parts):
+            rows: Any
             rows, sides = zip(*(_part(r, _slice(r.plan[step], i, parts, spec)) for r in lot), strict=True)
             if spec.packing:
                 rows = _packed(rows, objective)

@@ -49,7 +49,8 @@ def check_packing(model: Model) -> None:
     if model.task != "generation" or model.space.virtual or not (model.ways.cut and model.ways.uneven):
         raise CompositionError(f"{what}: it is for causal language models whose padding need not be masked, without "
                                "virtual tokens; leave it out")
-    words = model.net.get_input_embeddings().weight.shape[0]
+    net: Any = model.net
+    words = net.get_input_embeddings().weight.shape[0]
     draw = np.random.default_rng(0)
     first, other, last = (_row(draw.integers(words, size=n)) for n in (6, 6, 5))
     theta = model.initial()
@@ -63,7 +64,7 @@ def check_packing(model: Model) -> None:
         only = [loss([_end_to_end([_unlearned(x), last])]) for x in (first, other)]
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise CompositionError(f"{what}: it takes no positions ({error})") from error
-    near = NEAR.get(model.net.dtype, 2e-2) * float(alone.abs().max())
+    near = NEAR.get(net.dtype, 2e-2) * float(alone.abs().max())
     if not only[0].equal(only[1]) or float((alone.sum() - beside[0].sum()).abs()) > near:
         raise CompositionError(f"{what}: in {type(model.net).__name__} a row sees those that lie before it in its "
                                "sequence; leave it out")

@@ -16,7 +16,7 @@ class Best:
 
     round: int = 0
     """How many rounds the best state had."""
-    loss: float = math.inf
+    loss: float | None = None
     of: str = ""
     """Whose loss it is: the clients' own held-out rows, or the global test where clients keep none."""
     worse: int = 0
@@ -31,7 +31,7 @@ class Best:
         loss, of = figure(tested)
         if self.of and of != self.of:  # no client could be tested this time: another figure says nothing of this one
             loss = math.nan
-        if loss < self.loss:
+        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             return Best(round, loss, of, 0, round)
         return replace(self, of=self.of or of, worse=self.worse + 1, last=round)
 
@@ -39,6 +39,8 @@ class Best:
         """Why the run ends here; empty when it does not."""
         if patience is None or self.worse < patience:
             return ""
+        if self.loss is None:
+            return f"no test had a loss that is a number in {self.worse} tests (evaluate.patience = {patience})"
         return (f"the loss on {self.of} was best after round {self.round} ({self.loss:.4g}) and no better in the "
                 f"{self.worse} tests since (evaluate.patience = {patience})")
 

@@ -263,10 +263,13 @@ class Run:
         """With keep_best: the state of the best round in the place of the last, and what it did; else nothing."""
         e = self.parts.recipe.evaluate
         self.best = self.best.after(final, total)
-        if not e.keep_best or self.best.round == total:
+        if not e.keep_best or self.best.round == total or self.best.loss is None:
             return None
-        found = self.folder.load(self.best.round)
-        assert found
+        found = self.folder.load(self.best.round) if self.best.round in self.folder.rounds() else None
+        if found is None:
+            log.warning("round %d was the best, and its checkpoint is gone: the run ends with its last round",
+                        self.best.round)
+            return None
         self.course.state, self.course.engine.memory = found[1]["state"], found[1]["memory"]
         self.record.emit("kept_best", **self.best.as_json())
         log.warning("the run keeps round %d, whose loss on %s was the best (%.4g)", self.best.round, self.best.of,

@@ -38,7 +38,8 @@ def check_training(model: Any, local: LocalSpec, method: Method, layers: Any = (
         if private := next((x for x in layers if x.by_example), None):
             raise CompositionError(f"{draws} and layer '{type(private).__name__}' do not fit together: nothing is "
                                    "drawn where single examples' gradients are clipped; leave one out")
-        if model.name == POLICY or model.rules.net == "dual" or not model.ways.uneven:
+        whole = model.space.draws and not model.ways.sites  # trainables are put into the weights: no input to drop of
+        if model.name == POLICY or model.rules.net == "dual" or not model.ways.uneven or whole:
             raise CompositionError(f"{draws}: {name} shows no rows of tokens to draw for; leave it out")
     if local.packing:
         check_packing(model)

@@ -244,3 +244,13 @@ def test_a_run_of_a_relative_model_can_be_used_from_any_folder(recipe, tmp_path,
     assert Speaker(done.folder).say("red", max_new_tokens=1) is not None
     config = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]).is_dir()
+
+
+def test_no_empty_table_where_nothing_was_tested(tmp_path):
+    from fedllm.cli.tables import show_result
+
+    result = Result(tmp_path, "fedavg", "vectorized", 3, 0, {"before": {}, "global": None, "clients": {}},
+                    {"up": 1, "down": 1}, 1.0, 1, "d")
+    console = Console(record=True, width=120)
+    show_result(console, result)
+    assert "fedavg, 3 rounds: no test was given" in console.export_text()

@@ -44,6 +44,8 @@ def test_the_best_by_its_own_words():
         best = best.after({"global": {"loss": loss}}, round)
     assert (best.round, best.loss, best.worse) == (4, 1.9, 1)
     assert best.after({"global": {"loss": 1.0}}, 5) == best  # the same round is no second test
+    never = Best().after({"global": {"loss": math.inf}}, 0)
+    assert (never.loss, never.worse) == (None, 1) and "no test had a loss" in never.over(1)
     assert not best.over(2) and "after round 4 (1.9) and no better in the 1 tests since" in best.over(1)
 
 
