@@ -23,7 +23,7 @@ STRONG = {"shift": 0.5, "rows": 80, "space": {"name": "mlp_head", "size": 32}}
 
 @dataclass(frozen=True)
 class FedPCL(Method):
-    """Each client trains a projection of frozen features towards its classes' prototypes, everybody's and each one's."""
+    """Each client trains a projection of frozen features towards its classes' prototypes, the mean and each's."""
 
     card = Card(
         title="FedPCL: prototype-wise contrastive learning",
