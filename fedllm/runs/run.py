@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,12 +39,12 @@ Publish = Callable[[RunFolder, Result], None]
 
 
 def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, overrides: Mapping[str, Any],
-          publish: Publish) -> Result:
-    """A new run, from its first test to its end."""
+          publish: Publish, shown: Quiet | None = None) -> Result:
+    """A new run, from its first test to its end; `shown` in the place of bars or lines."""
     parts = build(load_recipe(recipe, overrides))
     look(parts)  # rows that cannot be read are refused before there is a folder
     folder = RunFolder.fresh(Path(root), parts.recipe.name, resolved(parts))
-    with folder.held(), spread(parts), progress_bars() as progress:
+    with folder.held(), spread(parts), contextlib.nullcontext(shown) if shown else progress_bars() as progress:
         return Run(parts, folder, progress, publish).go()
 
 
@@ -79,6 +80,8 @@ class Run:
         self.tracking: Tracking | None = None
         self.record = Record(self._saw)
         self.tape = Tape(folder.path / "replies") if parts.recipe.record.replies else None
+        if parts.recipe.engine.kind in ("in_process", "vectorized") and parts.engine is None:  # else work is elsewhere
+            parts.world.limits = replace(parts.world.limits, did=progress.worked)
         self.course = Course(parts, parts.method, parts.layers, self.record, [self.tape] if self.tape else [])
         self.judge = Judge(parts, parts.method, self.record)
         self.frozen: dict[str, Frozen] = {}
@@ -170,6 +173,7 @@ class Run:
             self.before = self.judge.test(self.course.state, {}, 0)
             self.answers_before = self.judge.answers(self.course.state)
         self.record.emit("evaluation", round=0, **self.before)
+        self.progress.tested(0, self.before.get("global"))
         self._checkpoint(0)
 
     def _cautions(self) -> list[str]:
@@ -188,7 +192,7 @@ class Run:
 
     def _round(self, round: int, total: int) -> None:
         recipe = self.parts.recipe
-        self.progress.round(round, len(self.course.clients))
+        self.progress.round(round, *self._expected())
         if self.tape:
             self.tape.begin(round)
         facts = self.course.step(round)
@@ -207,10 +211,18 @@ class Run:
         every = recipe.evaluate.every
         if every and done % every == 0 and done < total:
             self.progress.note(f"testing after round {done}")
-            self.record.emit("evaluation", round=done, **self._test(done))
+            found = self._test(done)
+            self.record.emit("evaluation", round=done, **found)
+            self.progress.tested(done, found["global"])
         if done % recipe.record.checkpoint_every == 0 or done == total:
             self._checkpoint(done)
         self.progress.round_done(facts)
+
+    def _expected(self) -> tuple[int, float]:
+        """How many clients a round asks, and about how many training steps they make together."""
+        clients, local = self.course.clients, self.parts.world.local
+        asked = cohort_size(self.parts.recipe.clients.per_round, len(clients))
+        return asked, sum(local.count(c.n) for c in clients) * asked / max(1, len(clients))
 
     def _last_test(self, total: int) -> tuple[Mapping[str, Any], Sequence[str]]:
         """The figures and sample answers of the result; without a round in between they are those from before."""
@@ -219,6 +231,7 @@ class Run:
         self.progress.note("testing the result")
         final = self._test(total)
         self.record.emit("evaluation", round=total, **final)
+        self.progress.tested(total, final["global"])
         return final, self.judge.answers(self.course.state)
 
     def _test(self, round: int) -> dict[str, Any]:
