@@ -62,7 +62,8 @@ class Standing(Quiet):
     """Where a run stands: what the displays that show something have in common."""
 
     def __init__(self) -> None:
-        self.total = self.done = self.first = self.number = self.cohort = self.steps = self.tokens = 0
+        self.total = self.done = self.first = self.cohort = self.steps = self.tokens = 0
+        self.number = -1
         self.expected = 0.0
         self.answered: set[str] = set()
         self.refused: set[str] = set()
@@ -75,6 +76,8 @@ class Standing(Quiet):
         self.number, self.cohort, self.expected = number, cohort, steps
         self.steps = self.tokens = 0
         self.answered, self.refused, self.since = set(), set(), time.monotonic()
+        if number == self.first:
+            self.began = self.since  # a test, or waiting for sites, is no part of the pace
 
     def saw(self, event: Event) -> None:
         if event["kind"] == "wire" and event.get("direction") == "up" and event.get("purpose") is None:

@@ -75,9 +75,8 @@ def test_progress_lines_say_rounds_loss_and_the_time_left(caplog):
     caplog.set_level(logging.INFO, "fedllm.progress")
     lines = Lines(every=0.0)
     lines.rounds(4, 1)
-    lines.began = time.monotonic() - 60
     lines.round(1, 3, steps=6)
-    lines.since = time.monotonic() - 2
+    lines.began, lines.since = time.monotonic() - 60, time.monotonic() - 2
     lines.worked(3, 500)
     lines.saw({"kind": "wire", "direction": "up", "client": "a"})
     lines.saw({"kind": "missing", "client": "b"})
@@ -97,7 +96,7 @@ def test_progress_lines_say_rounds_loss_and_the_time_left(caplog):
 
 
 def test_a_run_in_json_lines_is_what_the_page_says(recipe, tmp_path):
-    """Every line one object, of the events and fields of docs/reference/progress.md, steps seen inside of the rounds."""
+    """Every line one object, of the events and fields of docs/reference/progress.md; steps are seen in the rounds."""
     from typer.testing import CliRunner
 
     from fedllm.cli.main import app
@@ -112,7 +111,8 @@ def test_a_run_in_json_lines_is_what_the_page_says(recipe, tmp_path):
         if line["event"] != "result":
             assert line.keys() - {"event"} == fields[line["event"]], line
     rounds = [line for line in lines if line["event"] == "round"]
-    assert [r["round"] for r in rounds] == [1, 2] and rounds[0]["seconds_left"] > 0 and rounds[1]["seconds_left"] is None
+    assert [r["round"] for r in rounds] == [1, 2] and rounds[0]["seconds_left"] > 0
+    assert rounds[1]["seconds_left"] is None
     assert all(r["steps"] == 6 == r["steps_expected"] and r["answered"] == r["clients"] == 3 for r in rounds)
     assert all(r["tokens_per_second"] > 0 for r in rounds)
     assert [t["round"] for t in lines if t["event"] == "test"] == [0, 2] and lines[-1]["event"] == "result"
