@@ -110,7 +110,7 @@ def there(address: str) -> bool:
 
 def sentence(said: dict[str, Any]) -> str:
     """One thing that happened, in words for whoever runs the site."""
-    at, test = said.get("round"), said.get("phase") in TESTS
+    at, test = said.get("round"), str(said.get("phase")).rpartition(".")[2] in TESTS
     round = f"test after round {at}: " if test else f"round {at + 1}: " if isinstance(at, int) else ""
     texts = {"opened": lambda: f"run {said['run']} is open: {said['method']}, {said['rounds']} rounds, "
                                f"{said['rows']} rows of this site",
