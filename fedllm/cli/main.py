@@ -52,13 +52,27 @@ Plugins = Annotated[list[Path] | None, typer.Option("--plugin", metavar="FILE", 
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
-        root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs")) -> None:
+        root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
+        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: progress, then the "
+                                                             "result.")] = False) -> None:
     """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
     from fedllm.api import run as go
     from fedllm.cli.tables import show_result
 
     with _stopped("nothing was kept yet"):
+        if as_json:
+            return _told_in_json(recipe, root, _parsed(overrides, plugin))
         show_result(out, go(recipe, root=root, **_parsed(overrides, plugin)))
+
+
+def _told_in_json(recipe: Path, root: Path, overrides: dict[str, Any]) -> None:
+    from fedllm.report.report import publish
+    from fedllm.runs.progress import JsonLines
+    from fedllm.runs.run import begin
+
+    lines = JsonLines(sys.stdout)
+    result = begin(recipe, root, overrides, publish, lines)
+    lines.put("result", folder=str(result.folder), **result.as_json())
 
 
 @app.command()
@@ -90,12 +104,18 @@ def plan(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None
 
 @app.command()
 def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", show_default=False)] = None,
-            plugin: Plugins = None) -> None:
+            plugin: Plugins = None,
+            as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a method.")] = False) -> None:
     """List all methods, or show one: its card, knobs, claim and file."""
-    from fedllm.cli.tables import show_method, show_methods
+    from fedllm.cli.tables import method_facts, show_method, show_methods
+    from fedllm.methods.registry import METHODS
     from fedllm.runs.plugins import plugged
 
     plugged([(str(file), None) for file in plugin or ()])
+    if as_json:
+        for name in [method] if method else sorted(METHODS):
+            typer.echo(json.dumps(method_facts(name), default=str))
+        return
     show_methods(out) if method is None else show_method(out, method)
 
 

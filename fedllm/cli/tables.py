@@ -146,6 +146,13 @@ def show_methods(console: Console) -> None:
     console.print("[dim]fedllm methods ID shows its card, knobs, claim and file[/dim]")
 
 
+def method_facts(name: str) -> dict[str, Any]:
+    """One method's card, knobs and claim as plain values."""
+    kind = method_class(name)
+    card = {k: v for k, v in vars(kind.card).items() if isinstance(v, str | int | float | bool | tuple | None)}
+    return {"id": name, **card, "claim": vars(kind.card.claim), "knobs": kind.knobs(), "file": source_of(name)}
+
+
 def show_method(console: Console, name: str) -> None:
     """One method's card, knobs, claim, and where its code is."""
     kind = method_class(name)

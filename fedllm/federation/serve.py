@@ -14,6 +14,8 @@ from fedllm.federation.process import no_proxy
 from fedllm.runs.audit_key import AUDIT_KEY, make_key
 from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
+from fedllm.runs.follow import following
+from fedllm.runs.progress import Lines
 from fedllm.runs.received import received
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
 from fedllm.runs.result import Result, finished
@@ -46,13 +48,16 @@ def resume_serving(run: str | Path, federation: str | Path, *, needed: int | Non
     room = RunFolder.open(Path(run).resolve())
     if (room.path / "result.json").exists():
         return finished(room.path)
+    shown: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if received(room.path, trust_remote_code=trust_remote_code).engine.kind == "flower":
         from fedllm.federation.flower.serve import serve_folder
     else:
         from fedllm.federation.nvflare.serve import serve_folder
+
+        shown = following(room.path, Lines())  # a process of NVFlare's drives the run
     figures = contextlib.nullcontext() if metrics is None else operate.metrics(room.path, metrics)
     keys = Path(federation).resolve()
-    with operate.announced(room.path), figures, no_proxy():
+    with operate.announced(room.path), figures, no_proxy(), shown:
         result = serve_folder(room.path, keys, needed, wait, patience)
         sign(room.path, keys / AUDIT_KEY if (keys / AUDIT_KEY).exists() else make_key(keys))
         return result

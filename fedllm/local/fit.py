@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def run_fits(requests: Sequence[Fit], limits: Limits) -> list[Fitted]:
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].plan))  # who ends first sits last
     done: dict[int, Fitted] = {}
     for lot in _lots([requests[i] for i in order], limits):
-        for request, fitted in zip(lot, _train(lot, limits.go_on), strict=True):
+        for request, fitted in zip(lot, _train(lot, limits), strict=True):
             done[id(request)] = fitted
     return [done[id(r)] for r in requests]
 
@@ -54,7 +54,7 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
     return lots
 
 
-def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
+def _train(lot: Sequence[Fit], limits: Limits) -> list[Fitted]:
     model, spec, freeze = lot[0].model, lot[0].spec, lot[0].freeze
     stacked = tree_to(stack_lanes([r.theta for r in lot]), model.device)
     base = lot[0].base and tree_to(lot[0].base, model.device)
@@ -65,10 +65,10 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
     optimizer = spec.optimizer_over(list(params.values()), list(params))
     if before := [r.moments for r in lot if r.moments]:
         moments.go_on(optimizer, params, before)
-    live, results = len(lot), list[Fitted]()
+    live, results, lengths = len(lot), list[Fitted](), [r.lengths for r in lot]
     losses, lr_sum = torch.zeros(len(lot), dtype=torch.float64, device=model.device), 0.0
     for step in range(len(lot[0].plan)):
-        go_on()
+        limits.go_on()
         if (left := sum(len(r.plan) > step for r in lot)) < live:  # the shortest plans sit last
             results = _ended(lot, range(left, live), params, frozen, optimizer, losses, lr_sum) + results
             live = left
@@ -82,6 +82,7 @@ def _train(lot: Sequence[Fit], go_on: Callable[[], None]) -> list[Fitted]:
             loss = _descend(lot[:live], step, base, params, frozen, terms)
             _step(params, optimizer, spec.clip_norm)
         losses[:live] += loss.detach().double()
+        limits.did(live, sum(int(length[r.plan[step]].sum()) for r, length in zip(lot[:live], lengths, strict=False)))
     return _ended(lot, range(live), params, frozen, optimizer, losses, lr_sum) + results
 
 

@@ -28,6 +28,10 @@ def always() -> None:
     """Work goes on."""
 
 
+def unseen(steps: int, tokens: int) -> None:
+    """Nobody looks."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much one step may hold at once."""
@@ -38,6 +42,8 @@ class Limits:
     """Stacked trainables, with gradients and optimizer state."""
     go_on: Callable[[], None] = always
     """Called before each training step; raises when the work is of no use any longer."""
+    did: Callable[[int, int], None] = unseen
+    """Told after each training step how many clients made it, and on how many tokens together."""
 
     def learned(self, model: Any) -> int:
         """Tokens of a training step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -42,14 +43,14 @@ Publish = Callable[[RunFolder, Result], None]
 
 
 def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, overrides: Mapping[str, Any],
-          publish: Publish) -> Result:
-    """A new run, from its first test to its end."""
+          publish: Publish, shown: Quiet | None = None) -> Result:
+    """A new run, from its first test to its end; `shown` in the place of bars or lines."""
     parts = build(load_recipe(recipe, overrides))
     look(parts)  # rows that cannot be read are refused before there is a folder
     folder = RunFolder.fresh(Path(root), parts.recipe.name, resolved(parts))
     if folder.path.name != parts.recipe.name:
         log.warning("%s is there already; this run goes to %s", Path(root) / parts.recipe.name, folder.path)
-    with folder.held(), spread(parts), progress_bars() as progress:
+    with folder.held(), spread(parts), contextlib.nullcontext(shown) if shown else progress_bars() as progress:
         return Run(parts, folder, progress, publish).go()
 
 
@@ -93,6 +94,8 @@ class Run:
         self.tracking: Tracking | None = None
         self.record = Record(self._saw)
         self.tape = Tape(folder.path / "replies") if parts.recipe.record.replies else None
+        if parts.recipe.engine.kind in ("in_process", "vectorized") and parts.engine is None:  # else work is elsewhere
+            parts.world.limits = replace(parts.world.limits, did=progress.worked)
         self.course = Course(parts, parts.method, parts.layers, self.record, [self.tape] if self.tape else [])
         self.judge = Judge(parts, parts.method, self.record)
         self.frozen: dict[str, Frozen] = {}
@@ -196,6 +199,7 @@ class Run:
             self.answers_before = self.judge.answers(self.course.state)
         self.record.emit("evaluation", round=0, **self.before)
         self.best = self.best.after(self.before, 0)
+        self.progress.tested(0, self.before.get("global"))
         self._checkpoint(0)
 
     def _cautions(self) -> list[str]:
@@ -214,7 +218,7 @@ class Run:
 
     def _round(self, round: int, total: int) -> None:
         recipe = self.parts.recipe
-        self.progress.round(round, len(self.course.clients))
+        self.progress.round(round, *self._expected())
         if self.tape:
             self.tape.begin(round)
         facts = self.course.step(round)
@@ -235,6 +239,12 @@ class Run:
             self._checkpoint(done)
         self.progress.round_done(facts)
 
+    def _expected(self) -> tuple[int, float]:
+        """How many clients a round asks, and about how many training steps they make together."""
+        clients, local = self.course.clients, self.parts.world.local
+        asked = cohort_size(self.parts.recipe.clients.per_round, len(clients))
+        return asked, sum(local.count(c.n) for c in clients) * asked / max(1, len(clients))
+
     def _last_test(self, total: int) -> tuple[Mapping[str, Any], Sequence[str]]:
         """The figures and sample answers of the result; without a round in between they are those from before."""
         if total == 0 and self.before:
@@ -242,6 +252,7 @@ class Run:
         self.progress.note("testing the result")
         final = self._test(total)
         self.record.emit("evaluation", round=total, **final)
+        self.progress.tested(total, final["global"])
         return final, self.judge.answers(self.course.state)
 
     def _tested_between(self, done: int) -> bool:
@@ -252,6 +263,7 @@ class Run:
         self.progress.note(f"testing after round {done}")
         tested = self._test(done)
         self.record.emit("evaluation", round=done, **tested)
+        self.progress.tested(done, tested["global"])
         before, self.best = self.best, self.best.after(tested, done)
         if not (e.keep_best or e.patience):
             return False

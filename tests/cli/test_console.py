@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from fedllm.local.spec import LocalSpec
 from fedllm.runs.folder import EventLog, RunFolder
 from fedllm.runs.keys import page
 from fedllm.runs.products import safe
-from fedllm.runs.progress import Lines, seconds_left
+from fedllm.runs.progress import Lines, clock
 from fedllm.runs.result import Result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,16 +73,52 @@ def test_ctrl_c_says_what_was_kept_and_how_to_go_on(small):
 
 def test_progress_lines_say_rounds_loss_and_the_time_left(caplog):
     caplog.set_level(logging.INFO, "fedllm.progress")
-    lines = Lines()
+    lines = Lines(every=0.0)
     lines.rounds(4, 1)
-    lines.began = time.monotonic() - 60
-    lines.round(1, 3)
-    lines.round_done({"loss": 1.5})
+    lines.round(1, 3, steps=6)
+    lines.began, lines.since = time.monotonic() - 60, time.monotonic() - 2
+    lines.worked(3, 500)
+    lines.saw({"kind": "wire", "direction": "up", "client": "a"})
+    lines.saw({"kind": "missing", "client": "b"})
+    lines.round_done({"loss": 1.5, "cohort": ["a", "b", "c"]})
+    lines.round(2, 3, steps=6)
     lines.round_done({"skipped": "too few answers"})
-    assert caplog.messages == ["round 2 of 4 begins with up to 3 clients",
-                               "round 2 of 4 is done; training loss 1.500; 0:02:00 left",
-                               "round 3 of 4 is done; skipped: too few answers; 0:00:30 left"]
-    assert seconds_left(10, 0, 5) == "" and seconds_left(3600, 1, 2) == "2:00:00"
+    lines.tested(3, {"loss": 1.25, "n": 4})
+    assert caplog.messages == [
+        "round 2 of 4 begins with 3 clients",
+        "round 2 of 4: step 3 of about 6, 0 of 3 clients answered, 250 tokens/s",
+        "round 2 of 4: step 3 of about 6, 1 of 3 clients answered, 250 tokens/s",
+        "round 2 of 4: step 3 of about 6, 1 of 3 clients answered, 1 missing, 250 tokens/s",
+        "round 2 of 4 is done; training loss 1.500; 1 of 3 clients answered, 1 missing, 250 tokens/s; 0:02:00 left",
+        "round 3 of 4 is done; skipped: too few answers; 0 of 3 clients answered; 0:00:30 left",
+        "test after round 3: loss 1.250"]
+    assert clock(None) == "" and clock(7200) == "2:00:00 left"
+
+
+def test_a_run_in_json_lines_is_what_the_page_says(recipe, tmp_path):
+    """Every line one object, of the events and fields of docs/reference/progress.md; steps are seen in the rounds."""
+    from typer.testing import CliRunner
+
+    from fedllm.cli.main import app
+
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**recipe, "rounds": 2, "local": {"lr": 0.02, "steps": 2}}))
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "small.yaml"), "--root", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "progress.md").read_text()
+    fields = {name: set(said.split(", ")) for name, said in re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", page, re.M)}
+    for line in lines:
+        if line["event"] != "result":
+            assert line.keys() - {"event"} == fields[line["event"]], line
+    rounds = [line for line in lines if line["event"] == "round"]
+    assert [r["round"] for r in rounds] == [1, 2] and rounds[0]["seconds_left"] > 0
+    assert rounds[1]["seconds_left"] is None
+    assert all(r["steps"] == 6 == r["steps_expected"] and r["answered"] == r["clients"] == 3 for r in rounds)
+    assert all(r["tokens_per_second"] > 0 for r in rounds)
+    assert [t["round"] for t in lines if t["event"] == "test"] == [0, 2] and lines[-1]["event"] == "result"
+    assert lines[-1]["state_digest"] == json.loads((tmp_path / "small" / "result.json").read_text())["state_digest"]
+    many = CliRunner().invoke(app, ["methods", "fedavg", "--json"])
+    assert json.loads(many.stdout)["id"] == "fedavg" and "knobs" in json.loads(many.stdout)
 
 
 @pytest.mark.parametrize("change, said", [

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
@@ -192,10 +193,11 @@ class SiteRun:
 class SiteHost:
     """Answers everything that the server may say to a site's process; no message ever raises."""
 
-    def __init__(self, open_run: Callable[[Head], tuple[SiteRun, dict[str, Any]]]) -> None:
+    def __init__(self, open_run: Callable[[Head], tuple[SiteRun, dict[str, Any]]],
+                 tell: Callable[..., None] = lambda what, **fields: None) -> None:
         """`open_run` makes the run that a message describes (what came with it is under `body`), or raises FedLLMError
-        with the reason to refuse it."""
-        self.open_run = open_run
+        with the reason to refuse it. `tell` is for whoever runs this site: what is asked and what becomes of it."""
+        self.open_run, self.tell = open_run, tell
         self.run: SiteRun | None = None
         self.loads = 0
         self.pieces = Pieces()
@@ -227,10 +229,24 @@ class SiteHost:
             return self.pieces.given(head, *said)
         except FedLLMError as error:  # what went wrong may hold rows: it stays in this site's log
             log.warning("refused: %s: %s", type(error).__name__, error)
+            self._refused(head, str(error))
             return {"refused": coded(error), "boot": BOOT}, b""
         except Exception as error:
             log.exception("%s of round %s failed", head.get("phase"), head.get("round"))
+            self._refused(head, f"{type(error).__name__}: {error}")
             return {"refused": coded(error), "boot": BOOT}, b""
+
+    def _refused(self, head: Head, why: str) -> None:
+        self.tell("refused", op=str(head.get("op")), phase=str(head.get("phase") or "")[:60], round=head.get("round"),
+                  why="".join(c if c.isprintable() else "?" for c in why[:400]))
+
+    def _ask(self, run: SiteRun, head: Head, body: Body) -> Said:
+        what: dict[str, Any] = {"phase": str(head["phase"]).rpartition(".")[2][:60], "round": int(head["round"])}
+        self.tell("asked", **what)
+        began = time.monotonic()
+        said, data = run.ask(head, body)
+        self.tell("answered", **what, seconds=time.monotonic() - began, bytes=len(data))
+        return said, data
 
     def _serve(self, head: Head, body: Body) -> Said:
         if head["op"] == "open":
@@ -238,9 +254,10 @@ class SiteHost:
         if self.run is None:
             return {"closed": True, "boot": BOOT}, b""
         if head["op"] == "ask":
-            return self.run.ask(head, body)
+            return self._ask(self.run, head, body)
         if head["op"] == "close":
             self.run.hear(head)
+            self.tell("closed")
             return {"boot": BOOT, "loads": self.loads}, b""
         raise Refused("message", f"'{head['op']}' is nothing that a site does")
 
@@ -254,4 +271,7 @@ class SiteHost:
                 return {"lacks": str(what), "boot": BOOT}
             self.loads += 1
             self._opened = str(head["incarnation"])
+            raw = head["recipe"]
+            self.tell("opened", run=str(raw.get("name"))[:60], rounds=raw.get("rounds"), rows=self.run.info.n,
+                      method=type(self.run.stack[0]).__name__)
         return {**self._said, "boot": BOOT}

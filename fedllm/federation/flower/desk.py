@@ -40,9 +40,10 @@ OpenRun = Callable[[Head], tuple[SiteRun, dict[str, Any]]]
 class Desk:
     """A site's host, for a line that must not be held: work goes on while `pending` is said."""
 
-    def __init__(self, open_run: OpenRun, hold: float = HOLD) -> None:
-        self.open_run, self.hold = open_run, hold
-        self.host, self.run = SiteHost(open_run), ""
+    def __init__(self, open_run: OpenRun, hold: float = HOLD, tell: Callable[..., None] = lambda what, **_: None
+                 ) -> None:
+        self.open_run, self.hold, self.tell = open_run, hold, tell
+        self.host, self.run = SiteHost(open_run, tell), ""
         self.work: dict[str, Future[Said]] = {}
 
     def answer(self, head: Head, body: Any) -> Said:
@@ -65,7 +66,7 @@ class Desk:
         done: Future[Said] = Future()
         self.work[ticket] = done
         if head.get("op") == "open" and self.run not in ("", str(head.get("run"))):
-            self.host = SiteHost(self.open_run)  # a run of its own, which finds nothing of the one before
+            self.host = SiteHost(self.open_run, self.tell)  # a run of its own, which finds nothing of the one before
         if head.get("op") == "open":
             self.run = str(head.get("run"))
         host = self.host
@@ -137,6 +138,7 @@ def main() -> None:
     from fedllm.federation.network import close
     from fedllm.federation.settings import SETTINGS, SiteSettings
     from fedllm.federation.site import open_run
+    from fedllm.federation.watching import Teller
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     for chatty in ("httpx", "flwr"):
@@ -147,8 +149,8 @@ def main() -> None:
     close(settings)  # it talks to the SuperNode on this machine alone
     torch.set_num_threads(settings.threads)
     with contextlib.suppress(KeyboardInterrupt):
-        attend(Desk(lambda head: open_run(head, site, SiteSettings.read(kit / "local" / SETTINGS))), address,
-               read(kit / "secret"))
+        attend(Desk(lambda head: open_run(head, site, SiteSettings.read(kit / "local" / SETTINGS)), tell=Teller(kit)),
+               address, read(kit / "secret"))
 
 
 if __name__ == "__main__":

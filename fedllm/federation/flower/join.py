@@ -20,9 +20,12 @@ from fedllm.federation.flower.keys import KIT
 from fedllm.federation.flower.wire import QUIET, read
 from fedllm.federation.process import end_tree, no_proxy, stoppable
 from fedllm.federation.settings import SiteSettings
+from fedllm.federation.watching import SiteWatch
 
 log = logging.getLogger(__name__)
 PAUSE = 2.0
+CONNECTED = "SuperNode ID"
+"""What Flower's SuperNode logs once the SuperLink knows it."""
 
 
 def is_flower_kit(kit: str | Path) -> bool:
@@ -39,12 +42,19 @@ def join_flower(address: str, data: str | Path, *, kit: str | Path, methods: Seq
     target = json.loads(read(kit / KIT))["address"]
     SiteSettings.settle(kit, address, target, data, methods=methods, models=models, store=store, policy=policy,
                         **settings)
+    watch = SiteWatch(kit, address, "supernode.log", CONNECTED)
     with contextlib.suppress(KeyboardInterrupt), stoppable(), no_proxy():
         while not stop():
+            alone = False
+            watch.begin()
             with site_processes(kit, target) as pair:
-                while all(p.poll() is None for p in pair) and not stop():
+                while all(p.poll() is None for p in pair) and not stop() and not alone:
                     time.sleep(0.1)
-            if not stop():
+                    watch.look()
+                    alone = watch.alone
+            if alone and not stop():
+                watch.wait(stop)
+            elif not stop():
                 log.warning("the site's processes ended (%s); they are started again",
                             ", ".join(str(p.returncode) for p in pair))
                 time.sleep(PAUSE)

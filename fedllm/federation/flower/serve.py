@@ -23,6 +23,7 @@ from fedllm.federation.flower.keys import FlowerFederation
 from fedllm.federation.flower.link import FlowerLink
 from fedllm.federation.flower.wire import read
 from fedllm.federation.process import end_tree, need_port
+from fedllm.runs.progress import log as progress
 from fedllm.runs.result import Result
 
 log = logging.getLogger(__name__)
@@ -148,10 +149,12 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
 
 def await_nodes(grid: Any, nodes: Mapping[str, int], needed: int, wait: float) -> list[str]:
     """The sites that are there, once there are `needed`; RunError when that takes longer than `wait` seconds."""
-    ends = time.monotonic() + wait
+    ends, before = time.monotonic() + wait, -1
     while True:
         ids = set(grid.get_node_ids())
         here = sorted(site for site, node in nodes.items() if node in ids)
+        if len(here) != before:
+            progress.info("%d of %d sites are here (%s)", before := len(here), needed, ", ".join(here) or "none")
         if len(here) >= needed:
             return here
         if time.monotonic() > ends:

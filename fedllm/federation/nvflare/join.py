@@ -14,8 +14,11 @@ from fedllm.core.errors import RecipeError
 from fedllm.federation.nvflare.process import kit_process
 from fedllm.federation.process import no_proxy, stoppable
 from fedllm.federation.settings import SiteSettings
+from fedllm.federation.watching import SiteWatch
 
 log = logging.getLogger(__name__)
+CONNECTED = "Successfully registered client"
+"""What NVFlare's client logs once the server knows it."""
 
 
 def join(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[str] | None = None,
@@ -31,12 +34,19 @@ def join(address: str, data: str | Path, *, kit: str | Path, methods: Sequence[s
     SiteSettings.settle(kit, address, target, data, methods=methods, models=models, store=store, policy=policy,
                         **settings)
     name = json.loads((kit / "startup" / "fed_client.json").read_text())["client"]["fqsn"]
+    watch = SiteWatch(kit, address, "process.log", CONNECTED)
     with contextlib.suppress(KeyboardInterrupt), stoppable(), no_proxy():
         while not stop():
-            words = (f"uid={name}", f"org={name.replace('-', '_')}")
+            words, alone = (f"uid={name}", f"org={name.replace('-', '_')}"), False
+            watch.begin()
             with kit_process(kit, "client", "fed_client.json", *words) as process:
-                while process.poll() is None and not stop():
+                while process.poll() is None and not stop() and not alone:
                     time.sleep(0.2)
+                    watch.look()
+                    alone = watch.alone
+            if alone and not stop():
+                watch.wait(stop)
+                continue
             if process.returncode == 0 or stop():
                 return
             log.warning("the site's process ended with %s; it is started again", process.returncode)

@@ -39,6 +39,7 @@ from fedllm.federation.nvflare.line import bench
 from fedllm.federation.nvflare.reviver import CHANNEL, TOPIC
 from fedllm.federation.settings import SETTINGS, SiteSettings
 from fedllm.federation.site import open_run
+from fedllm.federation.watching import Teller
 from fedllm.runs.watch import end_with_main
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class SiteNode:
         settings = SiteSettings.read(Path(workspace.get_site_config_dir()) / SETTINGS)
         close(settings, coordinators(Path(workspace.get_startup_kit_dir())))
         torch.set_num_threads(settings.threads)
-        return SiteHost(lambda opening: open_run(opening, site, settings))
+        return SiteHost(lambda opening: open_run(opening, site, settings), Teller(Path(workspace.get_root_dir())))
 
 
 class Conductor(CollabController):

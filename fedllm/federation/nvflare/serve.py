@@ -21,6 +21,7 @@ from fedllm.federation.nvflare.keys import ADMIN, NODES, Federation
 from fedllm.federation.nvflare.process import kit_process
 from fedllm.federation.process import need_port
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.progress import log as progress
 from fedllm.runs.result import Result, finished
 
 log = logging.getLogger(__name__)
@@ -128,9 +129,11 @@ def admin(keys: Federation, wait: float = 60.0, alive: Callable[[], bool] = lamb
 
 def await_sites(session: Any, needed: int, wait: float) -> list[str]:
     """The sites that have joined, once there are `needed`; RunError when that takes longer than `wait` seconds."""
-    ends = time.monotonic() + wait
+    ends, before = time.monotonic() + wait, -1
     while True:
         have = sorted(c.name for c in session.get_system_info().client_info)
+        if len(have) != before:
+            progress.info("%d of %d sites are here (%s)", before := len(have), needed, ", ".join(have) or "none")
         if len(have) >= needed:
             return have
         if time.monotonic() > ends:
