@@ -74,8 +74,8 @@ def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"a {type(lot[0]).__name__} of {len(lot)} client{'s' * (len(lot) > 1)} does not fit into the memory of "
-            f"{lot[0].model.device}: lower engine.batch_tokens = {limits.learned(lot[0].model)} (fewer clients share a step), "
-            f"local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
+            f"{lot[0].model.device}: lower engine.batch_tokens = {limits.learned(lot[0].model)} (fewer clients share a "
+            f"step), local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
 
 
 class Session(dict[str, Any]):

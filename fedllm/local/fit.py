@@ -42,8 +42,8 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
     most = limits.learned(requests[0].model)
     for r in requests:
         lengths = r.lengths
-        most = len(r.rows) if r.private else r.spec.batch_size
-        widest = max((int(lengths[at].max()) * min(len(at), most) for at in r.plan if len(at)), default=0)
+        part = len(r.rows) if r.private else r.spec.batch_size  # rows of a step that lie in memory at once
+        widest = max((int(lengths[at].max()) * min(len(at), part) for at in r.plan if len(at)), default=0)
         held = 4 * sum(t.numel() * t.element_size() for t in r.theta.values())  # weights, gradients, two moments
         full = bool(lots) and (len(lots[-1]) + 1) * max(tokens, widest) > most
         if not lots or full or size + held > limits.lane_bytes:
