@@ -105,7 +105,7 @@ def soak(out: Path = OUT) -> None:
 
 def memory(out: Path = OUT) -> None:
     """A thousand rounds without harm: whether the coordinator's process grows."""
-    with _rig() as rig:
+    with _rig(sites=("site-a",)) as rig:
         keep("memory", "1000 rounds", _drilled(lambda: steady(rig)), out)
 
 
