@@ -74,7 +74,7 @@ FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.dev
 	$(INSTALL) -e '.[fuzz]'
 	mkdir -p build/fuzz/corpus
-	FEDLLM_FUZZ=1000 $(BIN)/python -m pytest -q tests/federation/test_bad_site.py
+	FEDLLM_FUZZ=1000 $(BIN)/python -m pytest -q tests/federation/test_bad_site.py tests/fuzz
 	$(BIN)/python tests/fuzz/fuzz_payload.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=2048 \
 		-malloc_limit_mb=256 -artifact_prefix=build/fuzz/ build/fuzz/corpus
 

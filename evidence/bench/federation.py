@@ -23,6 +23,7 @@ from evidence.bench import flower as bench_flower
 from evidence.bench.rows import Row, machine, row
 from evidence.drills.faults import DRILLS, HOST, namespace, partition
 from evidence.drills.soak import soak as soaked
+from evidence.drills.soak import steady
 from evidence.pages import federation as federation_page
 from fedllm.api import run as simulate
 from fedllm.core.errors import FedLLMError, RunError
@@ -100,6 +101,12 @@ def soak(out: Path = OUT) -> None:
     """Two hundred rounds with random kills: what was lost, and whether anything leaks or grows."""
     with _rig() as rig:
         keep("soak", "200 rounds", _drilled(lambda: soaked(rig)), out)
+
+
+def memory(out: Path = OUT) -> None:
+    """A thousand rounds without harm: whether the coordinator's process grows."""
+    with _rig(sites=("site-a",)) as rig:
+        keep("memory", "1000 rounds", _drilled(lambda: steady(rig)), out)
 
 
 def _partition() -> dict[str, Any]:
@@ -207,7 +214,8 @@ def flower_speed(out: Path = OUT) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Path], Any]] = {"digests": digests, "faults": faults, "speed": speed, "size": size,
-                                           "soak": soak, "flower": flower, "flower_speed": flower_speed}
+                                           "soak": soak, "memory": memory, "flower": flower,
+                                           "flower_speed": flower_speed}
 
 
 def keep(table: str, name: str, value: Mapping[str, Any], out: Path = OUT) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import psutil
 from evidence.drills.faults import LOSSY, drill, kill, rounds
 from fedllm.federation.nvflare.loopback import Loopback, events, until
 
+log = logging.getLogger(__name__)
 VICTIMS: Mapping[str, Callable[[Loopback, str], int | None]] = {
     "worker": lambda rig, site: rig.worker(site),
     "client": lambda rig, site: next(iter(rig.processes("client_train", site)), None),
@@ -54,3 +56,22 @@ def _held(rig: Loopback) -> dict[str, dict[str, int]]:
             **{f"join of {site}": join.pid for site, join in rig.joins.items()}}
     return {name: {"descriptors": (p := psutil.Process(pid)).num_fds(), "mb": p.memory_info().rss >> 20}
             for name, pid in pids.items()}
+
+
+def steady(rig: Loopback, total: int = 1000, first: int = 100, step: int = 100) -> dict[str, Any]:
+    """So many rounds without harm, and what the coordinator's process holds after `first` of them and on from there."""
+    held: dict[int, float] = {}
+
+    def look(run: Path) -> float:
+        for due in range(first, total, step):
+            until(lambda due=due: rounds(run) >= due, 400, f"round {due} of {run}")
+            held[due] = psutil.Process(until(rig.coordinator)).memory_info().rss / 2**20
+            log.info("%d rounds: %.1f MB", due, held[due])
+        return 0.0
+
+    spec = {**LOSSY, "rounds": total, "method": "fedavg", "record": {"checkpoint_every": 10},
+            "local": {"optimizer": "sgd", "lr": 0.01, "steps": 1, "batch_size": 1}}
+    found = drill(rig, look, spec, seconds=400.0)
+    mb = list(held.values())
+    return {"rounds": found["rounds"], "run_s": found["run_s"], "answers_lost": found["answers_lost"],
+            "coordinator_mb": {str(n): round(v, 1) for n, v in held.items()}, "grown": round(max(mb) / mb[0] - 1, 4)}

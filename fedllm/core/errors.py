@@ -17,7 +17,14 @@
 
 
 class FedLLMError(Exception):
-    """The root: `except fedllm.FedLLMError` catches all that fedllm raises on purpose."""
+    """The root: `except fedllm.FedLLMError` catches all that fedllm raises on purpose. A message that shows somebody's
+    endless value is cut."""
+
+    LONGEST = 20_000
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= self.LONGEST else text[: self.LONGEST - 3] + "...", *more)
 
 
 class RecipeError(FedLLMError, ValueError):

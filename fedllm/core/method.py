@@ -133,7 +133,8 @@ def _is_of(kind: str, value: Any) -> bool:
         whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
         return whole or (kind == "float" and isinstance(value, float) and abs(value) <= LARGEST)
     if kind == "str":
-        return isinstance(value, str) and len(value) <= LONGEST and "\0" not in value
+        whole = isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)  # no half characters
+        return whole and len(value) <= LONGEST and "\0" not in value
     if kind.startswith("tuple"):
         of = kind[len("tuple["):].partition(",")[0] if "[" in kind else ""
         return isinstance(value, tuple | list) and all(not of or _is_of(of, v) for v in value)

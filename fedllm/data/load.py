@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.core.rng import numpy_stream
@@ -21,6 +21,7 @@ from fedllm.data.meant import odd_labels, unread
 from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
+from fedllm.data.spec import Spec
 from fedllm.tasks.registry import task_of, tasks
 from fedllm.tasks.row import Placed
 from fedllm.tasks.task import Shape
@@ -35,14 +36,12 @@ TEXTS = ("prompt", "response", "text", "system", "chosen", "rejected")
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OfficeSpec(BaseModel):
+class OfficeSpec(Spec):
     """The knobs of the synthetic office; what is left out takes the office's own default."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
-
-    clients: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 8
+    clients: Annotated[int, Field(ge=1, le=10**6)] = 8
     """Number of institutions."""
-    rows: Annotated[int, Field(ge=1, le=10**7, strict=True)] = 200
+    rows: Annotated[int, Field(ge=1, le=10**7)] = 200
     """Training rows of each institution, on average."""
     label_skew: Annotated[float, Field(gt=0)] | None = None
     """Dirichlet concentration over kinds of record: 0.1 is harsh, 100 nearly even; none is even."""
@@ -54,16 +53,14 @@ class OfficeSpec(BaseModel):
     """Rows of the global test."""
     client_test_rows: Annotated[int, Field(ge=0)] = 40
     """Test rows of each institution."""
-    categories: Annotated[int, Field(ge=1, le=10**4, strict=True)] = 12
+    categories: Annotated[int, Field(ge=1, le=10**4)] = 12
     """Number of kinds of record."""
     public_rows: Annotated[int, Field(ge=0)] = 0
     """Rows that belong to nobody, for methods that train at the server."""
 
 
-class DataSpec(BaseModel):
+class DataSpec(Spec):
     """The `data` section of a recipe: where rows come from, what they become, and who holds which."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
     source: str | list[str] = "office"
     """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`,
@@ -92,9 +89,9 @@ class DataSpec(BaseModel):
     """How rows are shared out: `kind` (iid, dirichlet, shards, quantity, by_key, per_file, by_cluster) and knobs."""
     client_test: Fraction = 0.1
     """Fraction that a client with 10 rows or more keeps back for its own test."""
-    limit: Annotated[int, Field(ge=1, strict=True)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
     """Most rows of the source to use, drawn at random; the global test counts among them if it is a fraction."""
-    test_limit: Annotated[int, Field(ge=1, strict=True)] | None = None
+    test_limit: Annotated[int, Field(ge=1)] | None = None
     """Most rows of the global test, drawn at random."""
     office: OfficeSpec | None = None
     """Knobs of the office; only with `source: office`."""

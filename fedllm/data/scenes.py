@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from fedllm.data.federation import Federation, Shard
+from fedllm.data.spec import Spec
 from fedllm.environments.registry import MAX_STEPS, dealt
 from fedllm.environments.registry import PREFIX as SCENE
 
 
-class EnvironmentSpec(BaseModel):
+class EnvironmentSpec(Spec):
     """Who acts where; every other key is a parameter of the environment, or a list of values dealt to the clients."""
 
-    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     clients: Annotated[int, Field(ge=1)] = 6
     """Number of clients, each with a layout of its own where `layout` is not given."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DataError
-from fedllm.data.strict import delimited, loads
+from fedllm.data.strict import bounded, delimited, loads
 from fedllm.tasks.row import as_text, nearest, value_of
 
 __all__ = ["Table", "map_fields", "nearest", "read_tables", "resolve", "value_of"]
@@ -61,7 +61,12 @@ def _joined(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str |
 def resolve(path: str) -> Path:
     """Where a path points; `shared:x` is x in the folder FEDLLM_DATA, or else `../shared/data` beside the checkout."""
     if not path.startswith("shared:"):
-        return Path(path).expanduser()
+        try:
+            found = Path(path).expanduser()
+            found.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # longer than any path may be, the home of nobody
+            raise DataError(f"{path[:200]!r} is no path: {error}"[:400]) from None
+        return found
     beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
     folder = Path(os.environ.get("FEDLLM_DATA") or beside)
     found = folder / path.removeprefix("shared:")
@@ -162,7 +167,7 @@ def _jsonl(path: Path) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(bounded(file, path), start=1):
             if line.strip():
                 where = f"{path}, line {number}"
                 try:
@@ -215,10 +220,10 @@ def _parquet(path: Path) -> Table:
 
 
 def _text(path: Path) -> Table:
-    text = path.read_text(encoding="utf-8-sig")
-    if "\0" in text:
+    with path.open(encoding="utf-8-sig") as file:
+        lines = [line.rstrip("\n") for line in bounded(file, path)]
+    if any("\0" in line for line in lines):
         raise DataError(f"{path} holds NUL bytes: it is UTF-16, or damaged; save it as UTF-8", kind="unreadable")
-    lines = text.split("\n")
     kept = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     return Table(str(path), [{"text": line} for _, line in kept], [number for number, _ in kept])
 

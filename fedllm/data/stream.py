@@ -9,7 +9,7 @@ from typing import Any
 
 from fedllm.core.errors import DataError
 from fedllm.data.sources import resolve
-from fedllm.data.strict import delimited, loads
+from fedllm.data.strict import bounded, delimited, loads
 
 Placed = tuple[int, str, dict[str, Any], bytes]
 """Number of the row, how an error names it, the row, and the row as one line of JSON."""
@@ -32,7 +32,7 @@ def stream_rows(source: str, share: tuple[int, int] = (0, 1), block: int = 4096)
 
 def _jsonl(path: Path, mine: Any) -> Iterator[Placed]:
     with path.open("rb") as file:
-        for i, line in enumerate(file):
+        for i, line in enumerate(bounded(file, path)):
             if mine(i) and (raw := line.removeprefix(b"\xef\xbb\xbf").strip()):
                 where = f"{path.name}, line {i + 1}"
                 row = loads(raw.decode(), where)
@@ -43,7 +43,7 @@ def _jsonl(path: Path, mine: Any) -> Iterator[Placed]:
 
 def _text(path: Path, mine: Any) -> Iterator[Placed]:
     with path.open(encoding="utf-8-sig") as file:
-        for i, line in enumerate(file):
+        for i, line in enumerate(bounded(file, path)):
             if mine(i) and line.strip():
                 row = {"text": line.rstrip("\r\n")}
                 yield i, f"{path.name}, line {i + 1}", row, packed(row, path, i)

@@ -13,6 +13,19 @@ from fedllm.core.errors import DataError
 
 LONGEST = 2**31 - 1
 """Characters of one field; Python's own limit of 131,072 is shorter than many a document."""
+LINE = 1 << 24
+"""Characters (or bytes) of one line: 16 million are more than any document has, and what a tokenizer can take."""
+
+
+def bounded(file: Any, path: Path, most: int | None = None) -> Iterator[Any]:
+    """The lines of an open file; DataError at one that has no end in sight, before more of it is read."""
+    most, number = LINE if most is None else most, 0
+    while line := file.readline(most + 1):
+        number += 1
+        if len(line) > most:
+            raise DataError(f"{path}, line {number} is longer than {most:,} characters, which is no row; cut it into "
+                            "rows", kind="broken")
+        yield line
 
 
 def loads(text: str, where: str) -> Any:
@@ -111,7 +124,7 @@ def delimited(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _kept(file: Iterator[str], lines: list[str], path: Path) -> Iterator[str]:
-    for line in file:
+    for line in bounded(file, path):
         if "\0" in line:
             raise DataError(f"{path} holds NUL bytes: it is UTF-16, or damaged; save it as UTF-8", kind="unreadable")
         lines.append(line)

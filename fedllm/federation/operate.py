@@ -25,6 +25,7 @@ from fedllm.core.record import is_test
 from fedllm.federation.flower.keys import KIT
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import read_recipe
+from fedllm.runs.store import reading
 
 SERVING = "serving.json"
 """In the run's folder while `fedllm serve` works on it: its pid, and when that process began."""
@@ -62,7 +63,8 @@ class Tally:
                     if not line.endswith(b"\n"):
                         break
                     self.at += len(line)
-                    self._count(json.loads(line))
+                    with reading(path):
+                        self._count(json.loads(line))
         return self
 
     def _count(self, event: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.core.errors import RecipeError
+from fedllm.data.spec import Spec
 from fedllm.runs.device import Device
 
 if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it loads no model code
@@ -54,10 +55,10 @@ class EndpointSetting(BaseModel):
     """NAME of the environment variable of this site that holds its key."""
 
 
-class SiteSettings(BaseModel):
+class SiteSettings(Spec):
     """A site's own file, `local/fedllm.json` in its kit: what the organisation allows."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(strict=False)
 
     data: str
     """A file or folder with this site's rows."""

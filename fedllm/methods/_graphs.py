@@ -64,9 +64,10 @@ def joined(ids: Sequence[str], edges: Iterable[tuple[str, str]]) -> Graph:
 def need_connected(ids: Sequence[str], edges: Sequence[Sequence[str]]) -> None:
     """Refuse edges that name strangers or leave the clients in parts that never hear of each other."""
     for edge in edges:
-        if len(edge) != 2 or (odd := [c for c in edge if c not in ids]):
-            what = f"{odd[0]!r} is no client" if len(edge) == 2 else "an edge is a pair of client ids"
-            raise RecipeError(f"method.edges holds {list(edge)}: {what}; the data has {', '.join(ids[:12])}")
+        pair = isinstance(edge, list | tuple) and len(edge) == 2
+        if not pair or (odd := [c for c in edge if c not in ids]):
+            what = f"{odd[0]!r:.80} is no client" if pair else "an edge is a pair of client ids"
+            raise RecipeError(f"method.edges holds {edge!r:.200}: {what}; the data has {', '.join(ids[:12])}")
     near, parts = joined(ids, ((a, b) for a, b in edges)), []
     left = dict.fromkeys(ids)
     while left:

@@ -28,6 +28,7 @@ from fedllm.report.statement import privacy_statement, seen, summary
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.received import received
 from fedllm.runs.result import Result
+from fedllm.runs.store import reading
 
 STYLE = (Path(__file__).parent / "report.css").read_text
 SCRIPT = (Path(__file__).parent / "report.js").read_text
@@ -43,10 +44,11 @@ def publish(folder: RunFolder, result: Result) -> None:
 def write_report(path: str | Path, trust_remote_code: bool = False, plugins: Sequence[str | Path] = ()) -> Path:
     """Write what `publish` writes afresh, from the record of the finished run in this folder."""
     folder = RunFolder.open(Path(path))
-    if read_facts(folder).recipe.get("plugins"):  # the card of a method of one's own is in its file
-        received(folder.path, trust_remote_code, plugins)
     try:
-        publish(folder, Result.load(folder.path))
+        with reading(folder.path):
+            if read_facts(folder).recipe.get("plugins"):  # the card of a method of one's own is in its file
+                received(folder.path, trust_remote_code, plugins)
+            publish(folder, Result.load(folder.path))
     except OSError as error:
         raise RunError(f"{folder.path} cannot be written: {error.strerror or error}") from None
     return folder.path / "report.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -14,14 +15,16 @@ from pydantic import BaseModel
 
 from fedllm.core.errors import RecipeError
 from fedllm.core.method import hint_of
+from fedllm.data.strict import half_character
 
 SHORT = {"model": "name", "data": "source", "method": "name", "space": "name", "engine": "kind",
          "select": "name"}
 """Sections that may be given as one word, and the key that the word is for."""
 
 
-LONGEST, LARGEST, MOST = 1 << 20, 100_000, 20
-"""Characters of a YAML text, values in it with its aliases written out, and complaints that are told at once."""
+LONGEST, LARGEST, MOST, DEEPEST = 1 << 20, 100_000, 20, 64
+"""Characters of a YAML text, values in it with its aliases written out, complaints that are told at once, and how deep
+values lie in one another."""
 
 
 class Yaml(yaml.SafeLoader):
@@ -55,6 +58,26 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def check_values(value: Any, path: str = "", depth: int = 0) -> None:
+    """RecipeError for what no key may hold: NaN, infinity, numbers of hundreds of digits, texts that no file can hold,
+    nesting without an end."""
+    why = ""
+    if isinstance(value, float) and not math.isfinite(value):
+        why = f"{value} is no number that anything can be"
+    elif isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1000:
+        why = "a number of so many digits stands for nothing here"
+    elif isinstance(value, str) and ("\0" in value or half_character(value) is not None):
+        why = "the text holds a NUL or half a character, which no file can"
+    elif depth > DEEPEST:
+        why = f"it is nested more than {DEEPEST} deep"
+    if why:
+        raise RecipeError(f"{path[:200] or 'the recipe'}: {why}")
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, part in inner:
+        check_values(key, path, depth + 1)
+        check_values(part, f"{path}.{key}" if path else str(key), depth + 1)
 
 
 def _written_out(node: Any, known: dict[int, int]) -> int:
@@ -92,7 +115,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """`local.lr=3e-3` -> ("local.lr", 0.003)."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
-        raise RecipeError(f"{text!r} is no override; write key.path=value, for example local.lr=3e-3")
+        raise RecipeError(f"{text[:200]!r} is no override; write key.path=value, for example local.lr=3e-3")
     return key.strip(), parse_yaml(value, f"the value of {key.strip()}")
 
 
@@ -155,6 +178,7 @@ def complaint(root: type[BaseModel], one: Mapping[str, Any]) -> str:
     loc, model = _known(root, one["loc"])
     path = ".".join(str(p) for p in loc)
     text = one["msg"].removeprefix("Value error, ")
+    text = text if len(text) <= 2000 else f"{text[:2000]}..."  # it may hold the value
     if one["type"] == "extra_forbidden":
         key = str(loc[-1])
         hint = hint_of(key, list(model.model_fields), path.rpartition(".")[0])

@@ -24,6 +24,7 @@ from fedllm.runs.store import (
     only_mine,
     private_folder,
     read_json,
+    reading,
     sync_folder,
     thaw,
     write_atomic,
@@ -222,7 +223,8 @@ class RunFolder:
         for number in reversed(self.rounds()) if round is None else [round]:
             path = self.checkpoints / f"{number:06d}.json"
             try:
-                return number, thaw(read_json(path), self.blobs)
+                with reading(path):
+                    return number, dict(thaw(read_json(path), self.blobs))
             except RunError:
                 if round is not None:
                     raise

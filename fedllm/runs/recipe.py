@@ -20,7 +20,8 @@ from pydantic import (
 
 from fedllm.core.errors import RecipeError
 from fedllm.data.load import DataSpec
-from fedllm.runs.complaints import complaints, edit, fill, read_yaml
+from fedllm.data.spec import Spec
+from fedllm.runs.complaints import check_values, complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device
 from fedllm.runs.plugins import plugged
 from fedllm.tasks.answers import judges_of, listed
@@ -69,14 +70,7 @@ Share = Annotated[int | float, PlainValidator(_share)]
 Law = Annotated[Any, PlainValidator(_law)]
 
 
-class Section(BaseModel):
-    """A part of a recipe: nothing in it is guessed, and an unknown key is refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True,
-                              allow_inf_nan=False)
-
-
-class ModelSpec(Section):
+class ModelSpec(Spec):
     """Which model, and how it is held in memory."""
 
     name: str = "embedded"
@@ -116,7 +110,7 @@ class Named(BaseModel):
         return dict(self.model_extra or {})
 
 
-class NamedModel(Section):
+class NamedModel(Spec):
     """A model beside the main one: a folder, an id or an endpoint."""
 
     name: str | None = None
@@ -151,13 +145,13 @@ class Data(DataSpec):
 
     completion_only: bool = True
     """Learn the response's tokens alone; false: the prompt's too."""
-    canaries: Annotated[int, Field(ge=0)] = 0
+    canaries: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Random rows made for each client, of which coins plant half: what `fedllm audit` then looks for."""
-    canary_copies: Count = 1
+    canary_copies: Annotated[int, Field(ge=1, le=10_000)] = 1
     """How often each planted canary stands among its client's rows."""
 
 
-class ClientsSpec(Section):
+class ClientsSpec(Spec):
     """Who takes part in a round, and what clients declare about themselves."""
 
     per_round: Share = 1.0
@@ -194,7 +188,7 @@ class ClientsSpec(Section):
     """Share of its day in which a client is there to be asked."""
 
 
-class EnergySpec(Section):
+class EnergySpec(Spec):
     """What joules are worked out from; given, a run tells tokens a joule and where the energy went."""
 
     device: str | Names | dict[str, Any] = "laptop"
@@ -213,7 +207,7 @@ class EnergySpec(Section):
     """Read RAPL and NVML around each client's work; for clients on machines of their own, or one at a time."""
 
 
-class EngineSpec(Section):
+class EngineSpec(Spec):
     """How client work is run."""
 
     kind: Literal["in_process", "vectorized", "ray", "flare", "flower"] = "vectorized"
@@ -237,7 +231,7 @@ class EngineSpec(Section):
         return None if isinstance(self.batch_tokens, str) else self.batch_tokens
 
 
-class EvaluateSpec(Section):
+class EvaluateSpec(Spec):
     """When and how the model is tested."""
 
     every: Count | None = None
@@ -270,7 +264,7 @@ class EvaluateSpec(Section):
     """Test on each client's own held-out rows too."""
 
 
-class RecordSpec(Section):
+class RecordSpec(Spec):
     """What the run folder keeps."""
 
     replies: bool = False
@@ -282,7 +276,7 @@ class RecordSpec(Section):
     alone are kept."""
 
 
-class Plugin(Section):
+class Plugin(Spec):
     """A Python file that holds a method, layer, space or selector of one's own; its stem is the name."""
 
     file: str
@@ -291,7 +285,7 @@ class Plugin(Section):
     """Written into a run's own recipe: what the file was. A run goes on with no other."""
 
 
-class Recipe(Section):
+class Recipe(Spec):
     """All that a run depends on."""
 
     name: str = "run"
@@ -346,7 +340,9 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
     else:
         raw = {"name": Path(source).stem, **read_yaml(Path(source))}
     for key, value in (overrides or {}).items():
-        edit(raw, key, [*raw.get(key, []), *value] if key == "plugins" else value)
+        beside = key == "plugins" and isinstance(value, list | tuple) and isinstance(raw.get(key, []), list)
+        edit(raw, key, [*raw.get(key, []), *value] if beside else value)
+    check_values(raw)
     fill(raw)
     try:
         recipe = Recipe.model_validate(raw)

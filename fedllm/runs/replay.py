@@ -22,6 +22,7 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runs.layers import make_layer
 from fedllm.runs.products import write_served
 from fedllm.runs.received import received
+from fedllm.runs.store import reading
 from fedllm.runs.tape import Playback
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,11 @@ def replay(path: str | Path, reducer: str | None = None, trust_remote_code: bool
     if reducer is not None and reducer not in REDUCERS:
         raise RecipeError(f"reducer = {reducer!r} is unknown; allowed are {', '.join(REDUCERS)}")
     folder = RunFolder.open(Path(path))
+    with reading(folder.path):
+        return _again(folder, reducer, trust_remote_code)
+
+
+def _again(folder: RunFolder, reducer: str | None, trust_remote_code: bool) -> Replayed:
     recipe = received(folder.path, trust_remote_code)
     if not recipe.record.replies:
         raise RunError(f"{folder.path} kept no replies; run the recipe with record.replies=true")

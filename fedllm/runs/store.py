@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import FedLLMError, RunError
 from fedllm.wire import codec
 
 
@@ -156,11 +157,24 @@ def blobs_in(doc: Any) -> Iterator[str]:
             yield from blobs_in(item)
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A record that is not as a run writes it (it was changed, or cut) is a RunError, whatever in it that is."""
+    try:
+        yield
+    except FedLLMError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError,
+            ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{path} is damaged: something in it is not as a run writes it ({type(error).__name__}: "
+                       f"{str(error)[:200]})") from error
+
+
 def read_json(path: Path) -> Any:
     """A JSON file of a run folder; a RunError when it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {error}") from None

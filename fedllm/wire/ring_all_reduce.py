@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Replies, on_client
-from fedllm.core.errors import CompositionError, PayloadError, QuorumError
+from fedllm.core.errors import CompositionError, PayloadError, QuorumError, Withheld
 from fedllm.core.form import Form, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
@@ -36,8 +37,9 @@ class RingAllReduce(Knobs, Layer):
 
     Every client sends as much as without the ring: N - 1 parts to its neighbor and one to the server. Letters between
     neighbors are sealed: the server reads the sum alone, and a client's right neighbor one Nth of its reply. It takes N
-    trips; a client that falls silent on the way breaks the ring, and the round is given up. Here the server relays;
-    where clients reach each other the same letters can go directly.
+    trips; a client that falls silent on the way breaks the ring, and the round is given up. The next ring is formed
+    without it, and without its left neighbor where either may have lied; who breaks rings again stays out twice as
+    long. Here the server relays; where clients reach each other the same letters can go directly.
     """
 
     algebra = Algebra("secagg", needs="sum", reveals="sum", additive=False,
@@ -60,7 +62,7 @@ class RingAllReduce(Knobs, Layer):
         need_sums(self, method, reducers)
 
     def init(self) -> dict[str, Any]:
-        return {"sessions": 0}
+        return {"sessions": 0, "broke": {}}
 
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
@@ -71,18 +73,40 @@ class RingAllReduce(Knobs, Layer):
                                    "that come, and a ring must stand before it starts; leave the ring out")
         state["sessions"] += 1
         sid = str(state["sessions"])
-        met = yield Ask(self.greet, {c: {"sid": sid} for c in ask.msgs}, quorum=ask.quorum, deadline=ask.deadline)
+        out = self._out(ask.msgs, state)
+        met = yield Ask(self.greet, {c: {"sid": sid} for c in ask.msgs if c not in out}, quorum=ask.quorum,
+                        deadline=ask.deadline)
         told = {OWN + "sid": sid, OWN + "lift": lift}
         held = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in met}, reduce=SameLayout(),
                              form=Form.of("layout: code"))
         ring = list(held.answered)
-        chunks = yield from self._around(ring, {c: list(met[c]["key"]) for c in ring}, sid, ask.deadline)
+        if state.get("broke"):  # other neighbors than last time, so that nobody is suspected again for who stands there
+            random.Random(sid).shuffle(ring)
+        chunks = yield from self._around(ring, {c: list(met[c]["key"]) for c in ring}, sid, ask.deadline, state,
+                                         sizes(held.value["layout"], len(ring)))
         total = unflat([chunks[k] for k in range(len(ring))], held.value["layout"])
-        missing = {c: met.missing.get(c) or held.missing.get(c, "fell silent") for c in ask.msgs if c not in ring}
+        missing = {c: out.get(c) or met.missing.get(c) or held.missing.get(c, "fell silent")
+                   for c in ask.msgs if c not in ring}
         return Replies({}, ask.reducer.done(total), tuple(ring), missing, held.notes, held.seconds)
 
-    def _around(self, ring: Sequence[str], keys: Mapping[str, list[bytes]], sid: str, deadline: float | None) -> Any:
-        """Part -> its sum, from the client that finished it."""
+    def _out(self, asked: Sequence[str] | Mapping[str, Any], state: Any) -> dict[str, str]:
+        """Who stays out of this ring and why; nobody, where too few would be left."""
+        out = {c: f"broke a ring, and stays out until ring {until}" for c, (_, until) in state.get("broke", {}).items()
+               if c in asked and state["sessions"] <= until}
+        return out if len(asked) - len(out) >= self.__dict__["_least"] else {}
+
+    def _blame(self, ring: Sequence[str], missing: Mapping[str, str], step: int, state: Any) -> None:
+        """Note who broke the ring: who did not answer as it should, and where a client could not use what it was
+        handed, its left neighbor too."""
+        for c, why in missing.items():
+            alone = step == 0 or why.startswith("reply refused")
+            for one in {c} if alone else {c, ring[ring.index(c) - 1]}:
+                times = state.setdefault("broke", {}).get(one, [0, 0])[0] + 1
+                state["broke"][one] = [times, state["sessions"] + 2 ** min(times - 1, 20)]
+
+    def _around(self, ring: Sequence[str], keys: Mapping[str, list[bytes]], sid: str, deadline: float | None,
+                state: Any, long: Sequence[tuple[int, int]]) -> Any:
+        """Part -> its sum, from the client that finished it; `long` are the entries and numbers of each part."""
         n, post = len(ring), dict[str, Payload]()
         for step in range(n):
             msgs = {c: {"sid": sid, "step": step, "place": i, "n": n,
@@ -91,8 +115,13 @@ class RingAllReduce(Knobs, Layer):
                     for i, c in enumerate(ring)}
             got = yield Ask(self.turn, msgs, quorum=1, deadline=deadline,
                             hidden={"RingAllReduce": frozenset({"letter", "envelope"})})
-            if got.missing:
-                who = "; ".join(f"{c}: {why}" for c, why in list(got.missing.items())[:5])
+            missing = dict(got.missing)
+            if step == n - 1:
+                missing |= {c: "reply refused: its part is not as long as it should be" for i, c in enumerate(ring)
+                            if c in got and (len(got[c]["x"]), len(got[c]["y"])) != long[(i + 1) % n]}
+            if missing:
+                self._blame(ring, missing, step, state)
+                who = "; ".join(f"{c}: {why}" for c, why in list(missing.items())[:5])
                 raise QuorumError(f"RingAllReduce gives the round up: the ring broke in step {step + 1} of {n} ({who})")
             post = dict(got)
         return {(i + 1) % n: (got["x"], got["y"]) for i, got in enumerate(post[c] for c in ring)}
@@ -133,8 +162,11 @@ class RingAllReduce(Knobs, Layer):
         part = (place - step) % n
         mine = {k: held[k].tensor_split(n)[part] for k in ("x", "y")}
         if step:
-            theirs = letters.unseal(client, OWN + msg["sid"], msg["left"], msg["left_key"], msg["letter"],
-                                    msg["envelope"], self.keys, like=mine)
+            try:
+                theirs = letters.unseal(client, OWN + msg["sid"], msg["left"], msg["left_key"], msg["letter"],
+                                        msg["envelope"], self.keys, like=mine)
+            except PayloadError as error:  # nothing of its own is wrong: the ring breaks here, and the run does not
+                raise Withheld(str(error)) from None
             mine = {k: theirs[k] + mine[k] for k in mine}
         if step < n - 1:
             to = {msg["right"]: msg["right_key"]}
@@ -178,15 +210,19 @@ def flat(lifted: Payload) -> tuple[Tensor, Tensor, str]:
     return x, torch.tensor(list(numbers.values()), dtype=torch.float64), json.dumps([rows, list(numbers)])
 
 
+def sizes(layout: str, n: int) -> list[tuple[int, int]]:
+    """How many entries and numbers each of n parts has."""
+    rows, names = json.loads(layout)
+    whole = torch.empty(sum(math.prod(shape) for _, _, shape in rows), dtype=torch.bool), torch.empty(len(names))
+    return [(len(x), len(y)) for x, y in zip(*(t.tensor_split(n) for t in whole), strict=True)]
+
+
 def unflat(chunks: Sequence[tuple[Tensor, Tensor]], layout: str) -> dict[str, Any]:
     """The summed reply from its parts in order."""
     (rows, names), out, at = json.loads(layout), dict[str, Any](), 0
     x, y = (torch.cat([chunk[i] for chunk in chunks]) for i in (0, 1))
-    sizes = [math.prod(shape) for _, _, shape in rows]
-    if (len(x), len(y)) != (sum(sizes), len(names)):
-        raise PayloadError(f"the parts of a ring hold {len(x)} entries and {len(y)} numbers, the layout {sum(sizes)} "
-                           f"and {len(names)}")
-    for (key, dtype, shape), size in zip(rows, sizes, strict=True):
+    for key, dtype, shape in rows:
+        size = math.prod(shape)
         out[key] = x[at : at + size].view(shape).to(DTYPES[dtype])
         at += size
     return out | dict(zip(names, y.tolist(), strict=True))
