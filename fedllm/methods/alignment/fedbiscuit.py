@@ -32,7 +32,7 @@ class FedBiscuit(Method):
         topic="alignment",
         sends="as FedAvg, of the judge of the client's group; when clients are regrouped all judges down and a loss of "
               "each up",
-        needs="data.task: preference; clients that remember nothing; every client of a round of one group",
+        needs="data.task: preference; at least as many clients a round as there are groups",
         claim=Claim("where half of the clients prefer what the others reject, two judges agree with the clients' own "
                     "held-out choices more often than one", rig="camps", metric="agreed", baseline="fedbiscuit",
                     relative="difference", holds=">", threshold=0.0, options=CAMPS,
