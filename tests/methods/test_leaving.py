@@ -12,8 +12,8 @@ from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.payload import digest
 from fedllm.local.forward import run_losses
 from fedllm.local.requests import Limits, Losses
+from fedllm.methods._games import exact
 from fedllm.methods.registry import make_method
-from fedllm.methods.valuation.shapley import exact
 
 
 def settled(game, v):

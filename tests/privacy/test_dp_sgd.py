@@ -151,21 +151,22 @@ def test_vectorized_equals_one_at_a_time(tiny):
 
 @dataclass(frozen=True)
 class Peek(Star):
-    """Trains, and also tells its loss on the rows (or the rows themselves)."""
+    """Trains, and also tells its loss on the rows (or of the rows themselves, or of their gradient)."""
 
     what: str = "loss"
 
     @on_client(reduce=Mean())
     def local(self, msg, client):
         theta = part(msg, "theta")
-        told = client.loss(theta) if self.what == "loss" else float(len(client.data))
+        told = {"loss": lambda: client.loss(theta), "data": lambda: float(len(client.data)),
+                "gradient": lambda: float(sum(g.sum() for g in client.gradient(theta).values()))}[self.what]()
         return pack(delta=sub(client.fit(theta).theta, theta), n=client.n, told=told)
 
     def round(self, state, clients):
         return (yield Ask(self.local, {c.id: pack(theta=state["theta"]) for c in clients}))
 
 
-@pytest.mark.parametrize("what", ["loss", "data"])
+@pytest.mark.parametrize("what", ["loss", "data", "gradient"])
 def test_reading_rows_beside_training_is_refused(tiny, what):
     layer = DPSGD(noise_multiplier=1.0)
     engine, _, state, world = tiny(layers=[layer], k=3, spec=SGD)

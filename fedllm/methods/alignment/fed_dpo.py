@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,10 +12,10 @@ from fedllm.core.ask import on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Payload, Tree, add, pack, part, sub
+from fedllm.core.payload import Payload, add, pack, part, sub
 from fedllm.core.reduce import Mean
-from fedllm.local.objectives.dpo import DPO, log_likelihood
-from fedllm.tasks.preference import chosen, rejected
+from fedllm.local.objectives.dpo import DPO
+from fedllm.methods._pairs import margins, pairs
 
 
 @dataclass(frozen=True)
@@ -51,22 +50,12 @@ class FedDPO(Star):
             raise CompositionError(f"method 'fed_dpo' and data.task = {model.task!r} do not fit together: it learns "
                                    "which of two answers is preferred; use data.task = 'preference'")
 
-    def pairs(self, client: Client, rows: Sequence[Any]) -> tuple[Any, Any]:
-        """Prompt and answer as tokens: with the chosen ones, and with the rejected."""
-        read = client.encode(rows)
-        return [chosen(row) for row in read], [rejected(row) for row in read]
-
-    def margins(self, client: Client, theta: Tree, better: Any, worse: Any) -> np.ndarray:
-        """log pi(y+|x) - log pi(y-|x) of each pair."""
-        said = client.measure(theta, [*better, *worse], log_likelihood)[:, 0]
-        return said[: len(better)] - said[len(better) :]
-
     @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         theta = part(msg, "theta")
-        better, worse = self.pairs(client, client.data)
+        better, worse = pairs(client, client.data)
         if len(client.memory.get("ref", ())) != len(better):  # the reference stays as it is
-            client.memory["ref"] = torch.from_numpy(self.margins(client, client.model.initial(), better, worse))
+            client.memory["ref"] = torch.from_numpy(margins(client, client.model.initial(), better, worse))
         # min - log sigmoid(beta (log pi(y+|x) / pi(y-|x) - log ref(y+|x) / ref(y-|x)))
         fitted = client.fit(theta, on=better, objective=DPO(self.beta, self.label_smoothing),
                             side={"rejected": worse, "ref": client.memory["ref"]})
@@ -83,7 +72,7 @@ class FedDPO(Star):
         told = client.score(theta, base=part(msg, "base") or None, on=msg["on"])
         if not rows:
             return told
-        pairs = self.pairs(client, rows)
-        gain = self.margins(client, theta, *pairs) - self.margins(client, client.model.initial(), *pairs)
+        both = pairs(client, rows)
+        gain = margins(client, theta, *both) - margins(client, client.model.initial(), *both)
         return {**told, "preference": float(((gain > 0) + 0.5 * (gain == 0)).mean()),
                 "dpo_loss": float(np.logaddexp(0, -self.beta * gain).mean())}
