@@ -206,7 +206,7 @@ def _summed(a: str, b: str, endpoint: Endpoint, questions: Sequence[Question], r
         raise EndpointError(f"the judge answered nothing: {rows[-1]['why']}")
     worth = {"wins": 1.0, "losses": 0.0, "ties": 0.5, "inconsistent": 0.5}
     points = np.array([worth[r["outcome"]] for r in rows if r["outcome"] in worth])
-    rate: tuple[float | None, ...] = (None, None, None)
+    rate: tuple[float | None, float | None, float | None] = (None, None, None)
     if len(points):
         draws = np.random.default_rng(0).integers(len(points), size=(DRAWS, len(points)))
         low, high = np.quantile(points[draws].mean(1), (0.025, 0.975))
@@ -217,5 +217,6 @@ def _summed(a: str, b: str, endpoint: Endpoint, questions: Sequence[Question], r
     why = next((r["why"] for r in reversed(rows) if "why" in r), "") if len(rows) < len(questions) else ""
     return Duel(a, b, endpoint.model, len(questions), count["wins"], count["losses"], count["ties"],
                 count["inconsistent"], count["invalid"], count["failed"], *rate,
-                {k: place[k] for k in ("first", "second", "tie")}, sum(r["calls"] for r in rows), *tokens, cost, why,
+                {k: place[k] for k in ("first", "second", "tie")}, sum(r["calls"] for r in rows), tokens[0],
+                tokens[1], cost, why,
                 list(rows))
