@@ -208,8 +208,8 @@ def _summed(a: str, b: str, endpoint: Endpoint, questions: Sequence[Question], r
     points = np.array([worth[r["outcome"]] for r in rows if r["outcome"] in worth])
     rate: tuple[float | None, float | None, float | None] = (None, None, None)
     if len(points):
-        draws = np.random.default_rng(0).integers(len(points), size=(DRAWS, len(points)))
-        low, high = np.quantile(points[draws].mean(1), (0.025, 0.975))
+        draw, n = np.random.default_rng(0), len(points)
+        low, high = np.quantile([points[draw.integers(n, size=n)].mean() for _ in range(DRAWS)], (0.025, 0.975))
         rate = float(points.mean()), float(low), float(high)
     place = Counter(v for r in rows for v in r["verdicts"] if v)
     tokens = [sum(r["tokens"][k] for r in rows) for k in (0, 1)]
@@ -218,5 +218,4 @@ def _summed(a: str, b: str, endpoint: Endpoint, questions: Sequence[Question], r
     return Duel(a, b, endpoint.model, len(questions), count["wins"], count["losses"], count["ties"],
                 count["inconsistent"], count["invalid"], count["failed"], *rate,
                 {k: place[k] for k in ("first", "second", "tie")}, sum(r["calls"] for r in rows), tokens[0],
-                tokens[1], cost, why,
-                list(rows))
+                tokens[1], cost, why, list(rows))
