@@ -206,10 +206,10 @@ def _summed(a: str, b: str, endpoint: Endpoint, questions: Sequence[Question], r
         raise EndpointError(f"the judge answered nothing: {rows[-1]['why']}")
     worth = {"wins": 1.0, "losses": 0.0, "ties": 0.5, "inconsistent": 0.5}
     points = np.array([worth[r["outcome"]] for r in rows if r["outcome"] in worth])
-    rate: tuple[float | None, ...] = (None, None, None)
+    rate: tuple[float | None, float | None, float | None] = (None, None, None)
     if len(points):
-        draws = np.random.default_rng(0).integers(len(points), size=(DRAWS, len(points)))
-        low, high = np.quantile(points[draws].mean(1), (0.025, 0.975))
+        draw, n = np.random.default_rng(0), len(points)
+        low, high = np.quantile([points[draw.integers(n, size=n)].mean() for _ in range(DRAWS)], (0.025, 0.975))
         rate = float(points.mean()), float(low), float(high)
     place = Counter(v for r in rows for v in r["verdicts"] if v)
     tokens = [sum(r["tokens"][k] for r in rows) for k in (0, 1)]
@@ -217,5 +217,5 @@ def _summed(a: str, b: str, endpoint: Endpoint, questions: Sequence[Question], r
     why = next((r["why"] for r in reversed(rows) if "why" in r), "") if len(rows) < len(questions) else ""
     return Duel(a, b, endpoint.model, len(questions), count["wins"], count["losses"], count["ties"],
                 count["inconsistent"], count["invalid"], count["failed"], *rate,
-                {k: place[k] for k in ("first", "second", "tie")}, sum(r["calls"] for r in rows), *tokens, cost, why,
-                list(rows))
+                {k: place[k] for k in ("first", "second", "tie")}, sum(r["calls"] for r in rows), tokens[0],
+                tokens[1], cost, why, list(rows))

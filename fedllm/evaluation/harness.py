@@ -30,7 +30,8 @@ class ArmLM(TemplateLM):
 
     def __init__(self, arm: Arm) -> None:
         super().__init__()
-        self.arm, self.tokenizer = arm, arm.model.tokenizer
+        self.arm = arm
+        self.tokenizer: Any = arm.model.tokenizer
         if not arm.model.rules.speaks:
             raise RecipeError(f"--tasks: the run's task is {arm.model.task!r}, and lm-eval asks language models; use "
                               "--data")

@@ -69,13 +69,13 @@ def evaluate_rows(run: Trained, data: str | None = None, metric: str | Sequence[
         raise RecipeError(f"--metric {metric!r}: the run's task is {recipe.data.task}, where nothing is generated; "
                           "leave it out")
     own = recipe.data.test if recipe.data.source == OWN else None  # the coordinator's file, where sites hold the rest
-    rows = list(file_rows(recipe, data or own) if data or own else
-                load_federation(recipe.data, recipe.seed).test)
+    file = data or own
+    rows = list(file_rows(recipe, file) if file else load_federation(recipe.data, recipe.seed).test)
     if not rows:
         raise DataError("there is nothing to test on: the recipe has no global test; give --data FILE")
     if limit is not None and limit < len(rows):
-        drawn = numpy_stream(recipe.seed, "evaluate.limit").choice(len(rows), limit, replace=False)
-        rows = [rows[i] for i in sorted(drawn.tolist())]
+        few = numpy_stream(recipe.seed, "evaluate.limit").choice(len(rows), limit, replace=False)
+        rows = [rows[i] for i in sorted(few.tolist())]
     new = max_new_tokens or recipe.evaluate.max_new_tokens
     told = listed(metric if metric is not None else recipe.evaluate.metric)
     answers: list[list[str]] = []
