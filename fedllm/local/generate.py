@@ -20,7 +20,6 @@ from fedllm.models.kernels import fast
 from fedllm.models.model import Model
 from fedllm.models.sealed import opened
 
-
 STAY = 0.75
 """Rows that have said all they have to say are dropped once no more than this share of them goes on."""
 

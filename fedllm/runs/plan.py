@@ -200,8 +200,8 @@ def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
     slope = max(0.0, again.seconds - min(probes[1].seconds, probes[2].seconds)) / (more - 1)
     quick = min(probes[1].seconds, probes[2].seconds)
     back = _returning(course, few, seen) if misses else {}
-    return Probed([p.bytes for p in probes], per_step, max(0.0, probes[0].seconds - quick), quick + slope * (thin.times * steps - 1),
-                  course, back)
+    whole = quick + slope * (thin.times * steps - 1)
+    return Probed([p.bytes for p in probes], per_step, max(0.0, probes[0].seconds - quick), whole, course, back)
 
 
 def _stayed(cohorts: Sequence[Sequence[ClientInfo]], r: int) -> float:
