@@ -17,6 +17,7 @@ from rich.table import Table
 from evidence.bench.arena import arena
 from evidence.bench.federation import federation
 from evidence.bench.gpu import gpu
+from evidence.bench.llm import llm
 from evidence.bench.privacy import privacy
 from evidence.bench.quality import quality
 from evidence.bench.rows import Row, merge
@@ -30,9 +31,9 @@ from fedllm.models.kernels import keep_freed_memory
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "simulation": simulation, "aggregation": aggregation, "codec": codec_rows, "svd": svd, "scale": scale,
     "federation": federation, "privacy": privacy, "quality": quality, "arena": arena,
-    "zeroth_order": zeroth_order, "gpu": gpu}
-APART = ("quality", "arena", "gpu")
-"""Hours of work, or for machines with a card: only when named."""
+    "zeroth_order": zeroth_order, "gpu": gpu, "llm": llm}
+APART = ("quality", "arena", "gpu", "llm")
+"""Hours of work, for machines with a card, or with a model and data that must be there: only when named."""
 OUT = Path("docs/results/bench.json")
 
 

@@ -37,6 +37,13 @@ def run_fits(requests: Sequence[Fit], limits: Limits) -> list[Fitted]:
 
 
 def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
+    """As few as the limits allow, and of like size: a last lot of one client would be slow for its size."""
+    lots = _cut(requests, limits, len(requests))
+    even = _cut(requests, limits, -(-len(requests) // max(1, len(lots))))
+    return even if len(even) == len(lots) else lots
+
+
+def _cut(requests: Sequence[Fit], limits: Limits, clients: int) -> list[list[Fit]]:
     lots: list[list[Fit]] = []
     tokens = size = 0
     most = limits.learned(requests[0].model)
@@ -46,7 +53,7 @@ def _lots(requests: Sequence[Fit], limits: Limits) -> list[list[Fit]]:
         widest = max((int(lengths[at].max()) * min(len(at), part) for at in r.plan if len(at)), default=0)
         held = 4 * sum(t.numel() * t.element_size() for t in r.theta.values())  # weights, gradients, two moments
         full = bool(lots) and (len(lots[-1]) + 1) * max(tokens, widest) > most
-        if not lots or full or size + held > limits.lane_bytes:
+        if not lots or full or len(lots[-1]) >= clients or size + held > limits.lane_bytes:
             lots.append([])
             tokens = size = 0
         lots[-1].append(r)

@@ -252,7 +252,7 @@ class CausalAttention(torch.autograd.Function):
 
 
 def _readable(m: Any, x: Tensor, turns: Any, mask: Tensor | None) -> bool:
-    plain = mask is not None and mask.dtype == torch.bool and mask.dim() == 4 or (mask is None and x.shape[1] == 1)
+    plain = (mask is not None and mask.dtype == torch.bool and mask.dim() == 4) or (mask is None and x.shape[1] == 1)
     return plain and x.device.type == "cpu" and x.shape[1] <= SHORT and turns[0].shape[-1] == m.head_dim and not (
         torch.is_grad_enabled())
 

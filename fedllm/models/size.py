@@ -18,9 +18,10 @@ import torch
 
 MOST = 16384
 """Tokens of a step at most, whatever the model: more bring no speed."""
-STEP = 1 << 30
-"""Bytes that the activations of a training step may take on a CPU; less where a quarter of the memory is less."""
-READ, CACHE = 3 / 8, 1 / 4
+STEP = 1 << 28
+"""Bytes that the activations of a training step may take on a CPU (of SmolLM2 some 200 tokens: more clients in a step
+bring it little speed); less where a quarter of the memory is less. A client's own batch is never cut."""
+READ, CACHE = 9 / 8, 3 / 4
 """Of a step's bytes, what a pass without gradients may take, and what the keys and values of a generation may."""
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 

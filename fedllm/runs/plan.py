@@ -23,12 +23,9 @@ from fedllm.runs.meter import Meter
 from fedllm.runs.progress import log as progress
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.rows import look
+from fedllm.runs.thin import Thin, say_size
 from fedllm.runs.training import cautions
 
-PROBED = 16
-"""Clients in the slice: the vectorized engine's step is full with as many."""
-TEST_ROWS = 64
-CLIENT_ROWS = 16
 PER_ROUND_OVERHEAD = 0.02
 """Seconds of a checkpoint and of bookkeeping."""
 
@@ -102,7 +99,9 @@ class Probed:
 
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Plan:
     """Probe a recipe and predict bytes, seconds and peak memory; nothing is written."""
-    return plan_parts(build(load_recipe(recipe, overrides)))
+    checked = load_recipe(recipe, overrides)
+    say_size(checked)
+    return plan_parts(build(checked))
 
 
 def plan_parts(parts: Parts) -> Plan:
@@ -117,9 +116,10 @@ def plan_parts(parts: Parts) -> Plan:
                   sum(c.n for c in parts.world.infos()))
     cohorts = [draw_cohort(parts.world.infos(), recipe.clients.per_round, recipe.seed, r) for r in range(recipe.rounds)]
     asked = max((len(c) for c in cohorts), default=0)
-    small, steps = _slice(parts, asked), _mean_steps(parts)
-    more = max(3, min(12, round(steps / 4)))
-    probed = _probe(small, small.method, small.layers, steps, more, asked < len(parts.world.infos()))
+    steps = _mean_steps(parts)
+    thin = Thin.of(parts, asked, max(3, min(12, round(steps / 4))))
+    small = thin.local(_slice(parts, asked, thin))
+    probed = _probe(small, small.method, small.layers, steps, thin, asked < len(parts.world.infos()))
     progress.info("plan: the rounds are tried (%.1f s each); now a test", probed.seconds)
     share = asked / max(1, len(small.world.federation.clients)) * _availability(parts)
     total: Bytes = defaultdict(float)
@@ -136,13 +136,14 @@ def plan_parts(parts: Parts) -> Plan:
     time_share = asked / max(1, len(small.world.federation.clients))
     spent = probed.warm_up + recipe.rounds * (probed.seconds * time_share + PER_ROUND_OVERHEAD)
     spent += first_seconds + (tests - 1) * test_seconds
-    extra = sum(_baseline_seconds(small, name, steps, more) * time_share * recipe.rounds + test_seconds
+    extra = sum(_baseline_seconds(small, name, steps, thin) * time_share * recipe.rounds + test_seconds
                 for name in recipe.evaluate.baselines)
+    peak = round(PEAK * meter.peak()) if thin.batch is None else meter.peak() + thin.missing
     sent = summed(total)
     rows = {c.id: c.n for c in parts.world.infos()}
     facts = make_facts(recipe, rows, parts.world.local)
     privacy = [says for layer in parts.layers if (says := layer.foresee(facts))]
-    return Plan(sent["up"], sent["down"], sent["by_phase"], spent, extra, round(PEAK * meter.peak()), recipe.rounds,
+    return Plan(sent["up"], sent["down"], sent["by_phase"], spent, extra, peak, recipe.rounds,
                 asked, summed(of_tests), dict(parts.method.metrics), privacy, said)
 
 
@@ -161,14 +162,14 @@ def _availability(parts: Parts) -> float:
     return sum(c.profile.availability for c in clients) / len(clients)
 
 
-def _slice(parts: Parts, asked: int) -> Parts:
+def _slice(parts: Parts, asked: int, thin: Thin) -> Parts:
     """The same run with some of its clients (spread over their sizes), always there, and few test rows."""
     world, federation = parts.world, parts.world.federation
     infos = sorted(world.infos(), key=lambda c: c.n)
-    want = max(1, min(PROBED, asked, len(infos)))
+    want = max(1, min(thin.clients, asked, len(infos)))
     chosen = {infos[(2 * i + 1) * len(infos) // (2 * want)].id for i in range(want)}
-    clients = {c: replace(s, test=s.test[:CLIENT_ROWS]) for c, s in federation.clients.items() if c in chosen}
-    small = replace(federation, clients=clients, test=federation.test[:TEST_ROWS])
+    clients = {c: replace(s, test=s.test[: thin.client_rows]) for c, s in federation.clients.items() if c in chosen}
+    small = replace(federation, clients=clients, test=federation.test[: thin.test_rows])
     profiles = {c.id: replace(c.profile, availability=1.0) for c in infos}
     recipe = parts.recipe.model_copy(
         update={"clients": parts.recipe.clients.model_copy(update={"per_round": 1.0, "quorum": 1, "deadline": None})})
@@ -182,8 +183,9 @@ def _world(world: World, federation: Federation, profiles: Mapping[str, Any], st
 
 
 def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
-           more: int, misses: bool = False) -> Probed:
-    """Rounds 0, 1 and 2 at one step, and round 2 once more at `more` steps; `misses`: clients may miss rounds."""
+           thin: Thin, misses: bool = False) -> Probed:
+    """Rounds 0, 1 and 2 at one step, and round 2 once more at `thin.more`; `misses`: clients may miss rounds."""
+    more = thin.more
     few, many = _with_steps(small, 1), _with_steps(small, more)
     course, seen = Course(few, method, layers), _Counter()
     course.record.sink = seen
@@ -199,8 +201,8 @@ def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
     slope = max(0.0, again.seconds - min(probes[1].seconds, probes[2].seconds)) / (more - 1)
     quick = min(probes[1].seconds, probes[2].seconds)
     back = _returning(course, few, seen) if misses else {}
-    return Probed([p.bytes for p in probes], per_step, max(0.0, probes[0].seconds - quick), quick + slope * (steps - 1),
-                  course, back)
+    whole = quick + slope * (thin.times * steps - 1)
+    return Probed([p.bytes for p in probes], per_step, max(0.0, probes[0].seconds - quick), whole, course, back)
 
 
 def _stayed(cohorts: Sequence[Sequence[ClientInfo]], r: int) -> float:
@@ -274,6 +276,6 @@ def _rows(federation: Federation) -> int:
     return len(federation.test) + sum(len(s.test) for s in federation.clients.values())
 
 
-def _baseline_seconds(small: Parts, name: str, steps: float, more: int) -> float:
-    return _probe(small, make_method(name), [], steps, more).seconds
+def _baseline_seconds(small: Parts, name: str, steps: float, thin: Thin) -> float:
+    return _probe(small, make_method(name), [], steps, thin).seconds
 

@@ -80,7 +80,8 @@ def test_limits_follow_the_model_and_a_number_holds_for_all(tiny_llama_folder, m
     monkeypatch.setattr(size, "room", lambda device: 1 << 20)
     sizes = size.Sizes.of(model.net.config)
     assert Limits().learned(model) == (1 << 20) // sizes.learned < size.MOST
-    assert Limits().kept(model) == min(int(size.READ * (1 << 20) / sizes.read), int(size.CACHE * (1 << 20) / sizes.cached))
+    both = int(size.READ * (1 << 20) / sizes.read), int(size.CACHE * (1 << 20) / sizes.cached)
+    assert Limits().kept(model) == min(both)
 
 
 def test_sizes_are_read_from_configs_of_other_families():
