@@ -11,7 +11,7 @@ from fedllm.engines.far.reasons import Refused
 from fedllm.federation.settings import SiteSettings
 from fedllm.methods.registry import METHODS, method_class
 from fedllm.runs.build import versions
-from fedllm.runs.recipe import NamedModel, Recipe, load_recipe
+from fedllm.runs.recipe import NamedModel, Recipe, read_recipe
 from fedllm.runs.store import private_folder, read_json, write_atomic
 
 SHAPE = "shape.json"
@@ -40,7 +40,7 @@ def admitted(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
            "models": _own_endpoints(raw.get("models") or {}, settings),
            "layers": [_own_keys(layer, settings) for layer in raw.get("layers", ())]}
     data = {k: v for k, v in raw["data"].items() if k not in NOT_SENT}
-    recipe = load_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
+    recipe = read_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
                                           "partition": {"kind": "per_file"}}})
     _method(recipe.method.name, settings)
     if recipe.model.trust_remote_code and not settings.trust_remote_code:
