@@ -13,7 +13,7 @@ from fedllm.methods.registry import METHODS, method_class
 from fedllm.models.load import OWN
 from fedllm.models.policy import POLICY
 from fedllm.runs.build import versions
-from fedllm.runs.recipe import NamedModel, Recipe, load_recipe
+from fedllm.runs.recipe import NamedModel, Recipe, read_recipe
 from fedllm.runs.store import private_folder, read_json, write_atomic
 from fedllm.tasks.answers import CALL, judges_of, listed
 
@@ -43,7 +43,7 @@ def admitted(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
            "models": _own_endpoints(raw.get("models") or {}, settings),
            "layers": [_own_keys(layer, settings) for layer in raw.get("layers", ())]}
     data = {k: v for k, v in raw["data"].items() if k not in NOT_SENT}
-    recipe = load_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
+    recipe = read_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
                                           "partition": {"kind": "per_file"}}})
     _method(recipe.method.name, settings)
     for name in listed(recipe.evaluate.metric):  # no function has been looked for yet
