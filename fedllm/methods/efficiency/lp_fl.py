@@ -41,7 +41,7 @@ class LPFL(Star):
                              options={"known": 0}, grid={"local.lr": (1e-3, 3e-3, 1e-2)})},
         evidence="From the abstract, and PET from memory. A causal model's next word takes the mask's place; PET's "
                  "auxiliary word loss is left out. `labelled` rows are each client's first ones; the others' answers "
-                 "are not looked at.",
+                 "are not looked at. Over four seeds it gains 0.023 (open: too few).",
     )
     trial = Trial({"verbalizer": tuple(f"w{i}" for i in range(60)), "labelled": 2, "u0": 0.5})
     metrics: ClassVar = {"label_accuracy": "max"}
