@@ -1,4 +1,4 @@
-"""What one would write by hand for a real language model: a PEFT loop over padded batches, and transformers.generate."""
+"""A real language model as one would handle it by hand: a PEFT loop over padded batches, and transformers.generate."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def _generation(repeats: int = 2) -> list[Row]:
             spent[side].append(time.process_time() - start)
     cut = [next((row[:i] for i, w in enumerate(row) if w in model.ends), row) for row in said["plain"]]
     return [row(f"llm/{ANSWERS} answers vs transformers.generate", median(
-        p / o for o, p in zip(spent["ours"], spent["plain"], strict=True)), "times", "transformers.generate, 16 a batch",
+        p / o for o, p in zip(spent["ours"], spent["plain"], strict=True)), "times", "transformers, 16 at once",
         1.3, cpu_s={n: round(median(s), 1) for n, s in spent.items()},
         equal=sum(a == b for a, b in zip(said["ours"], cut, strict=True))), _memory("answers", 1.0)]
 

@@ -72,10 +72,11 @@ def carry_out(lot: Sequence[Request], limits: Limits) -> list[Any]:
     try:
         return RUNNERS[type(lot[0])](lot, limits)
     except torch.OutOfMemoryError as error:
+        most = limits.learned(lot[0].model)
         raise RunError(
             f"a {type(lot[0]).__name__} of {len(lot)} client{'s' * (len(lot) > 1)} does not fit into the memory of "
-            f"{lot[0].model.device}: lower engine.batch_tokens = {limits.learned(lot[0].model)} (fewer clients share a "
-            f"step), local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
+            f"{lot[0].model.device}: lower engine.batch_tokens = {most} (fewer clients share a step), "
+            f"local.batch_size or local.max_length ({str(error).splitlines()[0][:200]})") from None
 
 
 class Session(dict[str, Any]):

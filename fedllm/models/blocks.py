@@ -163,7 +163,6 @@ class SwiGlu(torch.autograd.Function):
 
 class GatedMlp(torch.autograd.Function):
     """(silu(x G^T) * x U^T) D^T with frozen G, U [o, i] and D [i, o]; keeps the two products, and no third."""
-
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         g, u = F.linear(x, gate), F.linear(x, up)

@@ -43,3 +43,29 @@ def test_availability_lowers_what_is_sent(recipe):
     sure, unsure = fedllm.plan(recipe), fedllm.plan(recipe, **{"clients.availability": 0.5})
     phase = "FedAvg.local"
     assert unsure.by_phase[phase]["up"] == pytest.approx(0.5 * sure.by_phase[phase]["up"], rel=0.01)
+
+
+def test_a_large_models_plan_tries_out_less_and_foresees_the_same(recipe, tmp_path, monkeypatch):
+    """As if the model were too large to try whole batches of many clients."""
+    from fedllm.runs import thin
+
+    recipe |= {"clients": {"per_round": 1.0}, "evaluate": {"exact_match": False}}
+    whole = fedllm.plan(recipe)
+    seen, plain = [], thin.Thin.of.__func__
+    monkeypatch.setattr(thin.Thin, "of", classmethod(lambda *a: (seen.append(plain(*a)), seen[-1])[1]))
+    monkeypatch.setattr(thin, "OPERATIONS", 1e3)
+    monkeypatch.setattr(thin, "OF_TESTS", 1e3)
+    part = fedllm.plan(recipe)
+    assert (seen[0].batch, seen[0].test_rows) == (1, 4) and seen[0].times > 1 and seen[0].missing > 0
+    assert (part.up, part.down, part.by_phase, part.evaluation) == (whole.up, whole.down, whole.by_phase,
+                                                                    whole.evaluation)
+    run = fedllm.run(recipe, root=tmp_path)
+    assert run.seconds / 5 < part.seconds < 20 * max(run.seconds, 0.2)
+    assert part.peak_memory_bytes == pytest.approx(run.peak_memory_bytes, rel=0.5)
+
+
+def test_a_plan_says_what_the_model_weighs_before_it_loads_it(recipe, tiny_llama_folder, caplog):
+    caplog.set_level("INFO")
+    fedllm.plan(recipe | {"model": tiny_llama_folder, "evaluate": {"exact_match": False}})
+    said = [r.message for r in caplog.records if r.message.startswith("plan: ")]
+    assert "M weights" in said[0] and "slice" in said[1]
