@@ -132,13 +132,13 @@ def read(name: str, file: Path, head: Head) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
         config = AutoConfig.from_pretrained(str(file.parent), **where)
         _accounted(told, header, facts, config)
-        net, said = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent), **where, config=config, dtype=torch.float32, output_loading_info=True)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{told} cannot be read: {_line(error)}") from error
-    net = plain_copy(net, net.state_dict())
+    net, said = plain_copy(found[0], found[0].state_dict()), found[1]
     if lost := sorted(said["missing_keys"]):
         raise ModelError(f"{told} lacks tensors for {', '.join(lost[:3])}")
     held = sum(prod(t.shape) for t in header.tensors if t.name != FACTORS)
@@ -161,7 +161,8 @@ def save(folder: Path, net: Any, tokenizer: Any) -> None:
 
 def _accounted(told: str, header: GgufHeader, facts: Mapping[str, Any], config: Any) -> None:
     """Every key of the architecture is in the config, or says nothing new; sets how positions are scaled."""
-    known, prefix = GGUF_CONFIG_MAPPING[header.architecture], f"{header.architecture}."
+    known: Any = GGUF_CONFIG_MAPPING[header.architecture]
+    prefix = f"{header.architecture}."
     if any(t.name.endswith("attn_output.bias") for t in header.tensors):
         config.attention_bias = True
     if told_width := facts.get(f"{prefix}attention.key_length"):
