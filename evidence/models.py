@@ -31,6 +31,7 @@ FAST = (("llama", ("lora", "full", "prefix")), ("gemma2", ("lora", "soft_prompt"
         ("cohere", ("lora",)), ("granite", ("full",)), ("mixtral", ("lora",)), ("mamba", ("full", "lora")),
         ("opt", ("full",)), ("gemma", ("full",)), ("nemotron", ("bias",)), ("bert", ("lora", "full")),
         ("deberta-v2", ("lora", "full")), ("xlnet", ("lora",)), ("masked_words:bert", ("lora",)),
+        ("masked_words:roberta", ("head",)),
         ("masked_words:nystromformer", ("lora",)), ("image_text:clip", ("lora", "full")),
         ("image_text:siglip", ("lora", "bias")))
 """Cells that CI judges: one of each kind of trouble."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedllm.core.errors import ModelError
 from fedllm.spaces.params import Params
-from fedllm.spaces.space import output_heads, tied_to
+from fedllm.spaces.space import linear_size, output_heads, tied_to
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,10 @@ class Head(Params):
 
     def chosen(self, net: nn.Module) -> dict[str, nn.Parameter]:
         named = dict(net.named_parameters(remove_duplicate=False))
-        found = {n: p for n, p in named.items() if self.picks(net, n, p)}
+        picked = {n: p for n, p in named.items() if self.picks(net, n, p)}
+        read = {id(p) for n, p in picked.items() if linear_size(net.get_submodule(n.rpartition(".")[0]))}
+        found = {n: p for n, p in picked.items() if id(p) not in read or linear_size(net.get_submodule(
+            n.rpartition(".")[0]))}  # a bias that lies beside its linear map too (RoBERTa) is one
         if not found:
             raise ModelError("head: the model has no output head named lm_head, classifier, score or embed_out")
         return found
