@@ -38,6 +38,11 @@ def tables(doc: Mapping[str, Any]) -> str:
             str(r["left"]), ", ".join(f"{k} {a['descriptors']}-{z['descriptors']}" for k, (a, z) in r["held"].items()),
             ", ".join(f"{k} {a['mb']}-{z['mb']} MB" for k, (a, z) in r["held"].items())]), str(r["load"]))
         for n, r in doc.get("soak", {}).items()])
+    lines += _table("Memory", ("run", "MB of the coordinator after so many rounds", "grown by (<= 5 %)", "holds",
+                               "load"), [
+        (n, *([r["failed"], "", ""] if "failed" in r else [
+            ", ".join(f"{k}: {v:g}" for k, v in r["coordinator_mb"].items()), f"{r['grown']:.1%}",
+            "yes" if r["grown"] <= 0.05 else "**no**"]), str(r["load"])) for n, r in doc.get("memory", {}).items()])
     return "\n".join(lines) + "\n"
 
 

@@ -24,7 +24,7 @@ from fedllm.models.peft_io import load_adapter
 from fedllm.runs.build import make_recipe_space, recipe_model
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.products import BASE
-from fedllm.runs.recipe import received
+from fedllm.runs.received import received
 from fedllm.runs.result import Result
 from fedllm.spaces.registry import make_space
 

@@ -40,7 +40,8 @@ def wants(recipe: Recipe, named: set[str]) -> Iterator[str]:
             yield (f"plugins.{i}.file = {plugin.file!r}, which is Python code that would run on this machine (--plugin "
                    "FILE says where it lies here, and that it may)")
     if recipe.evaluate.metric.startswith(CALL):
-        yield f"evaluate.metric = {recipe.evaluate.metric!r}, which calls a function of this machine with model's text"
+        yield (f"evaluate.metric = {recipe.evaluate.metric!r}, which calls a function of this machine with the model's "
+               "text")
     for name, where in _keys({**recipe.model_dump(), "method": recipe.method.knobs}):
         yield f"api_key_env = {name!r}, which sends what that variable holds here to {where!r}"
 

@@ -38,6 +38,7 @@ class FedDPOPersonal(Star):
                  "head and bottleneck are here one private LoRA beside the shared; what the policy itself prefers is "
                  "what is measured.",
     )
+    only_fits = False
     trial = Trial(task="preference", space={"name": "streams", "of": {
         "shared": {"name": "lora", "rank": 2}, "own": {"name": "lora", "rank": 2}}, "personal": ("own",)})
     metrics: ClassVar = {"preference": "max", "dpo_loss": "min"}

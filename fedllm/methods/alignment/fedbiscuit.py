@@ -42,6 +42,7 @@ class FedBiscuit(Method):
         evidence="Authors' code read by the dossier. Each pair is shown both ways round, which is ours. The paper then "
                  "trains a policy on pairs that the judges label; that is `fed_dpo` on such pairs, and not done here.",
     )
+    only_fits = False
     trial = Trial({"groups": 2, "warmup": 1, "regroup": 1, "choices": ("w1", "w2")}, task="preference",
                   silent="who is in which group hangs on who was there")
     metrics: ClassVar = {"agreed": "max"}

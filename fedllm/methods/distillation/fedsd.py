@@ -31,6 +31,7 @@ class FedSD(Star):
                  "reference did, which `fedsdr` is there for. Measured with rewrites that rows bring (`rewriter: "
                  "field`): the small models of our rigs cannot rewrite.",
     )
+    only_fits = False
     trial = Trial({"max_new_tokens": 4})
 
     rewriter: Literal["model", "field", "identity"] = knob(

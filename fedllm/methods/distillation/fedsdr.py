@@ -36,6 +36,7 @@ class FedSDR(Star):
                              grid={"local.lr": (1e-3, 3e-3, 1e-2)})},
         evidence="Abstract and public notes; no code yet. The shared model is W_0 + R; a client answers with S_k too.",
     )
+    only_fits = False
     trial = Trial({"rewriter": "identity"}, space={"name": "streams", "of": {
         "rect": {"name": "lora", "rank": 2}, "smooth": {"name": "lora", "rank": 2}}, "personal": ("smooth",)},
         local={"steps": 2})

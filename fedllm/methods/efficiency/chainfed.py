@@ -46,6 +46,7 @@ class ChainFed(Star):
                  "sends the window alone, what the last window left behind is sent once too: clients would else go on "
                  "with adapters of their own that nobody averaged.",
     )
+    only_fits = False
     trial = Trial({"window": 1}, space={"name": "adapter", "size": 4})
 
     window: int = knob(2, "Q: blocks that are trained at a time", ge=1)

@@ -46,6 +46,7 @@ class FedSB(Star):
                  "Measured, it is no better than FFA-LoRA (0.002 above) and a start by gradients no better than a "
                  "random one (0.0006 below): both open.",
     )
+    only_fits = False
     trial = Trial(space={"name": "lora_sb", "rank": 4}, rounding="the signs of an SVD are free")
 
     begin: Literal["gradient", "random"] = knob("gradient", "A and B from the first gradient, or from the seed",

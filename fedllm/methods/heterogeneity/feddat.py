@@ -48,7 +48,7 @@ class FedDAT(Star):
                  "pictures with questions.",
     )
     trial = Trial(space={"name": "dual_adapter", "size": 4}, task="classification", local={"steps": 2})
-    serves = False
+    serves = only_fits = False
 
     temperature: float = knob(3.0, "T of both distillations", gt=0)
     distill_weight: float = knob(0.5, "share of distillation in each step; 0: two adapters by themselves", ge=0, le=1)

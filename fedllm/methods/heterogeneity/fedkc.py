@@ -51,6 +51,7 @@ class FedKC(Star):
         evidence="Abstract; the consistency term is the dossier's reading of `similar predictions on similar data`. "
                  "Clusters of fewer than `least` rows are never sent: a singleton's centroid is the document.",
     )
+    only_fits = False
     trial = Trial({"n_clusters": 2, "least": 2}, task="classification",
                   rounding="a row on the edge of two clusters may fall into either")
 

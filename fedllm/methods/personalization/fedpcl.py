@@ -48,7 +48,7 @@ class FedPCL(Method):
     )
     trial = Trial({"least": 1}, space={"name": "mlp_head", "size": 8}, task="classification",
                   rounding="a nearest prototype may be another after rounding")
-    serves = False
+    serves = only_fits = False
     metrics: ClassVar = {"prototype_accuracy": "max"}
 
     temperature: float = knob(0.07, "tau of the contrast", gt=0)

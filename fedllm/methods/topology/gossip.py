@@ -47,8 +47,7 @@ class Gossip(Method):
         evidence="Clients count alike. W is Metropolis-Hastings; K-GT with eta_s = 1 and c_i = 0 at first; AES-GCM.",
     )
     trial = Trial(silent="who is whose neighbor follows from all who are asked")
-    serves = False
-    reads_rates = True
+    serves, reads_rates = False, True
     graph: Literal["ring", "torus", "exponential", "random", "complete"] = knob(
         "ring", "who is whose neighbor, over the round's clients in the data's order", options=GRAPHS)
     degree: int = knob(4, "neighbors of each client at most, where the graph is random", ge=2)
