@@ -10,7 +10,7 @@ from typing import Any
 from fedllm.core.errors import RecipeError
 from fedllm.runs.plugins import moved
 from fedllm.runs.recipe import Plugin, Recipe, armed, read_recipe
-from fedllm.tasks.answers import CALL
+from fedllm.tasks.answers import CALL, listed
 
 
 def received(folder: Path, trust_remote_code: bool = False, plugins: Sequence[str | Path] = ()) -> Recipe:
@@ -39,8 +39,8 @@ def wants(recipe: Recipe, named: set[str]) -> Iterator[str]:
         if plugin.file not in named:
             yield (f"plugins.{i}.file = {plugin.file!r}, which is Python code that would run on this machine (--plugin "
                    "FILE says where it lies here, and that it may)")
-    if recipe.evaluate.metric.startswith(CALL):
-        yield (f"evaluate.metric = {recipe.evaluate.metric!r}, which calls a function of this machine with the model's "
+    for name in (n for n in listed(recipe.evaluate.metric) if n.startswith(CALL)):
+        yield (f"evaluate.metric = {name!r}, which calls a function of this machine with the model's "
                "text")
     for name, where in _keys({**recipe.model_dump(), "method": recipe.method.knobs}):
         yield f"api_key_env = {name!r}, which sends what that variable holds here to {where!r}"

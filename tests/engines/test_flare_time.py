@@ -339,7 +339,8 @@ def test_a_site_stops_its_work_when_another_coordinator_opens_the_run(tmp_path):
     work = threading.Thread(target=lambda: said.append(host.answer(head, msg)[0]), daemon=True)
     work.start()
     until(host._lock.locked)
-    host.open_run = lambda head: (host.run, {"n": 1})
+    run = host.run
+    host.open_run = lambda head: (run, {"n": 1})
     assert host.answer({"op": "open", "protocol": PROTOCOL, "incarnation": "new"}, b"")[0]["n"] == 1
     work.join(60)
     assert [s["refused"] for s in said] == [{"code": "given_up"}]

@@ -153,6 +153,8 @@ def test_controls_answer_this_machine_alone():
 class Slow:
     """Stands in for a run that takes a while."""
 
+    info, stack = SimpleNamespace(n=3), (None,)
+
     def __init__(self):
         self.go, self.asked = threading.Event(), 0
 

@@ -241,7 +241,8 @@ class SiteHost:
                   why="".join(c if c.isprintable() else "?" for c in why[:400]))
 
     def _ask(self, run: SiteRun, head: Head, body: Body) -> Said:
-        what: dict[str, Any] = {"phase": str(head["phase"]).rpartition(".")[2][:60], "round": int(head["round"])}
+        phase = str(head.get("phase") or "").rpartition(".")[2][:60]
+        what: dict[str, Any] = {"phase": phase, "round": head.get("round")}
         self.tell("asked", **what)
         began = time.monotonic()
         said, data = run.ask(head, body)
@@ -271,7 +272,7 @@ class SiteHost:
                 return {"lacks": str(what), "boot": BOOT}
             self.loads += 1
             self._opened = str(head["incarnation"])
-            raw = head["recipe"]
+            raw = head.get("recipe") or {}
             self.tell("opened", run=str(raw.get("name"))[:60], rounds=raw.get("rounds"), rows=self.run.info.n,
                       method=type(self.run.stack[0]).__name__)
         return {**self._said, "boot": BOOT}
