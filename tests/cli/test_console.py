@@ -31,7 +31,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def command(*args, cwd, **more):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **more.pop("env", {})}
     return subprocess.Popen([sys.executable, "-m", "fedllm.cli.main", *args], cwd=cwd, env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, stdin=subprocess.PIPE, **more)
+                            stderr=subprocess.PIPE, stdin=subprocess.PIPE, preexec_fn=hears_ctrl_c, **more)
+
+
+def hears_ctrl_c():
+    """A shell that started these tests in the background has them, and their children, ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from fedllm.core.ask import Ask
 from fedllm.core.errors import RecipeError
 from fedllm.core.payload import pack
 from fedllm.core.program import Fold
+from fedllm.engines.far.reasons import Refused
 from fedllm.federation.admission import admitted
 from fedllm.federation.operate import Tally
 from fedllm.federation.settings import SiteSettings
@@ -86,7 +87,9 @@ def test_a_coordinators_recipe_imports_nothing_at_a_site(recipe, tmp_path, monke
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = SiteSettings(data=recipe["data"]["source"], store=str(tmp_path / "s"), models=[recipe["model"]])
     asked = read_recipe(recipe, {"evaluate.metric": "call:evil:judge"}).model_dump()
-    assert admitted(asked, settings).evaluate.metric == "call:evil:judge" and "evil" not in sys.modules
+    with pytest.raises(Refused, match=r"call:evil:judge; named here are none"):
+        admitted(asked, settings)
+    assert "evil" not in sys.modules
 
 
 @pytest.mark.parametrize("page", ["docs/security.md", "docs/results/security.md"])

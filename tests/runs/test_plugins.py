@@ -163,6 +163,7 @@ def test_a_site_runs_installed_code_that_its_settings_name(monkeypatch, tmp_path
     mine_too = SiteSettings(data="d", store=str(tmp_path / "s"), models=[tiny_llama_folder])
     with pytest.raises(Refused, match=r"a site never loads code from a recipe: plugins = .*: install the met"):
         admitted({**raw, "plugins": spec.model_dump()["plugins"]}, mine_too)
+    plugged([])  # a site's own process has none
     with pytest.raises(Refused, match=r"the method is not installed here, .*'fedmine'"):
         admitted(raw, mine_too)
     bring(monkeypatch, Point("fedmine", "fedllm.methods.baselines.fedavg"))
