@@ -60,7 +60,7 @@ class DPSGD(Knobs, Layer):
         object.__setattr__(self, "_facts", Facts())
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
-        if not getattr(method, "only_fits", True):
+        if not method.only_fits:
             raise CompositionError(f"{CLOSED}; method {type(method).__name__!r} does so")
 
     def init(self) -> dict[str, Any]:

@@ -167,29 +167,39 @@ class Bars(Standing):
         self.bars.update(self.extra[name], completed=done)
 
 
-class Lines(Standing):
-    """A line for each thing that is done, and every so many seconds inside of a round, to the log `fedllm.progress`."""
+class Ticking(Standing):
+    """A display that also says, every so many seconds inside of a round, how the round stands."""
 
     def __init__(self, every: float = EVERY) -> None:
         super().__init__()
         self.every, self.said = every, time.monotonic()
+
+    def meanwhile(self) -> None:
+        """Say how the round stands, and note in `said` when that was."""
+
+    def saw(self, event: Event) -> None:
+        super().saw(event)
+        self._tick()
+
+    def worked(self, steps: int, tokens: int) -> None:
+        super().worked(steps, tokens)
+        self._tick()
+
+    def _tick(self) -> None:
+        if time.monotonic() - self.said >= self.every and self.done <= self.number:
+            self.meanwhile()
+
+
+class Lines(Ticking):
+    """A line for each thing that is done, and every so many seconds inside of a round, to the log `fedllm.progress`."""
 
     def round(self, number: int, cohort: int, steps: float = 0.0) -> None:
         super().round(number, cohort, steps)
         if number == self.first:
             self._say(f"round {number + 1} of {self.total} begins with {cohort} clients")
 
-    def saw(self, event: Event) -> None:
-        super().saw(event)
-        self._meanwhile()
-
-    def worked(self, steps: int, tokens: int) -> None:
-        super().worked(steps, tokens)
-        self._meanwhile()
-
-    def _meanwhile(self) -> None:
-        if time.monotonic() - self.said >= self.every and self.done <= self.number:
-            self._say(f"round {self.number + 1} of {self.total}: {', '.join(self.stand())}", clock(self.left))
+    def meanwhile(self) -> None:
+        self._say(f"round {self.number + 1} of {self.total}: {', '.join(self.stand())}", clock(self.left))
 
     def round_done(self, facts: Mapping[str, Any]) -> None:
         super().round_done(facts)
@@ -212,12 +222,12 @@ class Lines(Standing):
         log.info("%s", "; ".join(part for part in parts if part))
 
 
-class JsonLines(Standing):
+class JsonLines(Ticking):
     """One JSON object a line for a program to read; `docs/reference/progress.md` says what is in it."""
 
     def __init__(self, out: IO[str], every: float = 1.0) -> None:
-        super().__init__()
-        self.out, self.every, self.said = out, every, time.monotonic()
+        super().__init__(every)
+        self.out = out
 
     def put(self, event: str, **fields: Any) -> None:
         """Write one line."""
@@ -229,17 +239,8 @@ class JsonLines(Standing):
         super().rounds(total, done)
         self.put("begin", rounds=total, done=done)
 
-    def saw(self, event: Event) -> None:
-        super().saw(event)
-        self._meanwhile()
-
-    def worked(self, steps: int, tokens: int) -> None:
-        super().worked(steps, tokens)
-        self._meanwhile()
-
-    def _meanwhile(self) -> None:
-        if time.monotonic() - self.said >= self.every and self.done <= self.number:
-            self.put("progress", **self._standing())
+    def meanwhile(self) -> None:
+        self.put("progress", **self._standing())
 
     def _standing(self) -> dict[str, Any]:
         return {"round": self.number + 1, "of": self.total, "steps": self.steps, "steps_expected": self.expected,

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedllm.core.errors import ModelError, PayloadError
+from fedllm.core.errors import CompositionError, ModelError, PayloadError
 from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import Sum, check_same, wide
+from fedllm.spaces.params import Params
 
 AXES = ("rows", "columns")
 
@@ -145,6 +146,18 @@ INNER = {"heads": r"(?:q_proj|k_proj|v_proj|query|key|value)", "width":
 """Linear maps into the attention heads and into the feed-forward's neurons: blocks are of their rows."""
 OUTER = r"(?:o_proj|out_proj|down_proj|fc2|fc_out|dense_4h_to_h|output\.dense)"
 """Those out of them: blocks are of their columns."""
+
+
+def cuts_of(model: Any, count: int, method: str) -> dict[str, dict[str, Any]]:
+    """The `blocks` of a model's own weights by number, as a state holds them: arguments of `Slice`.
+
+    CompositionError for a space whose trainables are no weights of the network.
+    """
+    if not isinstance(model.space, Params):
+        raise CompositionError(f"method '{method}' and space '{model.space.stem}' do not fit together: it cuts the "
+                               "network's own weights into blocks; use the space 'full' or 'layers'")
+    return {str(g): {"rows": dict(v.rows), "columns": dict(v.columns)}
+            for g, v in enumerate(blocks(model.net, model.initial(), count))}
 
 
 def blocks(net: nn.Module, theta: Mapping[str, Tensor], count: int) -> list[Slice]:

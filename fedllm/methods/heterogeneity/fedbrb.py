@@ -10,12 +10,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.errors import RecipeError
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Tree, add, pack, part, sub, zeros_like
 from fedllm.core.rng import numpy_stream
-from fedllm.spaces.params import Params
-from fedllm.spaces.slices import Covered, Slice, blocks, joined
+from fedllm.spaces.slices import Covered, Slice, blocks, cuts_of, joined
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,10 @@ class FedBRB(Method):
                               f"n_blocks = {self.n_blocks}")
 
     def check(self, model: Any) -> None:
-        if not isinstance(model.space, Params):
-            raise CompositionError(f"method 'fedbrb' and space '{model.space.stem}' do not fit together: it cuts the "
-                                   "network's own weights into blocks; use the space 'full' or 'layers'")
-        blocks(model.net, model.initial(), self.n_blocks)
+        cuts_of(model, self.n_blocks, "fedbrb")
 
     def init(self, model: Any) -> State:
-        self.check(model)
-        theta = model.initial()
-        cuts = {str(g): {"rows": dict(v.rows), "columns": dict(v.columns)}
-                for g, v in enumerate(blocks(model.net, theta, self.n_blocks))}
+        theta, cuts = model.initial(), cuts_of(model, self.n_blocks, "fedbrb")
         return {"theta": theta, "t": 0, "trained": [0] * self.n_blocks, "cuts": cuts}
 
     def round(self, state: State, clients):

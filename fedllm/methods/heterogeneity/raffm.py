@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.errors import RecipeError
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Tree, add, pack, part, sub, zeros_like
 from fedllm.core.rng import numpy_stream
 from fedllm.spaces.order import ordered, units_of
-from fedllm.spaces.params import Params
-from fedllm.spaces.slices import Covered, Slice, blocks, joined
+from fedllm.spaces.slices import Covered, Slice, blocks, cuts_of, joined
 
 LR = {"local.lr": (1e-3, 2e-3, 5e-3)}
 MIXED = {"space": {"name": "full"}, "alpha": 1.0}
@@ -55,16 +54,10 @@ class RaFFM(Method):
                               f"{self.n_blocks}: no device trains more than the whole width")
 
     def check(self, model: Any) -> None:
-        if not isinstance(model.space, Params):
-            raise CompositionError(f"method 'raffm' and space '{model.space.stem}' do not fit together: it cuts the "
-                                   "network's own weights; use the space 'full' or 'layers'")
-        blocks(model.net, model.initial(), self.n_blocks)
+        cuts_of(model, self.n_blocks, "raffm")
 
     def init(self, model: Any) -> State:
-        self.check(model)
-        theta = model.initial()
-        cuts = {str(g): {"rows": dict(v.rows), "columns": dict(v.columns)}
-                for g, v in enumerate(blocks(model.net, theta, self.n_blocks))}
+        theta, cuts = model.initial(), cuts_of(model, self.n_blocks, "raffm")
         units = {str(i): group for i, group in enumerate(units_of(model.net, theta))}
         return {"theta": theta, "t": 0, "cuts": cuts, "units": units, "dealt": {}}
 
