@@ -83,3 +83,5 @@ def foldings() -> dict[str, Any]:
 
 class _Method:
     """Stands for any method in the table."""
+
+    only_fits = True
