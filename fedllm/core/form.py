@@ -228,3 +228,10 @@ def aligned(reply: Payload, names: Sequence[str], count: int | None = None) -> N
     want = next(iter(sizes.values())) if count is None else count
     if odd := [name for name, size in sizes.items() if size != want]:
         raise PayloadError(f"'{odd[0]}' has {sizes[odd[0]]} entries, allowed are {want}")
+
+
+def shaped(name: str, t: Tensor, want: Sequence[int | None]) -> None:
+    """PayloadError unless this tensor of a reply has this shape; None stands for any size."""
+    allowed = ", ".join("any" if w is None else str(w) for w in want)
+    need(t.dim() == len(want) and all(w is None or s == w for s, w in zip(t.shape, want, strict=True)),
+         f"'{name[:80]}' has shape {tuple(t.shape)}, allowed is ({allowed})")

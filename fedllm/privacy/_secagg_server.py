@@ -18,6 +18,7 @@ from fedllm.core.form import Form
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import RingSum, decode, mask_
 from fedllm.wire import _keys as keys
+from fedllm.wire._blame import blame, staying_out
 
 log = logging.getLogger(__name__)
 OWN = "_secagg/"
@@ -47,6 +48,7 @@ class Server:
         self.lost: dict[str, str] = {}
         self.threshold = layer.needed(len(ask.msgs))
         state["sessions"] = state.get("sessions", 0) + 1
+        self.lost |= staying_out(state, ask.msgs, self.threshold, "a sum")
 
     def run(self) -> Program:
         """All phases; raises QuorumError below the threshold, before anything is opened."""
@@ -77,7 +79,7 @@ class Server:
                               f"nothing was opened ({why})")
 
     def _adverts(self) -> Iterator[Any]:
-        out = yield self._control(self.layer.advertise, {c: {} for c in self.ask.msgs})
+        out = yield self._control(self.layer.advertise, {c: {} for c in self.ask.msgs if c not in self.lost})
         self.lost |= out.missing
         pins, good = self.layer.__dict__["_pins"], {}
         for c, reply in out.items():
@@ -172,9 +174,11 @@ class Server:
         by_x = {holders.index(h) + 1: s for h, s in shares.items() if h in holders and len(s) == shamir.SIZE}
         found = shamir.recover(by_x, t, good) if len(by_x) >= t else None
         if found is None:
+            if len(by_x) > t:  # one wrong share would have been passed over: it dealt what is not what it committed to
+                blame(self.state, owner)
             raise QuorumError(f"{type(self.layer).__name__} gives up {self.ask.phase} in its phase 'unmask': "
-                              f"{len(by_x)} shares of a secret came back and {t} right ones are needed; the sum stays "
-                              "masked")
+                              f"{len(by_x)} shares of a secret of '{owner}' came back and {t} right ones are needed; "
+                              "the sum stays masked")
         secret, wrong = found
         for x in wrong:
             name = holders[x - 1]

@@ -21,6 +21,7 @@ from fedllm.core.payload import Payload
 from fedllm.core.reduce import wide
 from fedllm.core.sums import is_control, must_lift, need_sums, without
 from fedllm.wire import _letters as letters
+from fedllm.wire._blame import BROKE, blame, staying_out
 from fedllm.wire.codec import DTYPES, NAMES
 
 OWN = "ring/"
@@ -73,14 +74,14 @@ class RingAllReduce(Knobs, Layer):
                                    "that come, and a ring must stand before it starts; leave the ring out")
         state["sessions"] += 1
         sid = str(state["sessions"])
-        out = self._out(ask.msgs, state)
+        out = staying_out(state, ask.msgs, self.__dict__["_least"], "a ring")
         met = yield Ask(self.greet, {c: {"sid": sid} for c in ask.msgs if c not in out}, quorum=ask.quorum,
                         deadline=ask.deadline)
         told = {OWN + "sid": sid, OWN + "lift": lift}
         held = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in met}, reduce=SameLayout(),
                              form=Form.of("layout: code"))
         ring = list(held.answered)
-        if state.get("broke"):  # other neighbors than last time, so that nobody is suspected again for who stands there
+        if state.get(BROKE):  # other neighbors than last time, so that nobody is suspected again for who stands there
             random.Random(sid).shuffle(ring)
         chunks = yield from self._around(ring, {c: list(met[c]["key"]) for c in ring}, sid, ask.deadline, state,
                                          sizes(held.value["layout"], len(ring)))
@@ -89,20 +90,13 @@ class RingAllReduce(Knobs, Layer):
                    for c in ask.msgs if c not in ring}
         return Replies({}, ask.reducer.done(total), tuple(ring), missing, held.notes, held.seconds)
 
-    def _out(self, asked: Sequence[str] | Mapping[str, Any], state: Any) -> dict[str, str]:
-        """Who stays out of this ring and why; nobody, where too few would be left."""
-        out = {c: f"broke a ring, and stays out until ring {until}" for c, (_, until) in state.get("broke", {}).items()
-               if c in asked and state["sessions"] <= until}
-        return out if len(asked) - len(out) >= self.__dict__["_least"] else {}
-
     def _blame(self, ring: Sequence[str], missing: Mapping[str, str], step: int, state: Any) -> None:
         """Note who broke the ring: who did not answer as it should, and where a client could not use what it was
         handed, its left neighbor too."""
         for c, why in missing.items():
             alone = step == 0 or why.startswith("reply refused")
             for one in {c} if alone else {c, ring[ring.index(c) - 1]}:
-                times = state.setdefault("broke", {}).get(one, [0, 0])[0] + 1
-                state["broke"][one] = [times, state["sessions"] + 2 ** min(times - 1, 20)]
+                blame(state, one)
 
     def _around(self, ring: Sequence[str], keys: Mapping[str, list[bytes]], sid: str, deadline: float | None,
                 state: Any, long: Sequence[tuple[int, int]]) -> Any:

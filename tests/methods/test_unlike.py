@@ -91,7 +91,9 @@ def test_fedkc_sends_no_document(begin, monkeypatch):
         assert all(np.abs(h - c).max(1).min() > 1e-9 for c in reply["c"].numpy())
         assert torch.allclose(reply["y"].sum(1), torch.ones(len(reply["y"])).double()) and p.shape[1] == 3
     with pytest.raises(PayloadError, match="fewer than 3"):
-        run.method.fits({}, {"c": [0], "y": [0], "count": [1]})
+        run.method.fits({"wide": [2, 3]}, {"c": torch.zeros(1, 2), "y": torch.zeros(1, 3), "count": [1]})
+    with pytest.raises(PayloadError, match=r"'y' has shape \(1, 4\), allowed is \(any, 3\)"):
+        run.method.fits({"wide": [2, 3]}, {"c": torch.zeros(1, 2), "y": torch.zeros(1, 4), "count": [3]})
 
 
 def test_fedkc_composes_what_is_near():

@@ -180,6 +180,25 @@ def test_a_wrong_share_is_passed_over_and_its_sender_named(loop, people):
     assert states[0]["suspects"] == ["c02"] and layer.statement(states[0])["wrong_shares"] == ["c02"]
 
 
+def test_who_deals_what_it_did_not_commit_to_costs_one_round_and_stays_out(loop, people):
+    """Its masks cannot be taken off; twice as many rounds go on without it each time that it comes back."""
+    def spoil(phase, cid, reply):
+        return {**reply, "commit": bytes(32)} if cid == "c04" and "commit" in reply else reply
+
+    clients, layer = people(8), SecAgg()
+    states, kept = [layer.init()], []
+    for _ in range(10):
+        try:
+            out, _ = run(layer, clients, loop, spoil=spoil, states=states)
+            assert_sum(out, clients, layer, 8)
+            kept.append("c04" in out.missing and out.missing["c04"].startswith("broke a sum"))
+        except QuorumError as error:
+            assert "'c04'" in str(error)
+            kept.append(None)
+    assert kept == [None, True, None, True, True, None, True, True, True, True]
+    assert set(states[0]["broke"]) == {"c04"}
+
+
 def test_a_key_that_does_not_verify_costs_its_client_the_round(loop, people):
     clients, layer = people(9), SecAgg()
 

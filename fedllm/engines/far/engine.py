@@ -29,6 +29,7 @@ from fedllm.engines.far.trip import Answer, Bodies, Trip
 from fedllm.engines.in_process import InProcess
 from fedllm.engines.job import Job
 from fedllm.engines.world import World
+from fedllm.models.kernels import give_back_freed_memory
 
 log = logging.getLogger(__name__)
 UNHEARD = "flare.unheard"
@@ -36,6 +37,9 @@ UNHEARD = "flare.unheard"
 
 DROPPED = "flare.dropped"
 """The same of visits that do not count."""
+
+TRIM = 20
+"""Rounds after which a coordinator hands freed memory back to the system."""
 
 
 class Flare(InProcess):
@@ -67,6 +71,8 @@ class Flare(InProcess):
         for site in sorted(self._asked):
             self.sites.settle(site, self.attempt, self.round)
         self._asked.clear()
+        if self.round % TRIM == 0:
+            give_back_freed_memory()
         touched = super().commit()
         mine = self.memory[SERVER] = touched[SERVER] = dict(self.memory.get(SERVER, {}))
         mine[UNHEARD] = {name: list(site.settled) for name, site in self.sites.table.items() if site.settled}

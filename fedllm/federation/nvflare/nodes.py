@@ -8,6 +8,7 @@ builds its proxies from what both sides have installed, and the server's `Revive
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 import threading
@@ -121,6 +122,7 @@ class CoordinatorNode:
     def run(self) -> None:
         """The whole run; why it failed is written beside its events."""
         torch.set_num_threads(1)
+        gc.freeze()  # what NVFlare and torch have built so far stays
         folder, cell, job = Path(self.folder), collab.fl_ctx.get_engine().get_cell(), collab.fl_ctx.get_job_id()
 
         def revive(site: str) -> None:

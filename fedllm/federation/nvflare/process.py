@@ -12,8 +12,12 @@ from pathlib import Path
 from fedllm.federation.process import end_tree
 
 TRAIN = "nvflare.private.fed.app"
-MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(2 << 20)}
-"""glibc gives back what a message took: else every thread's arena keeps the largest that it has seen."""
+MALLOC = {"server": {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(256 << 10),
+                     "MALLOC_TRIM_THRESHOLD_": str(2 << 20)},
+          "client": {"MALLOC_ARENA_MAX": "2"}}
+"""By side, what glibc is told. The coordinator gives back what a message took, else every thread's arena keeps the
+largest that it has seen, and NVFlare's buffers of 512 KB a message leave holes. A site trains, and keeps what it frees
+(`models.kernels.keep_freed_memory`)."""
 
 
 @contextlib.contextmanager
@@ -25,7 +29,7 @@ def kit_process(kit: Path, side: str, config: str, *more: str) -> Iterator[subpr
         (kit / left).unlink(missing_ok=True)
     (kit / "transfer").mkdir(exist_ok=True)
     with (kit / "process.log").open("ab") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, cwd=kit, env={**os.environ, **MALLOC})
+        process = subprocess.Popen(words, stdout=out, stderr=out, cwd=kit, env={**os.environ, **MALLOC[side]})
     try:
         yield process
     finally:

@@ -12,7 +12,7 @@ from scipy.special import softmax
 
 from fedllm.core.ask import Ask, Program, Replies, on_client
 from fedllm.core.errors import CompositionError
-from fedllm.core.form import aligned, need
+from fedllm.core.form import aligned, need, shaped
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.core.reduce import Mean
@@ -68,12 +68,12 @@ class FedKC(Star):
 
     def init(self, model: Any) -> State:
         self.check(model)
-        return super().init(model)
+        return {**super().init(model), "wide": [model.net.classifier.in_features, len(model.labels)]}
 
     def round(self, state: State, clients) -> Program:
         told = {c.id: self.down(state, c) for c in clients}
         if self.lambda_cons:
-            out = yield Ask(self.tell, told)
+            out = yield Ask(self.tell, {c: {**msg, "wide": state["wide"]} for c, msg in told.items()})
             pool = {c: [torch.cat([out[o][k] for o in out if o != c]) for k in "cy"] for c in told if set(out) - {c}}
             told = {c: {**msg, **(dict(zip("cy", pool[c], strict=True)) if c in pool else {})}
                     for c, msg in told.items()}
@@ -81,6 +81,8 @@ class FedKC(Star):
 
     def fits(self, msg: Any, reply: Any) -> None:
         aligned(reply, ["c", "y", "count"])
+        for name, size in zip("cy", msg["wide"], strict=True):
+            shaped(name, reply[name], (None, size))
         need(all(x >= self.least for x in reply["count"]), f"'count' holds a cluster of fewer than {self.least} rows")
 
     @on_client(gives="c: tensor, y: tensor, count: numbers", fits=fits)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError
+from fedllm.core.form import need, shaped
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import pack, part
 from fedllm.local.objectives.prototypes import Prototypes, representation
@@ -64,16 +65,22 @@ class FedPCL(Method):
 
     def init(self, model: Any) -> State:
         self.check(model)
-        return {"sets": {}}
+        return {"sets": {}, "wide": model.space.size, "classes": len(model.labels)}
 
     def round(self, state: State, clients) -> Program:
-        told = pack(mean=mean_of(state["sets"]))
+        told = pack(mean=mean_of(state["sets"]), wide=state["wide"], classes=state["classes"])
         if self.share == "all_sets":
             told |= pack(sets={f"{c}/{y}": v for c, mine in state["sets"].items() for y, v in mine.items()})
         out = yield Ask(self.local, {c.id: told for c in clients})
-        return {"sets": {**state["sets"], **{c: part(out[c], "proto") for c in out}}}
+        return {**state, "sets": {**state["sets"], **{c: part(out[c], "proto") for c in out}}}
 
-    @on_client(gives="proto?: tensors, loss?: number")
+    def fits(self, msg: Any, reply: Any) -> None:
+        for name, v in part(reply, "proto").items():
+            need(name in map(str, range(msg["classes"])), f"'proto/{name:.40}' is no class, allowed are 0 to "
+                                                          f"{msg['classes'] - 1}")
+            shaped(f"proto/{name}", v, (msg["wide"],))
+
+    @on_client(gives="proto?: tensors, loss?: number", fits=fits)
     def local(self, msg, client):
         theta, mean = client.memory.get("theta") or client.model.initial(), part(msg, "mean")
         if mean:
