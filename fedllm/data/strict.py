@@ -57,7 +57,7 @@ def _object(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{where}: the key {twice!r} is given twice", kind="broken")
+        raise DataError(f"{where}: the key {twice!r:.80} is given twice", kind="broken")
     return made
 
 
@@ -82,7 +82,7 @@ def half_character(value: Any, path: str = "") -> str | None:
         return None
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        name = f"{path}.{key}" if path else f"{key!r}"
+        name = f"{path}.{str(key)[:40]}" if path else f"{key!r:.42}"
         if isinstance(key, str) and half_character(key) is not None:
             return "a key"
         if (found := half_character(inner, name)) is not None:
