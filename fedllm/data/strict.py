@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,19 @@ LONGEST = 2**31 - 1
 """Characters of one field; Python's own limit of 131,072 is shorter than many a document."""
 LINE = 1 << 24
 """Characters (or bytes) of one line: 16 million are more than any document has, and what a tokenizer can take."""
+
+WHOLE = 1 << 28
+"""Bytes of a file that is one value (.json): it is read whole, and a value may take twenty times its bytes."""
+
+
+def whole(path: Path) -> str:
+    """The text of a file that is one value; DataError for one that is too large, before it is read."""
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > WHOLE or len(data := file.read(WHOLE + 1)) > WHOLE:
+            raise DataError(f"{path} has {size:,} bytes, and a .json file (data.source, data.test, data.public) may "
+                            f"have {WHOLE:,}, as it is read whole; write an object a line and call it .jsonl, which has no "
+                            "such bound", kind="unreadable")
+    return data.decode("utf-8-sig")
 
 
 def bounded(file: Any, path: Path, most: int | None = None) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -108,18 +109,34 @@ def test_any_row_of_any_task(tmp_path, name):
     each()
 
 
-@pytest.mark.parametrize("ending", TEXTS)
+@pytest.mark.parametrize("ending", [t for t in TEXTS if t != ".json"])
 def test_a_line_without_an_end_is_refused_before_it_is_held(tmp_path, ending, monkeypatch):
     """Sixteen million characters are the bound; here it is lower, and `/dev/zero` has no end at all."""
     monkeypatch.setattr(strict, "LINE", 1000)
     path = tmp_path / f"rows{ending}"
     path.write_text(written(ending, [{"prompt": "say", "response": "x" * 5000 if ending != ".txt" else ""},
                                      {"prompt": "y" * 5000, "response": "x"}]))
-    if ending == ".json":
-        return  # a list may be one line: the whole of it is read as one value
     for read in (lambda: load_federation({"source": str(path), "test": 0.0}, 0), lambda: list(stream_rows(str(path)))):
         with pytest.raises(DataError, match=r"line \d is longer than 1,000 characters"):
             read()
+
+
+def test_a_list_that_is_too_large_to_be_read_whole_is_refused_before_it_is_held(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"has 1,099,511,627,776 bytes.*may have 268,435,456.*call it \.jsonl"):
+            load_federation({"source": str(path), "test": 0.0}, 0)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    path.write_text(written(".json", ROWS))
+    spec = {"source": str(path), "test": 0.0, "partition": {"kind": "iid", "clients": 2}}
+    for most, fits in ((path.stat().st_size, True), (path.stat().st_size - 1, False)):
+        monkeypatch.setattr(strict, "WHOLE", most)
+        assert isinstance(met(lambda: load_federation(spec, 0)), DataError) is not fits
 
 
 def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
