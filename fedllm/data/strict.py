@@ -25,9 +25,9 @@ def whole(path: Path) -> str:
     """The text of a file that is one value; DataError for one that is too large, before it is read."""
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > WHOLE or len(data := file.read(WHOLE + 1)) > WHOLE:
-            raise DataError(f"{path} has {size:,} bytes, and a .json file (data.source, data.test, data.public) may "
-                            f"have {WHOLE:,}, as it is read whole; write an object a line and call it .jsonl, which has no "
-                            "such bound", kind="unreadable")
+            raise DataError(f"{path} has {size:,} bytes, and a .json file (data.source, data.test, data.public) "
+                            f"may have {WHOLE:,}, as it is read whole; write an object a line and call it .jsonl, "
+                            "which has no such bound", kind="unreadable")
     return data.decode("utf-8-sig")
 
 
