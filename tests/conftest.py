@@ -24,10 +24,24 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    hypothesis_profile()
     if files := config.getoption("--plugin"):
         from fedllm.runs.plugins import plugged
 
         plugged([(file, None) for file in files])
+
+
+def hypothesis_profile():
+    """The same inputs each time, or with FEDLLM_FUZZ (`make fuzz`) new ones, and what it takes to make a failing one
+    again. Nothing is kept on disk; a machine's speed decides nothing."""
+    from hypothesis import HealthCheck, settings
+
+    new = "FEDLLM_FUZZ" in os.environ
+    settings.register_profile("fedllm", derandomize=not new, print_blob=new, database=None, deadline=None,
+                              suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large,
+                                                     HealthCheck.large_base_example,
+                                                     HealthCheck.function_scoped_fixture])
+    settings.load_profile("fedllm")
 
 
 @pytest.fixture(scope="session", autouse=True)

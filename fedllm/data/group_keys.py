@@ -16,6 +16,7 @@ import numpy as np
 from fedllm.core.errors import DataError, FedLLMError, RecipeError
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.sources import nearest, value_of
+from fedllm.tasks.row import names_in
 
 KeyFunction = Callable[[Mapping[str, Any]], Any]
 """A row -> its key: text, bytes (UTF-8) or a whole number."""
@@ -57,7 +58,7 @@ def _own(fn: KeyFunction) -> Placed:
             raise
         except Exception as error:
             raise DataError(f"{where}: the key function '{name}' raised {type(error).__name__}: {error}; it must give "
-                            f"a key for every row (this one has {', '.join(map(str, row))})") from error
+                            f"a key for every row (this one has {names_in(row)})") from error
         return _text(got, where, f"the key function '{name}'")
 
     return keyed
@@ -73,7 +74,7 @@ def _text(value: Any, where: str, who: str) -> str:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise DataError(f"{where}: {who} gave {value!r}; a key is text, bytes or a whole number")
+    raise DataError(f"{where}: {who} gave {value!r:.80}; a key is text, bytes or a whole number")
 
 
 def _imported(key: str, rest: str) -> KeyFunction:

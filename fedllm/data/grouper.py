@@ -103,8 +103,8 @@ def _map(paths: Sequence[str], folder: Path, key: str | KeyFunction, shards: int
         for i, where, row, raw in stream_rows(path, share, BLOCK):
             name = key_of(row, (f, i), where)
             if seen < CHECKED and key_of(row, (f, i), where) != name:
-                raise DataError(f"{where}: the key function gave {name!r} and then another key for the same row; it "
-                                "must be pure: no counters, no clock, no generator of its own")
+                raise DataError(f"{where}: the key function gave {name!r:.80} and then another key for the same row; "
+                                "it must be pure: no counters, no clock, no generator of its own")
             seen += 1
             head = json.dumps(name, ensure_ascii=False).encode()
             words = sum(len(v.split()) for v in row.values() if isinstance(v, str))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DataError
-from fedllm.data.strict import bounded, delimited, loads
+from fedllm.data.strict import bounded, delimited, loads, whole
 from fedllm.tasks.row import as_text, nearest, value_of
 
 __all__ = ["Table", "map_fields", "nearest", "read_tables", "resolve", "value_of"]
@@ -179,7 +179,7 @@ def _jsonl(path: Path) -> Table:
 
 
 def _json(path: Path) -> Table:
-    text = path.read_text(encoding="utf-8-sig")
+    text = whole(path)
     try:
         value = loads(text, str(path)) if text.strip() else []
     except DataError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,19 @@ LONGEST = 2**31 - 1
 """Characters of one field; Python's own limit of 131,072 is shorter than many a document."""
 LINE = 1 << 24
 """Characters (or bytes) of one line: 16 million are more than any document has, and what a tokenizer can take."""
+
+WHOLE = 1 << 28
+"""Bytes of a file that is one value (.json): it is read whole, and a value may take twenty times its bytes."""
+
+
+def whole(path: Path) -> str:
+    """The text of a file that is one value; DataError for one that is too large, before it is read."""
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > WHOLE or len(data := file.read(WHOLE + 1)) > WHOLE:
+            raise DataError(f"{path} has {size:,} bytes, and a .json file (data.source, data.test, data.public) "
+                            f"may have {WHOLE:,}, as it is read whole; write an object a line and call it .jsonl, "
+                            "which has no such bound", kind="unreadable")
+    return data.decode("utf-8-sig")
 
 
 def bounded(file: Any, path: Path, most: int | None = None) -> Iterator[Any]:
@@ -57,7 +71,7 @@ def _object(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{where}: the key {twice!r} is given twice", kind="broken")
+        raise DataError(f"{where}: the key {twice!r:.80} is given twice", kind="broken")
     return made
 
 
@@ -82,7 +96,7 @@ def half_character(value: Any, path: str = "") -> str | None:
         return None
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        name = f"{path}.{key}" if path else f"{key!r}"
+        name = f"{path}.{str(key)[:40]}" if path else f"{key!r:.42}"
         if isinstance(key, str) and half_character(key) is not None:
             return "a key"
         if (found := half_character(inner, name)) is not None:

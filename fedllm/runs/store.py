@@ -164,6 +164,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FedLLMError:
         raise
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise RunError(f"{path} cannot be read: {error.filename} is not there as a run leaves it ({error.strerror}); "
+                       "bring it back from a copy, or run the recipe again") from None
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError,
             ValueError, yaml.YAMLError) as error:
         raise RunError(f"{path} is damaged: something in it is not as a run writes it ({type(error).__name__}: "

@@ -56,7 +56,7 @@ def _check_order(turns: Turns, what: str) -> None:
         raise DataError(f"{what} has no turn of the user, so that nothing is answered", kind="chat")
     for i, role in enumerate(roles, start=1):
         if role not in SPOKEN:
-            raise DataError(f"{what}, turn {i}: the role is {role!r}; allowed are {', '.join(SPOKEN)}", kind="chat")
+            raise DataError(f"{what}, turn {i}: the role is {role!r:.80}; allowed are {', '.join(SPOKEN)}", kind="chat")
         if role in ("system", "developer") and i > 1:
             raise DataError(f"{what}, turn {i} is the {role}'s; it can only come first", kind="chat")
         if role == "assistant" and i > 1 and roles[i - 2] == role:
@@ -73,7 +73,7 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, str]:
     assert names
     role, content = turn[names[0]], turn[names[1]]
     if not isinstance(role, str):
-        raise DataError(f"{where}: the {names[0]} is {role!r}; it must be user, assistant or system", kind="chat")
+        raise DataError(f"{where}: the {names[0]} is {role!r:.80}; it must be user, assistant or system", kind="chat")
     if turn.get("tool_calls") or turn.get("function_call"):
         raise DataError(f"{where} calls a tool; only text is learned. Write the call into its content, or leave the "
                         "row out", kind="chat")
@@ -90,7 +90,7 @@ def _content(content: Any, where: str) -> str:
     for part in content:
         if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type", "without a text") if isinstance(part, Mapping) else type(part).__name__
-            raise DataError(f"{where}: a part of the content is {kind!r}; only parts of type 'text' can be learned",
+            raise DataError(f"{where}: a part of the content is {kind!r:.80}; only parts of type 'text' can be learned",
                             kind="chat")
         texts.append(as_text(part["text"], "text", where))
     return "".join(texts)

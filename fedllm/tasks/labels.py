@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedllm.core.errors import DataError
-from fedllm.tasks.row import Row, as_text, nearest, value_of
+from fedllm.tasks.row import Row, as_text, names_in, nearest, value_of
 
 
 def label_names(values: Iterable[Any]) -> tuple[str, ...]:
@@ -26,17 +26,17 @@ def one_way(names: Iterable[str]) -> None:
     for name in sorted(names):
         other = seen.setdefault(" ".join(name.split()).casefold(), name)
         if other != name:
-            raise DataError(f"the labels {other!r} and {name!r} differ in case or blanks alone and would be two "
-                            "classes; write them one way")
+            raise DataError(f"the labels {other!r:.80} and {name!r:.80} differ in case or blanks alone and would be "
+                            "two classes; write them one way")
     numbers, words = [n for n in sorted(names) if is_number(n)], [n for n in sorted(names) if not is_number(n)]
     if numbers and words:
-        raise DataError(f"labels are numbers here and words there ({numbers[0]!r}, {words[0]!r}) and would all be "
-                        "classes of their own; write them one way")
+        raise DataError(f"labels are numbers here and words there ({numbers[0]!r:.80}, {words[0]!r:.80}) and would all "
+                        "be classes of their own; write them one way")
 
 
 def is_number(name: str) -> bool:
-    """Whether a label is a whole number in digits."""
-    return name.removeprefix("-").isdecimal()
+    """Whether a label is a whole number in digits, and not in so many that none would count with it."""
+    return len(name) <= 20 and name.removeprefix("-").isdecimal()
 
 
 def raw_label(row: Row, where: str) -> int | str:
@@ -47,7 +47,7 @@ def raw_label(row: Row, where: str) -> int | str:
     if isinstance(label, float) and label.is_integer():  # a column of whole numbers with gaps, as pandas keeps it
         label = int(label)
     if not isinstance(label, int | str) or not str(label).strip():
-        raise DataError(f"{where}: 'label' is {label!r}; a label must be a string or a whole number", kind="label")
+        raise DataError(f"{where}: 'label' is {label!r:.80}; a label must be a string or a whole number", kind="label")
     return label
 
 
@@ -59,7 +59,7 @@ def index_of(label: int | str, labels: Sequence[str], where: str, column: str = 
     name = str(label)
     if name in labels:
         return list(labels).index(name)
-    if name.isdecimal() and int(name) < len(labels) and not any(is_number(n) for n in labels):
+    if is_number(name) and 0 <= int(name) < len(labels) and not any(is_number(n) for n in labels):
         return int(name)
-    raise DataError(f"{where}: {column!r} is {label!r}; the labels are {', '.join(labels)}{nearest(name, labels)}",
+    raise DataError(f"{where}: {column!r} is {label!r:.80}; the labels are {names_in(labels)}{nearest(name, labels)}",
                     kind="label")

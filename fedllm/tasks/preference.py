@@ -33,8 +33,8 @@ class Preference(Task):
             raise DataError(f"{where}: {odd!r} is a list of turns; data.template = 'chat' reads those", kind="chat")
         said = {name: text_of(row, name, where) for name in ("chosen", "rejected")}
         if bad := [name for name, text in said.items() if not text.strip()]:
-            raise DataError(f"{where}: {bad[0]!r} is {said[bad[0]]!r}; a preference row needs text in chosen and in "
-                            "rejected")
+            raise DataError(f"{where}: {bad[0]!r} is {said[bad[0]]!r:.80}; a preference row needs text in chosen and "
+                            "in rejected")
         if said["chosen"] == said["rejected"]:
             raise DataError(f"{where}: 'chosen' and 'rejected' are the same text, so that nothing is preferred")
         made = {name: how.template({**row, "response": text}, where) for name, text in said.items()}

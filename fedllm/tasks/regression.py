@@ -57,8 +57,8 @@ def number_of(row: Row, where: str) -> float:
     value = value_of(row, TARGET, where)
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{where}: {TARGET!r} is {value!r}; it must be a finite number")
+        raise DataError(f"{where}: {TARGET!r} is {value!r:.80}; it must be a finite number")
     return number

@@ -92,14 +92,20 @@ def _told(row: Encoded) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'answer'?` where a known name is close, else nothing."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r:.80}?" if close else ""
 
 
 def value_of(row: Mapping[str, Any], name: str, where: str) -> Any:
     """A field of a row; a DataError names the row, the missing field, those present and the nearest."""
     if name not in row:
-        raise DataError(f"{where} has no field {name!r}; it has {', '.join(map(str, row))}{nearest(name, row)}")
+        raise DataError(f"{where} has no field {name!r:.80}; it has {names_in(row)}{nearest(name, row)}")
     return row[name]
+
+
+def names_in(row: Iterable[object]) -> str:
+    """A row's names as an error shows them: the first twenty, and forty characters of each."""
+    names = [str(name) for name in row]
+    return ", ".join(f"{n[:37]}..." if len(n) > 40 else n for n in names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def text_of(row: Mapping[str, Any], name: str, where: str) -> str:

@@ -100,7 +100,7 @@ def _lists(row: Row, where: str) -> tuple[list[str], list[Any]]:
     words, tags = value_of(row, "tokens", where), value_of(row, "tags", where)
     for name, value in (("tokens", words), ("tags", tags)):
         if not isinstance(value, list) or not all(isinstance(v, str | int) for v in value):
-            raise DataError(f"{where}: {name!r} is {value!r}; it must be a list of strings")
+            raise DataError(f"{where}: {name!r} is {value!r:.80}; it must be a list of strings")
     if len(words) != len(tags) or not words:
         raise DataError(f"{where} has {len(words)} tokens and {len(tags)} tags; every token must have one tag")
     return [str(w) for w in words], tags

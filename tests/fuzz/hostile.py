@@ -1,13 +1,26 @@
-"""What strangers write into recipes, files and folders: values, and documents of which a part was changed."""
+"""What strangers write into recipes, files and folders, as strategies of hypothesis: values, documents of which a part
+was changed, and bytes that were garbled. Drawn are the changes and not the outcome: a failure shows what was done.
+
+In CI the same inputs come each time (tests/conftest.py); `FEDLLM_FUZZ` makes so many new ones for each test.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
-import random
-from collections.abc import Iterator
-from typing import Any
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NamedTuple
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from fedllm.core.errors import FedLLMError
 
 ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, -0.0, 1e-320, 1e308, -1e308,
@@ -17,13 +30,40 @@ ODD: tuple[Any, ...] = (
     {"name": None}, {"a": {"name": "x"}}, {"x": math.nan})
 """Values, of which none is a good one everywhere."""
 
+SECONDS = 20.0
+"""Longest that one input may take to be refused or taken, on a slow and busy machine."""
 
-def tries(usual: int) -> int:
-    """How many inputs a test makes: `FEDLLM_FUZZ` of them (`make fuzz`), or as many as CI has time for."""
-    return int(os.environ.get("FEDLLM_FUZZ", usual))
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats()
+TEXT = st.text("aZ0_ -.:,/{}[]'\"\n\t\0\x1b\xe9\u6f22\u202e\U0001f600\ud800", max_size=5)
+ANYTHING: SearchStrategy[Any] = st.sampled_from(ODD).map(copy.deepcopy) | LEAVES | TEXT | st.recursive(
+    LEAVES | TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=4)
+"""Any value at all; half of them odd."""
 
 
-def places(doc: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def fuzzed(usual: int) -> Any:
+    """How many inputs a test takes: `FEDLLM_FUZZ` (`make fuzz`), or as many as CI has time for."""
+    return settings(max_examples=int(os.environ.get("FEDLLM_FUZZ", usual)))
+
+
+class Lost:
+    """In the place of a value: its key is gone."""
+
+    def __repr__(self) -> str:
+        return "LOST"
+
+
+LOST = Lost()
+Path = tuple[Any, ...]
+
+
+class Change(NamedTuple):
+    """What a document holds at a path, in the place of what was there."""
+
+    path: Path
+    value: Any
+
+
+def places(doc: Any, at: Path = ()) -> Iterator[Path]:
     """The paths of all values inside a document."""
     items = doc.items() if isinstance(doc, dict) else enumerate(doc) if isinstance(doc, list) else ()
     for key, value in items:
@@ -31,67 +71,124 @@ def places(doc: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*at, key))
 
 
-def value_at(doc: Any, path: tuple[Any, ...]) -> Any:
+def value_at(doc: Any, path: Path) -> Any:
     """What lies there."""
     for key in path:
         doc = doc[key]
     return doc
 
 
-def bent(rnd: random.Random, value: Any) -> Any:
+def near(value: Any) -> SearchStrategy[Any]:
+    """A value much like this one, and not quite."""
+    if isinstance(value, bool):
+        return st.just(int(value))
+    if isinstance(value, int | float):
+        return st.sampled_from([-value, value * 10**9, str(value), [value], float(value), bool(value)])
+    if isinstance(value, str):
+        return st.sampled_from([value + "\n", value.upper(), [value], {"name": value}, value * 500])
+    if isinstance(value, list):
+        made = [value * 2, value[:-1], [value], dict(enumerate(value))]
+        return st.sampled_from(made).map(copy.deepcopy) | ANYTHING.map(lambda x: [*copy.deepcopy(value), x])
+    if isinstance(value, dict):
+        more = st.tuples(st.sampled_from(["", "x", "name", 7]) | TEXT, ANYTHING)
+        return (st.sampled_from([[value], list(value)]).map(copy.deepcopy)
+                | more.map(lambda pair: {**copy.deepcopy(value), pair[0]: pair[1]}))
+    return ANYTHING
+
+
+def bent(value: Any) -> SearchStrategy[Any]:
     """Something else in the place of a value: anything odd, or much like it."""
-    if rnd.random() < 0.3:
-        if isinstance(value, bool):
-            return int(value)
-        if isinstance(value, int | float):
-            return rnd.choice([-value, value * 10**9, str(value), [value], float(value), bool(value)])
-        if isinstance(value, str):
-            return rnd.choice([value + "\n", value.upper(), [value], {"name": value}, value * 500])
-        if isinstance(value, list):
-            return rnd.choice([value * 2, value[:-1], [value], dict(enumerate(value)), [*value, rnd.choice(ODD)]])
-        if isinstance(value, dict):
-            return rnd.choice([[value], list(value), {**value, rnd.choice(["", "x", "name", 7]): rnd.choice(ODD)}])
-    return copy.deepcopy(rnd.choice(ODD))
+    return ANYTHING | near(value)
 
 
-def changed(rnd: random.Random, doc: Any, most: int = 2) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
-    """The document with a few things in it changed, and which."""
+def changes(doc: Any, most: int = 2) -> SearchStrategy[list[Change]]:
+    """A few things that become of a document."""
+    known = list(places(doc)) or [()]
+    one = st.sampled_from(known).flatmap(lambda path: st.builds(
+        Change, st.just(path), bent(value_at(doc, path)) | (st.just(LOST) if path else st.nothing())))
+    return st.lists(one, min_size=1, max_size=most)
+
+
+def changed(doc: Any, made: Sequence[Change]) -> tuple[Any, list[Change]]:
+    """The document after these changes, and those that found their place and left something there."""
     doc, did = copy.deepcopy(doc), []
-    for _ in range(rnd.randint(1, most)):
-        path = rnd.choice(list(places(doc)) or [()])
-        if not path:
-            return bent(rnd, doc), [((), None)]
-        inside = value_at(doc, path[:-1])
-        if rnd.random() < 0.1:
-            del inside[path[-1]]
-        else:
-            inside[path[-1]] = bent(rnd, inside[path[-1]])
-            did.append((path, inside[path[-1]]))
+    for change in made:
+        if not change.path:
+            return change.value, []
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier one took its place away
+            inside = value_at(doc, change.path[:-1])
+            if isinstance(change.value, Lost):
+                del inside[change.path[-1]]
+            elif isinstance(inside, dict | list):
+                inside[change.path[-1]] = change.value
+                did.append(change)
     return doc, did
 
 
-def garbled(rnd: random.Random, data: bytes) -> bytes:
-    """The bytes with some of them lost, doubled, moved, or replaced."""
-    out = bytearray(data)
-    for _ in range(rnd.randint(1, 4)):
-        a = rnd.randrange(len(out) + 1)
-        b = min(len(out), a + rnd.choice((1, 1, 2, 8, 64)))
-        way = rnd.randrange(6)
-        if way == 0:
-            del out[a:b]
-        elif way == 1:
-            out[a:a] = out[a:b] * rnd.choice((1, 3))
-        elif way == 2:
-            out[a:b] = bytes(rnd.randrange(256) for _ in range(b - a))
-        elif way == 3:
-            out[a:a] = rnd.choice((b"\0", b"\xff", b'"', b"{", b"[", b"}", b"\n", b",", b": ", b"- ", b"&a ", b"*a",
-                                   b"1e999", b"NaN", b"\xed\xa0\x80", b"!!python/name:os.system ", b"9" * 5000,
-                                   b"0x" + b"f" * 5000, b"[" * 300))
-        elif way == 4:
-            del out[a:]
-        else:
-            out[a:a] = out
-    return bytes(out[: 1 << 18])
+SCRAPS = (b"\0", b"\xff", b'"', b"{", b"[", b"}", b"\n", b",", b": ", b"- ", b"&a ", b"*a", b"1e999", b"NaN",
+          b"\xed\xa0\x80", b"!!python/name:os.system ", b"9" * 5000, b"0x" + b"f" * 5000, b"[" * 300)
+
+
+class Slip(NamedTuple):
+    """What happens to some bytes: the `length` of them `at` a place go, and `instead` comes so many `times`."""
+
+    at: int
+    length: int
+    instead: bytes | None
+    """None: they themselves."""
+    times: int
+
+
+def slips(data: bytes) -> SearchStrategy[list[Slip]]:
+    """What becomes of bytes: some are lost, doubled, replaced, or all after them are cut off."""
+    at = st.integers(0, len(data))
+    length = st.sampled_from([0, 1, 1, 2, 8, 64, len(data)])
+    instead = st.sampled_from([b"", None, *SCRAPS]) | st.binary(max_size=8)
+    return st.lists(st.builds(Slip, at, length, instead, st.sampled_from([1, 2, 4])), min_size=1, max_size=4)
+
+
+def garbled(data: bytes, made: Sequence[Slip]) -> bytes:
+    """The bytes after these slips, a quarter of a million at the most."""
+    for at, length, instead, times in made:
+        at = min(at, len(data))
+        taken = data[at : at + length]
+        data = data[:at] + (taken if instead is None else instead) * times + data[at + length :]
+    return data[: 1 << 18]
+
+
+class _Hangs(BaseException):
+    """No `except Exception` of what is tried stops it."""
+
+
+@contextlib.contextmanager
+def within(seconds: float = SECONDS) -> Iterator[None]:
+    """AssertionError for what takes longer, while it still does; pytest's own clock goes on around it."""
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _Hangs
+
+    began, before = time.monotonic(), signal.signal(signal.SIGALRM, ring)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _Hangs:
+        raise AssertionError(f"no end within {seconds} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - began)))
+
+
+def met(work: Callable[[], Any], kind: type[FedLLMError] = FedLLMError, longest: int = FedLLMError.LONGEST) -> Any:
+    """The result of some work, or its refusal, an error of this kind that is no longer; anything else is a fault, and
+    so is a long wait."""
+    with within():
+        try:
+            return work()
+        except kind as error:
+            assert len(str(error)) <= longest, f"a sentence of {len(str(error))} characters: {str(error)[:200]}"
+            return error
 
 
 def unfit(value: Any) -> bool:

@@ -1,13 +1,14 @@
 """Runs' folders that came from elsewhere, of which anything was changed: read, or refused in a sentence."""
 
+import functools
 import json
-import random
 import shutil
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import fedllm
-from fedllm.core.errors import FedLLMError
 from fedllm.federation.operate import Tally
 from fedllm.report.report import write_report
 from fedllm.runs.folder import RunFolder
@@ -15,7 +16,7 @@ from fedllm.runs.received import received
 from fedllm.runs.replay import replay
 from fedllm.runs.result import Result
 from fedllm.runs.seal import verify
-from tests.fuzz.hostile import changed, garbled, tries
+from tests.fuzz.hostile import changed, changes, fuzzed, garbled, met, slips
 
 READ = {"result": Result.load, "verify": verify, "recipe": received, "checkpoint": lambda p: RunFolder(p).load(),
         "status": lambda p: Tally(p).look().as_json(), "report": write_report, "replay": replay}
@@ -33,36 +34,53 @@ def done(tmp_path_factory, tiny_llama_folder):
     return fedllm.run(spec, root=folder / "runs").folder
 
 
-def spoiled(rnd, folder):
-    """One file of the folder with something else in it, and what it was."""
-    path = rnd.choice([p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "report.html"
-                       and p.stat().st_size < 1 << 18])
-    data = path.read_bytes()
-    if path.suffix == ".json" and rnd.random() < 0.7:
-        path.write_text(json.dumps(changed(rnd, json.loads(data))[0], skipkeys=True))
-    elif path.name == "events.jsonl" and rnd.random() < 0.7:
-        lines = data.splitlines()
-        i = rnd.randrange(len(lines))
-        lines[i] = json.dumps(changed(rnd, json.loads(lines[i]))[0], skipkeys=True).encode()
-        path.write_bytes(b"\n".join(lines) + b"\n")
-    elif rnd.random() < 0.1:
-        path.unlink()
-    else:
-        path.write_bytes(garbled(rnd, data))
-    return path
+@functools.cache
+def small(folder):
+    """The files of a folder that somebody may have changed, by their paths in it."""
+    return [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "report.html"
+            and p.stat().st_size < 1 << 18]
+
+
+def as_json(doc):
+    """What JSON holds of a document."""
+    try:
+        return json.dumps(doc, skipkeys=True).encode()
+    except (TypeError, ValueError):
+        return b"null"
+
+
+@st.composite
+def spoiled(draw, folder):
+    """One file of the folder and what it holds now; None where it is gone."""
+    name = draw(st.sampled_from(small(folder)))
+    data, ways = (folder / name).read_bytes(), ["garbled", "gone"]
+    ways = ["changed", *ways] if name.endswith((".json", "events.jsonl")) else ways
+    way = draw(st.sampled_from(ways))
+    if way == "gone":
+        return name, None
+    if way == "garbled":
+        return name, garbled(data, draw(slips(data)))
+    lines = data.splitlines() if name.endswith("events.jsonl") else [data]
+    i = draw(st.integers(0, len(lines) - 1))
+    doc = json.loads(lines[i])
+    lines[i] = as_json(changed(doc, draw(changes(doc)))[0])
+    return name, b"\n".join(lines) + (b"\n" if len(lines) > 1 else b"")
 
 
 @pytest.mark.parametrize("name", READ)
 def test_a_folder_of_which_anything_was_changed(done, tmp_path, name):
-    rnd, folder = random.Random(name), tmp_path / "r"
-    for _ in range(tries(4 if name in ("report", "replay") else 25)):
+    folder = tmp_path / "r"
+
+    @fuzzed(4 if name in ("report", "replay") else 10)
+    @given(spoiled(done))
+    @example(("events.jsonl", None))
+    def each(made):
+        path, data = made
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(done, folder)
-        path = spoiled(rnd, folder)
-        try:
-            READ[name](folder)
-        except FedLLMError as error:
-            assert len(str(error)) <= FedLLMError.LONGEST
-        except Exception as error:
-            now = path.read_bytes()[:400] if path.exists() else b""
-            raise AssertionError(f"{path.relative_to(folder)}: {now!r}") from error
+        (folder / path).unlink()
+        if data is not None:
+            (folder / path).write_bytes(data)
+        met(lambda: READ[name](folder))
+
+    each()
