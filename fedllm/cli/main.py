@@ -68,7 +68,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
 def _told_in_json(recipe: Path, root: Path, overrides: dict[str, Any]) -> None:
     from fedllm.report.report import publish
     from fedllm.runs.progress import JsonLines
-    from fedllm.runs.run import begin
+    from fedllm.runs.stages import begin
 
     lines = JsonLines(sys.stdout)
     result = begin(recipe, root, overrides, publish, lines)
