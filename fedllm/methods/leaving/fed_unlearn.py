@@ -46,7 +46,8 @@ class FedUnlearn(Star):
                  "server sees sums alone. `fedllm replay --without` takes a client out of any run that kept its "
                  "replies. What copies of a model that were handed out know cannot be recalled.",
     )
-    trial = Trial({"forget": "c1", "at": 1, "grade": "ascent"}, silent="who leaves is one of those who answer")
+    trial = Trial({"forget": "c1", "at": 1, "grade": "ascent"}, silent="who leaves is one of those who answer",
+                  far={"method.forget": "site-b"})
 
     forget: str = knob("", "the client that leaves, by its id")
     at: int = knob(10, "rounds with it; from this one on it is taken out", ge=1)
