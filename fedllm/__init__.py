@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from fedllm.runs.recipe import Recipe
     from fedllm.runs.replay import replay
     from fedllm.runs.result import Result
+    from fedllm.runs.without import remove
 
 __version__ = VERSION
 
 _HOMES = {
     "ask": "api", "Answered": "runs.asking",
     "run": "api", "resume": "api", "plan": "runs.plan", "Plan": "runs.plan", "replay": "runs.replay",
+    "remove": "runs.without",
     "export": "runs.export", "Recipe": "runs.recipe", "Result": "runs.result",
     "Ask": "core.ask", "Replies": "core.ask", "on_client": "core.ask",
     "Client": "core.client", "ClientInfo": "core.client", "Profile": "core.client", "Layer": "core.layer",
@@ -61,7 +63,7 @@ __all__ = [
     "EndpointError", "FedLLMError", "Federation", "Layer", "Mean", "Method", "ModelError", "PayloadError", "Plan",
     "Profile", "QuorumError", "Recipe", "RecipeError", "Reducer", "Replies", "Result", "RunError", "Shard", "Star",
     "Sum", "Trial", "ask",
-    "drive", "export", "knob", "load_federation", "on_client", "plan", "replay", "resume", "run",
+    "drive", "export", "knob", "load_federation", "on_client", "plan", "remove", "replay", "resume", "run",
 ]
 
 

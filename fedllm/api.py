@@ -10,7 +10,7 @@ from fedllm.report.report import publish
 from fedllm.runs.asking import PATIENCE, Answered, Session, check_question
 from fedllm.runs.recipe import Recipe
 from fedllm.runs.result import Result
-from fedllm.runs.run import begin, go_on
+from fedllm.runs.stages import begin, go_on
 
 RUNS = Path("runs")
 
@@ -19,9 +19,9 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *, root: str | Path = R
     """Run a recipe (a path, a mapping or a `Recipe`) and come back with its `Result`.
 
     `overrides` are keys of the recipe (`rounds=3`, `local={"lr": 1e-3}`, or `**{"local.lr": 1e-3}`); `plugins=[FILE]`
-    adds files with parts of one's own. The run's folder is made under `root`. Raises RecipeError, DataError, ModelError
-    or CompositionError before any work is done, ClientError when a client's code fails, and RunError when the run
-    cannot go on; `resume` then takes it up.
+    adds files with parts of one's own. A recipe of `stages` comes back with its last one's. The run's folder is made
+    under `root`. Raises RecipeError, DataError, ModelError or CompositionError before any work is done, ClientError
+    when a client's code fails, and RunError when the run cannot go on; `resume` then takes it up.
     """
     return begin(recipe, root, overrides, publish)
 

@@ -36,7 +36,13 @@ from fedllm.runs.complaints import edit
 
 log = logging.getLogger(__name__)
 OUT = Path("docs/results/federation.json")
-CLASSES = {"task": "classification", "labels": ["even", "odd"], "fields": {"text": "prompt", "label": "label"}}
+TASKS: Mapping[str, Mapping[str, Any]] = {
+    "generation": {},
+    "classification": {"task": "classification", "labels": ["even", "odd"],
+                       "fields": {"text": "prompt", "label": "label"}},
+    "preference": {"task": "preference", "fields": {"chosen": "response", "rejected": "worse"}},
+    "tokens": {"task": "tokens", "labels": ["O", "even"], "fields": {"tokens": "words", "tags": "tags"}}}
+"""How the rig's rows are read for each task."""
 SIZES = (200_000_000,)
 BIG = 2_500_000_000
 
@@ -44,7 +50,9 @@ BIG = 2_500_000_000
 def tried(rig: Any, method: str) -> dict[str, Any]:
     """The rig's recipe for a method, with what the method says it is tried with."""
     trial = method_class(method).trial
-    data = CLASSES if trial.task == "classification" else {}
+    data = dict(TASKS[trial.task])
+    if make_method(method, **trial.knobs).public_at():
+        data["public"] = str(rig.folder / "public.jsonl")
     clients = {"clients": {"ranks": list(trial.ranks)}} if trial.ranks else {}
     local = {"local": {"steps": 2, "batch_size": 4, **trial.local}} if trial.local else {}
     spec = rig.recipe(method, knobs=trial.knobs, data=data, space=dict(trial.space), **local, **clients)
@@ -61,6 +69,8 @@ def digests(out: Path = OUT, only: Sequence[str] = ()) -> None:
 
 
 def _digest(rig: Loopback, method: str) -> dict[str, Any]:
+    if apart := method_class(method).trial.apart:
+        return {"same": None, "why": f"not tried on these rows: {apart}"}
     spec = tried(rig, method)
     if make_method(**spec["method"]).simulation_only:
         try:

@@ -68,7 +68,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
 def _told_in_json(recipe: Path, root: Path, overrides: dict[str, Any]) -> None:
     from fedllm.report.report import publish
     from fedllm.runs.progress import JsonLines
-    from fedllm.runs.run import begin
+    from fedllm.runs.stages import begin
 
     lines = JsonLines(sys.stdout)
     result = begin(recipe, root, overrides, publish, lines)
@@ -122,10 +122,17 @@ def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", 
 @app.command()
 def replay(path: RunPath, reducer: Annotated[str | None, typer.Option(help="mean, uniform or median; without it, the "
                                                                       "method's own.")] = None,
+           without: Annotated[str | None, typer.Option(metavar="CLIENT", help=(
+               "Take this client out of the run: what could not hang on it comes from the record, the rest of the "
+               "clients is asked anew."))] = None,
            trust_remote_code: Trust = False) -> None:
-    """Run the server again from recorded replies, with another reducer, without clients or data."""
+    """Run the server again from recorded replies, with another reducer, without clients or data; or without a client
+    that leaves."""
+    from fedllm.cli.without import take_out
     from fedllm.runs.replay import replay as again
 
+    if without is not None:
+        return take_out(out, path, without, reducer, trust_remote_code)
     got = again(path, reducer, trust_remote_code)
     away = f"{got.distance:.1%} of the run's way from the recorded state"
     same = "the recorded state, bit for bit" if got.same else away

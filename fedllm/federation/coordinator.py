@@ -36,6 +36,7 @@ from fedllm.runs.build import (
     make_layers,
     make_recipe_space,
     need_public,
+    no_stages,
     recipe_model,
     versions,
 )
@@ -290,6 +291,7 @@ def of_other_models(room: RunFolder, world: FarWorld, recipe: Recipe, said: Mapp
 
 def check_recipe(recipe: Recipe) -> None:
     """RecipeError for what a simulation alone can do."""
+    no_stages(recipe)
     if recipe.data.canaries:
         raise RecipeError(f"data.canaries = {recipe.data.canaries} is not allowed in a real federation: rows are the "
                           "sites' own, a recipe adds none to them, and an audit that looks for canaries needs the rows "

@@ -232,3 +232,23 @@ def unaccounted(says: Sequence[Mapping[str, Any]], tests_on_clients: bool) -> li
     hidden = any(s.get("unit") == "client" for s in says)
     return ["evaluate.clients = true: each client's test metrics went up without noise; set it to false for a claim "
             "about clients"] if hidden and tests_on_clients else []
+
+
+def composed(runs: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What runs on the same clients spent together, by basic composition: epsilons and deltas add up, unit by unit.
+
+    None where no run says anything. A run that says nothing, or claims nothing, takes the claim away from them all.
+    """
+    said = {name: privacy for name, privacy in runs.items() if privacy}
+    if not said:
+        return None
+    void = [f"{name}: nothing in it accounts for privacy" for name, privacy in runs.items() if not privacy]
+    void += [f"{name}: {why}" for name, privacy in said.items() for why in privacy.get("void", ())]
+    spent: dict[str, dict[str, float]] = {}
+    for privacy in said.values():
+        for layer in privacy.get("layers", ()):
+            if "epsilon" in layer:
+                sums = spent.setdefault(str(layer.get("unit")), {"epsilon": 0.0, "delta": 0.0})
+                sums["epsilon"] += float(layer["epsilon"])
+                sums["delta"] += float(layer.get("delta") or 0.0)
+    return {"claim": "none" if void else "private", "void": void, "composed": spent}

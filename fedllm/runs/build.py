@@ -76,6 +76,7 @@ class Parts:
 
 def build(recipe: Recipe) -> Parts:
     """Make every part; what does not fit is refused here, before any work is done."""
+    no_stages(recipe)
     if recipe.engine.kind in FAR:
         raise RecipeError(f"engine.kind = {recipe.engine.kind!r} runs between organisations: start it with "
                           "`fedllm serve`. In a simulation allowed are in_process, vectorized, ray")
@@ -111,6 +112,14 @@ def build(recipe: Recipe) -> Parts:
         raise CompositionError("local.packing = true and clients.models do not fit together: whether rows stay apart "
                                "is tried on the main model alone; leave one out")
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
+
+
+def no_stages(recipe: Recipe) -> None:
+    """RecipeError where one run is wanted, and the recipe says several."""
+    if recipe.stages:
+        names = ", ".join(s.name for s in recipe.stages)
+        raise RecipeError(f"stages: this recipe is {len(recipe.stages)} runs ({names}), which `fedllm run` goes "
+                          "through one after another; here one is needed: leave stages out, or name the folder of one")
 
 
 def _shards(federation: Federation) -> Sequence[Any]:

@@ -34,6 +34,8 @@ KEEP = 2
 """Checkpoints kept: the newest, and one before it."""
 
 
+STAGES = "stages"
+"""Where the runs of a recipe of stages lie, each in a folder of its name."""
 CHAIN = ',"chain":"'
 """Before the last key of each event line: sha256 of the hash of the line before it and of this line without the key."""
 
@@ -108,6 +110,13 @@ class Taken(RunError):
     """Another process has made this folder."""
 
 
+def of_one_run(path: Path) -> None:
+    """RunError for the folder of a recipe of stages, each of which is a run."""
+    if stages := sorted(p.parent.name for p in path.glob(f"{STAGES}/*/recipe.yaml")):
+        raise RunError(f"{path} is a run of stages, each a run of its own: name one of them, as in "
+                       f"{path / STAGES / stages[0]} (there are {', '.join(stages)})")
+
+
 class RunFolder:
     """The folder of one run; every file in it is either whole or absent."""
 
@@ -146,6 +155,7 @@ class RunFolder:
             near = sorted(p.parent.name for p in path.parent.glob("*/recipe.yaml")) if path.parent.is_dir() else []
             hint = f"; {path.parent} has {', '.join(near[:8])}" if near else ""
             raise RunError(f"{path} is no run folder (it has no recipe.yaml){hint}")
+        of_one_run(path)
         return cls(path)
 
     @contextlib.contextmanager

@@ -24,11 +24,17 @@ def received(folder: Path, trust_remote_code: bool = False, plugins: Sequence[st
     if plugins:
         files = moved([(p.file, p.sha256) for p in recipe.plugins], plugins)
         recipe = recipe.model_copy(update={"plugins": [Plugin(file=f, sha256=s) for f, s in files]})
+    return armed(trusted(recipe, folder, trust_remote_code, plugins))
+
+
+def trusted(recipe: Recipe, folder: Path, trust_remote_code: bool = False,
+            plugins: Sequence[str | Path] = ()) -> Recipe:
+    """The recipe; RecipeError where it would run code and nobody here said that it may."""
     named = {str(file) for file in plugins}
     if (asks := list(wants(recipe, named))) and not trust_remote_code:
         raise RecipeError(f"{folder / 'recipe.yaml'} says {'; and '.join(asks)}; give --trust-remote-code if you trust "
                           "it")
-    return armed(recipe)
+    return recipe
 
 
 def wants(recipe: Recipe, named: set[str]) -> Iterator[str]:

@@ -110,6 +110,18 @@ class Named(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Stage(Named):
+    """One part of a run in stages: what it changes of the recipe, and what it begins with."""
+
+    start: str = ""
+    """The stage whose product it begins with; empty: the one before. `base`: the recipe's own model."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Keys of the recipe that this stage has otherwise."""
+        return dict(self.model_extra or {})
+
+
 class NamedModel(Spec):
     """A model beside the main one: a folder, an id or an endpoint."""
 
@@ -309,6 +321,9 @@ class Recipe(Spec):
     """Meter the run: devices, links, and whether to read the machine's own counters."""
     rounds: Annotated[int, Field(ge=0, le=10**6)] = 10
     """Rounds of the run; 0 tests the model as it is."""
+    stages: Annotated[list[Stage], Field(min_length=1)] | None = None
+    """Runs one after another in one folder: each has a `name`, the recipe's keys that it changes, and begins with what
+    the one before ended with (`start: NAME` of an earlier one, or `base`). None: one run."""
     engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of every draw: equal recipe and seed give an equal state."""

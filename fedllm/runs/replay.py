@@ -23,7 +23,7 @@ from fedllm.runs.layers import make_layer
 from fedllm.runs.products import write_served
 from fedllm.runs.received import received
 from fedllm.runs.store import reading
-from fedllm.runs.tape import Playback
+from fedllm.runs.tape import Playback, check_taped
 
 log = logging.getLogger(__name__)
 REDUCERS: dict[str, Reducer] = {"mean": Mean(), "uniform": Mean(by="uniform"), "median": Median()}
@@ -60,6 +60,7 @@ def _again(folder: RunFolder, reducer: str | None, trust_remote_code: bool) -> R
     if not recipe.record.replies:
         raise RunError(f"{folder.path} kept no replies; run the recipe with record.replies=true")
     method = make_method(recipe.method.name, **recipe.method.knobs)
+    check_taped(method)
     layers = [make_layer(x.name, x.knobs, f"layers.{i}") for i, x in enumerate(recipe.layers)]
     first = folder.load(0)
     last = folder.load()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DidNothing, RunError
+from fedllm.runs.folder import of_one_run
 from fedllm.runs.store import read_json
 
 
@@ -72,6 +73,7 @@ class Result:
     def load(cls, folder: str | Path) -> Result:
         """The result of a run that is finished; a RunError when it is not."""
         path = Path(folder) / "result.json"
+        of_one_run(Path(folder))
         if not path.is_file():
             raise RunError(f"{folder} holds no finished run; `fedllm resume {folder}` goes on with it")
         said = read_json(path)

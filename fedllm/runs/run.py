@@ -48,10 +48,15 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
     parts = build(load_recipe(recipe, overrides))
     look(parts)  # rows that cannot be read are refused before there is a folder
     folder = RunFolder.fresh(Path(root), parts.recipe.name, resolved(parts))
-    if folder.path.name != parts.recipe.name:
-        log.warning("%s is there already; this run goes to %s", Path(root) / parts.recipe.name, folder.path)
+    say_name(folder, Path(root), parts.recipe.name)
     with folder.held(), spread(parts), contextlib.nullcontext(shown) if shown else progress_bars() as progress:
         return Run(parts, folder, progress, publish).go()
+
+
+def say_name(folder: RunFolder, root: Path, name: str) -> None:
+    """A run whose name was taken has another folder."""
+    if folder.path.name != name:
+        log.warning("%s is there already; this run goes to %s", root / name, folder.path)
 
 
 def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False,

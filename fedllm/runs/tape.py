@@ -127,6 +127,14 @@ def recorded(folder: Path, round: int) -> Iterator[Recorded]:
         yield Recorded(one["phase"], replies, one["missing"], one.get("seconds", {}))
 
 
+def check_taped(method: Any) -> None:
+    """CompositionError for a method whose replies say nothing to anybody after their round."""
+    marks = {n: getattr(getattr(type(method), n), "__dict__", {}) for n in dir(type(method))}
+    if sealed := [n for n, mark in marks.items() if mark.get("sealed")]:
+        raise CompositionError(f"method '{type(method).__name__}': its clients seal letters to one another "
+                               f"({sealed[0]}) with keys that nobody keeps, so its replies cannot be folded again")
+
+
 class Playback:
     """An engine that answers from a tape: no client and no data. `reducer` takes the place of every plain mean."""
 
@@ -141,11 +149,19 @@ class Playback:
     def send(self, asks: Sequence[Ask]) -> list[Replies]:
         return [self._answer(ask) for ask in asks]
 
-    def _answer(self, ask: Ask) -> Replies:
+    def _taped(self, ask: Ask) -> Recorded:
+        """What this ask was answered; RunError where the tape goes on with another."""
+        if ask.at_home:
+            raise CompositionError(f"{ask.phase} is what the server asks of itself on public rows, of which a tape has "
+                                   "nothing: this method cannot be replayed")
         tape = next(self._round, None)
         if tape is None or tape.phase != ask.phase:
             raise RunError(f"the tape has {tape.phase if tape else 'nothing more'} where the server asks {ask.phase}; "
                            "with another reducer this method asks other questions, so it cannot be replayed")
+        return tape
+
+    def _answer(self, ask: Ask) -> Replies:
+        tape = self._taped(ask)
         if self.reducer is not None:
             if ask.reducer is not None and not isinstance(ask.reducer, Mean):
                 raise CompositionError(f"{ask.phase} folds replies with {type(ask.reducer).__name__}, whose result "

@@ -101,6 +101,32 @@ def test_retraining_is_the_federation_that_never_had_it(begin):
     assert digest(run.state["theta"]) == digest(never.state["theta"])
 
 
+def test_what_was_before_it_first_answered_is_not_come_to_again(begin):
+    """It first answers in round 2: retraining takes up there, with the state of the rounds that never had it."""
+    run = begin("fed_unlearn", forget="c1", at=3).go(2, ["c0", "c2", "c3"]).go(1)
+    never = begin("fedavg").go(2, ["c0", "c2", "c3"])
+    never.t = 2
+    assert run.state["clean"] == 2 and digest(run.state["start"]) == digest(never.state["theta"])
+    assert digest(run.go(1).state["theta"]) == digest(never.go(1, ["c0", "c2", "c3"]).state["theta"])
+    assert run.method.report(run.state)["rounds_before_it_answered"] == 2
+    eraser = begin("fed_unlearn", forget="c1", at=3, grade="eraser", ratio=0.5, local={"epochs": 2})
+    eraser.go(1, ["c0"]).go(2, ["c0", "c1"])
+    start, norms = eraser.state["start"], eraser.engine.memory["c0"]["norms"]["1"]  # round 0 needs no calibration
+    eraser.go(1, ["c0"])
+    moved = {n: float((eraser.state["theta"][n] - x).norm()) for n, x in start.items()}
+    assert moved == pytest.approx(norms, abs=1e-9)
+
+
+def test_calibration_by_the_length_of_the_whole(begin):
+    run = begin("fed_unlearn", forget="c1", at=1, grade="eraser", lengths="whole", local={"epochs": 2}).go(1)
+    norms = run.engine.memory["c0"]["norms"]["0"]
+    start = run.state["start"]
+    run.go(1, ["c0"])
+    moved = [float((run.state["theta"][n] - x).norm()) for n, x in start.items()]
+    assert math.hypot(*moved) == pytest.approx(math.hypot(*norms.values()), abs=1e-9)
+    assert moved != pytest.approx(list(norms.values()), abs=1e-6)
+
+
 def test_calibration_has_the_lengths_of_old_updates(begin):
     run = begin("fed_unlearn", forget="c1", at=2, grade="eraser", ratio=0.5, local={"epochs": 2}).go(2)
     norms = {c: m["norms"]["0"] for c, m in run.engine.memory.items()}

@@ -42,8 +42,9 @@ def write_rows(path: Path, k: int, n: int) -> None:
         return " ".join(WORDS[(7 * i + 3 * k + j * (i + 1)) % len(WORDS)] for j in range(2 + (5 * i + k) % 9))
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"prompt": sentence(k, i), "response": sentence(k + 1, i), "label": ["even", "odd"][i % 2]}
-            for i in range(n)]
+    rows = [{"prompt": sentence(k, i), "response": sentence(k + 1, i), "label": ["even", "odd"][i % 2],
+             "letter": "AB"[i % 2], "worse": sentence(k + 2, i + 1), "words": sentence(k, i).split(),
+             "tags": ["O" if len(w) % 2 else "even" for w in sentence(k, i).split()]} for i in range(n)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -75,6 +76,7 @@ class Loopback:
         for k, site in enumerate(sites):
             write_rows(folder / "data" / f"{site}.jsonl", k, ROWS[k % len(ROWS)])
         write_rows(folder / "test.jsonl", 9, 6)
+        write_rows(folder / "public.jsonl", 10, 6)
         with socket.socket() as free:
             free.bind((host, 0))
             self.port = free.getsockname()[1]

@@ -44,7 +44,7 @@ class FedBiscuit(Method):
     )
     only_fits = False
     trial = Trial({"groups": 2, "warmup": 1, "regroup": 1, "choices": ("w1", "w2")}, task="preference",
-                  silent="who is in which group hangs on who was there")
+                  silent="who is in which group hangs on who was there", far={"method.choices": ["1", "2"]})
     metrics: ClassVar = {"agreed": "max"}
 
     groups: int = knob(1, "U: judges; 1 is FedBis", ge=1)

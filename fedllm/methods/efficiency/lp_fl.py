@@ -44,7 +44,8 @@ class LPFL(Star):
                  "are not looked at. Over four seeds it gains 0.023 (open: too few).",
     )
     only_fits = False
-    trial = Trial({"verbalizer": tuple(f"w{i}" for i in range(60)), "labelled": 2, "u0": 0.5})
+    trial = Trial({"verbalizer": tuple(f"w{i}" for i in range(60)), "labelled": 2, "u0": 0.5},
+                  far={"method.verbalizer": ["A", "B"], "data.fields": {"response": "letter"}})
     metrics: ClassVar = {"label_accuracy": "max"}
 
     verbalizer: tuple[str, ...] = knob(("positive", "negative"), "the word of each label, one token each")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fedllm.core.ask import Ask, Program, Replies, on_client
 from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import add, pack, part, sub
+from fedllm.core.payload import add, norm, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.local.objectives.ascent import Ascent
 
@@ -43,17 +43,22 @@ class FedUnlearn(Star):
                                threshold=0.05, options={"knobs": {"grade": "eraser"}})},
         evidence="Oblivionis's code and a port of FedEraser read by the dossier; the port takes lengths from the wrong "
                  "pair of models and works on the mean. Here each client keeps the norms of its own updates, so the "
-                 "server sees sums alone. What copies of a model that were handed out know cannot be recalled.",
+                 "server sees sums alone. `fedllm replay --without` takes a client out of any run that kept its "
+                 "replies. What copies of a model that were handed out know cannot be recalled.",
     )
-    trial = Trial({"forget": "c1", "at": 1, "grade": "ascent"}, silent="who leaves is one of those who answer")
+    trial = Trial({"forget": "c1", "at": 1, "grade": "ascent"}, silent="who leaves is one of those who answer",
+                  far={"method.forget": "site-b"})
 
     forget: str = knob("", "the client that leaves, by its id")
     at: int = knob(10, "rounds with it; from this one on it is taken out", ge=1)
     grade: Literal["retrain", "eraser", "ascent", "none"] = knob(
-        "retrain", "begin again without it (exact), with fewer steps and the lengths of old updates, or let it descend "
-        "backwards and the rest go on; none: the rest just go on", options=("retrain", "eraser", "ascent", "none"))
+        "retrain", "begin again without it where it first answered (exact), with fewer steps and the lengths of old "
+        "updates, or let it descend backwards and the rest go on; none: the rest just go on",
+        options=("retrain", "eraser", "ascent", "none"))
     ratio: float = knob(0.5, "eraser: share of a round's steps that calibrate one kept round", gt=0, le=1)
     every: int = knob(1, "eraser: one round in so many is kept", ge=1)
+    lengths: Literal["tensor", "whole"] = knob("tensor", "eraser: the old length of each tensor, or of all together",
+                                               options=("tensor", "whole"))
     bound: float = knob(3.0, "ascent: loss per target beyond which a row of the client's is left alone; ln C, what a "
                              "model that knows nothing of C classes has, is a good one", gt=0)
 
@@ -67,14 +72,17 @@ class FedUnlearn(Star):
 
     def init(self, model: Any) -> State:
         theta = model.initial()
-        return {"theta": theta, "start": theta, "round": 0, "seen": []}
+        return {"theta": theta, "start": theta, "clean": 0, "round": 0, "seen": []}
 
     def round(self, state: State, clients) -> Program:
         t, rest = state["round"], [c for c in clients if c.id != self.forget]
         if t < self.at:
             keep = t % self.every == 0
             out = yield Ask(self.local, {c.id: pack(theta=state["theta"], keep=t if keep else -1) for c in clients})
-            return {**self.merge(state, out), "seen": sorted({*state["seen"], *out.answered})}
+            seen, clean = {*state["seen"], *out.answered}, state
+            if self.forget not in seen:  # nothing hangs on it yet: what stands now need not be come to again
+                clean = {"start": self.merge(state, out)["theta"], "clean": t + 1}
+            return {**self.merge(state, out), "seen": sorted(seen), "start": clean["start"], "clean": clean["clean"]}
         if t == self.at:
             if self.forget not in state["seen"]:
                 raise CompositionError(f"method.forget = {self.forget!r} never answered in rounds 0 to {self.at - 1}: "
@@ -82,7 +90,8 @@ class FedUnlearn(Star):
             state = yield from self.removed(state)
         if not rest:  # the one who left was drawn alone
             return {**state, "round": t + 1}
-        replay = (t - self.at) * self.every  # the kept round that is gone through again
+        kept = -(-state["clean"] // self.every) + t - self.at  # of the kept rounds the one that is gone through again
+        replay = kept * self.every
         old = replay if self.grade == "eraser" and replay < self.at else -1
         out = yield Ask(self.local, {c.id: pack(theta=state["theta"], keep=-1, old=old) for c in rest})
         return self.merge(state, out)
@@ -103,8 +112,10 @@ class FedUnlearn(Star):
         count = client.training.count(client.n)
         fitted = client.fit(theta, steps=max(1, math.ceil(self.ratio * count))) if old else client.fit(theta)
         delta = sub(fitted.theta, theta)
-        if old:  # ||U_k|| V_k / ||V_k||, tensor by tensor: the way is new, its length what it was
-            delta = {n: v * (old[n] / max(float(v.norm()), 1e-12)) for n, v in delta.items()}
+        if old:  # ||U_k|| V_k / ||V_k||: the way is new, its length what it was
+            whole = math.hypot(*old.values()) / max(norm(delta), 1e-12)
+            delta = {n: v * (whole if self.lengths == "whole" else old[n] / max(float(v.norm()), 1e-12))
+                     for n, v in delta.items()}
         if msg["keep"] >= 0:
             client.memory["norms"] = {**norms, str(msg["keep"]): {n: float(v.norm()) for n, v in delta.items()}}
         return pack(delta=delta, n=client.n, loss=fitted.loss)
@@ -121,4 +132,4 @@ class FedUnlearn(Star):
 
     def report(self, state: State) -> Mapping[str, Any]:
         return {"left": self.forget, "grade": self.grade, "in_rounds": [0, self.at - 1],
-                "rounds_without": max(0, state["round"] - self.at)}
+                "rounds_before_it_answered": state["clean"], "rounds_without": max(0, state["round"] - self.at)}

@@ -19,7 +19,7 @@ LR = {"local.lr": (5e-4, 1e-3, 2e-3)}
 class FFMLifecycle(Star):
     """Each round: `central_steps` of the server on `data.public`, then FedAvg; a server at rest is skipped.
 
-    Later stages (tune, prompt, serve) are recipes whose `model` is the folder that this one ends with.
+    It is the first of the stages that a recipe goes through (`stages`): tune, apply and grow begin with its product.
     """
 
     card = Card(

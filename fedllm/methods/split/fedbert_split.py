@@ -38,7 +38,7 @@ class FedBERTSplit(Method):
                               relative="difference", holds="<", threshold=0.0, grid={"local.lr": (0.05, 0.1, 0.3)})},
         evidence="From the abstract and a dossier. Next tokens, not masked ones; parallel mode, weighted by rows.",
     )
-    trial, only_fits = Trial({"steps": 2}, {"name": "full"}), False
+    trial, only_fits = Trial({"steps": 2}, {"name": "full"}, far={"local.optimizer": "sgd"}), False
     cut: int = knob(0, "blocks that clients hold before the middle, and as many behind it", ge=0)
     steps: int = knob(4, "steps of a round", ge=1)
 
