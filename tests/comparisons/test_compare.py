@@ -38,7 +38,8 @@ class Dies(Star):
 @pytest.fixture
 def small(recipe):
     """Two rounds of two clients; the loss alone."""
-    return recipe | {"rounds": 2, "model": {"name": recipe["model"], "fast_kernels": False}, "local": {"lr": 0.02, "steps": 2, "batch_size": 4, "max_length": 16},
+    return recipe | {"rounds": 2, "model": {"name": recipe["model"], "fast_kernels": False},
+                     "local": {"lr": 0.02, "steps": 2, "batch_size": 4, "max_length": 16},
                      "data": recipe["data"] | {"partition": {"kind": "iid", "clients": 2}, "limit": 60},
                      "clients": {}, "evaluate": {"exact_match": False, "samples": 0, "baselines": ["local_only"]}}
 
