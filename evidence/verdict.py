@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
+from fedllm.comparisons.chance import LEAST, LEVEL, TINY, interval_and_p
 from fedllm.core.errors import RecipeError
 from fedllm.core.method import Claim
 
@@ -25,9 +24,6 @@ RELATIVE: Mapping[str, Callable[[float, float], float]] = {
     "own": lambda mine, _: mine, "ratio": lambda mine, other: mine / other if other else math.nan,
     "difference": lambda mine, other: mine - other}
 TUNED = range(2000, 4000)
-LEVEL, LEAST = 0.95, 6
-"""Of the interval; and the seeds below which no sign test can come out below 1 - LEVEL."""
-TINY = 1e-300
 
 
 def measured_on(claim: Claim) -> list[int]:
@@ -76,26 +72,6 @@ def judge(claim: Claim, figures: Sequence[float]) -> Judgment:
     good, bad = (high < 0, low > 0) if claim.holds in ("<", "<=") else (low > 0, high < 0)
     sure = p <= 1 - LEVEL
     return Judgment("holds" if good and sure else "fails" if bad and sure else "open", *told)
-
-
-def interval_and_p(margins: np.ndarray) -> tuple[float, float, float]:
-    """Bootstrap interval (BCa) of the mean, and the two-sided p of a sign-flip permutation test against 0."""
-    if len(margins) < 2 or np.ptp(margins) < 1e-12 * max(TINY, float(np.abs(margins).max())):
-        low = high = float(margins.mean())
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # where BCa cannot be had it says so, and the percentiles are taken
-            for method in ("BCa", "percentile"):
-                got = stats.bootstrap((margins,), np.mean, confidence_level=LEVEL, n_resamples=9999, method=method,
-                                      rng=np.random.default_rng(0)).confidence_interval
-                low, high = float(got.low), float(got.high)
-                if math.isfinite(low) and math.isfinite(high):
-                    break
-    if len(margins) < 2:
-        return low, high, 1.0
-    flips = stats.permutation_test((margins,), np.mean, permutation_type="samples", n_resamples=9999,
-                                   rng=np.random.default_rng(0))
-    return low, high, float(flips.pvalue)
 
 
 def same_work(name: str, claim: Claim, mine: Mapping[str, float], other: Mapping[str, float]) -> str:

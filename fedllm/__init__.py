@@ -26,6 +26,8 @@ from fedllm.core.version import VERSION
 
 if TYPE_CHECKING:
     from fedllm.api import ask, resume, run
+    from fedllm.comparisons.compare import compare
+    from fedllm.comparisons.told import Comparison
     from fedllm.core.ask import Ask, Replies, on_client
     from fedllm.core.client import Client, ClientInfo, Profile
     from fedllm.core.layer import Layer
@@ -46,6 +48,7 @@ __version__ = VERSION
 
 _HOMES = {
     "ask": "api", "Answered": "runs.asking",
+    "compare": "comparisons.compare", "Comparison": "comparisons.told",
     "run": "api", "resume": "api", "plan": "runs.plan", "Plan": "runs.plan", "replay": "runs.replay",
     "remove": "runs.without",
     "export": "runs.export", "Recipe": "runs.recipe", "Result": "runs.result",
@@ -59,11 +62,12 @@ _HOMES = {
 }
 
 __all__ = [
-    "Answered", "Ask", "Card", "Claim", "Client", "ClientError", "ClientInfo", "CompositionError", "DataError",
+    "Answered", "Ask", "Card", "Claim", "Client", "ClientError", "ClientInfo", "Comparison", "CompositionError",
+    "DataError",
     "EndpointError", "FedLLMError", "Federation", "Layer", "Mean", "Method", "ModelError", "PayloadError", "Plan",
     "Profile", "QuorumError", "Recipe", "RecipeError", "Reducer", "Replies", "Result", "RunError", "Shard", "Star",
-    "Sum", "Trial", "ask",
-    "drive", "export", "knob", "load_federation", "on_client", "plan", "remove", "replay", "resume", "run",
+    "Sum", "Trial", "ask", "compare", "drive", "export", "knob", "load_federation", "on_client", "plan", "remove",
+    "replay", "resume", "run",
 ]
 
 

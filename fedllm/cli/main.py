@@ -21,6 +21,7 @@ from rich.panel import Panel
 
 from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
+from fedllm.cli.compare import compare
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
 from fedllm.cli.judge import judge
@@ -32,6 +33,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(federation)  # serve, join, keys
 app.add_typer(audit, name="audit")
 app.command()(ask)
+app.command()(compare)
 app.command()(evaluate)
 app.command()(judge)
 out, err = Console(), Console(stderr=True)

@@ -188,9 +188,22 @@ def _json(path: Path) -> Table:
             raise DataError(f"{path}, line {broken.lineno}: broken JSON ({broken.msg} at column {broken.colno}){hint}",
                             kind="broken") from error
         raise
+    if isinstance(value, dict) and value and all(isinstance(rows, list) for rows in value.values()):
+        return _by_client(value, path)
     if not isinstance(value, list):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}, not a list of objects", kind="broken")
+        raise DataError(f"{path} holds a JSON {type(value).__name__}, not a list of objects, nor an object that "
+                        "holds a list of objects for each client", kind="broken")
     return Table(str(path), [_object(row, f"{path}, row {i}") for i, row in enumerate(value, start=1)])
+
+
+def _by_client(value: Mapping[str, list[Any]], path: Path) -> Table:
+    """Rows by client, as FedLLM-Bench keeps them; whose a row is stands in its column `client`."""
+    rows = [(client, _object(row, f"{path}, client {client!r}, row {i}"))
+            for client, listed in value.items() for i, row in enumerate(listed, start=1)]
+    if odd := next((c for c, row in rows if row.get("client", c) != c), None):
+        raise DataError(f"{path}: a row under {odd!r} has a column 'client' that says another; rename it",
+                        kind="broken")
+    return Table(str(path), [{**row, "client": client} for client, row in rows])
 
 
 def _delimited(delimiter: str) -> Callable[[Path], Table]:

@@ -18,7 +18,7 @@ def html(figure: go.Figure, height: int = 340) -> str:
     figure.update_layout(
         height=height, margin={"l": 56, "r": 20, "t": 20, "b": 48}, paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)", font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "y": 1.12, "x": 0}, hovermode="x unified", bargap=0.25)
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, hovermode="x unified", bargap=0.25)
     return figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
 
 

@@ -17,3 +17,9 @@ function paint() {
 }
 dark.addEventListener("change", paint);
 addEventListener("load", () => requestAnimationFrame(paint));  // once the grid has settled
+// A chart is drawn as wide as its card was when there were no other cards; it follows its card from then on.
+const sizes = new ResizeObserver((cards) => {
+  for (const card of cards)
+    for (const plot of card.target.querySelectorAll(".js-plotly-plot")) Plotly.Plots.resize(plot);
+});
+for (const card of document.querySelectorAll(".card")) sizes.observe(card);

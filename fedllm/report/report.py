@@ -56,15 +56,20 @@ def write_report(path: str | Path, trust_remote_code: bool = False, plugins: Seq
 
 def report_html(folder: RunFolder, result: Result) -> str:
     """The whole page."""
-    import plotly.offline
-
     facts = read_facts(folder)
     body = "\n".join(part for part in (
         _header(facts, result), _figures(facts, result), _table(result),
         _learning(facts, result),
         _clients(facts, result), _samples(facts), _bytes(facts, result), _energy(result),
         _privacy(facts, result), _audit(folder), _trouble(facts), _recipe(facts)) if part)
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(facts.recipe['name'])} - fedllm"
+    return page(facts.recipe["name"], body)
+
+
+def page(title: str, body: str) -> str:
+    """A whole page of HTML that needs nothing else, plotly included; `body` is markup."""
+    import plotly.offline
+
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)} - fedllm"
             "</title><meta name='viewport' content='width=device-width, initial-scale=1'><meta name='color-scheme' "
             f"content='light dark'><style>{STYLE()}</style><script>{plotly.offline.get_plotlyjs()}</script></head>"
             f"<body><main>{body}</main><script>{SCRIPT()}</script></body></html>")
@@ -73,17 +78,19 @@ def report_html(folder: RunFolder, result: Result) -> str:
 def _learning(facts: Facts, result: Result) -> str:
     curves = [charts.training(facts), charts.testing(facts, result.evaluation.get("baselines", {}), result.metrics)]
     says = "Training loss as clients report it, and the model on the global test."
-    return _section("Learning", says, _side_by_side(curves))
+    return section("Learning", says, side_by_side(curves))
 
 
-def _section(title: str, says: str, inner: str | None) -> str:
+def section(title: str, says: str, inner: str | None) -> str:
+    """A part of the page under a heading; nothing where there is nothing in it."""
     if not inner:
         return ""
     note = f"<p class='note'>{escape(says)}</p>" if says else ""
     return f"<section><h2>{escape(title)}</h2>{note}{inner}</section>"
 
 
-def _side_by_side(parts: Sequence[str | None]) -> str | None:
+def side_by_side(parts: Sequence[str | None]) -> str | None:
+    """Cards beside each other where there is room."""
     have = [p for p in parts if p]
     return f"<div class='grid'>{''.join(f'<div class=card>{p}</div>' for p in have)}</div>" if have else None
 
@@ -140,7 +147,7 @@ def _table(result: Result) -> str:
              f"<tbody>{''.join(lines)}</tbody></table></div>")
     says = ("Local only: each client trains alone; its model is tested on the global test and the mean is shown. "
             "Centralized: all rows pooled, which a simulation may do and a federation may not.")
-    return _section("What federation gives", says if len(rows) > 2 else "", table)
+    return section("What federation gives", says if len(rows) > 2 else "", table)
 
 
 def _clients(facts: Facts, result: Result) -> str:
@@ -150,7 +157,7 @@ def _clients(facts: Facts, result: Result) -> str:
     held = charts.holdings(facts.clients)
     parts = "".join(f"<div class='card'>{p}</div>" for p in (bars, held) if p)
     says = "Each client on rows of its own that it did not train on, and what it holds to train on."
-    return _section("Clients", says, parts + _client_table(facts, result))
+    return section("Clients", says, parts + _client_table(facts, result))
 
 
 def _client_table(facts: Facts, result: Result) -> str:
@@ -175,7 +182,7 @@ def _samples(facts: Facts) -> str:
         cards.append(f"<div class='card sample'><pre>{escape(s['prompt'][-900:])}</pre><dl><dt>expected</dt><dd>"
                      f"{escape(s['expected'])}</dd><dt>before</dt><dd>{escape(s['before']) or '(nothing)'}</dd>"
                      f"<dt>after</dt><dd class='{good}'>{escape(s['after']) or '(nothing)'}</dd></dl></div>")
-    return _section("Answers before and after", "Prompts of the global test, as the model continues them.",
+    return section("Answers before and after", "Prompts of the global test, as the model continues them.",
                     f"<div class='grid'>{''.join(cards)}</div>" if cards else None)
 
 
@@ -186,7 +193,7 @@ def _bytes(facts: Facts, result: Result) -> str:
     chart = charts.traffic(phases)
     says = (f"Counted exactly, framing included: {result.bytes['up']:,} bytes up and {result.bytes['down']:,} down "
             f"({_tests(result)}). A phase is the client function that was asked for.")
-    return _section("On the wire", says, f"<div class='card'>{chart}</div>" if chart else None)
+    return section("On the wire", says, f"<div class='card'>{chart}</div>" if chart else None)
 
 
 def _energy(result: Result) -> str:
@@ -209,7 +216,7 @@ def _energy(result: Result) -> str:
     says = "Estimated from declared power, by the constants below" if e["estimated"] else (
         "Clients' computing as the counters of their machines have it, all else from declared power")
     says += f"; not measured: {e['not_measured']}." if e["not_measured"] else "."
-    return _section("Energy", says, f"<div class='card'><table><tbody>{lines}</tbody></table><details><summary>"
+    return section("Energy", says, f"<div class='card'><table><tbody>{lines}</tbody></table><details><summary>"
                     f"Constants</summary><pre>{escape(constants)}</pre></details></div>")
 
 
@@ -221,7 +228,7 @@ def _privacy(facts: Facts, result: Result) -> str:
              "</div></details>")
     head = (f"<p class='note'>{result.audit['events']} events, head of their hash chain "
             f"{escape(result.audit['head'])}: `fedllm audit verify` checks them.</p>") if result.audit else ""
-    return _section("Privacy and evidence", "The whole statement is in privacy_statement.md.",
+    return section("Privacy and evidence", "The whole statement is in privacy_statement.md.",
                     f"<div class='card'><p>{said}</p>{table}{head}</div>")
 
 
@@ -239,7 +246,7 @@ def _audit(folder: RunFolder) -> str:
              f"<th>at most</th><th>how it was measured</th></tr></thead><tbody>{rows}</tbody></table></div></div>")
     says = "What the model and the messages give away, by `fedllm audit`: " + (
         "every figure is within its limit." if found["pass"] else "a figure is over its limit.")
-    return _section("Audit", says, table)
+    return section("Audit", says, table)
 
 
 def _trouble(facts: Facts) -> str:
@@ -256,10 +263,10 @@ def _trouble(facts: Facts) -> str:
         table = f"<details><summary>All {len(lines)} of them</summary>{table}</details>"
     counts = Counter(line[1] for line in lines)
     says = ", ".join(f"{n} x {what}" for what, n in counts.most_common())
-    return _section("Left out, missed and repaired", says, table)
+    return section("Left out, missed and repaired", says, table)
 
 
 def _recipe(facts: Facts) -> str:
     text = yaml.safe_dump(facts.recipe, sort_keys=False)
     title = "recipe.yaml, with every default written out"
-    return _section("Recipe", "", f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>")
+    return section("Recipe", "", f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>")

@@ -137,7 +137,7 @@ def edit(raw: MutableMapping[str, Any], key: str, value: Any) -> None:
     if isinstance(at, list):
         at[_index(at, last, key)] = value
     else:
-        at[last] = _merged(at.get(last), value)
+        at[last] = _merged(at.get(last), value, last)
 
 
 def _index(at: Sequence[Any], step: str, path: str) -> int:
@@ -146,12 +146,13 @@ def _index(at: Sequence[Any], step: str, path: str) -> int:
     return int(step)
 
 
-def _merged(old: Any, new: Any) -> Any:
+def _merged(old: Any, new: Any, key: str) -> Any:
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return new
-    if "name" in new and new["name"] != old.get("name"):
-        return dict(new)  # another method's or space's knobs mean nothing to this one
-    return {**old, **{k: _merged(old.get(k), v) for k, v in new.items()}}
+    name = "kind" if key == "partition" else "name"
+    if name in new and new[name] != old.get(name):
+        return dict(new)  # another method's, space's or partition's knobs mean nothing to this one
+    return {**old, **{k: _merged(old.get(k), v, k) for k, v in new.items()}}
 
 
 def fill(raw: MutableMapping[str, Any]) -> None:

@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fedllm.core.errors import ModelError
@@ -48,6 +56,22 @@ def test_ours_loads_in_peft(name, knobs, tiny_llama_folder, tmp_path):
     again = load_adapter(tmp_path, model)
     assert again.keys() == theta.keys()
     assert torch.allclose(logits_of(model, again), logits_of(model, theta), atol=1e-6)
+
+
+def test_p_tuning_is_pefts_own_network_and_saves_what_it_makes(tiny_llama_folder, tmp_path):
+    model = load_model(tiny_llama_folder, "generation", make_space("p_tuning", length=3, hidden=5))
+    theta = shaken(model)
+    config = PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=5, task_type="CAUSAL_LM")
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), config)
+    named = {n.removeprefix("prompt_encoder."): t for n, t in theta.items()}
+    own = theirs.prompt_encoder["default"]
+    assert set(named) == set(dict(own.named_parameters()).keys()) | {n for n in named if n.startswith("mlp.")}
+    own.embedding.load_state_dict({"weight": named["embedding.weight"]})
+    own.mlp_head.load_state_dict({n.removeprefix("mlp."): t for n, t in named.items() if n.startswith("mlp.")})
+    assert torch.allclose(logits_of(model, theta), peft_logits(theirs), atol=1e-5)
+    save_adapter(tmp_path, model, theta, tiny_llama_folder)
+    saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), tmp_path)
+    assert torch.allclose(logits_of(model, theta), peft_logits(saved), atol=1e-5)
 
 
 def test_a_grown_rank_is_saved_as_it_is(tiny_llama_folder, tmp_path):
