@@ -33,8 +33,18 @@ def drive_all(programs: Sequence[Program], engine: Engine, layers: Sequence[Laye
               states: Sequence[MutableMapping[str, Any]]) -> list[Any]:
     """Step many programs together, so that all they ask travels in one trip.
 
-    A layer's server half is itself a program over the layers below it: that is the recursion.
+    A layer's server half is itself a program over the layers below it: that is the recursion. Where a question comes to
+    nothing (QuorumError), all of them are closed at once, so that what they do `finally` is done before the next round.
     """
+    try:
+        return _stepped(programs, engine, layers, states)
+    finally:
+        for program in programs:
+            program.close()
+
+
+def _stepped(programs: Sequence[Program], engine: Engine, layers: Sequence[Layer],
+             states: Sequence[MutableMapping[str, Any]]) -> list[Any]:
     waiting: dict[int, Ask | Sequence[Ask]] = {}
     ended: dict[int, Any] = {}
 

@@ -26,6 +26,11 @@ MASKED = Form.of("ring?: whole, layout?: code, refused?: code")
 """Of a masked reply, or why there is none."""
 
 
+ANOTHER = ("its identity key is another than the one that it first came with, as of a client that was started again: "
+           "stop the run and `fedllm resume` it, and give clients a folder of identity keys (keys), which outlive them")
+"""Whoever hides behind a new key may be anyone: nobody takes it for the old one by itself."""
+
+
 class Halves(Protocol):
     """The client's half of a session, and what the layer says of it."""
 
@@ -84,11 +89,15 @@ class Server:
         pins, good = self.layer.__dict__["_pins"], {}
         for c, reply in out.items():
             row = reply.get("advert", ())
-            if keys.is_advert(row, c, self.sid) and keys.is_known(pins, self.layer.keys, c, row[2]):
-                good[c] = list(row)
-            else:
+            if not keys.is_advert(row, c, self.sid):
                 self.lost[c] = "its key does not verify"
-                log.warning("client '%s' is left out of this round: its key does not verify", c)
+            elif not keys.is_known(pins, self.layer.keys, c, row[2]):
+                self.lost[c] = ANOTHER if self.layer.keys is None else \
+                    f"its identity key is not the one in keys = {self.layer.keys}"
+            else:
+                good[c] = list(row)
+                continue
+            log.warning("client '%s' is left out of this round: %s", c, self.lost[c])
         self._enough(good, "advertise")
         return good
 

@@ -57,17 +57,15 @@ class FedMLHE(HECKKS):
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
             return (yield ask)
-        lift, live = must_lift(ask, self), self.__dict__["_live"]
-        if new := [c for c in ask.msgs if c not in live["holders"]]:
-            yield from self._ceremony(new, live)
-        here = [c for c in ask.msgs if c in live["holders"]]
+        lift, here, live = must_lift(ask, self), (yield from self._keyed(ask)), self.__dict__["_live"]
         if "map" not in state:
             state["map"] = yield from self._agree({c: ask.msgs[c] for c in here}, live["public"])
+            here = [c for c in here if c in live["holders"]]
         told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "unit": self.unit,
                 OWN + "bits": state["map"]["bits"], OWN + "of": state["map"]["of"]}
-        out = yield replace(ask, msgs={c: {**ask.msgs[c], **told} for c in here}, reduce=MixedSum(live["public"]),
-                            form=MIXED,
-                            hidden={type(self).__name__: frozenset({"cipher"})})
+        out = yield from self._asked(replace(
+            ask, msgs={c: {**ask.msgs[c], **told} for c in here}, reduce=MixedSum(live["public"]), form=MIXED,
+            hidden={type(self).__name__: frozenset({"cipher"})}))
         self._enough(out.answered)
         sealed = {k: out.value[k] for k in ("cipher", "sizes", "names")} | {"tensors": []}
         reply = yield from self._first(self.open, out.answered, sealed)
@@ -85,6 +83,7 @@ class FedMLHE(HECKKS):
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
         if OWN + "lift" not in msg:
             return call(msg)
+        self._context(client.id)
         masks = unpack({"bits": msg[OWN + "bits"], "of": msg[OWN + "of"]})
         reply = call(without(msg, OWN))
         lifted = fn.__dict__["reduce"].lift(reply) if msg[OWN + "lift"] else reply
@@ -110,7 +109,7 @@ class FedMLHE(HECKKS):
             return {"of": of, "bits": top(score, self.encrypt_ratio)}
         asked = {c: {k: v for k, v in m.items() if k.startswith(("theta/", "base/"))} | {OWN + "count": len(msgs)}
                  for c, m in msgs.items()}
-        out = yield Ask(self.sense, asked, reduce=CipherSum(public))
+        out = yield from self._asked(Ask(self.sense, asked, reduce=CipherSum(public)))
         self._enough(out.answered)
         size = sum(t.numel() for t in first.values())
         reply = yield from self._first(self.choose, out.answered, {**out.value, OWN + "bytes": -(-size // 8)})

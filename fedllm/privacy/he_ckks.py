@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import CompositionError, PayloadError, QuorumError
+from fedllm.core.errors import CompositionError, PayloadError, QuorumError, Withheld
 from fedllm.core.form import Form, aligned, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
@@ -35,6 +35,8 @@ PRIMES = {4096: [54, 55], 8192: [60, 60], 16384: [60, 60]}
 """Additions alone need one level; 109, 218 and 438 bits are the limits of 128-bit security."""
 HONEST = ("a server that follows the protocol, unless a client colludes with it; one that lies can hand on keys of its "
           "own, or have a client open another's update")
+GIVERS = 3
+"""Holders that are asked to hand the key on, one after another: all but one may have been started again."""
 SMALLEST = 3
 """Of a sum over two, each of them knows the other's part; of one there is nothing to hide among."""
 
@@ -93,13 +95,11 @@ class HECKKS(Knobs, Layer):
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
             return (yield ask)
-        lift, live = must_lift(ask, self), self.__dict__["_live"]
-        if new := [c for c in ask.msgs if c not in live["holders"]]:
-            yield from self._ceremony(new, live)
+        lift, here = must_lift(ask, self), (yield from self._keyed(ask))
         told = {OWN + "lift": lift, OWN + "count": len(ask.msgs), OWN + "unit": self.unit}
-        msgs = {c: {**ask.msgs[c], **told} for c in ask.msgs if c in live["holders"]}
-        out = yield replace(ask, msgs=msgs, reduce=CipherSum(live["public"]), form=SEALED,
-                            hidden={type(self).__name__: frozenset({"cipher"})})
+        out = yield from self._asked(replace(
+            ask, msgs={c: {**ask.msgs[c], **told} for c in here}, reduce=CipherSum(self.__dict__["_live"]["public"]),
+            form=SEALED, hidden={type(self).__name__: frozenset({"cipher"})}))
         self._enough(out.answered)
         reply = yield from self._first(self.open, out.answered, out.value)
         total: dict[str, Any] = self._numbers(reply)
@@ -132,26 +132,52 @@ class HECKKS(Knobs, Layer):
         """The sum's entries that are no tensors, by name."""
         return {k: v * self.unit for k, v in zip(opened["names"], opened["numbers"], strict=True)}
 
+    def _keyed(self, ask: Ask) -> Any:
+        """Whom of the ask the key is known to, once it was handed on to those who lack it."""
+        live = self.__dict__["_live"]
+        if new := [c for c in ask.msgs if c not in live["holders"]]:
+            yield from self._ceremony(new, live)
+        return [c for c in ask.msgs if c in live["holders"]]
+
+    def _asked(self, ask: Ask) -> Any:
+        """The answers of holders. Who gives none may have been started again and lack the key: it is handed on to it
+        before it is asked again, also where the round is given up here."""
+        live, answered = self.__dict__["_live"], ()
+        try:
+            out = yield ask
+            answered = out.answered
+            return out
+        finally:
+            live["holders"] = [c for c in live["holders"] if c not in ask.msgs or c in answered]
+
     def _ceremony(self, new: list[str], live: dict[str, Any]) -> Any:
-        """Public keys up, the boxes with the secret context down; the server keeps the part without a secret."""
-        holders = live["holders"]
-        adverts = yield Ask(self.advertise, {c: {} for c in [*new, *holders[:1]]})
-        for maker in holders[:1] or list(adverts):
-            others = [c for c in adverts if c != maker]
-            told = {"to": others, "keys": [adverts[c]["key"] for c in others]}
+        """Public keys up, the boxes with the secret context down; the server keeps the part without a secret.
+
+        One of the first holders hands the key on; those who cannot were started again and hold it no longer. A new one
+        is made where nobody holds it, never beside one that is in use: sums of both would open to noise.
+        """
+        holders, first = live["holders"], live["holders"][:GIVERS]
+        adverts = yield Ask(self.advertise, {c: {} for c in [*new, *first]}, quorum=0 if holders else None)
+        lost: list[str] = []
+        for maker in [c for c in first or adverts if c in adverts]:
+            others = [c for c in adverts if c != maker and c in (*new, *lost)]
+            told = {"to": others, "keys": [adverts[c]["key"] for c in others], "held": int(bool(holders))}
             made = yield Ask(self.make_key, {maker: told}, quorum=0)
+            lost.append(maker)
             if maker not in made:
                 continue
             boxes = dict(zip(others, made[maker]["boxes"], strict=True))
             got = yield Ask(self.take, {c: {"box": box, "key": adverts[maker]["key"]} for c, box in boxes.items()},
                             quorum=0)
-            if holders or 2 * len(got) >= len(others):  # else it is the maker whose boxes do not open
+            if 2 * len(got) >= len(others):  # else it is the maker whose boxes do not open
                 live["public"] = made[maker]["public"]
-                holders += ([] if holders else [maker]) + list(got)
+                kept = [c for c in holders if c not in lost[:-1]] or [maker]
+                live["holders"] = [*dict.fromkeys([*kept, *got])]
                 return
-        if not holders:
+        live["holders"] = holders[len(first):]
+        if not live["holders"]:
             raise QuorumError(f"{type(self).__name__} gives the round up: none of {len(adverts)} clients made a key "
-                              "that the others could take")
+                              "that the others could take; the next round begins with a new one")
 
     def usable(self, msg: Payload, reply: Payload) -> None:
         need(keys.is_usable(reply["key"]), "'key' is no public key that anybody could seal to")
@@ -174,14 +200,14 @@ class HECKKS(Knobs, Layer):
 
     @on_client(gives="boxes: blobs, public: bytes", fits=made)
     def make_key(self, msg: Payload, client: Any) -> Payload:
-        """Make the key (once), and seal it to each of the others."""
+        """Make the key (once, and only where no other client holds one), and seal it to each of the others."""
         seat = self._seat(client.id)
-        if "context" not in seat:
+        if "context" not in seat and not msg.get("held"):
             ts, n = tenseal(), self.poly_modulus_degree
             made = ts.context(ts.SCHEME_TYPE.CKKS, n, -1, PRIMES[n], encryption_type=ts.ENCRYPTION_TYPE.SYMMETRIC)
             made.global_scale = 2.0**self.scale_bits
             seat["context"] = made
-        text = serialized(seat["context"], secret=True)
+        text = serialized(self._context(client.id), secret=True)
         boxes = []
         for peer, public in zip(msg["to"], msg["keys"], strict=True):
             nonce = secrets.token_bytes(12)
@@ -207,6 +233,7 @@ class HECKKS(Knobs, Layer):
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
         if OWN + "lift" not in msg:
             return call(msg)
+        self._context(client.id)  # before the work, which would be in vain
         reply = call(without(msg, OWN))
         lifted = fn.__dict__["reduce"].lift(reply) if msg[OWN + "lift"] else reply
         tensors = {k: wide(v) for k, v in lifted.items() if isinstance(v, Tensor)}
@@ -226,8 +253,7 @@ class HECKKS(Knobs, Layer):
         if not np.abs(flat).max(initial=0) < room:
             raise PayloadError(f"client '{who}': a reply holds {np.abs(flat).max():.6g} and CKKS with scale 2^"
                                f"{self.scale_bits} has room for {room:g} of each client; lower scale_bits")
-        seat = self._seat(who)
-        context, slots = seat["context"], self.poly_modulus_degree // 2
+        seat, context, slots = self._seat(who), self._context(who), self.poly_modulus_degree // 2
         seat["may_open"] = True
         parts = [tenseal().ckks_vector(context, flat[i : i + slots] / unit) for i in range(0, len(flat), slots)]
         return joined([p.serialize() for p in parts])
@@ -254,12 +280,19 @@ class HECKKS(Knobs, Layer):
         seat = self._seat(who)
         if not seat.pop("may_open", False):
             raise PayloadError(f"client '{who}' opens one sum for each reply of its own, and has none in this one")
-        parts = [tenseal().ckks_vector_from(seat["context"], b) for b in split(msg)]
+        parts = [tenseal().ckks_vector_from(self._context(who), b) for b in split(msg)]
         return np.concatenate([p.decrypt() for p in parts])
 
     def statement(self, state: Any) -> dict[str, Any]:
         return {"layer": "he_ckks", "hides": f"single updates from {HONEST}",
                 "not_covered": "the sum itself, who answered; no differential privacy of its own", "void": []}
+
+    def _context(self, client: str) -> Any:
+        """The key, which lives as long as the client's process."""
+        if "context" not in (seat := self._seat(client)):
+            raise Withheld(f"client '{client}' was started again and holds the key of {type(self).__name__} no longer; "
+                           "it is handed on to it when it is asked the next time, and nobody has to do anything")
+        return seat["context"]
 
     def _seat(self, client: str) -> dict[str, Any]:
         return self.__dict__["_seats"].setdefault(client, {})

@@ -293,6 +293,24 @@ def test_masks_and_ciphers_pass_sites_that_let_no_text_leave(data, tiny_llama_fo
     assert not [e for e in events if e["kind"] == "missing"]
 
 
+def test_a_site_that_lost_its_he_key_by_a_restart_is_back_in_the_next_round(data, tiny_llama_folder):
+    """Of three sites none may be missing from a sum, so that one round is lost, and nobody has to do anything."""
+    pytest.importorskip("tenseal")
+    spec = recipe(data, tiny_llama_folder, layers=["he_ckks"], rounds=3, evaluate={"clients": False, "samples": 0})
+    hits = []
+
+    def restart(line, site, head, body):
+        if head["op"] == "ask" and head["round"] == 1 and site == "site-a" and not hits:  # who made the key
+            hits.append(site)
+            line.start(site)
+
+    far = drive_run(far_folder(data, spec), Line(data, tiny_llama_folder, restart), SITES, patience=QUICK)
+    events = [json.loads(x) for x in (data / "far" / "events.jsonl").read_text().splitlines()]
+    gone = {(e["round"], e["client"], e["why"]) for e in events if e["kind"] == "missing"}
+    assert hits and far.skipped == [1]
+    assert gone == {(1, "site-a", "refused by the site: it keeps its answer to itself in this round")}
+
+
 def test_a_rounds_scratch_lasts_from_ask_to_ask_at_a_site_and_no_longer(data, tiny_llama_folder):
     spec = recipe(data, tiny_llama_folder, {"name": "fedbert_split", "steps": 2}, space="full")
     line = Line(data, tiny_llama_folder)

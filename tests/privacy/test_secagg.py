@@ -14,6 +14,7 @@ from fedllm.core.payload import pack
 from fedllm.core.program import drive
 from fedllm.core.reduce import Mean
 from fedllm.privacy import _ring, _shamir
+from fedllm.privacy._secagg_server import ANOTHER
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.secagg import SecAgg
 from fedllm.privacy.secagg_plus import SecAggPlus
@@ -218,7 +219,20 @@ def test_an_identity_that_changes_is_refused(loop, people):
     run(layer, clients, loop, states=states)
     layer.__dict__["_seats"]["c01"] = type(layer._seat("c00"))(layer._seat("x").identity)
     out, _ = run(layer, clients, loop, states=states)
-    assert out.missing == {"c01": "its key does not verify"}
+    assert out.missing == {"c01": ANOTHER}
+    assert "as of a client that was started again: stop the run and `fedllm resume` it, and give clients" in ANOTHER
+    again = SecAgg()  # as after a resume: all meet anew
+    again.__dict__["_seats"]["c01"] = type(layer._seat("c00"))(layer._seat("x").identity)
+    assert len(run(again, clients, loop, states=states)[0].answered) == 5
+
+
+def test_a_client_that_was_started_again_is_known_by_its_folder(loop, people, tmp_path):
+    clients, layer = people(5), SecAgg(keys=str(tmp_path))
+    for c in clients:
+        make_identity(tmp_path, c)
+    run(layer, clients, loop)
+    del layer.__dict__["_seats"]["c01"]
+    assert len(run(layer, clients, loop)[0].answered) == 5
 
 
 def test_identities_from_a_folder(loop, people, tmp_path):
@@ -229,7 +243,7 @@ def test_identities_from_a_folder(loop, people, tmp_path):
     assert len(out.answered) == 4
     (tmp_path / "c02.pub").write_text("00" * 32)
     out, _ = run(SecAgg(keys=str(tmp_path)), clients, loop)
-    assert set(out.missing) == {"c02"}
+    assert out.missing == {"c02": f"its identity key is not the one in keys = {tmp_path}"}
     (tmp_path / "c01.key").unlink()
     with pytest.raises(RecipeError, match=r"c01.key holds no identity key of client 'c01'"):
         run(SecAgg(keys=str(tmp_path)), clients, loop)
