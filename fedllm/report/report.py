@@ -179,13 +179,13 @@ def _views_table(result: Result, found: Mapping[str, Mapping[str, Any]]) -> str:
         each = sorted((m[name] for m in of.values() if name in m), reverse=falls(name, result.metrics))
         if each:
             cells = (number(sum(each) / len(each), name), number(each[0], name), number(each[-1], name), str(len(each)))
-            lines.append(f"<tr><th>{view}</th><td>{escape(VIEWS[view])}</td>"
-                         + "".join(f"<td>{x}</td>" for x in cells) + "</tr>")
+            told = f"<td style='min-width: 15em'>{escape(VIEWS[view])}</td>"
+            lines.append(f"<tr><th>{view}</th>" + "".join(f"<td>{x}</td>" for x in cells) + f"{told}</tr>")
     alone = "" if "personal" in found else (
         "<p class='note'>The method keeps no part of the model at clients: each uses the one that all share.</p>")
-    return (f"<div class='scroll text'><table><thead><tr><th>view</th><th>the model</th><th>"
+    return (f"<div class='scroll text'><table><thead><tr><th>view</th><th>"
             f"{escape(label(name, result.metrics))}, mean</th><th>worst client</th><th>best client</th><th>clients</th>"
-            f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{alone}<p></p>")
+            f"<th>the model</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>{alone}<p></p>")
 
 
 def _client_table(facts: Facts, result: Result) -> str:
