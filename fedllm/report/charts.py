@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from fedllm.report.facts import Facts, falls, headline, is_share, label
 
-BLUE, GRAY, GREEN, AMBER = "#3b7dd8", "#9aa4b1", "#2a9d6f", "#d98b2b"
+BLUE, GRAY, GREEN, AMBER, PURPLE = "#3b7dd8", "#9aa4b1", "#2a9d6f", "#d98b2b", "#7a5cc2"
 CONFIG = {"displaylogo": False, "responsive": True, "displayModeBar": False}
 
 
@@ -57,18 +57,21 @@ def testing(facts: Facts, baselines: Mapping[str, Any], own: Mapping[str, str]) 
     return html(figure)
 
 
-def per_client(before: Mapping[str, Any], after: Mapping[str, Any], local: Mapping[str, Any],
-               own: Mapping[str, str]) -> str | None:
-    """Each client on its own rows: before, alone where known, federated."""
-    clients = [c for c in after if after[c]]
-    clients = sorted(clients)[:60]
+COLORS = {"before": GRAY, "local only": AMBER, "global": BLUE, "nearest": PURPLE, "personal": GREEN}
+"""Of whose model a client is tested with."""
+
+
+def per_client(views: Mapping[str, Mapping[str, Any]], own: Mapping[str, str]) -> str | None:
+    """Each client on its own rows, by whose model it is: before, alone where known, what all share, its own."""
+    after = views.get("personal") or views.get("global") or {}
+    clients = sorted(c for c in after if after[c])[:60]
     name = headline(after[clients[0]], own) if clients else None
     if name is None:
         return None
     figure = go.Figure()
-    for title, metrics, color in (("before", before, GRAY), ("local only", local, AMBER), ("federated", after, BLUE)):
-        if metrics:
-            figure.add_bar(x=clients, y=[metrics.get(c, {}).get(name) for c in clients], name=title, marker_color=color)
+    for title, metrics in views.items():
+        figure.add_bar(x=clients, y=[metrics.get(c, {}).get(name) for c in clients], name=title,
+                       marker_color=COLORS[title])
     figure.update_yaxes(title=f"own test: {label(name, own)}", tickformat=".0%" if is_share(name) else None)
     figure.update_xaxes(type="category")
     return html(figure, 380)

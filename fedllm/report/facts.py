@@ -18,6 +18,8 @@ from fedllm.tasks.registry import metrics
 
 HEADLINE = tuple(metrics())
 """Metrics of all tasks, the most telling of each first, `loss` last."""
+SHARED, NEAREST = "what all share, alone", "with the nearest client's part"
+"""Rows of a comparison where clients keep a part of the model."""
 TROUBLE = ("left_out", "missing", "refused", "checkpoint_failed", "replies_lost", "stopped", "resumed",
            "budget_spent")
 
@@ -94,10 +96,24 @@ def comparison(result: Result) -> list[tuple[str, Mapping[str, Any] | None, Mapp
     rows = [("before", e.get("before", {}).get("global"), e.get("before", {}).get("clients", {}))]
     if (local := baselines.get("local_only")) is not None:
         rows.append(("local only", local["global"], local["clients"]))
+    if views := e.get("views"):
+        rows += [(SHARED, None, views["global"]), (NEAREST, None, views["nearest"])]
     rows.append((f"federated ({result.method})", e.get("global"), e.get("clients", {})))
     if (pooled := baselines.get("centralized")) is not None:
         rows.append(("centralized", pooled["global"], pooled["clients"]))
     return rows
+
+
+def views(result: Result) -> dict[str, Mapping[str, Mapping[str, Any]]]:
+    """Clients' own tests by whose model it was, under the names of the report; what there is not is left out."""
+    e = result.evaluation
+    local = (e.get("baselines", {}).get("local_only") or {}).get("clients", {})
+    found = {"before": (e.get("before") or {}).get("clients", {}), "local only": local}
+    if own := e.get("views"):
+        found |= {"global": own["global"], "nearest": own["nearest"], "personal": e.get("clients", {})}
+    else:
+        found["global"] = e.get("clients", {})
+    return {name: figures for name, figures in found.items() if figures}
 
 
 def mean_metric(clients: Mapping[str, Mapping[str, Any]], name: str) -> float | None:

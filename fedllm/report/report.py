@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,6 +17,7 @@ from fedllm.report.facts import (
     Facts,
     compared,
     duration,
+    falls,
     headline,
     label,
     mean_metric,
@@ -23,6 +25,7 @@ from fedllm.report.facts import (
     read_facts,
     shown,
     size,
+    views,
 )
 from fedllm.report.statement import privacy_statement, seen, summary
 from fedllm.runs.folder import RunFolder
@@ -151,13 +154,38 @@ def _table(result: Result) -> str:
 
 
 def _clients(facts: Facts, result: Result) -> str:
-    e = result.evaluation
-    local = (e.get("baselines", {}).get("local_only") or {}).get("clients", {})
-    bars = charts.per_client((e.get("before") or {}).get("clients", {}), e.get("clients", {}), local, result.metrics)
-    held = charts.holdings(facts.clients)
+    found, held = views(result), charts.holdings(facts.clients)
+    bars = charts.per_client(found, result.metrics)
     parts = "".join(f"<div class='card'>{p}</div>" for p in (bars, held) if p)
     says = "Each client on rows of its own that it did not train on, and what it holds to train on."
-    return section("Clients", says, parts + _client_table(facts, result))
+    return section("Clients", says, _views_table(result, found) + parts + _client_table(facts, result))
+
+
+VIEWS = {
+    "before": "the model before the first round", "local only": "a model that the client trained alone",
+    "global": "what all share: the one model, as a client has it that keeps nothing",
+    "nearest": "what all share, with the part of the client whose rows have the words most like its own: for a client "
+               "that was not trained itself",
+    "personal": "what all share, with the client's own part"}
+
+
+def _views_table(result: Result, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whose model does how well on clients' own rows: the mean, the worst client and the best."""
+    name = headline(next((m for of in found.values() for m in of.values() if m), None), result.metrics)
+    if name is None:
+        return ""
+    lines = []
+    for view, of in found.items():
+        each = sorted((m[name] for m in of.values() if name in m), reverse=falls(name, result.metrics))
+        if each:
+            cells = (number(sum(each) / len(each), name), number(each[0], name), number(each[-1], name), str(len(each)))
+            told = f"<td style='min-width: 15em'>{escape(VIEWS[view])}</td>"
+            lines.append(f"<tr><th>{view}</th>" + "".join(f"<td>{x}</td>" for x in cells) + f"{told}</tr>")
+    alone = "" if "personal" in found else (
+        "<p class='note'>The method keeps no part of the model at clients: each uses the one that all share.</p>")
+    return (f"<div class='scroll text'><table><thead><tr><th>view</th><th>"
+            f"{escape(label(name, result.metrics))}, mean</th><th>worst client</th><th>best client</th><th>clients</th>"
+            f"<th>the model</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>{alone}<p></p>")
 
 
 def _client_table(facts: Facts, result: Result) -> str:

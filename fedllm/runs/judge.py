@@ -46,6 +46,11 @@ class Judge:
             out["clients"] = self._each(state, "local", round)
         return out
 
+    def each_with(self, state: State, memory: Mapping[str, Any], round: int) -> dict[str, Metrics]:
+        """Each client's metrics on its own rows, had it this memory."""
+        self.engine.memory = dict(memory)
+        return self._each(state, "local", round)
+
     def _global(self, state: State, round: int) -> Metrics | None:
         """By the method's own `examine` or `answer`, or by the `score` that its clients use: one name, one quantity."""
         rows, method = self.parts.world.federation.test, self.method

@@ -22,7 +22,8 @@ class Result:
     rounds: int
     seed: int
     evaluation: Mapping[str, Any]
-    """`before` and `baselines` (each with `global` and `clients`), `global`, `clients`."""
+    """`before` and `baselines` (each with `global` and `clients`), `global`, `clients`; where clients keep a part of
+    the model, `views` of their own tests: `global` (what all share), `nearest`, and `whose` part that is."""
     bytes: Mapping[str, Any]
     """`up`, `down` and `by_phase` of the rounds, on the wire; under `evaluation` the same of what was sent to test."""
     seconds: float

@@ -34,6 +34,7 @@ from fedllm.runs.spread import spread
 from fedllm.runs.store import Frozen, freeze
 from fedllm.runs.tape import Tape
 from fedllm.runs.training import cautions
+from fedllm.runs.views import views
 from fedllm.trackers.stream import Tracking
 
 log = logging.getLogger(__name__)
@@ -341,6 +342,8 @@ class Run:
         spent: dict[str, Any] = {"seconds": self.meter.seconds(), "peak_memory_bytes": self.meter.peak(),
                                  "joules": self.meter.joules(), "joules_from": self.meter.joules_from()}
         evaluation: dict[str, Any] = {"before": self.before, **final}
+        if found := views(parts, course.state, course.engine.memory, final["clients"], total):
+            evaluation["views"] = found
         if parts.recipe.evaluate.baselines:
             evaluation["baselines"] = self._baselines()
         self._write(lambda: write_served(self.folder, parts.world.model, parts.method, course.state))
