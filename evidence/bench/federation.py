@@ -87,7 +87,9 @@ def _digest(rig: Loopback, method: str) -> dict[str, Any]:
     except FedLLMError as why:
         return {"same": False, "why": str(why)[:300]}
     loads = json.loads((far.folder / "sites.json").read_text())
+    mine, theirs = (r.evaluation.get("clients") or {} for r in (here, far))
     return {"same": far.state_digest == here.state_digest, "digest": far.state_digest[:16],
+            "clients_same": bool(mine) and mine == theirs,
             "bytes_same": far.bytes == here.bytes, "up": far.bytes["up"], "down": far.bytes["down"],
             "model_loads": sorted({s["loads"] for s in loads.values()}), "seconds": round(far.seconds, 1)}
 

@@ -60,7 +60,8 @@ def _grown(size: Mapping[str, Any]) -> int:
 def _said(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "not measured"
-    return {True: f"yes ({found.get('digest', '')})", False: f"**no** {found.get('why', '')}",
+    own = {True: "; clients' figures too", False: "; **not** clients' own figures"}.get(found.get("clients_same"), "")
+    return {True: f"yes ({found.get('digest', '')}){own}", False: f"**no** {found.get('why', '')}",
             None: f"refused: {found.get('why', '')}"}[found["same"]]
 
 

@@ -38,6 +38,15 @@ class FedUnlearn(Star):
               "kept": Claim("calibration's accuracy for those who stay is at most 2 points below retraining's",
                             rig="leaving", metric="accuracy_off", holds=">=", threshold=-0.02,
                             options={"knobs": {"grade": "eraser"}}),
+              "canaries": Claim("by bounded ascent the exposure of its canaries is nearer to retraining's than "
+                                "after going on without it", rig="leaving", metric="exposure_off",
+                                baseline="fed_unlearn", relative="difference", holds="<", threshold=0.0,
+                                options={"knobs": {"grade": "ascent"}, "canaries": 32},
+                                against={"knobs": {"grade": "none"}}),
+              "canaries_kept": Claim("and so it is by calibration", rig="leaving", metric="exposure_off",
+                                     baseline="fed_unlearn", relative="difference", holds="<", threshold=0.0,
+                                     options={"knobs": {"grade": "eraser"}, "canaries": 32},
+                                     against={"knobs": {"grade": "none"}}),
               "members": Claim("and an attacker who tells the client's rows from fresh ones by their loss has an AUC "
                                "within 0.05 of retraining's", rig="leaving", metric="auc_off", holds="<=",
                                threshold=0.05, options={"knobs": {"grade": "eraser"}})},
