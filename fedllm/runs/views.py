@@ -30,7 +30,8 @@ def views(parts: Parts, state: State, memory: Mapping[str, Mapping[str, Any]], o
     nothing that their tests depend on, or where their memories are elsewhere. No message and no bytes of the run.
     """
     kept = {c: m for c, m in memory.items() if c != SERVER and m}
-    if not kept or not own or parts.engine is not None or parts.recipe.engine.kind not in LOCAL:
+    far = parts.engine is not None or parts.recipe.engine.kind not in LOCAL
+    if not kept or not own or far or parts.world.federation.streamed:
         return None
     judge = Judge(parts, parts.method)
     try:
@@ -48,10 +49,13 @@ def nearest(world: World, having: list[str]) -> dict[str, str]:
     """Each client -> the other client with a part whose training rows' words are the most like its own: the least sum
     of |p_k(word) - p_j(word)|. Only clients with the same model and rank count; empty where rows are no words."""
     clients = {i.id: i.profile for i in world.infos()}
-    if len(clients) > MOST or world.federation.streamed or not isinstance(world.model, Model) or (
-            world.model.tokenizer is None):
+    if len(clients) > MOST or not isinstance(world.model, Model) or world.model.tokenizer is None:
         return {}
-    words = {c: profile_of(world, c) for c in clients}
+    ids = {c: np.concatenate([row.ids for row in world.encoded(c, "train")]) for c in clients}
+    if any(x.ndim != 1 or x.dtype.kind not in "iu" or not len(x) for x in ids.values()):
+        return {}
+    most = 1 + max(int(x.max()) for x in ids.values())
+    words = {c: np.bincount(x, minlength=most) / len(x) for c, x in ids.items()}  # [vocabulary]
     out = {}
     for c, mine in clients.items():
         apart = {j: float(np.abs(words[c] - words[j]).sum()) for j in having if j != c and j in clients
@@ -59,11 +63,3 @@ def nearest(world: World, having: list[str]) -> dict[str, str]:
         if apart:
             out[c] = min(sorted(apart), key=lambda j: apart[j])
     return out
-
-
-def profile_of(world: World, client: str) -> np.ndarray:
-    """The shares of words in a client's training rows: [vocabulary]."""
-    ids = np.concatenate([row.ids for row in world.encoded(client, "train")])
-    net: Any = world.model.net
-    counts = np.bincount(ids, minlength=net.get_input_embeddings().weight.shape[0]).astype(float)
-    return counts / counts.sum()

@@ -37,8 +37,8 @@ class PTuning(Space):
         tree = {CODES: torch.randn(self.length, d, generator=rng)}
         for i, (out, into) in zip(LAYERS, ((h, d), (h, h), (d, h)), strict=True):
             bound = 1 / math.sqrt(into)  # as torch starts a linear map
-            tree[f"prompt_encoder.mlp.{i}.weight"] = (torch.rand(out, into, generator=rng) * 2 - 1) * bound
-            tree[f"prompt_encoder.mlp.{i}.bias"] = (torch.rand(out, generator=rng) * 2 - 1) * bound
+            tree[f"prompt_encoder.mlp_head.{i}.weight"] = (torch.rand(out, into, generator=rng) * 2 - 1) * bound
+            tree[f"prompt_encoder.mlp_head.{i}.bias"] = (torch.rand(out, generator=rng) * 2 - 1) * bound
         return tree
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
@@ -64,7 +64,7 @@ def made(stacked: Mapping[str, Tensor]) -> Tensor:
     """The virtual tokens [K, P, d] of stacked trainables."""
     x = stacked[CODES]
     for i in LAYERS:
-        weight, bias = (stacked[f"prompt_encoder.mlp.{i}.{part}"] for part in ("weight", "bias"))
+        weight, bias = (stacked[f"prompt_encoder.mlp_head.{i}.{part}"] for part in ("weight", "bias"))
         x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # [K, P, out]
         x = x.relu() if i != LAYERS[-1] else x
     return x

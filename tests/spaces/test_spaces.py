@@ -48,7 +48,8 @@ def test_every_trainable_matters_and_lanes_do_not_touch_each_other(tiny_llama_fo
         with pytest.raises(ModelError, match=r"with this (one|model) 'lora' works"):
             llama(tiny_llama_folder, name).initial()
         return
-    knobs = {"of": {"sigma": "full", "tau": {"name": "lora", "rank": 4}}} if name == "streams" else {}
+    knobs = {"streams": {"of": {"sigma": "full", "tau": {"name": "lora", "rank": 4}}},
+             "p_tuning": {"hidden": 16}}.get(name, {})
     model = llama(tiny_llama_folder, name, dtype=torch.float64, **knobs)
     g = torch.Generator().manual_seed(1)
     theta = {n: (t + 0.05 * torch.randn(t.shape, generator=g)).double() for n, t in model.initial().items()}
