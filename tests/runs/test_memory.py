@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import sys
 
 import pytest
@@ -18,6 +19,7 @@ def held(monkeypatch):
     """As the first client begins: objects that hold others, tensors, and Python's blocks of memory. A list under `kept`
     is given every reply, as a driver's mistake would keep them."""
     good, found = FedAvg.local, {"kept": None}
+    logging.disable(logging.CRITICAL)  # pytest keeps what is logged, where a test before this one lets it be logged
 
     def local(self, msg, client):
         if client.round in (FROM, TO) and client.round not in found:
@@ -32,7 +34,8 @@ def held(monkeypatch):
 
     local.__dict__.update(good.__dict__)
     monkeypatch.setattr(FedAvg, "local", local)
-    return found
+    yield found
+    logging.disable(logging.NOTSET)
 
 
 def left(held, model, folder, engine):
