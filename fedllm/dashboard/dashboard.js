@@ -64,7 +64,7 @@ function listed(run) {
   const row = h("tr", { class: group ? "group" : "" },
     h("td", { class: "left" }, group ? "" : pick),
     h("td", { class: `left name ${run.within ? "within" : ""}` }, h("a", { href: address(run.id) }, run.name),
-      h("span", { class: "sub" }, group ? `${run.kind}, ${run.label}` : run.label)),
+      h("span", { class: "sub" }, group ? `${run.kind}, ${run.label}` : run.within ? "" : run.label)),
     h("td", { class: "left" }, badge(run.state)),
     h("td", { class: "left" }, run.method),
     h("td", { class: "left" }, h("progress", { value: done, max: Math.max(1, all, done) }), `${done} of ${all}${group ? " runs" : ""}`),
@@ -132,7 +132,7 @@ function figures(run) {
     h("strong", {}, v), h("small", {}, s))));
 }
 function privacy(run) {
-  const of = run.privacy.layers.map((x) => `${x.layer}, one ${x.unit}${x.delta ? `, delta ${x.delta.toPrecision(2)}` : ""}`).join("; ");
+  const of = run.privacy.layers.map((x) => `${x.layer}, one ${x.unit}${x.delta ? `, delta ${x.delta.toExponential(1)}` : ""}`).join("; ");
   return run.privacy.so_far ? `${of}; so far, by RDP, at the newest checkpoint` : of;
 }
 
@@ -148,7 +148,7 @@ function curves(many) {
   }
   out.push(["bytes so far", one ? ["up", "down"].map((k, i) => line(many[0], i, k, many[0].curve)) :
     many.map((r, i) => ({ ...line(r, i, "up", r.curve), y: r.curve.map((p) => p.up + p.down) })), "round", { bytes: true }]);
-  return out.filter(([, lines]) => lines.some((l) => l.x.length));
+  return out.filter(([, lines]) => lines.some((l) => l.y.some((v) => v !== null)));
 }
 
 function charts(many) {
