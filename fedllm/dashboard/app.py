@@ -73,7 +73,9 @@ class Pages:
 
     async def act(self, request: Request) -> Response:
         """Stop or resume."""
-        act = {"stop": self.board.stop, "resume": self.board.resume}[request.path_params["act"]]
+        act = {"stop": self.board.stop, "resume": self.board.resume}.get(request.path_params["act"])
+        if act is None:
+            raise HTTPException(404, "there are stop and resume")
         return JSONResponse({"says": await run_in_threadpool(act, request.path_params["id"])})
 
     async def stream(self, request: Request) -> Response:
@@ -128,7 +130,7 @@ def make_app(board: Board, token: str | None = None) -> Starlette:
     pages = Pages(board, csrf)
     routes = [Route("/", pages.page), Route("/file/{name}", pages.file), Route("/api/runs", pages.runs),
               Route("/api/run/{id}", pages.run), Route("/api/stream", pages.stream),
-              Route("/api/run/{id}/{act:path}", pages.act, methods=["POST"])]
+              Route("/api/run/{id}/{act}", pages.act, methods=["POST"])]
     app = Starlette(routes=routes, middleware=[Middleware(Gate, token=token, csrf=csrf)],
                     exception_handlers={RunError: refused, HTTPException: refused})
     app.state.pages = pages

@@ -17,7 +17,11 @@ from tests.dashboard.conftest import Run, csrf, runs, served
 
 HOLD = """
 import fcntl, os, sys, time
-file = open(sys.argv[1], "a+"); fcntl.flock(file, fcntl.LOCK_EX); file.truncate(0); file.write(str(os.getpid())); file.flush()
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.truncate(0)
+file.write(str(os.getpid()))
+file.flush()
 print("held", flush=True)
 time.sleep(60)
 """
@@ -79,7 +83,8 @@ def test_what_cannot_be_done_is_said(root, web):
     assert "fedllm serve" in post(web, "resume", found["far"]["id"]).json()["error"]
     assert "nothing to resume" in post(web, "resume", found["done"]["id"]).json()["error"]
     assert "nobody works on" in post(web, "stop", found["far"]["id"]).json()["error"]
-    assert "no such run" in post(web, "stop", "../../etc").json().get("error", "no such run")
+    assert "no such run" in post(web, "stop", "0" * 16).json()["error"]
+    assert post(web, "stop", "../../etc").status_code == 404 and post(web, "erase", "x").status_code == 404
     assert web.get("/api/run/nothing").status_code == 409 and web.get("/file/app.py").status_code == 404
     assert web.get("/api/stream", params={"run": list("abcdefghijklm")}).status_code == 400
     assert web.get(f"/api/run/{found['done']['id']}/stop").status_code == 405  # an action is never a link
@@ -113,14 +118,14 @@ def test_on_another_host_a_token_is_needed_everywhere(root, caplog):
 def test_a_port_in_use_and_folders_that_are_not_there(root, tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(RunError, match=f"port {port} of 127.0.0.1 cannot be opened: Address already in use"):
-            with server([root], host="127.0.0.1", port=port):
-                pass
+        why = f"port {port} of 127.0.0.1 cannot be opened: Address already in use"
+        with pytest.raises(RunError, match=why), server([root], host="127.0.0.1", port=port):
+            pass
     with pytest.raises(RunError, match="is no folder"), server([root / "no"], host="127.0.0.1", port=0):
         pass
-    with pytest.raises(RecipeError, match="no address of this machine"):
-        with server([root], host="no.such.host.invalid", port=0):
-            pass
+    nowhere = "no.such.host.invalid"
+    with pytest.raises(RecipeError, match="no address of this machine"), server([root], host=nowhere, port=0):
+        pass
     with pytest.raises(RecipeError, match="allowed is 0"), server([root], host="127.0.0.1", port=70000):
         pass
     monkeypatch.chdir(tmp_path / "runs")
