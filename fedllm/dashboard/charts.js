@@ -27,7 +27,6 @@ function draw(place, lines, title, axis, options = {}) {
 }
 
 // A figure follows its card's width, and the browser's light or dark.
-Plotly.setPlotConfig({ logging: 0 });  // it would say for each figure that the policy keeps its styles out
 const widths = new ResizeObserver((cards) => {
   for (const card of cards) for (const plot of card.target.querySelectorAll(".js-plotly-plot")) {
     if (plot.offsetWidth) Plotly.Plots.resize(plot);
