@@ -34,7 +34,7 @@ MAY: Mapping[str, str] = {
     "evaluation": "core data engines local models spaces tasks runs",
     "audits": "core data local models spaces tasks attacks defenses engines runs",
     "federation": "core data local models tasks wire privacy defenses methods engines trackers runs report",
-    "dashboard": "core privacy runs comparisons federation",
+    "dashboard": "core tasks privacy runs comparisons federation",
     "api": "runs report comparisons",
     "cli": "core data local models spaces tasks methods runs report comparisons audits evaluation "
            "federation dashboard api",

@@ -12,6 +12,7 @@ from fedllm.core.errors import RunError
 from fedllm.dashboard.acts import Resumed, resume, stop
 from fedllm.dashboard.shelf import Place, places
 from fedllm.dashboard.watched import Watched
+from fedllm.tasks.registry import metrics
 
 EVERY, SEARCH = 0.7, 3.0
 """Least seconds between two looks at the runs, and between two searches for new ones."""
@@ -58,7 +59,8 @@ class Board:
     def list(self) -> dict[str, Any]:
         """Every run in a line."""
         with self._lock:
-            return {"roots": [str(r) for r in self.roots], "runs": [w.short() for w in self.runs.values()]}
+            return {"roots": [str(r) for r in self.roots], "shares": [n for n, m in metrics().items() if m.share],
+                    "runs": [w.short() for w in self.runs.values()]}
 
     def run(self, id: str) -> dict[str, Any]:
         """One run in full; RunError when it is not here."""

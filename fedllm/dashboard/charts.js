@@ -22,7 +22,7 @@ function draw(place, lines, title, axis, options = {}) {
     showlegend: lines.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     xaxis: { ...grid, title: { text: axis }, ...(most <= 12 ? { dtick: 1 } : { nticks: 10 }) },
     yaxis: { ...grid, title: { text: tagless(title) }, rangemode: "tozero",
-             ...(options.share ? { tickformat: ".0%" } : {}), ...(options.bytes ? { tickformat: "~s" } : {}) },
+             ...(options.share ? { tickformat: ".0%", range: [0, 1.05] } : {}), ...(options.bytes ? { tickformat: "~s" } : {}) },
   }, { displaylogo: false, responsive: false, displayModeBar: false });
 }
 

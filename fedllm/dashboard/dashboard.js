@@ -23,7 +23,7 @@ function size(n) {
   }
   return `${n.toFixed(1)} TB`;
 }
-const SHARES = new Set(["exact_match", "accuracy", "token_f1", "f1", "rouge", "share", "wins", "success"]);
+let SHARES = new Set();      // the figures that are told in percent
 function figure(name, v) { return v === null || v === undefined ? "-" : SHARES.has(name) ? `${(100 * v).toFixed(1)} %` : v.toPrecision(4); }
 function duration(s) {
   if (s === null || s === undefined) return "-";
@@ -64,7 +64,7 @@ function listed(run) {
   const row = h("tr", { class: group ? "group" : "" },
     h("td", { class: "left" }, group ? "" : pick),
     h("td", { class: `left name ${run.within ? "within" : ""}` }, h("a", { href: address(run.id) }, run.name),
-      h("span", { class: "sub" }, group ? `${run.kind}, ${run.label}` : run.within ? "" : run.label)),
+      run.within && !group ? null : h("span", { class: "sub" }, group ? `${run.kind}, ${run.label}` : run.label)),
     h("td", { class: "left" }, badge(run.state)),
     h("td", { class: "left" }, run.method),
     h("td", { class: "left" }, h("progress", { value: done, max: Math.max(1, all, done) }), `${done} of ${all}${group ? " runs" : ""}`),
@@ -85,7 +85,7 @@ function showList() {
     h("div", { class: "bar" }, go, h("span", { class: "note" }, shown.length < 2 ? "tick two runs or more" : `${shown.length} runs`)),
     table(["", h("th", { class: "left" }, "run"), h("th", { class: "left" }, "state"), h("th", { class: "left" }, "method"),
       h("th", { class: "left" }, "rounds"), "training loss", "global test", "up", "down", "epsilon", "trouble"],
-      list.runs.map(listed), "list")] : [
+      list.runs.map(listed), "list tight")] : [
     h("div", { class: "card empty" }, `No run lies in ${list.roots.join(", ")} yet. The first one that is begun there appears here by itself.`)];
   view.replaceChildren(h("header", {}, h("h1", {}, "Runs"),
     h("p", {}, `${list.runs.length} in ${list.roots.join(", ")}, ${running} running`)), h("section", {}, ...body));
@@ -146,7 +146,7 @@ function curves(many) {
     const have = many.map((r, i) => line(r, i, name, r.tests)).filter((l) => l.y.some((v) => v !== null));
     out.push([`global test: ${label(name)}`, have, "rounds done", { share: SHARES.has(name) }]);
   }
-  out.push(["bytes so far", one ? ["up", "down"].map((k, i) => line(many[0], i, k, many[0].curve)) :
+  out.push(["bytes so far", one ? ["up", "down"].map((k, i) => ({ ...line(many[0], i, k, many[0].curve), dash: ["solid", "dot"][i] })) :
     many.map((r, i) => ({ ...line(r, i, "up", r.curve), y: r.curve.map((p) => p.up + p.down) })), "round", { bytes: true }]);
   return out.filter(([, lines]) => lines.some((l) => l.y.some((v) => v !== null)));
 }
@@ -207,7 +207,7 @@ function showRun(id) {
     if (run.says.length) parts.push(section("What it says", "", ...run.says.map((t) => h("p", {}, t))));
     parts.push(section("Its runs", "", table(["", h("th", { class: "left" }, "run"), h("th", { class: "left" }, "state"),
       h("th", { class: "left" }, "method"), h("th", { class: "left" }, "rounds"), "training loss", "global test", "up", "down",
-      "epsilon", "trouble"], inner.map(listed), "list"),
+      "epsilon", "trouble"], inner.map(listed), "list tight"),
       h("p", { class: "note" }, inner.length > 1 ? h("a", { href: `#/side/${inner.slice(0, 12).map((r) => r.id).join(",")}` },
         "side by side") : "")));
     parts.push(resumed(run));
@@ -265,7 +265,7 @@ function follow() {
   const link = document.getElementById("link");
   source.onopen = () => { link.textContent = "live"; link.className = ""; };
   source.onerror = () => { link.textContent = "not connected: is the dashboard running?"; link.className = "off"; };
-  source.addEventListener("runs", (e) => { list = JSON.parse(e.data); if (where().what !== "side") show(); });
+  source.addEventListener("runs", (e) => { list = JSON.parse(e.data); SHARES = new Set(list.shares); if (where().what !== "side") show(); });
   source.addEventListener("run", (e) => { const run = JSON.parse(e.data); runs.set(run.id, run); gone.delete(run.id); show(); });
   source.addEventListener("gone", (e) => { const { id } = JSON.parse(e.data); runs.delete(id); gone.add(id); show(); });
 }

@@ -153,7 +153,8 @@ def test_links_and_pipes_in_a_folder_are_not_followed(root, web, tmp_path):
 
 
 def test_no_runs_yet_and_then_one(root, web):
-    assert web.get("/api/runs").json() == {"roots": [str(root)], "runs": []}
+    told = web.get("/api/runs").json()
+    assert told["roots"] == [str(root)] and told["runs"] == [] and "exact_match" in told["shares"]
     Run(root, "first")
     time.sleep(3.1)
     assert list(runs(web)) == ["first"]
