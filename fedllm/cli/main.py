@@ -162,6 +162,21 @@ def report(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = Fal
 
 
 @app.command()
+def dashboard(folders: Annotated[list[Path] | None, typer.Argument(metavar="[RUNS]...", show_default=False, help=(
+                  "Folders of runs, or a run's. Default: runs/ and comparisons/."))] = None,
+              port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8321,
+              host: Annotated[str, typer.Option(help="Address to listen on; on another than loopback the page asks for "
+                                                     "a token, which is printed.")] = "127.0.0.1") -> None:
+    """Show runs on a live page: curves, clients, bytes, privacy spent, trouble; stop them and go on with them."""
+    from fedllm.dashboard.serve import dashboard as serve
+
+    def say(address: str) -> None:
+        out.print(f"the dashboard is at {address} (Ctrl-C ends it)", highlight=False, markup=False, soft_wrap=True)
+
+    serve(folders or (), host=host, port=port, say=say)
+
+
+@app.command()
 def track(path: RunPath, to: Annotated[list[str], typer.Option("--to", show_default=False, help=(
         "tensorboard, mlflow, wandb or trackio (repeat)."))]) -> None:
     """Tell trackers what a run's record holds and they do not know yet."""
