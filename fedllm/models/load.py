@@ -24,6 +24,7 @@ from fedllm.models import quantized
 from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder, class_prompts
 from fedllm.models.gguf import gguf_folder, is_gguf
+from fedllm.models.kernels import give_back_freed_memory
 from fedllm.models.model import HeadedEncoder, Model, Pooling
 from fedllm.models.proof import examine
 from fedllm.spaces.space import Space
@@ -112,6 +113,8 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
                                f"together: '{min(still)}' would stay random; use space: full")
     model.tell(said)
     examine(model)
+    if quantize:  # the examination unpacks the base once
+        give_back_freed_memory()
     return model
 
 

@@ -59,9 +59,14 @@ def kind_of(net: nn.Module) -> str | None:
 
 def settle(net: nn.Module) -> None:
     """Keep 4-bit weights as they are packed. On processors with AVX-512 bf16 bitsandbytes packs them anew at the first
-    forward that needs no gradient, into a form through which none flows afterwards."""
+    forward that needs no gradient, into a form through which none flows afterwards.
+
+    What is not packed is copied: it would keep the file of the whole unpacked checkpoint mapped."""
     for _, module in packed(net):
         module.support_avx512bf16_for_cpu = False
+    for parameter in net.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def unpacked(module: Any) -> Tensor:

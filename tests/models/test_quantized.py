@@ -1,6 +1,7 @@
 """Bases in 4 and 8 bits: LoRA over them is what it is in plain PEFT, and what cannot be is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,14 @@ def test_it_weighs_less(kind, model):
     packed_bytes = sum(m.weight.numel() * m.weight.element_size() for _, m in packed(model.net))
     whole = sum(4 * m.in_features * m.out_features for _, m in packed(model.net))
     assert packed_bytes == whole // (8 if kind == "nf4" else 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mapped files")
+def test_the_unpacked_checkpoint_does_not_stay_mapped(tmp_path):
+    AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "wide")
+    model = load_model(str(tmp_path / "wide"), "generation", make_space("lora", rank=4), quantize="nf4")
+    assert next(packed(model.net)) and str(tmp_path / "wide") not in Path("/proc/self/maps").read_text()
 
 
 def test_unpacked_is_what_it_multiplies_by(model, kind):
