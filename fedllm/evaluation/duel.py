@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,8 @@ IN_A_ROW = 5
 LONGEST = 512
 """Tokens of a verdict with its reasons, where nothing else is said."""
 DRAWS = 10_000
+UNDER_WAY = ".judging.jsonl"
+"""End of the name of the file that holds the verdicts of a judgment that has not come to its end."""
 
 
 @dataclass(frozen=True)
@@ -164,19 +170,63 @@ def duel(path_a: str | Path, path_b: str | Path, data: str, endpoint: Endpoint, 
     for k, (one, arm) in enumerate(arms):
         log.info("%d questions to %s", len(questions), path_b if k else path_a)
         said.append(answers(one.recipe, arm, questions, new))
-    told = _judged(questions, said, endpoint, verdict_tokens)
+    name = name or f"judge-{Path(path_a).name}-{Path(path_b).name}"
+    kept = Verdicts(run.beside(name, UNDER_WAY))
+    told = _judged(questions, said, endpoint, verdict_tokens, kept)
     found = _summed(str(path_a), str(path_b), endpoint, questions, told, prices)
-    return found, run.keep(name or f"judge-{Path(path_a).name}-{Path(path_b).name}", found.as_json())
+    at = run.keep(name, found.as_json())
+    if not found.failed and not found.stopped:
+        kept.path.unlink(missing_ok=True)  # all of it stands in the file above
+    return found, at
 
 
-def _judged(questions: Sequence[Question], said: Sequence[Sequence[Sequence[str]]], endpoint: Endpoint, new: int
-            ) -> list[dict[str, Any]]:
+class Verdicts:
+    """What a judge said so far, a line a question, so that a judgment that was stopped goes on where it was: calls
+    cost money. A verdict is found again by everything that the judge read and by who the judge is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.known = path, {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                row = json.loads(line)
+                self.known[row["key"]] = row["row"]
+            except (ValueError, KeyError, TypeError):  # a line that a kill cut short is asked for again
+                continue
+        if self.known:
+            log.info("%d questions were judged before; what the judge read there is not sent again", len(self.known))
+
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        """Keep a row from now on; one without a verdict is asked for again next time."""
+        if row["outcome"] != "failed":
+            with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w",
+                           encoding="utf-8") as file:
+                file.write("\n" + json.dumps({"key": key, "row": row}))  # first the end of a line that was cut short
+
+    @staticmethod
+    def key(endpoint: Endpoint, new: int, question: Question, a: Sequence[str], b: Sequence[str]) -> str:
+        """Digest of the judge and of all that it reads."""
+        what = [endpoint.base_url, endpoint.model, new, shown(question, a, b)]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _judged(questions: Sequence[Question], said: Sequence[Sequence[Sequence[str]]], endpoint: Endpoint, new: int,
+            kept: Verdicts) -> list[dict[str, Any]]:
     """A row for each question that the judge was asked about, in both orders."""
+    def row(i: int) -> dict[str, Any]:
+        what = questions[i], said[0][i], said[1][i]
+        key = kept.key(endpoint, new, *what)
+        if key in kept.known:
+            return dict(kept.known[key])
+        told = _both(*what, endpoint, new)
+        with writing:
+            kept.add(key, told)
+        return told
+
     rows: list[dict[str, Any]] = []
+    writing = Lock()
     with ThreadPoolExecutor(max(1, endpoint.parallel // 2), "judge") as pool:
         for at in range(0, len(questions), 2 * endpoint.parallel):
-            some = range(at, min(at + 2 * endpoint.parallel, len(questions)))
-            rows += pool.map(lambda i: _both(questions[i], said[0][i], said[1][i], endpoint, new), some)
+            rows += pool.map(row, range(at, min(at + 2 * endpoint.parallel, len(questions))))
             log.info("%d of %d questions judged", len(rows), len(questions))
             if len(rows) >= IN_A_ROW and all(r["outcome"] == "failed" for r in rows[-IN_A_ROW:]):
                 break

@@ -104,11 +104,16 @@ class Trained:
             base = load_file(self.made / BASE)
         return Arm(self.before.model, load_adapter(self.made, self.before.model), base, self.limits)
 
-    def keep(self, name: str, value: Mapping[str, Any]) -> Path:
-        """Write `evaluations/NAME.json` into the run's folder; a name that is taken gets a number."""
+    def beside(self, name: str, suffix: str) -> Path:
+        """The path of a file of this name under the run's `evaluations/`, which is made where it is missing."""
         folder, stem = self.folder.path / KEPT, re.sub(r"[^\w.+-]", "_", name)[:100].lstrip(".") or "evaluation"
         folder.mkdir(mode=0o700, exist_ok=True)
-        path, n = folder / f"{stem}.json", 2
+        return folder / f"{stem}{suffix}"
+
+    def keep(self, name: str, value: Mapping[str, Any]) -> Path:
+        """Write `evaluations/NAME.json` into the run's folder; a name that is taken gets a number."""
+        path, n = self.beside(name, ".json"), 2
+        folder, stem = path.parent, path.stem
         while path.exists():
             path, n = folder / f"{stem}-{n}.json", n + 1
         self.folder.write_json(f"{KEPT}/{path.name}", value)

@@ -115,6 +115,29 @@ def test_a_judge_that_goes_by_the_answer_and_one_that_goes_by_place(runs):
     assert against.wins == 4 - same and against.losses == 0 and against.wins > 0
 
 
+def test_a_judgment_that_was_stopped_goes_on_where_it_was(runs):
+    """One question's calls fail; the next time it alone is asked, and the sum is that of all."""
+    one, two, folder = runs
+    data, broken = str(folder / "asked.jsonl"), ["say the word dog"]
+
+    def say(prompt):
+        if any(word in prompt for word in broken):
+            raise ConnectionError("the judge hangs up")
+        return "[[A]]"
+
+    with judging(say) as (url, heard):
+        first, _ = duel(one.folder, two.folder, data, asking(url), name="stopped")
+        kept = one.folder / "evaluations" / "stopped.judging.jsonl"
+        assert (first.failed, first.inconsistent) == (1, 3) and kept.stat().st_mode & 0o077 == 0
+        with open(kept, "a") as file:
+            file.write('{"key": "cut sh')  # a kill in the middle of a line
+        broken.clear()
+        before = len(heard)
+        whole, _ = duel(one.folder, two.folder, data, asking(url), name="stopped")
+    assert (whole.failed, whole.inconsistent, whole.calls) == (0, 4, 8)
+    assert len(heard) - before == 2 and not kept.exists()
+
+
 def test_nonsense_of_a_real_model_is_no_tie(runs):
     """Our own server with the embedded model, which judges nothing: no verdict can be read, and none is made up."""
     one, two, folder = runs
