@@ -130,7 +130,7 @@ def test_a_judgment_that_was_stopped_goes_on_where_it_was(runs):
         kept = one.folder / "evaluations" / "stopped.judging.jsonl"
         assert (first.failed, first.inconsistent) == (1, 3) and kept.stat().st_mode & 0o077 == 0
         with open(kept, "a") as file:
-            file.write('{"key": "cut sh')  # a kill in the middle of a line
+            file.write('\n{"key": "cut sh')  # a kill in the middle of a line
         broken.clear()
         before = len(heard)
         whole, _ = duel(one.folder, two.folder, data, asking(url), name="stopped")
