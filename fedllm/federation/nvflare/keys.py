@@ -39,13 +39,17 @@ class Federation:
     def spec(self) -> dict[str, Any]:
         """Host, ports and sites."""
         try:
-            return yaml.safe_load((self.folder / "federation.yaml").read_text())
+            spec = yaml.safe_load((self.folder / "federation.yaml").read_text())
         except OSError:
             raise RecipeError(f"{self.folder} holds no federation; make one with `fedllm keys new`") from None
+        if spec.get("engine") == "flower":
+            raise RecipeError(f"{self.folder} holds keys for Flower, and the recipe's engine is not; say "
+                              "engine.kind=flower, or make others with `fedllm keys new`")
+        return spec
 
     def kit(self, name: str) -> Path:
         """The startup kit of `server`, `admin` or a site."""
-        path = self.folder / "kits" / name
+        path, _ = self.folder / "kits" / name, self.spec
         if not path.is_dir():
             have = sorted(p.name for p in (self.folder / "kits").glob("*"))
             raise RecipeError(f"{self.folder} has no kit '{name}'; it has {', '.join(have) or 'none'}")
