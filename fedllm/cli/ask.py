@@ -43,7 +43,8 @@ def ask(source: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", show_def
 
 def show(got: Answered, as_json: bool) -> None:
     """The answer, whom it rests on, and what it cost."""
-    from fedllm.report.facts import duration, size
+    from fedllm.report.facts import duration
+    from fedllm.runs.progress import size
 
     if as_json:
         return out.print_json(json.dumps(got.as_json(), default=str))

@@ -13,9 +13,9 @@ from fedllm.report.facts import duration
 from fedllm.report.report import publish
 from fedllm.runs.build import build, resolved
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.progress import progress_bars
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.run import Run
+from fedllm.runs.terminal import progress_bars
 
 RECIPE, LLM = (Path(__file__).with_name(name) for name in ("demo.yaml", "demo_llm.yaml"))
 

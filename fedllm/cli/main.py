@@ -55,26 +55,26 @@ Plugins = Annotated[list[Path] | None, typer.Option("--plugin", metavar="FILE", 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
         root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
+        live: Annotated[bool, typer.Option("--live", help="Draw clients, bytes, the loss and trouble while it runs.")
+                        ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: progress, then the "
                                                              "result.")] = False) -> None:
     """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
-    from fedllm.api import run as go
     from fedllm.cli.tables import show_result
-
-    with _stopped("nothing was kept yet"):
-        if as_json:
-            return _told_in_json(recipe, root, _parsed(overrides, plugin))
-        show_result(out, go(recipe, root=root, **_parsed(overrides, plugin)))
-
-
-def _told_in_json(recipe: Path, root: Path, overrides: dict[str, Any]) -> None:
     from fedllm.report.report import publish
     from fedllm.runs.progress import JsonLines
     from fedllm.runs.stages import begin
+    from fedllm.runs.terminal import live_view
 
-    lines = JsonLines(sys.stdout)
-    result = begin(recipe, root, overrides, publish, lines)
-    lines.put("result", folder=str(result.folder), **result.as_json())
+    with _stopped("nothing was kept yet"):
+        if live and as_json:
+            raise RecipeError("--live and --json are two ways to tell the same; take one")
+        with live_view() if live else contextlib.nullcontext(JsonLines(sys.stdout) if as_json else None) as shown:
+            result = begin(recipe, root, _parsed(overrides, plugin), publish, shown)
+        if isinstance(shown, JsonLines):
+            shown.put("result", folder=str(result.folder), **result.as_json())
+        else:
+            show_result(out, result)
 
 
 @app.command()

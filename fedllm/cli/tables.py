@@ -13,8 +13,9 @@ from rich.table import Table
 
 from fedllm.core.method import Claim
 from fedllm.methods.registry import METHODS, method_class, source_of
-from fedllm.report.facts import compared, duration, label, mean_metric, number, shown, size
+from fedllm.report.facts import compared, duration, label, mean_metric, number, shown
 from fedllm.runs.plan import Plan
+from fedllm.runs.progress import size
 from fedllm.runs.result import Result
 from fedllm.runs.store import read_json
 

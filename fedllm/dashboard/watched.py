@@ -15,11 +15,11 @@ import yaml
 from fedllm.core.errors import plain
 from fedllm.dashboard.shelf import Place
 from fedllm.dashboard.spent import Spent
-from fedllm.dashboard.story import Story, real
 from fedllm.dashboard.tail import Odd, Tail, read_small
 from fedllm.federation.operate import HELD
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import OWN
+from fedllm.runs.story import Story, real
 
 LOCKS = (".lock", HELD)
 TEXT = 200_000

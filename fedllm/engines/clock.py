@@ -62,6 +62,8 @@ class Timed(Protocol):
     def cross(self, way: str, job: Job, payload: Payload) -> Payload: ...
     def land(self, fold: Fold, client: ClientId, reply: Payload | Gone, seconds: float | None = None) -> None: ...
     def undo(self, client: ClientId) -> None: ...
+    def chance(self, job: Job) -> tuple[float, np.random.Generator]: ...
+    def loses(self, job: Job, draw: np.random.Generator) -> bool: ...
     def close(self, fold: Fold) -> Replies: ...
 
 
@@ -188,8 +190,7 @@ class Clock:
 
     def _flight(self, job: Job, reply: Payload | Gone, begun: float) -> Flight:
         profile, took = self.engine.infos[job.client].profile, job.took
-        draw = self._draw(job, "lands")
-        tie = float(draw.random())
+        tie, draw = self.engine.chance(job)
         if isinstance(reply, Gone):  # it did not begin, or keeps its answer to itself
             lands = begun + self.fleet.compute(profile, took.steps)
             return Flight(job.fold.ask.phase, job.client, begun, lands, tie, reply)
@@ -197,14 +198,10 @@ class Clock:
         seconds = self.fleet.compute(profile, took.steps)
         if job.client != SERVER:
             seconds += self.fleet.travel(profile, took.down) + self.fleet.travel(profile, took.up)
-        if profile.dropout and draw.random() < profile.dropout:
-            self.engine.undo(job.client)
+        if self.engine.loses(job, draw):
             after = float(draw.random()) * seconds
             return Flight(job.fold.ask.phase, job.client, begun, begun + after, tie, f"lost after {after:g} s at work")
         return Flight(job.fold.ask.phase, job.client, begun, begun + seconds, tie, reply, took.up)
-
-    def _draw(self, job: Job, what: str) -> np.random.Generator:
-        return numpy_stream(self.engine.world.seed, self.engine.round, job.client, job.fold.ask.phase, job.visit, what)
 
     def _take(self, fold: Fold, flight: Flight) -> None:
         self.engine.land(fold, flight.client, flight.reply, flight.lands - flight.begun)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fedllm.core.ask import Ask, ClientId, Replies
 from fedllm.core.client import SERVER, Fleet
 from fedllm.core.errors import ClientError, FedLLMError, Withheld, plain
@@ -21,6 +23,8 @@ from fedllm.engines.job import Job
 from fedllm.engines.world import World, method_on
 from fedllm.local.flops import steps_of
 from fedllm.wire import codec
+
+LOST = "lost while it worked"
 
 
 class InProcess:
@@ -81,8 +85,23 @@ class InProcess:
             return self.clock.send(asks)
         folds = [Fold(ask, self.quorum, rows={c: i.n for c, i in self.infos.items()}) for ask in asks]
         for job, reply in self.answers(self.jobs(folds)):
-            self.land(job.fold, job.client, reply if isinstance(reply, str) else self.cross("up", job, reply))
+            if not isinstance(reply, str):
+                reply = LOST if self.loses(job, self.chance(job)[1]) else self.cross("up", job, reply)
+            self.land(job.fold, job.client, reply)
         return [self.close(fold) for fold in folds]
+
+    def chance(self, job: Job) -> tuple[float, np.random.Generator]:
+        """Of a job's end, drawn alike whether time is virtual or not: its place among those of one moment, and more."""
+        draw = numpy_stream(self.world.seed, self.round, job.client, job.fold.ask.phase, job.visit, "lands")
+        return float(draw.random()), draw
+
+    def loses(self, job: Job, draw: np.random.Generator) -> bool:
+        """Whether this client is lost while it works; what it noted in its memory does not count then."""
+        dropout = self.infos[job.client].profile.dropout
+        lost = bool(dropout) and float(draw.random()) < dropout
+        if lost:
+            self.undo(job.client)
+        return lost
 
     def land(self, fold: Fold, client: ClientId, reply: Payload | str, seconds: float | None = None) -> None:
         """Fold a reply that has come, or book why there is none."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fedllm.methods.registry import method_class
-from fedllm.report.facts import compared, duration, label, mean_metric, number, read_facts, size
+from fedllm.report.facts import compared, duration, label, mean_metric, number, read_facts
 from fedllm.report.statement import summary
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.progress import size
 from fedllm.runs.result import Result
 
 

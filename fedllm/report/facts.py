@@ -139,15 +139,6 @@ def falls(name: str, own: Mapping[str, str]) -> bool:
     return (own.get(name) or (metrics()[name].best if name in metrics() else "max")) == "min"
 
 
-def size(count: float) -> str:
-    """Bytes in the unit that gives a short number."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def duration(seconds: float) -> str:
     """Seconds, or minutes and seconds, or hours and minutes."""
     if seconds < 60:

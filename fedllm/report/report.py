@@ -24,11 +24,11 @@ from fedllm.report.facts import (
     number,
     read_facts,
     shown,
-    size,
     views,
 )
 from fedllm.report.statement import privacy_statement, seen, summary
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.progress import size
 from fedllm.runs.received import received
 from fedllm.runs.result import Result
 from fedllm.runs.store import reading

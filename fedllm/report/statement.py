@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedllm.core.record import is_test
-from fedllm.report.facts import Facts, read_facts, size
+from fedllm.report.facts import Facts, read_facts
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.layers import layer_classes, make_layer
+from fedllm.runs.progress import size
 from fedllm.runs.result import Result
 
 FIELDS = ("unit", "adjacency", "sampling", "rate", "mechanism", "takes_part", "noise_multiplier", "clip", "releases",

@@ -121,22 +121,22 @@ def plan_parts(parts: Parts) -> Plan:
     small = thin.local(_slice(parts, asked, thin))
     probed = _probe(small, small.method, small.layers, steps, thin, asked < len(parts.world.infos()))
     progress.info("plan: the rounds are tried (%.1f s each); now a test", probed.seconds)
-    share = asked / max(1, len(small.world.federation.clients)) * _availability(parts)
+    share, there, stays = asked / max(1, len(small.world.federation.clients)), *_odds(parts)
     total: Bytes = defaultdict(float)
     for r in range(recipe.rounds):
         stay = _stayed(cohorts, r)
         for key, size in probed.by_round[0 if r == 0 else 1 + (r + 1) % 2].items():
             size *= stay + (1 - stay) * probed.back.get(key, 1.0)
-            total[key] += share * (size + probed.per_step[key] * (steps - 1))
+            odds = there * (stays if key[0] == "up" else 1.0)
+            total[key] += share * odds * (size + probed.per_step[key] * (steps - 1))
     tests = _tests(recipe)
     first, first_seconds = _probe_test(parts, small, small.method.init(small.world.model), {})
     later, test_seconds = _probe_test(parts, small, probed.course.state, probed.course.engine.memory)
     of_tests: Bytes = {key: first[key] + (tests - 1) * later[key]  # a state may weigh more once there was a round
                        for key in first.keys() | later.keys()}
-    time_share = asked / max(1, len(small.world.federation.clients))
-    spent = probed.warm_up + recipe.rounds * (probed.seconds * time_share + PER_ROUND_OVERHEAD)
+    spent = probed.warm_up + recipe.rounds * (probed.seconds * share + PER_ROUND_OVERHEAD)
     spent += first_seconds + (tests - 1) * test_seconds
-    extra = sum(_baseline_seconds(small, name, steps, thin) * time_share * recipe.rounds + test_seconds
+    extra = sum(_baseline_seconds(small, name, steps, thin) * share * recipe.rounds + test_seconds
                 for name in recipe.evaluate.baselines)
     peak = round(PEAK * meter.peak()) if thin.batch is None else meter.peak() + thin.missing
     sent = summed(total)
@@ -157,9 +157,12 @@ def _mean_steps(parts: Parts) -> float:
     return sum(local.count(c.n) for c in clients) / len(clients)
 
 
-def _availability(parts: Parts) -> float:
+def _odds(parts: Parts) -> tuple[float, float]:
+    """Of a client that is asked: that it begins, and that it is not lost before it sends. In virtual time it is
+    lost while it works or sends, and all of its message is counted."""
     clients = parts.world.infos()
-    return sum(c.profile.availability for c in clients) / len(clients)
+    lost = 0.0 if parts.world.fleet else sum(c.profile.dropout for c in clients) / len(clients)
+    return sum(c.profile.availability for c in clients) / len(clients), 1 - lost
 
 
 def _slice(parts: Parts, asked: int, thin: Thin) -> Parts:
@@ -170,7 +173,7 @@ def _slice(parts: Parts, asked: int, thin: Thin) -> Parts:
     chosen = {infos[(2 * i + 1) * len(infos) // (2 * want)].id for i in range(want)}
     clients = {c: replace(s, test=s.test[: thin.client_rows]) for c, s in federation.clients.items() if c in chosen}
     small = replace(federation, clients=clients, test=federation.test[: thin.test_rows])
-    profiles = {c.id: replace(c.profile, availability=1.0) for c in infos}
+    profiles = {c.id: replace(c.profile, availability=1.0, dropout=0.0) for c in infos}
     recipe = parts.recipe.model_copy(
         update={"clients": parts.recipe.clients.model_copy(update={"per_round": 1.0, "quorum": 1, "deadline": None})})
     layers = [layer.unlimited() for layer in parts.layers]

@@ -1,25 +1,12 @@
-"""Progress: one way to tell where a run stands, shown as bars on a terminal, as lines in a log, or as JSON."""
+"""Progress: one way to tell where a run stands, shown as lines in a log, as JSON, or on a terminal (`terminal.py`)."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import IO, Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.text import Text
 
 from fedllm.core.record import Event
 
@@ -115,56 +102,6 @@ class Standing(Quiet):
         gone = f"{len(self.refused)} missing" if self.refused else ""
         speed = f"{self.speed:,.0f} tokens/s" if self.speed else ""
         return [part for part in (step, clients, gone, speed) if part]
-
-
-class Bars(Standing):
-    """Two bars: rounds of the run, and the steps of this round (or, where none are told, its clients)."""
-
-    def __init__(self, bars: Progress) -> None:
-        super().__init__()
-        self.bars = bars
-        self.outer = bars.add_task("rounds", total=None, note="", left=None)
-        self.inner = bars.add_task("clients", total=None, note="", left=None, visible=False)
-        self.extra: dict[str, Any] = {}
-
-    def rounds(self, total: int, done: int) -> None:
-        super().rounds(total, done)
-        self.bars.reset(self.outer, total=total, completed=done)
-
-    def round(self, number: int, cohort: int, steps: float = 0.0) -> None:
-        super().round(number, cohort, steps)
-        if self.done == self.first:
-            self.bars.update(self.outer, note="")  # what was said before the first round
-        self.bars.reset(self.inner, total=cohort, description=f"round {number + 1}", visible=True)
-
-    def saw(self, event: Event) -> None:
-        super().saw(event)
-        if event["kind"] in ("wire", "missing", "refused"):
-            self._inner()
-
-    def worked(self, steps: int, tokens: int) -> None:
-        super().worked(steps, tokens)
-        self._inner()
-
-    def _inner(self) -> None:
-        total, done = (round(self.expected), self.steps) if self.steps and self.expected else (
-            self.cohort, len(self.answered | self.refused))
-        says = [w for w in self.stand() if not w.startswith("step")]
-        self.bars.update(self.inner, total=max(total, done), completed=done, note=", ".join(says))
-        self.bars.update(self.outer, left=self.left)
-
-    def round_done(self, facts: Mapping[str, Any]) -> None:
-        super().round_done(facts)
-        self.bars.update(self.outer, completed=self.done, note=told(facts), left=self.left)
-
-    def note(self, text: str) -> None:
-        self.bars.update(self.inner, visible=False)
-        self.bars.update(self.outer, note=text)
-
-    def baseline(self, name: str, done: int, total: int) -> None:
-        if name not in self.extra:
-            self.extra[name] = self.bars.add_task(name, total=total, note="baseline", left=None)
-        self.bars.update(self.extra[name], completed=done)
 
 
 class Ticking(Standing):
@@ -281,21 +218,10 @@ def clock(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
 
 
-class Left(ProgressColumn):
-    """The time left of the run, from the first round on."""
-
-    def render(self, task: Task) -> Text:
-        return Text(clock(task.fields.get("left")), style="progress.remaining")
-
-
-@contextlib.contextmanager
-def progress_bars(console: Console | None = None) -> Iterator[Quiet]:
-    """Bars on a terminal, `Lines` elsewhere."""
-    console = console or Console(stderr=True)
-    if not console.is_terminal:
-        yield Lines()
-        return
-    columns = [TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               Left(), TextColumn("{task.fields[note]}")]
-    with Progress(*columns, console=console, transient=True) as bars:
-        yield Bars(bars)
+def size(count: float) -> str:
+    """Bytes in the unit that gives a short number."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

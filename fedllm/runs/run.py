@@ -24,7 +24,7 @@ from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
 from fedllm.runs.more import check_layers, grown, write_rounds
 from fedllm.runs.products import write_clients, write_served
-from fedllm.runs.progress import Quiet, progress_bars
+from fedllm.runs.progress import Quiet
 from fedllm.runs.received import received
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
 from fedllm.runs.result import Result, finished
@@ -33,6 +33,7 @@ from fedllm.runs.seal import figures_digest, sealed
 from fedllm.runs.spread import spread
 from fedllm.runs.store import Frozen, freeze
 from fedllm.runs.tape import Tape
+from fedllm.runs.terminal import progress_bars
 from fedllm.runs.training import cautions
 from fedllm.runs.views import views
 from fedllm.trackers.stream import Tracking

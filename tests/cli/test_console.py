@@ -296,3 +296,22 @@ def test_no_empty_table_where_nothing_was_tested(tmp_path):
     console = Console(record=True, width=120)
     show_result(console, result)
     assert "fedavg, 3 rounds: no test was given" in console.export_text()
+
+
+def test_the_live_view_tells_what_bars_do_not(tmp_path, recipe, monkeypatch):
+    """On a terminal: clients with what they sent, the loss from round to round, who was lost. Elsewhere it is refused."""
+    from fedllm.runs.stages import begin
+    from fedllm.runs.terminal import live_view, spark
+
+    shown = Console(file=open(tmp_path / "screen", "w"), force_terminal=True, width=100, height=40)
+    with live_view(shown) as view:
+        begin({**recipe, "rounds": 3, "clients": {"dropout": 0.4}}, tmp_path, {}, lambda folder, result: None, view)
+    last = Console(width=100, record=True, file=open(os.devnull, "w"))
+    last.print(view)
+    text = last.export_text()
+    assert "3 of 3" in text and "training loss" in text and "test after round 3" in text and "kB up" in text
+    assert all(name in text for name in view.story.clients) and "lost while it worked" in text
+    assert "training loss" in (tmp_path / "screen").read_text()  # it was drawn while the run went on
+    assert spark([3.0, 2.0, 1.0]) == "█▅▁" and spark([1.0]) == "▁"
+    with pytest.raises(RecipeError, match="--live draws on a terminal"), live_view(Console(file=open(os.devnull, "w"))):
+        pass

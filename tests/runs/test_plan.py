@@ -45,6 +45,12 @@ def test_availability_lowers_what_is_sent(recipe):
     assert unsure.by_phase[phase]["up"] == pytest.approx(0.5 * sure.by_phase[phase]["up"], rel=0.01)
 
 
+def test_dropout_lowers_what_is_sent_up_alone(recipe):
+    sure, unsure = fedllm.plan(recipe), fedllm.plan(recipe, **{"clients.dropout": 0.5})
+    sent, less = (p.by_phase["FedAvg.local"] for p in (sure, unsure))
+    assert less["up"] == pytest.approx(0.5 * sent["up"], rel=0.01) and less["down"] == sent["down"]
+
+
 def test_a_large_models_plan_tries_out_less_and_foresees_the_same(recipe, tmp_path, monkeypatch):
     """As if the model were too large to try whole batches of many clients."""
     from fedllm.runs import thin

@@ -98,6 +98,20 @@ def test_rounds_without_answers_are_skipped_and_three_stop_the_run(recipe, tmp_p
         fedllm.run(recipe, root=tmp_path)
 
 
+def test_clients_are_lost_while_they_work_whether_time_is_virtual_or_not(recipe, tmp_path):
+    """The same ones, with the same state at the end; what a lost one noted in its memory does not count."""
+    recipe |= {"method": {"name": "scaffold", "allow_adaptive": True}, "clients": {"dropout": 0.4}, "rounds": 3}
+    real = fedllm.run(recipe, root=tmp_path)
+    recipe["clients"]["step_seconds"] = 1.0
+    virtual = fedllm.run(recipe, root=tmp_path)
+
+    def lost(run):
+        return [(e["round"], e["client"]) for line in (run.folder / "events.jsonl").open()
+                if (e := json.loads(line))["kind"] == "missing" and e["why"].startswith("lost")]
+
+    assert 0 < len(lost(real)) < 9 and lost(real) == lost(virtual) and real.state_digest == virtual.state_digest
+
+
 def test_cohorts_depend_on_seed_and_round_alone():
     clients = [ClientInfo(f"c{i}", 1) for i in range(10)]
     a = draw_cohort(clients, 4, seed=0, round=2)
