@@ -194,8 +194,9 @@ class Client(Protocol):
         """Policy-gradient steps: descend - mean_n w_n log pi(a_n | o_n); returns a `Fitted`."""
         ...
 
-    def through(self, change: Callable[[Any], Any], closed: str = "") -> Any:
-        """For layers: a context in which `change` sees, changes or refuses every request that the client makes."""
+    def through(self, change: Callable[[Any], Any], closed: str = "", heard: Callable[[Any], None] = ...) -> Any:
+        """For layers: a context in which `change` sees, changes or refuses every request that the client makes, and
+        `heard` is told each answer."""
         ...
 
     def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,10 @@ class Facts:
     rounds: int = 0
     local: Any = None
     """How the recipe has clients train."""
+    below: Sequence[Layer] = ()
+    """The layers between this one and the wire."""
+    guessed: bool = False
+    """Whether `rows` is one site's own count for everybody, since nobody tells a site the others'."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class Algebra:
     """Whether it drops or rounds entries, as codecs do, beside what its kind says."""
     reads: bool = False
     """Whether it lets out something that it reads from rows by itself, without noise."""
+    whole: bool = False
+    """Whether it sends whole numbers, which must arrive to the last bit."""
+    shares: bool = False
+    """Whether each client adds a share of its noise only, so that nobody may see less than the sum."""
+    ring: bool = False
+    """Whether whole numbers add up exactly under it, mod 2^32, and none of them can be read."""
     instead: str = ""
     """What works in its place where it cannot stand."""
 

@@ -11,6 +11,11 @@ from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Lifted, Sum
 
+WHOLE = "_whole/"
+"""Stands before the key of an int32 tensor that is in the ring of 2^32 already: it is added as it is."""
+LEAST = "_sum/least"
+"""In a message: the fewest clients whose sum may be opened; who answers it helps to open no other."""
+
 INSTEAD = "a method whose reducer is a Sum works, such as fedavg, flexlora or ffa_lora"
 
 

@@ -50,6 +50,7 @@ from fedllm.local.requests import (
 from fedllm.local.segments import Backward, Forward, Slopes, run_backwards, run_forwards
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.local.spec import LocalSpec
+from fedllm.local.summed import Summed, run_sums
 from fedllm.local.terms import Term
 from fedllm.local.text import run_completes
 from fedllm.models.batch import Batch
@@ -60,7 +61,7 @@ from fedllm.tasks.answers import judges_of, listed
 from fedllm.tasks.choices import FIGURE, options, picked
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
-    Fit: run_fits, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
+    Fit: run_fits, Summed: run_sums, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
     Sensitivity: run_sensitivities, Outputs: run_outputs, Logits: run_logits, Measure: run_measures,
     Rollout: run_rollouts, Improve: run_improves, Complete: run_completes, Forward: run_forwards,
     Backward: run_backwards,
@@ -132,13 +133,20 @@ class ClientCall(Holder):
         return fleet.compute(self.profile, 1.0) if fleet else None
 
     @contextlib.contextmanager
-    def through(self, change: Callable[[Request], Request], closed: str = "") -> Iterator[None]:
-        """For layers: `change` sees every request made inside, and changes or refuses it.
+    def through(self, change: Callable[[Request], Request], closed: str = "",
+                heard: Callable[[Any], None] = lambda answer: None) -> Iterator[None]:
+        """For layers: `change` sees every request made inside, and changes or refuses it; `heard` is told each answer.
 
         `closed` says why the functions above may not read the rows themselves (empty: they may).
         """
         before = self._submit, self._closed
-        self._submit, self._closed = (lambda request: before[0](change(request))), closed or self._closed
+
+        def submit(request: Request) -> Any:
+            answer = before[0](change(request))
+            heard(answer)
+            return answer
+
+        self._submit, self._closed = submit, closed or self._closed
         try:
             yield
         finally:

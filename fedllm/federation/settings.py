@@ -235,7 +235,8 @@ class SiteSettings(Spec):
                "(most_epsilon)"
         if not private:
             return Refused("epsilon", f"{asks}; it has none")
-        here = [layer for layer in private if layer.algebra.needs != "sum" or self.noise_by_coordinator]
+        here = [layer for layer in private
+                if layer.algebra.needs != "sum" or layer.algebra.shares or self.noise_by_coordinator]
         if not here:
             return Refused("epsilon", f"{asks}, and its noise would be the coordinator's (noise_by_coordinator)")
         budgets = [layer.epsilon for layer in here]

@@ -65,7 +65,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     if settings.most_epsilon is not None and settings.most_delta * info.n >= 1:
         raise Refused("noise", f"most_delta = {settings.most_delta:g} may expose one of {info.n} rows; it must be less "
                                "than one over their number")
-    layers = bound(layers, recipe, dict.fromkeys(sites, info.n), world.local)  # nobody tells a site the others' rows
+    layers = bound(layers, recipe, dict.fromkeys(sites, info.n), world.local, guessed=True)  # nobody tells a site
     folder = private_folder(Path(settings.store) / run)
     found = identity_of(world.model, [*mine.train, *mine.test])
     keep_identity(folder, found)

@@ -28,6 +28,7 @@ from fedllm.models.heads import Head, body_of
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.models.pieces import piecewise_losses
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
+from fedllm.models.remembered import Memo
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 from fedllm.tasks.registry import task_of
@@ -67,6 +68,7 @@ class Model:
             raise CompositionError(f"space '{type(space).__name__}' puts virtual tokens before the text, and data.task "
                                    f"= {task!r} has no place for them; 'lora' works")
         self.stack = Stack(causal=self.rules.net == "causal")
+        self.memo = Memo()
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self._start_net()
         self._set_up(Ways(quick=fast_kernels))
@@ -245,7 +247,14 @@ class Model:
         """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
         if isinstance(self.net, DualEncoder):
             return wide(self.net.logits(self.stack, batch))
-        return wide(self.net.classifier(self.net.pool(self.hidden(batch), batch.mask)))
+        if self.memo.on and not batch.parts and not self.stack.base:
+            pooled = self.memo.pooled(batch, self._pooled)
+            self.stack.rows = batch.ids.shape[0]
+            return wide(self.net.classifier(pooled))
+        return wide(self.net.classifier(self._pooled(batch)))
+
+    def _pooled(self, batch: Batch) -> Tensor:
+        return self.net.pool(self.hidden(batch), batch.mask)
 
     @functools.cached_property
     def seen_once(self) -> bool:

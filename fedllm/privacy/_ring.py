@@ -18,6 +18,7 @@ from torch import Tensor
 from fedllm.core.errors import CompositionError, PayloadError
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Sum, wide
+from fedllm.core.sums import WHOLE
 from fedllm.wire.codec import DTYPES, NAMES
 
 CHUNK = 1 << 17  # ring elements that are worked on while they sit in the cache
@@ -50,6 +51,10 @@ def encode(lifted: Payload, f: int, clip: float, who: str) -> tuple[Tensor, str]
     at = 0
     for key, t in tensors.items():
         flat = t.detach().reshape(-1).cpu()
+        if key.startswith(WHOLE):
+            out[at : at + t.numel()] = _in_ring(flat, key)
+            at += t.numel()
+            continue
         _to_ring(flat if flat.is_floating_point() else flat.double(), out[at : at + t.numel()], f, clip, key, who)
         at += t.numel()
     for key, v in numbers.items():
@@ -57,6 +62,12 @@ def encode(lifted: Payload, f: int, clip: float, who: str) -> tuple[Tensor, str]
         at += LIMBS
     rows = [[k, NAMES[t.dtype], list(t.shape)] for k, t in tensors.items()] + [[k, None, None] for k in numbers]
     return out, json.dumps(rows)
+
+
+def _in_ring(x: Tensor, key: str) -> Tensor:
+    if x.dtype != torch.int32:
+        raise PayloadError(f"'{key}' is {x.dtype}; what is in the ring already is int32")
+    return x
 
 
 def _to_ring(x: Tensor, out: Tensor, f: int, clip: float, key: str, who: str) -> None:
@@ -92,6 +103,10 @@ def decode(ring: Tensor, layout: str, f: int, count: int) -> dict[str, Any]:
             continue
         n = math.prod(shape)
         kind = DTYPES[dtype]
+        if key.startswith(WHOLE):
+            out[key] = ring[at : at + n].clone().view(shape)
+            at += n
+            continue
         real = kind if kind.is_floating_point else torch.float64
         out[key] = ring[at : at + n].to(real).mul_(2.0**-f).to(kind).view(shape)
         at += n

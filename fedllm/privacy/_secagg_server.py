@@ -15,6 +15,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.errors import QuorumError
 from fedllm.core.form import Form
+from fedllm.core.sums import LEAST
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import RingSum, decode, mask_
 from fedllm.wire import _keys as keys
@@ -51,7 +52,7 @@ class Server:
         self.layer, self.ask, self.state, self.lift, self.f = layer, ask, state, lift, f
         self.sid = secrets.token_hex(16)
         self.lost: dict[str, str] = {}
-        self.threshold = layer.needed(len(ask.msgs))
+        self.threshold = max(layer.needed(len(ask.msgs)), *(int(m.get(LEAST, 0)) for m in ask.msgs.values()))
         state["sessions"] = state.get("sessions", 0) + 1
         self.lost |= staying_out(state, ask.msgs, self.threshold, "a sum")
 

@@ -24,6 +24,12 @@ def check_stack(method: Any, layers: Sequence[Layer], reducers: Mapping[str, Any
         layer.check(method, reducers)
         if why := bent(layer, method, reducers):
             raise CompositionError(why)
+    for i, layer in enumerate(layers):
+        if layer.algebra.shares and not any(x.algebra.ring for x in layers[i + 1 :]):
+            raise CompositionError(f"layer '{type(layer).__name__}' has each client add a share of the noise only, so "
+                                   "that the server may see sums alone, and no layer below hides what clients send; "
+                                   "list secagg or secagg_plus below it, or let each client add all of it (noise: "
+                                   "local)")
     for i, j in itertools.combinations(range(len(layers)), 2):
         if why := clash(layers[i], layers[j]):
             raise CompositionError(why)
@@ -58,6 +64,13 @@ def clash(above: Layer, below: Layer) -> str | None:
         return f"{up} above {down}: it must see replies before the servers of the tree add them up; list {down} first"
     if a.kind == "dp" and b.reads:
         return f"{up} above {down}: what {down} lets out is read from rows without noise; use {b.instead}"
+    if a.whole and b.kind in HIDES and not b.ring:
+        return (f"{up} above {down}: whole numbers must add up to the last bit where nobody reads a single one; use "
+                "secagg or secagg_plus")
+    if a.kind == "attack" and b.whole:
+        return f"{up} above {down}: what is sent is the clipped sum of gradients, whatever an attacker would say"
+    if a.whole and b.kind == "codec":
+        return f"{up} above {down}: whole numbers must arrive to the last bit; leave {down} out"
     if a.kind in HIDES and b.kind == "codec":
         return (f"{up} above {down}: masked or encrypted numbers look random and cannot be compressed; list "
                 "codec_powersgd above it, or set the quantum of the ring")

@@ -23,6 +23,7 @@ from fedllm.privacy.accountant import (
     Release,
     check_budget,
     check_delta,
+    check_reach,
     noise_for,
     rounds_for,
     usual_delta,
@@ -87,6 +88,9 @@ class DPFedAvg(Knobs, Layer):
             assert bound.epsilon is not None and bound.delta is not None
             z = noise_for(bound.epsilon, bound.delta, facts.rounds, self.sampling, self.rate, cohort)
             bound = replace(bound, noise_multiplier=z)
+        if bound.noise_multiplier:
+            rate = bound._size(cohort) / cohort if self.sampling == "fixed" else self.rate
+            check_reach(bound, Release(bound.noise_multiplier, self.sampling, rate, cohort), bound._delta(n))
         return bound
 
     def foresee(self, facts: Facts) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fedllm.privacy.accountant import (
     Release,
     check_budget,
     check_delta,
+    check_reach,
     noise_for,
     rounds_for,
     usual_delta,
@@ -127,6 +128,8 @@ class DPFTRL(Knobs, Layer):
             spans = math.ceil(facts.rounds / bound.restart_every)
             z = noise_for(bound.epsilon, bound.delta, max(1, spans)) * bound.sensitivity
             bound = replace(bound, noise_multiplier=z)
+        if bound.noise_multiplier:
+            check_reach(bound, Release(bound.noise_multiplier / bound.sensitivity), bound.delta or usual_delta(n))
         return bound
 
     def foresee(self, facts: Facts) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,14 +16,18 @@ from fedllm.core.form import MOST, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.rng import numpy_stream, torch_stream
-from fedllm.core.sums import is_control
+from fedllm.core.sums import WHOLE, is_control, need_sums
 from fedllm.local.private import Private
 from fedllm.local.requests import Fit
+from fedllm.privacy import _shared
+from fedllm.privacy._clip import fresh_secret
+from fedllm.privacy._discrete import Coins
 from fedllm.privacy.accountant import (
     Ledger,
     Release,
     check_budget,
     check_delta,
+    check_reach,
     noise_for,
     rounds_for,
     usual_delta,
@@ -43,31 +47,63 @@ class DPSGD(Knobs, Layer):
     penalties on the trainables, and all that the server does later are post-processing. Training losses are not told.
     How many rows a client has is taken as public. Every client keeps its own ledger over the whole run; clients hold
     different rows, so the run's epsilon is the largest of theirs.
+
+    With `noise: shared` (Kairouz, Liu and Steinke 2021, arXiv 2102.06387) a round is one step of gradient descent on
+    all rows: under `secagg` or `secagg_plus` each client adds a share of discrete noise to its clipped sum, so that the
+    whole of it is in the opened sum when the fewest clients answer whose sum opens, `colluding` of them know their
+    shares, and the server follows the protocol. `noise: central` has the server add the same noise by itself
+    (`privacy._shared`).
     """
 
     by_example = True
-    algebra = Algebra("dp", instead="dp_fedavg, which clips and noises what the method sends")
+    secrets = ("secret",)
 
     noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon, the rounds and local steps", gt=0)
     clip_norm: float = knob(1.0, "largest L2 norm of one example's gradient over all trainables", gt=0)
     epsilon: float | None = knob(None, "budget of every client; the run stops before exceeding it", gt=0)
     delta: float | None = knob(None, "None: 1e-5, or (rows of the largest client) ** -1.1 if less", gt=0, lt=1)
+    noise: Literal["local", "shared", "central"] = knob(
+        "local", "local: each client's own steps carry all of it; shared: one step a round, each client adds a share "
+                 "under a secure sum; central: the server adds it", options=("local", "shared", "central"))
+    colluding: int = knob(0, "shared: clients that may tell the server their share of the noise", ge=0)
     seed: int | None = knob(None, "seeds noise and sampling for tests, which voids the claim; None: from the OS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget(self)
         object.__setattr__(self, "_facts", Facts())
+        object.__setattr__(self, "_trial", False)
+
+    @property
+    def algebra(self) -> Algebra:  # type: ignore[override]
+        instead = "dp_fedavg, which clips and noises what the method sends"
+        if self.noise == "local":
+            return Algebra("dp", instead=instead)
+        return Algebra("dp", needs="sum", whole=True, shares=self.noise == "shared", instead=instead)
+
+    @property
+    def session(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.noise == "local" else (_shared.OWN + "scale",)
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.noise == "local" else (WHOLE, _shared.OWN + "rate")
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         if not method.only_fits:
             raise CompositionError(f"{CLOSED}; method {type(method).__name__!r} does so")
+        if self.noise != "local":
+            need_sums(self, method, reducers)
+            _shared.check_method(self, method, reducers)
 
     def init(self) -> dict[str, Any]:
-        return {"clients": {}, "open": {}}
+        secret = {"secret": fresh_secret()} if self.noise == "central" else {}
+        return {"clients": {}, "open": {}, **secret}
 
     def bind(self, facts: Facts) -> DPSGD:
         """Noise from the budget: the client with the fewest rows spends the most, as its rows are drawn most often."""
+        if self.noise != "local":
+            return self._bind_sums(facts)
         most = max(facts.rows.values(), default=2)
         if self.delta is not None:
             check_delta(self.delta, most)
@@ -79,6 +115,21 @@ class DPSGD(Knobs, Layer):
             z = noise_for(bound.epsilon, bound.delta, steps, "poisson", min(1.0, facts.local.lot / rows))
             bound = replace(bound, noise_multiplier=z)
         object.__setattr__(bound, "_facts", facts)
+        if facts.rows and (cost := bound._cost(min(facts.rows, key=lambda c: facts.rows[c]), {})):
+            check_reach(bound, cost[0], bound.delta or 1e-5, cost[1])
+        return bound
+
+    def _bind_sums(self, facts: Facts) -> DPSGD:
+        """Noise from the budget: every row takes part in every round that its client is asked in."""
+        bound = replace(self, delta=self.delta or 1e-5)
+        object.__setattr__(bound, "_facts", facts)
+        if bound.noise_multiplier is None:
+            assert bound.epsilon is not None and bound.delta is not None
+            z = noise_for(bound.epsilon, bound.delta, max(1, facts.rounds), law="discrete")
+            bound = replace(bound, noise_multiplier=z)
+            object.__setattr__(bound, "_facts", facts)
+        _shared.check_facts(bound, facts)
+        check_reach(bound, _shared.release(bound), bound.delta or 1e-5)
         return bound
 
     def foresee(self, facts: Facts) -> dict[str, Any]:
@@ -88,17 +139,21 @@ class DPSGD(Knobs, Layer):
         delta, ledger = self.delta or 1e-5, Ledger({})
         ledger.book(release, steps * facts.rounds)
         fits = None if self.epsilon is None else rounds_for(self.epsilon, delta, release) // max(1, steps)
+        seen = {"sees": _shared.sees(self, delta, facts.rounds)} if self.noise == "shared" else {}
         return {"layer": "dp_sgd", "unit": "example", "noise_multiplier": self.noise_multiplier, "delta": delta,
-                "epsilon": ledger.epsilon(delta), "rounds_that_fit": fits}
+                "epsilon": ledger.epsilon(delta), "rounds_that_fit": fits, **seen}
 
     def unlimited(self) -> DPSGD:
         free = replace(self, epsilon=None)
         object.__setattr__(free, "_facts", self._facts)  # type: ignore[attr-defined]
+        object.__setattr__(free, "_trial", True)  # a plan tries rounds of more steps than the run has
         return free
 
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
             return (yield ask)
+        if self.noise != "local":
+            return (yield from _shared.server(self, ask, state))
         for c in ask.msgs:
             self._afford(c, state)
             state["open"][c] = state["open"].get(c, 0) + 1  # paid even if the round fails and memories are rolled back
@@ -112,6 +167,8 @@ class DPSGD(Knobs, Layer):
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
         if not fn.__dict__.get("runs_on_client") or isinstance(fn.__self__, Layer):
             return call(msg)
+        if self.noise != "local":
+            return _shared.client(self, msg, client, call, CLOSED)
         with client.through(lambda request: self._private(request, client), CLOSED):
             reply = dict(call(msg))
         reply.pop("loss", None)  # the training loss is a release without noise
@@ -144,10 +201,17 @@ class DPSGD(Knobs, Layer):
                 void.append(f"client '{c}' was asked {missing} times without telling what it released")
             each[c] = ledger.epsilon(delta)
         worst = float("inf") if void else max(each.values(), default=0.0)
+        more = {} if self.noise == "local" else _shared.says(self, state, delta)
         return {"layer": "dp_sgd", "unit": "example", "epsilon": worst, "delta": delta,
                 "clients": each, "adjacency": "one training row more or less", "sampling": "poisson",
                 "noise_multiplier": self.noise_multiplier, "clip": self.clip_norm, "void": void,
-                "not_covered": "how many rows a client has; evaluation on held-out rows"}
+                "not_covered": "how many rows a client has; evaluation on held-out rows", **more}
+
+    def coins(self, client: Any) -> Coins:
+        """What this client's next noise is drawn from."""
+        book = client.memory.setdefault(BOOK, {})
+        book["fits"] = book.get("fits", 0) + 1
+        return Coins() if self.seed is None else Coins.of(self.seed, client.id, book["fits"])
 
     def _private(self, request: Any, client: Any) -> Any:
         """The same training on Poisson batches, clipped and noised, and booked."""
@@ -174,6 +238,8 @@ class DPSGD(Knobs, Layer):
         rows, z = self._facts.rows.get(client), self.noise_multiplier  # type: ignore[attr-defined]
         if not rows or not z:
             return None
+        if self.noise != "local":
+            return _shared.release(self), 1
         local = self._facts.local  # type: ignore[attr-defined]
         rate = min(1.0, local.lot / rows)
         return Release(z, "poisson" if rate < 1 else "none", rate, 0), local.count(rows)

@@ -18,7 +18,7 @@ from fedllm.core.errors import CompositionError, PayloadError, RecipeError, With
 from fedllm.core.form import aligned, need
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
-from fedllm.core.sums import is_control, must_lift, need_sums, without
+from fedllm.core.sums import LEAST, is_control, must_lift, need_sums, without
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import encode, fraction_bits, mask_
 from fedllm.privacy._secagg_server import OWN, Server
@@ -38,7 +38,8 @@ class SecAgg(Knobs, Layer):
     (put `dp_fedavg` above it), and a sum of one honest client and others that collude hides nothing.
     """
 
-    algebra = Algebra("secagg", needs="sum", reveals="sum", instead="dp_fedavg, which clips replies and hides none")
+    algebra = Algebra("secagg", needs="sum", reveals="sum", ring=True,
+                      instead="dp_fedavg, which clips replies and hides none")
     session = (OWN + "sid",)
 
     clip: float = knob(1024.0, "largest |entry| of a lifted reply (a change times the client's rows); more is refused",
@@ -136,6 +137,7 @@ class SecAgg(Knobs, Layer):
             s.got[peer] = self._open(s, client.id, peer, box)
         if len(s.got) + 1 < self.needed(len(s.roster) + 1):
             raise Withheld(f"only {len(s.got)} of its {len(s.roster)} neighbors shared, too few to hide among")
+        s.least = int(msg.get(LEAST, 0))
         lifted = self._lifted(fn, msg, client, call)
         ring, layout = encode(lifted, self.fraction(msg[OWN + "count"]), self.clip, f"client '{client.id}'")
         # y_u = x_u + PRG(b_u) + sum_{v > u} PRG(s_uv) - sum_{v < u} PRG(s_uv)  mod 2^32
@@ -157,6 +159,8 @@ class SecAgg(Knobs, Layer):
             raise PayloadError(f"client '{client.id}' was told two sets of survivors in one session")
         if client.id not in alive or len(mine) + 1 < self.needed(len(s.roster) + 1):
             raise Withheld(f"{len(mine) + 1} of {len(s.roster) + 1} survive around it, below the threshold")
+        if len(set(alive)) < s.least:
+            raise Withheld(f"{len(set(alive))} survive, and the noise of {s.least} at least must be in the sum")
         s.alive = alive
         return {"signature": seat.identity.sign(keys.said("alive", s.sid, alive))}
 

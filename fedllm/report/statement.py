@@ -15,7 +15,7 @@ from fedllm.runs.progress import size
 from fedllm.runs.result import Result
 
 FIELDS = ("unit", "adjacency", "sampling", "rate", "mechanism", "takes_part", "noise_multiplier", "clip", "releases",
-          "threshold", "identities", "sessions", "hides", "encrypted_share")
+          "noise", "holds against", "threshold", "identities", "sessions", "hides", "encrypted_share")
 """What of a layer's words the statement repeats, in this order."""
 
 
@@ -86,6 +86,9 @@ def _layer(says: Mapping[str, Any]) -> list[str]:
     if "epsilon" in says:
         out.insert(0, f"* epsilon {_value(says['epsilon'])} at delta {says['delta']:.3g}"
                    + (f" (by RDP: {_value(says['epsilon_rdp'])})" if "epsilon_rdp" in says else ""))
+    if sees := says.get("sees"):
+        out.append("* epsilon against the server and so many colluding clients, with the fewest answers: "
+                   + ", ".join(f"{t}: {_value(e)}" for t, e in sees.items()))
     if each := says.get("clients"):
         out.append(f"* epsilon of the {len(each)} clients: from {_value(min(each.values()))} to "
                    f"{_value(max(each.values()))}")

@@ -274,15 +274,18 @@ def compose(method: Method, layers: list[Layer]) -> None:
     method.check_layers(layers)
 
 
-def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> list[Layer]:
-    """The layers, told what the run will be: the noise for a given epsilon follows from it.
+def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec,
+          guessed: bool = False) -> list[Layer]:
+    """The layers, told what the run will be: the noise for a given epsilon follows from it. `guessed`: `rows` may
+    be wrong.
 
     RecipeError for a schedule over the run's steps that does not fit the client with the fewest rows.
     """
     if rows:
         _part("local", lambda: local.at(0, recipe.rounds, min(rows.values())))
-    facts = make_facts(recipe, rows, local)
-    return [_part(f"layers.{i}", functools.partial(layer.bind, facts)) for i, layer in enumerate(layers)]
+    facts = replace(make_facts(recipe, rows, local), guessed=guessed)
+    return [_part(f"layers.{i}", functools.partial(layer.bind, replace(facts, below=tuple(layers[i + 1 :]))))
+            for i, layer in enumerate(layers)]
 
 
 def make_facts(recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> Facts:

@@ -61,6 +61,8 @@ class Session:
     own: tuple[bytes, bytes] = (b"", b"")
     """My own shares of my mask key and of my seed."""
     got: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    least: int = 0
+    """The fewest survivors whose sum I help to open."""
     alive: list[str] | None = None
     told: bool = False
 

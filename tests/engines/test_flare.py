@@ -255,6 +255,24 @@ def test_epsilon_alone_works_at_sites_that_keep_their_own_budget(data, tiny_llam
         drive_run(far_folder(data, {**spec, "rounds": 1}, "again"), line, SITES, 0, patience=QUICK)
 
 
+def test_sites_share_the_noise_and_each_books_it(data, tiny_llama_folder):
+    """The same sums as in a simulation where noise is seeded; where it is not, sites that ask for a budget take part."""
+    shared = {"name": "dp_sgd", "noise": "shared", "epsilon": 8.0, "clip_norm": 0.1}
+    more = {"rounds": 2, "local": {"optimizer": "sgd", "lr": 0.5, "steps": 1, "batch_size": 64},
+            "evaluate": {"clients": False, "samples": 0}}
+    seeded = recipe(data, tiny_llama_folder, layers=[{**shared, "seed": 5}, "secagg"], **more)
+    far = drive_run(far_folder(data, seeded), Line(data, tiny_llama_folder), SITES, patience=QUICK)
+    assert far.skipped == [] and far.state_digest == run(seeded, root=data / "here").state_digest
+    spec = recipe(data, tiny_llama_folder, layers=[shared, "secagg"], **more)
+    line = Line(data, tiny_llama_folder, most_epsilon=8.0, layers=["dp_sgd", "secagg"])
+    line.settings = {s: x.model_copy(update={"store": f"{x.store}-2"}) for s, x in line.settings.items()}
+    far = drive_run(far_folder(data, spec, "two"), line, SITES, patience=QUICK)
+    says = far.privacy["layers"][0]
+    assert far.skipped == [] and far.privacy["claim"] == "private" and 7.5 < says["epsilon"] <= 8.0
+    for site in SITES:
+        assert SiteLedger(data / "store" / f"{site}-2").epsilon(1e-5) == pytest.approx(says["clients"][site])
+
+
 class Other(Line):
     """A line to three sites, of which one holds other base weights."""
 
