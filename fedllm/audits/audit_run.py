@@ -20,6 +20,7 @@ from fedllm.core.rng import numpy_stream
 from fedllm.data import canaries as birds
 from fedllm.data.encode import Encoded
 from fedllm.data.federation import Row, Shard
+from fedllm.runs.began import same_as_began, stands_on
 from fedllm.runs.build import Parts, bound, build
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
@@ -150,6 +151,7 @@ def _case(path: Path, rows: int, shadows: int, transcript: bool, trust_remote_co
         raise RunError(f"{path} kept no transcript; run the recipe with record.replies=true, or audit without "
                        "--transcript (a fresh round is then looked at)")
     parts, last = build(recipe), served(folder)
+    same_as_began(folder, stands_on(parts))  # members are told from others by the rows that they were
     if last is None:
         raise RunError(f"{path} has no checkpoint that can be read, so there is no model to audit")
     if not parts.method.serves:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import io
 import json
 import logging
+import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +23,12 @@ from rich.panel import Panel
 from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.compare import compare
+from fedllm.cli.consoles import flushed, in_a_folder, leads_nowhere, stand_open, takes_nothing, told_to_end
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
 from fedllm.cli.judge import judge
 from fedllm.cli.typed import lines as _lines
-from fedllm.core.errors import FedLLMError, RecipeError
+from fedllm.core.errors import FedLLMError, RecipeError, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Train, tune, prompt and test large language models across clients whose data must not move.")
@@ -60,7 +62,6 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: progress, then the "
                                                              "result.")] = False) -> None:
     """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
-    from fedllm.cli.tables import show_result
     from fedllm.report.report import publish
     from fedllm.runs.progress import JsonLines
     from fedllm.runs.stages import begin
@@ -74,7 +75,20 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
         if isinstance(shown, JsonLines):
             shown.put("result", folder=str(result.folder), **result.as_json())
         else:
-            show_result(out, result)
+            _shown(result)
+
+
+def _shown(result: Any) -> None:
+    """A run that is done is done, whatever the console takes of it."""
+    from fedllm.cli.tables import show_result
+
+    try:
+        show_result(out, result)
+        sys.stdout.flush()
+    except OSError as error:
+        leads_nowhere()
+        err.print(f"the run is done, and what is said of it cannot be printed ({error.strerror}); it stands in "
+                  f"{result.folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -83,10 +97,9 @@ def resume(path: RunPath, overrides: Annotated[list[str] | None, typer.Argument(
            plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
     """Go on with a run that was stopped (it ends as if it had not been), or give it more rounds."""
     from fedllm.api import resume as go
-    from fedllm.cli.tables import show_result
 
     with _stopped(f"`fedllm resume {path}` goes on where the run stood"):
-        show_result(out, go(path, plugins=plugin or (), trust_remote_code=trust_remote_code, **_parsed(overrides)))
+        _shown(go(path, plugins=plugin or (), trust_remote_code=trust_remote_code, **_parsed(overrides)))
 
 
 @app.command()
@@ -211,6 +224,8 @@ def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help
     """Talk to a run's model."""
     from fedllm.cli.chat import chat as talk
 
+    if not math.isfinite(temperature):  # NaN passes every bound
+        raise RecipeError(f"--temperature = {temperature}: allowed is a number from 0 up; 0 is greedy")
     talk(path, out, _lines, temperature=temperature, raw=raw, max_new_tokens=max_new_tokens,
          trust_remote_code=trust_remote_code)
 
@@ -277,12 +292,13 @@ def _tool(name: str, args: list[str]) -> None:
 
 @contextlib.contextmanager
 def _stopped(otherwise: str) -> Iterator[None]:
-    """Say on Ctrl-C what was kept and how to go on (typer would end first, without a word)."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        err.print(f"\n{error or f'stopped by hand: {otherwise}'}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+    """Say on Ctrl-C (or SIGTERM, SIGHUP) what was kept and how to go on (typer would end first, without a word)."""
+    with told_to_end() as told:
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            err.print(f"\n{error or f'stopped by hand: {otherwise}'}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(128 + (told[0] if told else signal.SIGINT)) from None
 
 
 def _parsed(overrides: list[str] | None, plugins: list[Path] | None = None) -> dict[str, Any]:
@@ -298,9 +314,7 @@ def main(args: list[str] | None = None) -> None:
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
     _quiet(debug)
-    for stream in (sys.stdout, sys.stderr, sys.stdin):
-        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows another one, and goes on
-            stream.reconfigure(errors="replace")
+    stand_open()
     known = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     word = next((a for a in given if not a.startswith("-")), None)
     if word and given[0] == word and word not in known:
@@ -312,7 +326,10 @@ def main(args: list[str] | None = None) -> None:
 
 def _guarded(work: Callable[[], Any], debug: bool) -> None:
     try:
-        work()
+        try:
+            work()
+        finally:
+            flushed()
     except FedLLMError as error:
         if debug:
             raise
@@ -321,11 +338,17 @@ def _guarded(work: Callable[[], Any], debug: bool) -> None:
         err.print("\ninterrupted; `fedllm resume runs/NAME` goes on where the run stood")
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leads_nowhere()
         raise SystemExit(0) from None
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename is None and takes_nothing():
+            leads_nowhere()
+            err.print(f"standard output cannot be written: {error.strerror}", markup=False, highlight=False)
+            raise SystemExit(1) from None
+        if isinstance(error, FileNotFoundError) and not in_a_folder():
+            return _stop(RunError("the folder that this was started in is gone; change into another one"))
         err.print(Panel(escape(f"{type(error).__name__}: {error}\n\nThis is a fault of fedllm, not of yours. The same "
                                "command with --debug shows where; please report it."), title="unexpected error",
                         title_align="left", border_style="red"))

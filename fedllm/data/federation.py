@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedllm.core.client import SERVER
+from fedllm.core.errors import DataError
 from fedllm.tasks.row import Row
 
 __all__ = ["Federation", "Row", "Shard"]
@@ -34,6 +36,11 @@ class Federation:
     """What of the rows may not be meant."""
     streamed: bool = False
     """Whether clients' rows are read when asked for, and should not be kept: there may be a million of them."""
+
+    def __post_init__(self) -> None:
+        if SERVER in self.clients:
+            raise DataError(f"no client may be called '{SERVER}': so the server calls itself, and its rows are "
+                            "everybody's; give the client another id")
 
     def pooled(self) -> list[Row]:
         """All training rows in client order: what `centralized` trains on, and only a simulator may do."""

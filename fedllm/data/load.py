@@ -17,7 +17,7 @@ from fedllm.core.rng import numpy_stream
 from fedllm.data.cluster import Embed
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.grouped import PREFIX, grouped_clients
-from fedllm.data.meant import odd_labels, unread
+from fedllm.data.meant import alike, near_ids, odd_labels, twice, unread
 from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
@@ -29,6 +29,9 @@ from fedllm.tasks.templates import template
 
 HOLD_BACK_FROM = 10
 """Clients with fewer rows keep none back: a test of fewer than one row in ten says nothing."""
+
+NAMED = ("by_key", "per_file")
+"""Partitions whose clients are called as the data says."""
 
 TEXTS = ("prompt", "response", "text", "system", "chosen", "rejected")
 """Fields that may be joined of several columns."""
@@ -214,9 +217,11 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     if spec.test_limit is not None and spec.test_limit < len(test):
         few = np.sort(numpy_stream(seed, "data.test_limit").choice(len(test), spec.test_limit, replace=False))
         test = [test[i] for i in few]
-    said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels)]
-    return Federation(_clients(spec, rows.take(kept), labels, seed, embed), test, spec.task, labels, public,
-                      tuple(said))
+    mine = rows.take(kept)
+    clients = _clients(spec, mine, labels, seed, embed)
+    said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels), *alike(tables),
+             *twice(mine.lean, test), *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
+    return Federation(clients, test, spec.task, labels, public, tuple(said))
 
 
 def _grouped(spec: DataSpec, seed: int) -> Federation:

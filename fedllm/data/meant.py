@@ -1,4 +1,5 @@
-"""What of a source may not be meant, though every row can be read: columns that nobody reads, odd labels."""
+"""What of a source may not be meant, though every row can be read: columns that nobody reads, odd labels, rows and ids
+that are there twice."""
 
 from __future__ import annotations
 
@@ -7,12 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from fedllm.data.sources import Table
 from fedllm.tasks.chat import COLUMNS
 from fedllm.tasks.registry import task_of
+from fedllm.tasks.row import Row, looks
 from fedllm.tasks.templates import columns_of
 
 INPUTS = ("input", "inputs", "context", "passage", "document", "article", "background", "history", "system",
           "system_prompt", "instruction", "question", "query", "prompt", "premise", "hypothesis", "sentence1",
           "sentence2", "text", "knowledge", "evidence", "options", "choices")
 """Names of columns that people put in for a model to read."""
+
+
+MISSING = ("nan", "none", "null", "na", "n/a", "nil", "missing", "undefined")
+"""What programs write where a value is missing."""
 
 
 def unread(task: str, template: str | Mapping[str, str] | None, fields: Mapping[str, str | list[str]],
@@ -35,9 +41,47 @@ def unread(task: str, template: str | Mapping[str, str] | None, fields: Mapping[
 
 
 def odd_labels(labels: Sequence[str]) -> Iterator[str]:
-    """One class alone, and a -1 among counted classes (where it mostly stands for a label that is not known)."""
+    """One class alone, a word for what is missing, and a -1 among counted classes (where it mostly stands for a label
+    that is not known)."""
+    missing = [x for x in labels if x.strip(" <>[]").casefold() in MISSING]
+    if missing and len(labels) > 1:
+        yield f"the label {missing[0]!r} is a class of its own; where it stands for 'not known', leave its rows out"
     if len(labels) == 1:
         yield f"there is one label alone, {labels[0]!r}: every answer is right, and nothing is learned"
     numbers = {int(x) for x in labels if x.removeprefix("-").isdecimal()}
     if len(numbers) == len(labels) > 2 and -1 in numbers and numbers - {-1} == set(range(len(labels) - 1)):
         yield "the label -1 is a class beside 0, 1, ...; where it stands for 'not known', leave its rows out"
+
+
+def twice(train: Sequence[Row], test: Sequence[Row]) -> Iterator[str]:
+    """Rows of the global test that are trained on, word for word: what is measured on them is memory."""
+    if not test:
+        return
+    known = {_key(row) for row in train}
+    if both := sum(_key(row) in known for row in test):
+        yield (f"{both} of {len(test)} rows of the global test stand among the training rows word for word; what is "
+               "measured on them is memory")
+
+
+def alike(tables: Sequence[Table]) -> Iterator[str]:
+    """Files that hold the very same rows."""
+    seen: dict[int, Table] = {}
+    for table in tables:
+        first = seen.setdefault(hash((len(table.rows), repr(table.rows[0]), repr(table.rows[-1]))), table)
+        if first is not table and list(first.rows) == list(table.rows):
+            yield f"{table.name} holds the very same rows as {first.name}, so that they count twice"
+
+
+def near_ids(ids: Sequence[str]) -> Iterator[str]:
+    """Clients whose ids look the same, which may be one client written in two ways."""
+    seen: dict[str, str] = {}
+    for name in ids:
+        bare = looks(name.rpartition("~")[0] or name).strip(" _")
+        if bare and (first := seen.setdefault(bare, name)) != name:
+            yield (f"the clients {first!r} and {name!r} are two whose ids look alike (case, blanks or code points); "
+                   "write them one way if they are one")
+            return
+
+
+def _key(row: Row) -> str:
+    return repr(sorted((n, v) for n, v in row.items() if n != "category"))

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from fedllm.core.client import SERVER
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.cluster import Embed, clusters
 from fedllm.data.federation import Row
@@ -247,6 +248,8 @@ def _safe_ids(values: Sequence[str]) -> list[str]:
             digest = hashlib.sha256(value.encode()).hexdigest()[:12]
             name = f"{name.encode()[:LONGEST_ID - 13].decode(errors='ignore')}-{digest}"
             logger.warning("the client id %s... (%d bytes) is shortened to %s", name[:40], len(value.encode()), name)
+        if name in (SERVER, "__server__"):  # what the server calls itself, whose rows are everybody's
+            name = f"{name}~"
         seen[name.casefold()] += 1  # some file systems do not tell Ward from ward
         ids.append(name if seen[name.casefold()] == 1 else f"{name}~{seen[name.casefold()]}")
     return ids

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DataError
+from fedllm.data.files import each_once, files_in, identities, identity, no_pointer
+from fedllm.data.memory import Held
 from fedllm.data.strict import bounded, delimited, loads, whole
 from fedllm.tasks.row import as_text, nearest, value_of
 
 __all__ = ["Table", "map_fields", "nearest", "read_tables", "resolve", "value_of"]
+Reader = Callable[[Path, Held], "Table"]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-ABOUT = ("readme", "read_me", "license", "licence", "copying", "notice", "changelog", "changes", "citation", "authors")
-"""Stems of files that lie beside data and are none."""
-log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -33,9 +32,7 @@ class Table:
     """JSONL, CSV, TSV and text: the line on which each row begins, from 1, since blank lines are skipped."""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Class names by column, where a `datasets` dataset declares them."""
-
     path: Path | None = None
-    """The file, where there is one."""
     folder: Path | None = None
     """Where relative paths in rows begin; None: where the program runs."""
 
@@ -80,31 +77,33 @@ def read_tables(source: str | Sequence[str], split: str = "train", subset: str |
                 but: Iterable[Path] = ()) -> list[Table]:
     """All tables of a source: a path, a list of paths, a folder of files, a saved `datasets` folder or a Hub id.
 
-    `split` and `subset` pick a part of a `datasets` source. Files `but` (resolved) are left out of folders, as are
+    `split` and `subset` pick a part of a `datasets` source. Files `but` are left out of folders under any name, as are
     hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). Raises DataError for what is
-    missing, empty or broken.
+    missing, empty, broken or named twice.
     """
     paths = [source] if isinstance(source, str) else list(source)
     if not paths:
         raise DataError("data.source is an empty list: give at least one path")
-    tables = [table for path in paths for table in _read(path, split, subset, frozenset(but))]
+    held, room = identities(but), Held()
+    tables = [table for path in paths for table in _read(path, split, subset, held, room)]
     for table in tables:
         if not table.rows:
             raise DataError(f"{table.name} is empty: it holds no rows", file=table.name, kind="empty")
+    each_once(table.path for table in tables if table.path)
     return tables
 
 
-def _read(source: str, split: str, subset: str | None, but: frozenset[Path]) -> list[Table]:
+def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int, int]], room: Held) -> list[Table]:
     if source.startswith("hub:"):
         return [_hub(source.removeprefix("hub:"), split, subset)]
     path = resolve(source)
     if path.is_dir():
-        return _folder(path, split, but)
+        return _folder(path, split, but, room)
     if path.is_file():
-        if path.resolve() in but:
+        if identity(path) in but:
             raise DataError(f"{source!r} is both in data.source and held out (data.test or data.public): nothing may "
                             "be trained on and tested on; name it once", file=str(path))
-        return [_file(path)]
+        return [_file(path, room)]
     if path.exists():
         raise DataError(f"{source!r} is neither a file nor a folder (a pipe, a socket or a device); rows are read from "
                         "files", file=str(path), kind="unreadable")
@@ -114,12 +113,13 @@ def _read(source: str, split: str, subset: str | None, but: frozenset[Path]) -> 
                     "'owner/name' or 'hub:name'")
 
 
-def _file(path: Path) -> Table:
+def _file(path: Path, room: Held) -> Table:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; known are {', '.join(READERS)}")
     try:
-        return replace(reader(path), path=path.resolve(), folder=path.parent)
+        no_pointer(path)
+        return replace(reader(path, room), path=path.resolve(), folder=path.parent)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}; save it as UTF-8", file=str(path),
                         kind="unreadable") from error
@@ -130,46 +130,36 @@ def _file(path: Path) -> Table:
         raise error.at(str(path), 0) from error.__cause__
 
 
-def _folder(path: Path, split: str, but: frozenset[Path]) -> list[Table]:
+def _folder(path: Path, split: str, but: frozenset[tuple[int, int]], room: Held) -> list[Table]:
     """A saved `datasets` folder is one table, and so is a folder of pictures, with a folder for each label; any other
     folder is one table for each file with a known extension."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return [_saved(path, split)]
-    files, about = [], []
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() not in READERS or file.name.startswith(".") or file.resolve() in but:
-            continue
-        if file.stem.lower().rstrip("_-.0123456789") in ABOUT:
-            about.append(file.name)
-        elif file.is_file():
-            files.append(file)
-        else:
-            raise DataError(f"{file} is no file that can be read (a folder, a pipe or a broken link); move it out of "
-                            f"{path}", file=str(file), kind="unreadable")
-    if about:
-        log.warning("%s: %s %s left out, as what is about the data and not of it", path, ", ".join(about),
-                    "is" if len(about) == 1 else "are")
+    files = files_in(path, READERS, but)
     if not files and (pictures := sorted(p for p in path.glob("*/*") if p.suffix.lower() in PICTURES)):
         return [Table(str(path), [{"image": str(p), "label": p.parent.name} for p in pictures])]
     if not files:
         raise DataError(f"{path}: the folder holds no saved dataset, no folders of pictures ({', '.join(PICTURES)}), "
                         f"and no file with one of {', '.join(READERS)}")
-    return [_file(file) for file in files]
+    return [_file(file, room) for file in files]
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where} is a JSON {type(value).__name__}, not an object with named fields", kind="broken")
+        hint = "; one JSON list over the whole file is called .json" if isinstance(value, list) else ""
+        raise DataError(f"{where} is a JSON {type(value).__name__}, not an object with named fields{hint}",
+                        kind="broken")
     return value
 
 
-def _jsonl(path: Path) -> Table:
+def _jsonl(path: Path, room: Held) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(bounded(file, path), start=1):
             if line.strip():
                 where = f"{path}, line {number}"
+                room.takes(path, len(line))
                 try:
                     rows.append(_object(loads(line, where), where))
                 except DataError as error:
@@ -178,7 +168,7 @@ def _jsonl(path: Path) -> Table:
     return Table(str(path), rows, lines)
 
 
-def _json(path: Path) -> Table:
+def _json(path: Path, room: Held) -> Table:
     text = whole(path)
     try:
         value = loads(text, str(path)) if text.strip() else []
@@ -206,35 +196,47 @@ def _by_client(value: Mapping[str, list[Any]], path: Path) -> Table:
     return Table(str(path), [{**row, "client": client} for client, row in rows])
 
 
-def _delimited(delimiter: str) -> Callable[[Path], Table]:
+def _delimited(delimiter: str) -> Reader:
     """Values stay text (`007` is no number here)."""
 
-    def read(path: Path) -> Table:
+    def read(path: Path, room: Held) -> Table:
         found = delimited(path, delimiter)
         _, header = next(found, (0, []))
         if not header:
             raise DataError(f"{path} is empty: it holds no rows", kind="empty")
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise DataError(f"{path}: the header names {', '.join(twice)} more than once", kind="broken")
-        rows = list(found)
-        return Table(str(path), [dict(zip(header, row, strict=True)) for _, row in rows], [line for line, _ in rows])
+        rows, lines = [], []
+        for line, row in found:
+            room.takes(path, sum(map(len, row)))
+            rows.append(dict(zip(header, row, strict=True)))
+            lines.append(line)
+        return Table(str(path), rows, lines)
 
     return read
 
 
-def _parquet(path: Path) -> Table:
+def _parquet(path: Path, room: Held) -> Table:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        return Table(str(path), parquet.ParquetFile(path).read().to_pylist())
+        rows = []
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                room.takes(path, sum(len(v) if isinstance(v, str | bytes) else len(repr(v)) for v in row.values()))
+                rows.append(row)
+        return Table(str(path), rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a Parquet file that can be read: {error}") from error
 
 
-def _text(path: Path) -> Table:
+def _text(path: Path, room: Held) -> Table:
     with path.open(encoding="utf-8-sig") as file:
-        lines = [line.rstrip("\n") for line in bounded(file, path)]
+        lines = []
+        for line in bounded(file, path):
+            room.takes(path, len(line))
+            lines.append(line.rstrip("\n"))
     if any("\0" in line for line in lines):
         raise DataError(f"{path} holds NUL bytes: it is UTF-16, or damaged; save it as UTF-8", kind="unreadable")
     kept = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -287,7 +289,7 @@ def _hub(name: str, split: str, subset: str | None) -> Table:
                         "check the id and the connection, or give the path of a local file") from error
 
 
-READERS: dict[str, Callable[[Path], Table]] = {
+READERS: dict[str, Reader] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

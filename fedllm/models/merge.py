@@ -49,12 +49,14 @@ def fresh_net(model: Model) -> nn.Module:
 
 
 def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], tokenizer: object,
-                  trust_remote_code: bool = False, where: str | None = None, **how: Any) -> None:
+                  trust_remote_code: bool = False, where: str | None = None, dtype: torch.dtype = torch.float32,
+                  **how: Any) -> None:
     """Merge a saved adapter into its base with plain `peft`, and save the model with its tokenizer.
 
-    `where` is the base's folder, if it is not where the adapter says; `how` tells `from_pretrained` how the base was
-    packed: then the adapter is merged into those weights unpacked, over which it was trained. Raises ModelError for
-    adapters that cannot be merged (soft prompts, prefixes).
+    `where` is the base's folder, if it is not where the adapter says. The weights are as wide as the base's own or as
+    `dtype`, over which the adapter was trained, whichever is wider: in bf16 its change would be rounded away. `how`
+    tells `from_pretrained` how the base was packed: then the adapter is merged into those weights unpacked. Raises
+    ModelError for adapters that cannot be merged (soft prompts, prefixes).
     """
     import json
     import shutil
@@ -69,7 +71,8 @@ def merge_adapter(adapter: Path, out: Path, base_delta: Mapping[str, Tensor], to
     config = loaded(AutoConfig, where, where, trust_remote_code)
     masked = any(str(kind).endswith("ForMaskedLM") for kind in config.architectures or ())
     loader = AutoModel if (adapter / HEAD).exists() else AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    net = loaded(loader, where, where, trust_remote_code, **how)
+    wide = dtype if how else torch.promote_types(getattr(config, "dtype", None) or torch.float32, dtype)
+    net = loaded(loader, where, where, trust_remote_code, dtype=wide, **how)
     net = dequantized(net) if how else net
     weights = dict(net.named_parameters(remove_duplicate=False))
     with torch.no_grad():

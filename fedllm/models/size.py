@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from fedllm.data.memory import memory
 
 MOST = 16384
 """Tokens of a step at most, whatever the model: more bring no speed."""
@@ -23,7 +23,6 @@ STEP = 1 << 28
 bring it little speed); less where a quarter of the memory is less. A client's own batch is never cut."""
 READ, CACHE = 9 / 8, 3 / 4
 """Of a step's bytes, what a pass without gradients may take, and what the keys and values of a generation may."""
-CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -103,13 +102,6 @@ def room(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4
     return min(STEP, memory() // 4)
-
-
-def memory() -> int:
-    """Bytes of memory of this machine, or of the container that this process is in."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    told = CGROUP.read_text().strip() if CGROUP.exists() else "max"
-    return min(whole, int(told)) if told.isdigit() else whole
 
 
 def weights(config: Any, causal: bool = True) -> int:

@@ -99,6 +99,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not a text file; give a recipe in YAML") from None
     except OSError as error:
         near = difflib.get_close_matches(path.name, _beside(path), n=1)
+        if (path / "recipe.yaml").is_file():
+            raise RecipeError(f"{path} is the folder of a run: `fedllm resume {path}` goes on with it, and "
+                              f"{path / 'recipe.yaml'} is its recipe") from None
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
         raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error.strerror}{hint}") from None
     value = parse_yaml(text, str(path))

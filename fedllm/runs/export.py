@@ -51,8 +51,7 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
         raise RunError(f"{path}: method '{result.method}' serves no single model; what clients have lies in "
                        f"{result.folder / 'clients'}")
     goal = Path(out) if out else result.folder / ("merged" if merge else "export")
-    if goal.exists() and any(goal.iterdir()):
-        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+    _is_free(goal)
     try:
         if merge and served.name == "trainables":
             made = json.loads((served / SPACE).read_text())
@@ -91,6 +90,19 @@ def as_exported(card: str, merged: bool) -> str:
     return f"{head}{USE.format(library=library, kind=kind)}\n{end}{rest}" if mark and end else card
 
 
+def _is_free(goal: Path) -> None:
+    """RunError for what is no folder, or one that holds something."""
+    try:
+        if not goal.is_symlink() and not goal.exists():
+            return
+        full = any(goal.iterdir())
+    except OSError as error:
+        raise RunError(f"{goal} cannot be written into ({error.strerror or error}); give another folder with --out"
+                       ) from None
+    if full:
+        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+
+
 def _as_gguf(path: str | Path, out: str | Path | None, kind: str, round: int | None, trust: bool) -> Path:
     """The merged model in a folder of its own, as one file."""
     from fedllm.models.gguf_write import written
@@ -99,8 +111,7 @@ def _as_gguf(path: str | Path, out: str | Path | None, kind: str, round: int | N
     if read_recipe(result.folder / "recipe.yaml").data.task not in CAUSAL:
         raise ModelError(f"{path}: only models that continue texts are written as GGUF")
     goal = Path(out) if out else result.folder / "gguf"
-    if goal.exists() and any(goal.iterdir()):
-        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+    _is_free(goal)
     with tempfile.TemporaryDirectory(dir=result.folder) as part:
         merged = export(path, Path(part) / "merged", merge=True, round=round, trust_remote_code=trust)
         net = loaded(AutoModelForCausalLM, str(merged), str(merged), False)
@@ -118,8 +129,7 @@ def _export_round(path: Path, round: int, out: Path | None, merge: bool, trust: 
         raise RunError(f"--round {round}: {path} keeps checkpoints after {', '.join(map(str, kept)) or 'no'} rounds; "
                        "run a recipe with record.keep_rounds = true to keep them all")
     goal = out or folder.path / f"{'merged' if merge else 'export'}-{round}"
-    if goal.exists() and any(goal.iterdir()):
-        raise RunError(f"{goal} exists and is not empty; give another folder with --out")
+    _is_free(goal)
     parts, found = build(received(folder.path, trust)), folder.load(round)
     assert found
     theta, base = parts.method.served(found[1]["state"]) if parts.method.serves else ({}, None)
@@ -146,8 +156,7 @@ def _merge(adapter: Path, goal: Path, model: ModelSpec, trust: bool) -> None:
     base = resolve(model.name) if is_gguf(model.name) else said  # what lies in the cache may have been deleted
     delta = load_file(adapter / BASE) if (adapter / BASE).exists() else {}
     how = options(model.quantize, DTYPES[model.dtype], place_of("auto"))
-    how = {**how, "dtype": DTYPES[model.dtype]} if how else {}
-    merge_adapter(adapter, goal, delta, load_tokenizer(base, trust), trust, base, **how)
+    merge_adapter(adapter, goal, delta, load_tokenizer(base, trust), trust, base, DTYPES[model.dtype], **how)
 
 
 def export_for_clients(recipe: Any, out: str | Path) -> Path:
@@ -156,8 +165,7 @@ def export_for_clients(recipe: Any, out: str | Path) -> Path:
     RunError when `out` exists. Blocks that the owner keeps are not in it.
     """
     parts, goal = build(load_recipe(recipe, {})), Path(out)
-    if goal.exists() and any(goal.iterdir()):
-        raise RunError(f"{goal} exists and is not empty; give another folder")
+    _is_free(goal)
     held: Any = parts.method.at_client(parts.world.model)
     held.net.save_pretrained(str(goal))
     held.tokenizer.save_pretrained(str(goal))

@@ -134,6 +134,8 @@ class RunFolder:
             folder.checkpoints.mkdir()
             write_atomic(path / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False).encode())
         except FileExistsError:
+            if not path.is_dir():  # a link that leads nowhere stands on the way: no other name would help
+                raise RunError(f"the run folder {path} cannot be made: a link or a file stands on the way") from None
             raise Taken(f"the run folder {path} is there already") from None
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be made: {error.strerror}") from None
@@ -152,8 +154,14 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """A folder that a run left; a RunError when it is none."""
         if not (path / "recipe.yaml").is_file():
-            near = sorted(p.parent.name for p in path.parent.glob("*/recipe.yaml")) if path.parent.is_dir() else []
-            hint = f"; {path.parent} has {', '.join(near[:8])}" if near else ""
+            hint = ""
+            for room in (path, *path.absolute().parents[:3]):  # a folder of runs, a run's part, a misspelled name
+                if room != path and (room / "recipe.yaml").is_file() and room / "recipe.yaml" != path.absolute():
+                    hint = f"; did you mean {os.path.relpath(room)}?"
+                elif near := sorted(p.parent.name for p in room.glob("*/recipe.yaml")) if room.is_dir() else []:
+                    hint = f"; {os.path.relpath(room)} has {', '.join(near[:8])}"
+                if hint:
+                    break
             raise RunError(f"{path} is no run folder (it has no recipe.yaml){hint}")
         of_one_run(path)
         return cls(path)
@@ -300,6 +308,6 @@ class RunFolder:
 def fresh_path(root: Path, name: str) -> Path:
     """`root/name`, or `root/name-2`, `-3`, ... where a run is already there: no run is ever overwritten."""
     path, n = root / name, 2
-    while path.exists() and any(path.iterdir()):
+    while path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         path, n = root / f"{name}-{n}", n + 1
     return path

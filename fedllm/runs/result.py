@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DidNothing, RunError
-from fedllm.runs.folder import of_one_run
+from fedllm.runs.folder import RunFolder, of_one_run
 from fedllm.runs.store import read_json
 
 
@@ -76,6 +76,7 @@ class Result:
         path = Path(folder) / "result.json"
         of_one_run(Path(folder))
         if not path.is_file():
+            RunFolder.open(Path(folder))
             raise RunError(f"{folder} holds no finished run; `fedllm resume {folder}` goes on with it")
         said = read_json(path)
         known = {f.name: f for f in fields(cls) if f.name != "folder"}

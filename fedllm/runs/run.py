@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedllm.core.client import SERVER
-from fedllm.core.errors import FedLLMError, RunError
+from fedllm.core.errors import DataError, FedLLMError, RunError
 from fedllm.core.payload import digest
 from fedllm.core.record import Event, Record, is_test
 from fedllm.privacy.accountant import BudgetSpent, join, unaccounted
 from fedllm.runs import judge as judging
+from fedllm.runs.began import from_elsewhere, same_as_began, stands_on, write_began
 from fedllm.runs.beside import Beside, beside, run_baselines
 from fedllm.runs.best import Best
 from fedllm.runs.build import FAR, Parts, build, cohort_size, resolved
@@ -76,7 +79,10 @@ def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] =
     with folder.held():
         if more.rounds == recipe.rounds and (folder.path / "result.json").exists():
             return finished(folder.path)
-        parts = build(recipe)
+        try:
+            parts = build(recipe)
+        except DataError as error:
+            raise from_elsewhere(folder, error) from None
         if more.rounds > recipe.rounds:
             longer = build(more)
             check_layers(parts, longer, folder)
@@ -95,7 +101,9 @@ class Run:
 
     def __init__(self, parts: Parts, folder: RunFolder, progress: Quiet, publish: Publish) -> None:
         self.parts, self.folder, self.progress, self.publish = parts, folder, progress, publish
-        found = folder.load()
+        self.stands_on, found = stands_on(parts), folder.load()
+        if found:
+            same_as_began(folder, self.stands_on)
         self.at, self.kept = found or (0, {})
         self.events = EventLog(folder.path / "events.jsonl", self.kept.get("events", 0))
         self.tracking: Tracking | None = None
@@ -198,6 +206,7 @@ class Run:
         clients = [{"id": c.id, "n": c.n, "rank": c.profile.rank,
                     "info": dict(self.parts.world.federation.clients[c.id].info)} for c in self.course.clients]
         self._write(lambda: self.folder.write_json("clients.json", clients))
+        self._write(lambda: write_began(self.folder, self.stands_on))
         for why in (self._privacy() or {}).get("void", ()):
             log.warning("this run can make no privacy claim: %s", why)
         self.progress.note("testing before the first round")
@@ -327,11 +336,14 @@ class Run:
         """Write what the run made; when the disk refuses, say how to finish it."""
         try:
             return write()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             at = self.folder.rounds()
             stand = f"its last checkpoint is before round {at[-1]}" if at else "it has no checkpoint yet"
-            raise RunError(f"{self.folder.path} cannot be written: {error.strerror or error}; {stand}. Make room, then "
-                           f"`fedllm resume {self.folder.path}`") from None
+            lost = isinstance(error, FileNotFoundError) and not (self.folder.path / "recipe.yaml").is_file()
+            mend = "It was deleted or moved while the run worked; bring it back" if lost else "Make room"
+            why = getattr(error, "strerror", None) or error
+            raise RunError(f"{self.folder.path} cannot be written: {why}; {stand}. "
+                           f"{mend}, then `fedllm resume {self.folder.path}`") from None
 
     def _finish(self, total: int, ended: str) -> Result:
         parts, course = self.parts, self.course

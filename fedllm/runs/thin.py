@@ -6,10 +6,11 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedllm.data.memory import memory
 from fedllm.local.flops import cost_of
 from fedllm.models.load import DTYPES, resolve
 from fedllm.models.model import Model
-from fedllm.models.size import STEP, Sizes, memory, weights
+from fedllm.models.size import STEP, Sizes, weights
 from fedllm.runs.build import Parts
 from fedllm.runs.progress import log as progress
 from fedllm.runs.recipe import Recipe

@@ -14,6 +14,7 @@ from fedllm.core.payload import Tree, digest
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.engines.world import World
+from fedllm.runs.began import same_as_began, stands_on
 from fedllm.runs.build import Parts, build, cohort_size
 from fedllm.runs.course import PATIENCE, in_order, watched
 from fedllm.runs.folder import RunFolder
@@ -78,6 +79,7 @@ def remove(path: str | Path, client: str, trust_remote_code: bool = False) -> Re
         recipe = received(folder.path, trust_remote_code)
         rounds = _check_recipe(folder, recipe)
         parts = build(recipe)
+        same_as_began(folder, stands_on(parts))
         first = _check_client(folder, parts, client, rounds)
         again = Again(folder, parts, client, rounds)
         state = again.go()

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from fedllm.core.errors import CompositionError, DataError
-from fedllm.tasks.row import Row, as_text, bad_row
+from fedllm.tasks.row import Row, as_text, bad_row, is_blank
 
 log = logging.getLogger(__name__)
 COLUMNS = ("messages", "conversations", "conversation")
@@ -43,7 +43,7 @@ def messages_of(row: Row, where: str) -> Turns | None:
         raise DataError(f"{where}: {column!r} must hold two turns or more and end with the role 'assistant'",
                         kind="chat")
     _check_order(made, f"{where}: {column!r}")
-    if not made[-1]["content"].strip():
+    if is_blank(made[-1]["content"]):
         raise DataError(f"{where}: the last turn of {column!r} is empty, so that there is nothing to learn",
                         kind="empty")
     return made

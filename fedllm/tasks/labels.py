@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedllm.core.errors import DataError
-from fedllm.tasks.row import Row, as_text, names_in, nearest, value_of
+from fedllm.tasks.row import Row, as_text, is_blank, looks, names_in, nearest, value_of
+
+WHOLE = re.compile(r"^(-?\d+)\.0+$")
+"""A whole number as a column with gaps holds it."""
 
 
 def label_names(values: Iterable[Any]) -> tuple[str, ...]:
@@ -24,10 +28,12 @@ def one_way(names: Iterable[str]) -> None:
     """Refuse labels that look like one label written in two ways."""
     seen: dict[str, str] = {}
     for name in sorted(names):
-        other = seen.setdefault(" ".join(name.split()).casefold(), name)
+        other = seen.setdefault(WHOLE.sub(r"\1", looks(name)), name)
         if other != name:
-            raise DataError(f"the labels {other!r:.80} and {name!r:.80} differ in case or blanks alone and would be "
-                            "two classes; write them one way")
+            plain = " ".join(name.split()).casefold() == " ".join(other.split()).casefold()
+            said = (f"{other!r:.80} and {name!r:.80} differ in case or blanks alone" if plain else
+                    f"{other!a:.80} and {name!a:.80} look alike (they differ in code points, or by a .0)")
+            raise DataError(f"the labels {said} and would be two classes; write them one way")
     numbers, words = [n for n in sorted(names) if is_number(n)], [n for n in sorted(names) if not is_number(n)]
     if numbers and words:
         raise DataError(f"labels are numbers here and words there ({numbers[0]!r:.80}, {words[0]!r:.80}) and would all "
@@ -46,7 +52,7 @@ def raw_label(row: Row, where: str) -> int | str:
         label = as_text(label, "label", where)
     if isinstance(label, float) and label.is_integer():  # a column of whole numbers with gaps, as pandas keeps it
         label = int(label)
-    if not isinstance(label, int | str) or not str(label).strip():
+    if not isinstance(label, int | str) or is_blank(str(label)):
         raise DataError(f"{where}: 'label' is {label!r:.80}; a label must be a string or a whole number", kind="label")
     return label
 

@@ -6,6 +6,7 @@ import datetime
 import decimal
 import difflib
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,17 @@ class Placed(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Placed, (dict(self), self.file, self.row, self.line)
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to see in a text: blanks, control characters, marks of no width."""
+    return not text.strip() or all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in text)
+
+
+def looks(text: str) -> str:
+    """What a text looks like: case, kinds of blanks, marks of no width and the ways to write one character go."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(c for c in folded if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf")).split())
 
 
 def where_of(row: Row, i: int) -> str:

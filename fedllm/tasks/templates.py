@@ -10,7 +10,7 @@ from typing import Any
 
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.tasks.chat import messages_of
-from fedllm.tasks.row import Row, as_text, nearest, value_of
+from fedllm.tasks.row import Row, as_text, is_blank, nearest, value_of
 
 Render = Callable[[Row, str], dict[str, Any]]
 """(row, where the row is) -> the row's `prompt` and `response`."""
@@ -64,7 +64,7 @@ class Template:
         prompt, response = self._parts
         made = {"prompt": _fill(prompt, row, where), "response": _fill(response, row, where)}
         filled = [row[name] for _, name in response if name is not None]
-        if not made["response"].strip() or (filled and all(v is None or not str(v).strip() for v in filled)):
+        if is_blank(made["response"]) or (filled and all(v is None or is_blank(str(v)) for v in filled)):
             raise DataError(f"{where}: the response is empty, so that there is nothing to learn; leave the row out",
                             kind="empty")
         if not _said(prompt, row):

@@ -91,7 +91,7 @@ def test_methods(capsys):
     (["rnu"], "did you mean 'run'"),
     (["run", "none.yaml"], "cannot be read"),
     (["resume", "none"], "is no run folder"),
-    (["export", "none"], "holds no finished run"),
+    (["export", "none"], "is no run folder"),
     (["replay", "none"], "is no run folder"),
 ])
 def test_mistakes_are_one_panel(capsys, args, says):

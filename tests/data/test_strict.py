@@ -209,7 +209,8 @@ def test_ids_are_short_distinct_on_every_disk_and_null_is_nobodys():
 
 def test_columns_that_nobody_reads_are_said(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"instruction": "add", "input": "1 2", "output": "3", "id": 4}\n' * 20)
+    path.write_text("".join(f'{{"instruction": "add {i}", "input": "1 2", "output": "3", "id": 4}}\n'
+                            for i in range(20)))
     spec = {"source": str(path), "fields": {"prompt": "instruction", "response": "output"},
             "partition": {"kind": "iid", "clients": 2}}
     for template in ("chat", "plain", None):
@@ -223,7 +224,7 @@ def test_columns_that_nobody_reads_are_said(tmp_path):
                                           ([1, -1], None), ([1.0, 2.0], None)])
 def test_odd_labels_are_said(tmp_path, labels, said):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": "x", "label": labels[i % len(labels)]}) + "\n" for i in range(24)))
+    path.write_text("".join(json.dumps({"text": f"x {i}", "label": labels[i % len(labels)]}) + "\n" for i in range(24)))
     got = load_federation({"source": str(path), "task": "classification",
                            "partition": {"kind": "iid", "clients": 2}}, 0)
     assert (said is None and not got.cautions) or said in got.cautions[0]

@@ -128,7 +128,7 @@ def test_rows_that_changed_since_are_noticed(begin, sources):
     run = begin(rounds=1)
     with open(sources["all"], "a") as file:
         file.write(json.dumps({"prompt": "say ", "response": "red", "who": "c0"}) + "\n")
-    with pytest.raises(RunError, match=r"clients.json and the rows of data.source do not fit"):
+    with pytest.raises(RunError, match=r"began with other rows of client .c0."):
         remove(run.folder, "c1")
 
 

@@ -1,0 +1,81 @@
+"""Which files of a source are read: each once, none that only stands in the place of data, and what is passed over."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from fedllm.core.errors import DataError
+
+ABOUT = ("readme", "read_me", "license", "licence", "copying", "notice", "changelog", "changes", "citation", "authors")
+"""Stems of files that lie beside data and are none."""
+POINTERS = {b"version https://git-lfs.github.com/": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+            b"/annex/objects/": "a pointer of git-annex; fetch the file itself with `git annex get`",
+            b"<!doctype html": "a page of HTML, as a server sends it in the place of a file; fetch the file itself",
+            b"<html": "a page of HTML, as a server sends it in the place of a file; fetch the file itself"}
+"""How files begin that stand in the place of data."""
+log = logging.getLogger(__name__)
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """What is the same for all names of one file: links, hard links, other spellings."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def identities(paths: Iterable[Path]) -> frozenset[tuple[int, int]]:
+    """The identities of these files."""
+    return frozenset(identity(path) for path in paths)
+
+
+def no_pointer(path: Path) -> None:
+    """A DataError for a file that only stands in the place of data."""
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if why := next((why for begin, why in POINTERS.items() if start.startswith(begin)), None):
+        raise DataError(f"{path} is {why}", file=str(path), kind="unreadable")
+
+
+def each_once(paths: Iterable[Path]) -> None:
+    """A DataError where one file is read under two names: its rows would count twice, or be two clients."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        if (first := seen.setdefault(identity(path), path)) is not path:
+            names = (f"{str(first)!r} is named twice" if first == path else
+                     f"{str(first)!r} and {str(path)!r} are one file")
+            raise DataError(f"data.source: {names}, and its rows would count twice; name it once", file=str(path))
+
+
+def files_in(folder: Path, known: Collection[str], but: frozenset[tuple[int, int]]) -> list[Path]:
+    """The files of a folder with an extension that is known, sorted; hidden ones and those `but` are passed over.
+
+    What else is not read is said: files about the data, files of other kinds, folders. A DataError names what has a
+    file's name and cannot be read as one.
+    """
+    files, passed = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "~$")):  # hidden, and what an office program locks with
+            continue
+        if path.suffix.lower() not in known:
+            passed.append(path.name + ("/" if path.is_dir() else ""))
+        elif path.stem.lower().rstrip("_-.0123456789") in ABOUT:
+            passed.append(path.name)
+        elif not _is_file(path):
+            raise DataError(f"{path} is no file that can be read (a folder, a pipe or a broken link); move it out of "
+                            f"{folder}", file=str(path), kind="unreadable")
+        elif identity(path) not in but:
+            files.append(path)
+    if files and passed:
+        log.warning("%s: %s left out, as what is not read (known are %s; of folders the files alone)", folder,
+                    ", ".join(passed[:8]) + (f" and {len(passed) - 8} more are" if len(passed) > 8 else
+                                             " is" if len(passed) == 1 else " are"), ", ".join(known))
+    return files
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file() and os.access(path, os.R_OK)
+    except OSError:
+        return False
