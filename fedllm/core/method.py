@@ -278,6 +278,11 @@ class Method(Knobs):
     or in place of, loss, accuracy and exact match."""
 
     @property
+    def ends_with_judges(self) -> int:
+        """How many judges of two answers it ends with, which a later stage may ask (`judges: STAGE`); 0: none."""
+        return 0
+
+    @property
     def repeats(self) -> int:
         """How often a round asks one client for the same function, at the most; a site counts its answers by it."""
         return 1
