@@ -293,6 +293,10 @@ class Method(Knobs):
     def check_clients(self, ids: Sequence[str], cohort: int) -> None:
         """Raise RecipeError or CompositionError when the method cannot work with these clients, or so many a round."""
 
+    def check_rows(self, labels: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
+        """Raise DataError when the method cannot learn from the clients' training rows; asked in a simulation alone,
+        since nobody sees those of a real federation."""
+
     def cautions(self, clients: int) -> Sequence[str]:
         """What may not be meant, with so many clients a round; shown as the run begins, and nothing is refused."""
         return ()

@@ -102,6 +102,7 @@ def build(recipe: Recipe) -> Parts:
     check_acting(recipe, method)
     method.check(world.model)
     method.init(world.model)  # some methods find only here that the model's space does not suit them
+    check_declared(recipe, method, world)
     check_deadlines(recipe, method, world)
     check_models(recipe, method, world)
     check_training(world.model, local, method, layers)
@@ -136,6 +137,20 @@ def check_ranks(recipe: Recipe, method: Method) -> None:
     able = [name for name in modules() if method_class(name).reads_ranks]
     raise RecipeError(f"{key} = {value}: method '{recipe.method.name}' trains the space's own rank at every client, so "
                       f"it would have no effect; leave it out, or use one of {', '.join(able)}")
+
+
+def check_declared(recipe: Recipe, method: Method, world: World) -> None:
+    """RecipeError for what clients declare or hold that the method cannot work with; a rank above a base's width is
+    found here and not by the client that would train it."""
+    if not world.federation.streamed:
+        method.check_rows(world.federation.labels, {c: s.train for c, s in world.federation.clients.items()})
+    most = max((r for c in world.infos() if (r := c.profile.rank) is not None), default=None)
+    if most is not None and method.reads_ranks:
+        try:
+            world.model.initial(most)
+        except RecipeError as error:
+            where = "clients.ranks" if most in (recipe.clients.ranks or ()) else "clients.profiles"
+            raise RecipeError(f"{where}: {error}") from None
 
 
 def make_layers(recipe: Recipe, named: bool = False) -> tuple[list[Layer], Selector]:
