@@ -278,6 +278,11 @@ class Method(Knobs):
     or in place of, loss, accuracy and exact match."""
 
     @property
+    def ends_with_judges(self) -> int:
+        """How many judges of two answers it ends with, which a later stage may ask (`judges: STAGE`); 0: none."""
+        return 0
+
+    @property
     def repeats(self) -> int:
         """How often a round asks one client for the same function, at the most; a site counts its answers by it."""
         return 1
@@ -287,6 +292,10 @@ class Method(Knobs):
 
     def check_clients(self, ids: Sequence[str], cohort: int) -> None:
         """Raise RecipeError or CompositionError when the method cannot work with these clients, or so many a round."""
+
+    def check_rows(self, labels: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
+        """Raise DataError when the method cannot learn from the clients' training rows; asked in a simulation alone,
+        since nobody sees those of a real federation."""
 
     def cautions(self, clients: int) -> Sequence[str]:
         """What may not be meant, with so many clients a round; shown as the run begins, and nothing is refused."""

@@ -104,7 +104,7 @@ def may_load(settings: SiteSettings, key: str, spec: NamedModel) -> None:
     if spec.name is not None:
         _look(key, spec.name, settings, spec.name not in OWN_MODELS)
     for at, value in _texts(spec.space.knobs if spec.space else {}, f"{key}.space"):
-        _look(at, value, settings, False)
+        _look(at, value, settings, at.endswith("space.start_from") and "/" in value)
 
 
 def _own_keys(part: Any, settings: SiteSettings) -> dict[str, Any]:

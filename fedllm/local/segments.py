@@ -11,15 +11,16 @@ from torch import Tensor
 from fedllm.core.payload import Tree
 from fedllm.local.requests import Limits, Request
 from fedllm.models.batch import IGNORE
-from fedllm.models.segments import Segment, losses, run
+from fedllm.models.segments import Segment, losses
+from fedllm.models.towers import Tower
 from fedllm.spaces.space import stack_lanes, take_lane, tree_to
 
 
 @dataclass(frozen=True)
 class Forward(Request):
-    """One segment over `x`, token ids [B, T] or states [B, T, d]: states [B, T, d], without a gradient."""
+    """One segment over `x`, ids [B, T], pixels [B, 3, H, W] or states [B, T, d]: states [B, T, d], no gradient."""
 
-    segment: Segment
+    segment: Segment | Tower
     x: Tensor
     mask: Tensor
     """[B, T] bool, False on padding, which lies on the right."""
@@ -65,7 +66,7 @@ def run_forwards(requests: Sequence[Forward], limits: Limits) -> list[Tensor]:
 
     def work(lot: Sequence[Forward], x: Tensor, mask: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            h = run(lot[0].model, lot[0].segment, x, mask).cpu()
+            h = lot[0].segment.through(lot[0].model, x, mask).cpu()
         return [own(h, k, r, len(lot)) for k, r in enumerate(lot)]
 
     return _each(requests, limits, work)
@@ -79,7 +80,7 @@ def run_backwards(requests: Sequence[Backward], limits: Limits) -> list[Slopes]:
 def _slopes(lot: Sequence[Backward], x: Tensor, mask: Tensor, stacked: Mapping[str, Tensor]) -> list[Slopes]:
     model, segment = lot[0].model, lot[0].segment
     x = x.requires_grad_(x.is_floating_point())
-    h, told = run(model, segment, x, mask), torch.zeros(len(lot))
+    h, told = segment.through(model, x, mask), torch.zeros(len(lot))
     if lot[0].g is None:
         loss = losses(model, h, padded([r.labels for r in lot], IGNORE).to(h.device), len(lot))  # type: ignore[misc]
         goal, told = loss.sum(), loss.detach().cpu()  # lanes do not touch, so each lane's gradient is its own

@@ -1,4 +1,4 @@
-"""Judges of two answers: how a pair is shown to one, and which clients share one (FedBis, FedBiscuit)."""
+"""Judges of two answers: how a pair is shown to one, how several vote, and which clients share one (FedBiscuit)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fedllm.core.client import Client
-from fedllm.core.errors import RecipeError
+from fedllm.core.errors import RecipeError, Withheld
+from fedllm.core.payload import Tree
+from fedllm.local.objectives.verbalized import Said
 from fedllm.tasks.preference import chosen
 
 SHOWN = "{prompt} 1: {first} 2: {second} better:"
@@ -32,6 +36,45 @@ def words_of(client: Client, choices: Sequence[str]) -> tuple[int, int]:
     if a == b:
         raise RecipeError(f"method.choices = {list(choices)} is not allowed; both begin with one token here")
     return a, b
+
+
+def liked(client: Client, theta: Tree, rows: Sequence[Any], choices: Sequence[str]) -> np.ndarray:
+    """By how much a judge likes the chosen answer of each pair more than the rejected, over both ways round [rows]."""
+    asked, right = shown(client, rows, choices)
+    z = client.measure(theta, asked, Said(words_of(client, choices))).astype(np.float64)
+    return ((z[:, 0] - z[:, 1]) * np.where(right, -1, 1)).reshape(-1, 2).sum(1)
+
+
+def vote(client: Client, judges: Sequence[str], rows: Sequence[Any], choices: Sequence[str]) -> np.ndarray:
+    """What most of these models of the recipe say of each pair [rows]: above 0 for the chosen answer, below for the
+    rejected. Where they are even, what they say together counts."""
+    each = np.stack([liked(held := client.holding(name), held.model.initial(), rows, choices) for name in judges])
+    most = np.sign(each).sum(0)
+    return np.where(most != 0, most, each.sum(0))
+
+
+def turned(row: Any) -> dict[str, Any]:
+    """The pair preferred the other way round."""
+    out = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    talks = row.get("talks")
+    return {**out, "talks": {"chosen": talks["rejected"], "rejected": talks["chosen"]}} if talks else out
+
+
+def sampled(client: Client, theta: Tree, temperature: float) -> list[dict[str, str]]:
+    """Two answers of this model to each of the client's prompts; prompts whose two are alike, or empty, are left out.
+
+    Withheld where none is left, and for prompts that are conversations, which a plain continuation would misread.
+    """
+    if any("talks" in row for row in client.data):
+        raise Withheld(f"client '{client.id}' samples no answers: its prompts are conversations; use answers: rows")
+    asked = [row["prompt"] for row in client.data]
+    said = [text.strip() for text in client.generate([*asked, *asked], theta, temperature=temperature)]
+    made = [{"prompt": p, "chosen": a, "rejected": b}
+            for p, a, b in zip(asked, said[: len(asked)], said[len(asked) :], strict=True) if a and b and a != b]
+    if not made:
+        raise Withheld(f"client '{client.id}' has no pair to judge: the model gives no two different answers to any of "
+                       f"its {len(asked)} prompts at temperature {temperature:g}")
+    return made
 
 
 def grouped(losses: Mapping[str, Sequence[float]], groups: int) -> dict[str, int]:

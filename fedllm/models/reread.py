@@ -19,12 +19,20 @@ from fedllm.data.encode import Encoded
 from fedllm.models.batch import Batch, collate
 from fedllm.models.dual import DualEncoder, tensor_of
 from fedllm.models.model import Model
-from fedllm.models.peft_io import inside, save_adapter
+from fedllm.models.peft_io import CONFIG, inside, load_adapter, save_adapter
 from fedllm.models.plain import unpatched
 from fedllm.models.quantized import kind_of
 
 NEAR = {torch.float64: 1e-5, torch.float32: 2e-3}
 ROUGH = 0.1
+
+
+def begin_with(folder: str | Path, model: Model) -> None:
+    """The model starts from what lies in `folder`: an adapter, which must be one function here and in PEFT, or
+    trainables of `save_trainables`."""
+    model.start = load_adapter(folder, model)
+    if (Path(folder) / CONFIG).exists():
+        reread(Path(folder), model, model.initial())
 
 
 def reread(folder: Path, model: Model, theta: Mapping[str, Tensor]) -> None:

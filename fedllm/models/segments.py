@@ -71,6 +71,10 @@ class Segment:
                 heads += size[0] * size[1] * (self.last and path in output_heads(model.net))
         return 2.0 * (inside * tokens + heads * targets)
 
+    def through(self, model: Model, x: Tensor, mask: Tensor) -> Tensor:
+        """`run` with this segment."""
+        return run(model, self, x, mask)
+
     @property
     def share(self) -> float:
         """Of the model's blocks; the ends count as half a block each."""
@@ -144,13 +148,20 @@ def _alone(model: Model, segment: Segment, x: Tensor | None) -> Iterator[None]:
     blocks, norms = blocks_of(model.net), _norms(model.net)
     parent, name = next((p, n) for p in model.net.modules() for n, m in p.named_children() if m is blocks)
     kept = blocks[segment.start : segment.stop]
-    hooks = []
-    if x is not None:
-        entry = kept[0] if len(kept) else norms[0]
+    with only(parent, name, kept, (*kept, *norms)[0] if x is not None else None, x, () if segment.last else norms):
+        yield
+
+
+@contextlib.contextmanager
+def only(parent: nn.Module, name: str, kept: nn.ModuleList, entry: nn.Module | None, x: Tensor | None,
+         idle: Sequence[nn.Module]) -> Iterator[None]:
+    """`parent` with only these of its blocks (`name`), `x` in the place of what `entry` is given, and `idle` norms that
+    change nothing."""
+    hooks, blocks = [], getattr(parent, name)
+    if entry is not None and x is not None:
         hooks.append(entry.register_forward_pre_hook(lambda _, args, kwargs: _instead(x, args, kwargs),
                                                      with_kwargs=True))
-    if not segment.last:
-        hooks += [norm.register_forward_hook(lambda _, args, out: args[0]) for norm in norms]
+    hooks += [norm.register_forward_hook(lambda _, args, out: args[0]) for norm in idle]
     setattr(parent, name, kept)
     try:
         yield

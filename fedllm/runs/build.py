@@ -7,7 +7,6 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,14 +33,14 @@ from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.best import check_best
 from fedllm.runs.layers import make_layer
 from fedllm.runs.metrics import check_metrics
-from fedllm.runs.models import check_models, check_names, shelves
+from fedllm.runs.models import check_models, check_names, shelves, space_of
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
 from fedllm.runs.training import check_training
 from fedllm.runs.used import usage_of
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
-from fedllm.spaces.registry import SPACES, make_space
+from fedllm.spaces.registry import make_space
 from fedllm.spaces.space import Space
 from fedllm.tasks.answers import judges_of
 from fedllm.trackers.registry import installed
@@ -103,6 +102,7 @@ def build(recipe: Recipe) -> Parts:
     check_acting(recipe, method)
     method.check(world.model)
     method.init(world.model)  # some methods find only here that the model's space does not suit them
+    check_declared(recipe, method, world)
     check_deadlines(recipe, method, world)
     check_models(recipe, method, world)
     check_training(world.model, local, method, layers)
@@ -137,6 +137,20 @@ def check_ranks(recipe: Recipe, method: Method) -> None:
     able = [name for name in modules() if method_class(name).reads_ranks]
     raise RecipeError(f"{key} = {value}: method '{recipe.method.name}' trains the space's own rank at every client, so "
                       f"it would have no effect; leave it out, or use one of {', '.join(able)}")
+
+
+def check_declared(recipe: Recipe, method: Method, world: World) -> None:
+    """RecipeError for what clients declare or hold that the method cannot work with; a rank above a base's width is
+    found here and not by the client that would train it."""
+    if not world.federation.streamed:
+        method.check_rows(world.federation.labels, {c: s.train for c, s in world.federation.clients.items()})
+    most = max((r for c in world.infos() if (r := c.profile.rank) is not None), default=None)
+    if most is not None and method.reads_ranks:
+        try:
+            world.model.initial(most)
+        except RecipeError as error:
+            where = "clients.ranks" if most in (recipe.clients.ranks or ()) else "clients.profiles"
+            raise RecipeError(f"{where}: {error}") from None
 
 
 def make_layers(recipe: Recipe, named: bool = False) -> tuple[list[Layer], Selector]:
@@ -201,12 +215,9 @@ def make_world(recipe: Recipe, federation: Federation) -> World:
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels)
     if start is not None:
-        from fedllm.models.peft_io import CONFIG, load_adapter
-        from fedllm.models.reread import reread
+        from fedllm.models.reread import begin_with
 
-        model.start = load_adapter(start, model)
-        if (Path(start) / CONFIG).exists():
-            reread(Path(start), model, model.initial())
+        begin_with(start, model)
     profiles = make_profiles(recipe, list(federation.clients))
     return World(model, federation, local, recipe.seed, profiles,
                  Limits(batch_tokens=recipe.engine.step_tokens), e.exact_match, e.max_new_tokens,
@@ -252,14 +263,7 @@ def _part(path: str, make: Callable[[], T]) -> T:
 
 def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
     """The space, and the folder of the adapter that it starts from (`space.start_from`), if any."""
-    knobs, start = recipe.space.knobs, None
-    options = SPACES.find(recipe.space.name, "space.name").knobs().get("start_from", {}).get("options") or ()
-    if "start_from" in knobs and knobs["start_from"] not in options:
-        from fedllm.models.peft_io import knobs_of
-
-        start = str(knobs.pop("start_from"))
-        knobs = {**knobs_of(start, recipe.space.name), **knobs}
-    return _part("space", lambda: make_space(recipe.space.name, **knobs)), start
+    return _part("space", lambda: space_of(recipe.space))
 
 
 def compose(method: Method, layers: list[Layer]) -> None:

@@ -20,7 +20,8 @@ from fedllm.models.model import Model, Task
 from fedllm.models.sealed import Sealed, sealed
 from fedllm.models.shelf import Shelf, unknown
 from fedllm.runs.recipe import Named, NamedModel, Recipe
-from fedllm.spaces.registry import make_space
+from fedllm.spaces.registry import SPACES, make_space
+from fedllm.spaces.space import Space
 
 NONE = ("any",)
 """The labels of an encoder that is there for its vectors."""
@@ -127,11 +128,28 @@ def _loaded(recipe: Recipe, spec: NamedModel, task: Task, labels: Sequence[str],
         if spec.task or not key.startswith("models."):
             raise ModelError(f"'{name}' is an encoder, which says nothing, and the task is 'generation'")
         wanted = "embedding"  # beside a language model an encoder is there for its vectors
-    own = spec.space or (Named(name="head") if wanted == "embedding" else recipe.space)
-    space = make_space(own.name, **{k: v for k, v in own.knobs.items() if k != "start_from"})
-    kind: Task = "generation" if wanted == "generation" else "classification"
-    known = {"classification": labels, "embedding": NONE}.get(wanted, ())
-    return load_model(name, kind, space, labels=known, seed=recipe.seed,
+    own = {k: v for k, v in recipe.space.model_dump().items() if k != "start_from"}  # which is the main model's
+    space, start = space_of(spec.space or Named(**({"name": "head"} if wanted == "embedding" else own)))
+    kind: Task = "classification" if wanted == "embedding" else wanted
+    known = NONE if wanted == "embedding" else labels if wanted == task else ()
+    made = load_model(name, kind, space, labels=known, seed=recipe.seed,
                       dtype=spec.dtype or m.dtype, pooling=spec.pooling or m.pooling, fast_kernels=m.fast_kernels,
                       device=device or m.device, trust_remote_code=m.trust_remote_code,
                       quantize=spec.quantize)
+    if start is not None:
+        from fedllm.models.reread import begin_with
+
+        begin_with(start, made)
+    return made
+
+
+def space_of(said: Named) -> tuple[Space, str | None]:
+    """A space by its name and knobs, and the folder of the adapter that it starts from (`start_from`), if any."""
+    knobs, start = said.knobs, None
+    options = SPACES.find(said.name, "space.name").knobs().get("start_from", {}).get("options") or ()
+    if "start_from" in knobs and knobs["start_from"] not in options:
+        from fedllm.models.peft_io import knobs_of
+
+        start = str(knobs.pop("start_from"))
+        knobs = {**knobs_of(start, said.name), **knobs}
+    return make_space(said.name, **knobs), start

@@ -115,6 +115,9 @@ class Stage(Named):
 
     start: str = ""
     """The stage whose product it begins with; empty: the one before. `base`: the recipe's own model."""
+    judges: str = ""
+    """The stage whose judges of two answers label its pairs, frozen; it then begins, where `start` is empty, with what
+    those began with."""
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -323,7 +326,8 @@ class Recipe(Spec):
     """Rounds of the run; 0 tests the model as it is."""
     stages: Annotated[list[Stage], Field(min_length=1)] | None = None
     """Runs one after another in one folder: each has a `name`, the recipe's keys that it changes, and begins with what
-    the one before ended with (`start: NAME` of an earlier one, or `base`). None: one run."""
+    the one before ended with (`start: NAME` of an earlier one, or `base`); with `judges: NAME` the judges of two
+    answers that an earlier one trained label its pairs. None: one run."""
     engine: Annotated[EngineSpec, _short("kind")] = Field(default_factory=EngineSpec)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of every draw: equal recipe and seed give an equal state."""

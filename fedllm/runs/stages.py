@@ -18,6 +18,7 @@ from fedllm.runs.build import FAR, build, make_recipe_space, overrides, versions
 from fedllm.runs.complaints import edit
 from fedllm.runs.export import export
 from fedllm.runs.folder import STAGES, RunFolder
+from fedllm.runs.handed import check_judges, judged
 from fedllm.runs.products import BASE
 from fedllm.runs.progress import Quiet
 from fedllm.runs.received import received, trusted
@@ -86,6 +87,9 @@ def _through(folder: RunFolder, recipe: Recipe, publish: Publish, shown: Quiet |
                 shutil.rmtree(room, ignore_errors=True)  # it was being made when the run was stopped
                 origin = origin_of(recipe, stage)
                 begun = stage_of(recipe, stage) if origin is None else started(recipe, stage, done[origin].folder)
+                if stage.judges:
+                    room_of = done[stage.judges].folder
+                    begun = load_recipe(judged(begun, read_recipe(room_of / "recipe.yaml"), stage, room_of))
                 done[stage.name] = begin_run(begun, room.parent, {}, publish, shown)
         folder.write_json(FILE, summary(done))
     return done[(recipe.stages or ())[-1].name]
@@ -119,6 +123,8 @@ def origin_of(recipe: Recipe, stage: Stage) -> str | None:
     """The stage that this one begins with; None: the recipe's own model."""
     names = [s.name for s in recipe.stages or ()]
     before = names[: names.index(stage.name)]
+    if stage.judges in before and not stage.start:  # a policy begins where its judges began
+        return origin_of(recipe, (recipe.stages or ())[names.index(stage.judges)])
     if stage.start == "base" or (not before and not stage.start):
         return None
     if stage.start and stage.start not in before:
@@ -178,6 +184,9 @@ def check(recipe: Recipe) -> None:
         if after.engine.kind in FAR:
             raise RecipeError(f"engine.kind = {after.engine.kind!r} and stages do not go together: serve each stage by "
                               "itself, with model.name or space.start_from on what the one before ended with")
+        if stage.judges:
+            check_judges(recipe, stage, made)
+            after = judged(after, made[stage.judges], stage)
         if origin is not None:
             check_fit(stage.name, after, origin, made[origin], "model" in stage.changes)
         try:
@@ -199,6 +208,9 @@ def check_fit(name: str, after: Recipe, origin: str, before: Recipe, own_model: 
     if acts(before) or not method.serves or not overrides(method, "round"):
         raise CompositionError(f"stage '{name}' cannot begin with what stage '{origin}' ends with: method "
                                f"'{before.method.name}' ends with no language model that all share; give start: base")
+    if method.ends_with_judges and not make_method(after.method.name, **after.method.knobs).ends_with_judges:
+        raise CompositionError(f"stage '{name}' cannot begin with what stage '{origin}' ends with: a judge of answers, "
+                               f"which gives none; give judges: {origin}, or another start")
     space, _ = make_recipe_space(before)
     if goes_on(before, after):
         return

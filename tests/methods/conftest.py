@@ -6,10 +6,11 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedllm.core.client import Profile
 from fedllm.core.program import drive
@@ -18,8 +19,10 @@ from fedllm.engines import ENGINES
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method, method_class
+from fedllm.models.dual import DualEncoder
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces import make_space
+from fedllm.tasks.row import Encoded
 from tests.conftest import PLACE
 
 torch.set_num_threads(1)
@@ -59,8 +62,17 @@ def tagged(rnd: random.Random, n: int) -> list[dict[str, Any]]:
     return [{"tokens": text, "tags": [rnd.randrange(3) for _ in text]} for text in said]
 
 
-ROWS = {"generation": rows, "classification": labelled, "preference": preferred, "tokens": tagged}
-LABELS = {"classification": KINDS, "tokens": ("O", "a", "b")}
+def pictured(rnd: random.Random, n: int) -> list[Encoded]:
+    """Pictures of noise with a text that ends in the end token, and one of three labels."""
+    noise = np.random.default_rng(rnd.randrange(2**32))
+    said = [np.array([1, *(4 + rnd.randrange(60) for _ in range(rnd.randint(3, 8))), 2]) for _ in range(n)]
+    return [Encoded(np.zeros(1, np.int32), rnd.randrange(3), 1, {
+        "pixels": noise.normal(0, 1, (3, 8, 8)).astype(np.float32), "words": text}, {"words": -1.0}) for text in said]
+
+
+ROWS = {"generation": rows, "classification": labelled, "preference": preferred, "tokens": tagged,
+        "image_text": pictured}
+LABELS = {"classification": KINDS, "image_text": KINDS, "tokens": ("O", "a", "b")}
 
 
 def federation(sizes: tuple[int, ...] = SIZES, task: str = "generation") -> Federation:
@@ -75,7 +87,21 @@ def net_for(task: str, dtype: torch.dtype) -> Any:
     """The tiny Llama, with a head for the task's labels where it has some."""
     if task not in LABELS:
         return llama(dtype)
+    if task == "image_text":
+        prompts = torch.tensor([[1, 4 + c, 2] for c in range(3)])
+        return DualEncoder(clip(dtype), prompts, cached=False)
     return HeadedEncoder(llama(dtype).model, len(LABELS[task]), "each" if task == "tokens" else "mean").to(dtype)
+
+
+def clip(dtype: torch.dtype = torch.float64) -> CLIPModel:
+    """Towers of two blocks, the text's 12 wide and the picture's 16."""
+    tower = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "attention_dropout": 0.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CLIPModel(CLIPConfig(
+            text_config={**tower, "hidden_size": 12, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2,
+                         "bos_token_id": 1, "pad_token_id": 0},
+            vision_config={**tower, "hidden_size": 16, "image_size": 8, "patch_size": 4}, projection_dim=8)).to(dtype)
 
 
 def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
@@ -118,7 +144,8 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
           **knobs: Any) -> Run:
     """A method on the tiny federation, before its first round."""
     knobs_of_space = {"rank": 4} if space == "lora" else {}
-    model = Model(net_for(task, dtype).to(PLACE), tokenizer(), task,
+    reader = None if task == "image_text" else tokenizer()  # whose rows are tokens from the start
+    model = Model(net_for(task, dtype).to(PLACE), reader, task,
                   make_space(space, **(knobs_of_space | (space_knobs or {}))), labels=LABELS.get(task, ()),
                   fast_kernels=False)
     plain = {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 4, "max_length": 32}

@@ -16,7 +16,7 @@ from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.local.objectives.verbalized import Said, Verbalized
-from fedllm.methods._judges import grouped, shown, words_of
+from fedllm.methods._judges import grouped, liked, shown, words_of
 
 CAMPS = {"knobs": {"groups": 2, "warmup": 4, "choices": ("1", "2")}}
 
@@ -40,7 +40,7 @@ class FedBiscuit(Method):
         also={"camps": Claim("two judges agree with them in 0.85 of the pairs or more", rig="camps", metric="agreed",
                              holds=">=", threshold=0.85, options=CAMPS, grid={"local.lr": (3e-3, 1e-2)})},
         evidence="Authors' code read by the dossier. Each pair is shown both ways round, which is ours. The paper then "
-                 "trains a policy on pairs that the judges label; that is `fed_dpo` on such pairs, and not done here.",
+                 "trains a policy on pairs that the judges label: `fed_dpo` with `judges`, a stage after this one.",
     )
     only_fits = False
     trial = Trial({"groups": 2, "warmup": 1, "regroup": 1, "choices": ("w1", "w2")}, task="preference",
@@ -55,6 +55,10 @@ class FedBiscuit(Method):
     @property
     def serves(self) -> bool:  # type: ignore[override]
         return self.groups == 1
+
+    @property
+    def ends_with_judges(self) -> int:
+        return self.groups
 
     def check(self, model: Any) -> None:
         if model.task != "preference":
@@ -123,7 +127,5 @@ class FedBiscuit(Method):
         told = client.score(theta, on=msg["on"])
         if not held:
             return told
-        rows, right = shown(client, held, self.choices)
-        z = self.asked(client, theta, rows)
-        gain = ((z[:, 0] - z[:, 1]) * np.where(right, -1, 1)).reshape(-1, 2).sum(1)
+        gain = liked(client, theta, held, self.choices)
         return {**told, "agreed": float(((gain > 0) + 0.5 * (gain == 0)).mean())}

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from fedllm.core.ask import on_client
 from fedllm.core.client import Client, ClientInfo
-from fedllm.core.errors import CompositionError
+from fedllm.core.errors import CompositionError, DataError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, pack, part
 from fedllm.core.reduce import Mean
 from fedllm.tasks.row import IGNORE, Encoded
-from fedllm.tasks.tokens import ALLOWED, OUTSIDE, TARGET, entity_type
+from fedllm.tasks.tokens import ALLOWED, OUTSIDE, TARGET, entity_type, entity_types
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class FedNERTagset(Star):
             raise CompositionError(f"method 'fedner_tagset' needs the tag 'O' among data.labels, which are "
                                    f"{', '.join(model.labels)}")
 
+    def check_rows(self, labels: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
+        seen = {entity_type(labels[y]) for many in rows.values() for row in many for y in _tags(row)}
+        if alone := sorted(set(entity_types(labels)) - seen):
+            raise DataError(f"data.labels has the type '{alone[0]}', which no client's training rows show: it would be "
+                            "learned from guesses alone; leave its tags out of data.labels, or add rows that have it")
+
     def init(self, model) -> State:
         return {"theta": model.initial(), "round": 0}
 
@@ -81,6 +88,11 @@ class FedNERTagset(Star):
 
     def merge(self, state: State, out) -> State:
         return {"theta": part(out.value, "theta"), "round": state["round"] + 1}
+
+
+def _tags(row: Any) -> Sequence[int]:
+    """The tags of a row as it is, or tokenized."""
+    return [int(y) for y in np.unique(row.labels) if y != IGNORE] if isinstance(row, Encoded) else row["tags"]
 
 
 def unannotated(labels: Sequence[str], rows: Sequence[Encoded]) -> np.ndarray:

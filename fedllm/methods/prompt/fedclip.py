@@ -34,7 +34,7 @@ class FedCLIP(Star):
                  "code contrasts the rows of a batch (whose repeated captions it then calls negatives). W2 starts at "
                  "0, so that the first round begins at the frozen model itself.",
     )
-    trial = Trial(apart="its rows are images, which the common tests do not have; tests/tasks/test_parts.py tries it")
+    trial = Trial(space={"name": "feature_attention"}, task="image_text")
 
     def check(self, model: Any) -> None:
         if not isinstance(model.space, FeatureAttention):

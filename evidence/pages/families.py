@@ -1,0 +1,63 @@
+"""Tables of the recipe families at a size that one core makes in minutes: `python -m evidence.pages.families [NAME ...]`.
+
+Each is `fedllm compare` with the options below; its page goes to docs/results/families, with the command on top. The files
+of `python -m evidence.bench_rows` must lie in the shared data (`FEDLLM_DATA`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import fedllm
+from fedllm.runs.complaints import parse_override
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ROOT / "docs" / "results" / "families"
+MINILM = ("data.test_limit=100", "data.limit=600", "local.max_length=24", "local.batch_size=8")
+SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
+    "fedit_shepherd": (6, 1, ()),
+    "fedllm_bench": (2, 1, ("rounds=4", "local.max_length=64", "data.test_limit=30")),
+    "fs_llm": (2, 1, ("rounds=4", "data.office.test_rows=30")),
+    "openfedllm": (2, 1, ("rounds=4",)),
+    "fedpeft": (2, 1, MINILM),
+    "fedpetuning": (2, 1, MINILM),
+    "fedtune_bench": (2, 1, MINILM),
+}
+"""Name -> seeds, tuning seeds, and keys of the recipe that differ from the family's own."""
+
+
+def command(name: str) -> str:
+    """The one line that makes the table."""
+    seeds, tuning, changes = SMALL[name]
+    said = [f"--seeds {seeds}", f"--tuning-seeds {tuning}", *(f"--set {shlex.quote(c)}" for c in changes)]
+    return f"fedllm compare recipes/families/{name}.yaml {' '.join(said)}"
+
+
+def page(name: str, folder: Path) -> Path:
+    """The table of a comparison that lies in `folder`, with its command on top."""
+    text = (folder / "comparison.md").read_text(encoding="utf-8")
+    made = PAGES / f"{name}.md"
+    made.write_text(f"<!-- {command(name)} -->\n{text}", encoding="utf-8")
+    return made
+
+
+def main() -> None:
+    """Run the families named (none: all), and write their pages."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", nargs="*", help=", ".join(SMALL))
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "families", help="where the cells lie")
+    given = parser.parse_args()
+    for name in given.name or SMALL:
+        if name not in SMALL:
+            parser.error(f"there is no family '{name}'; there are {', '.join(SMALL)}")
+        seeds, tuning, changes = SMALL[name]
+        fedllm.compare(ROOT / "recipes" / "families" / f"{name}.yaml", out=given.out / name, seeds=seeds,
+                       tuning_seeds=tuning, overrides=dict(map(parse_override, changes)))
+        page(name, given.out / name)
+
+
+if __name__ == "__main__":
+    main()
