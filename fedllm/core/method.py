@@ -288,6 +288,9 @@ class Method(Knobs):
     def check_clients(self, ids: Sequence[str], cohort: int) -> None:
         """Raise RecipeError or CompositionError when the method cannot work with these clients, or so many a round."""
 
+    def check_work(self, local: Any, rounds: int) -> None:
+        """Raise RecipeError when the method cannot work with so many rounds of what `local` has clients do."""
+
     def cautions(self, clients: int) -> Sequence[str]:
         """What may not be meant, with so many clients a round; shown as the run begins, and nothing is refused."""
         return ()

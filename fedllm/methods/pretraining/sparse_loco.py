@@ -96,7 +96,7 @@ class SparseLoCo(Method):
             return theta
         mean = scale(total, 1 / len(sent)) if self.average == "all" else tree_map(
             lambda x, n: x / n.clamp(min=1), total, count)
-        return add(theta, mean, -self.alpha)
+        return sub(theta, scale(mean, self.alpha))  # single operations, which every machine rounds alike
 
     @on_client(gives="at: whole, values: summand, table?: tensor, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
