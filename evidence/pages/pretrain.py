@@ -52,14 +52,16 @@ def page(found: Mapping[str, Any]) -> str:
     """Markdown: what ran, the table, what was asked for and whether it holds."""
     s, rows = found["settings"], compared(found["cells"])
     tokens = s["steps"] * s["rows"] * s["clients"] * (s["length"] - 1)
+    rates = "; ".join(f"{r}: {p:.1f}" for r, p in found["tuning"].items())
     head = f"""# Pre-training together: perplexity against bytes
 
 Written by `make pretrain` (`python -m evidence.pretrain`); the cells are in [pretrain.json](pretrain.json). A Llama of
-1,895,840 weights (4 layers, width 160, vocabulary {s['vocabulary']:,}) from random weights, fp32, {s['clients']} clients with equal
-parts of TinyShakespeare and {s['office']:,} rows of the office stream that the embedded model was pre-trained on (blocks of
-{s['length']} tokens, dealt at random; every 16th is held out, and {s['held']} of those are tested). All arms learn from
+1,895,840 weights (4 layers, width 160, vocabulary {s['vocabulary']:,}) from random weights, fp32,
+{s['clients']} clients with equal parts of TinyShakespeare and {s['office']:,} rows of the office stream that the embedded model was pre-trained
+on (blocks of {s['length']} tokens, dealt at random; every 16th is held out, and {s['held']} of those are tested).
+All arms learn from
 {tokens:,} tokens: {s['steps']} steps of {s['rows']} blocks a client, AdamW with warm-up and a cosine over all steps.
-The one inner rate was chosen by DDP on a seed apart ({'; '.join(f'{r}: {p:.1f}' for r, p in found['tuning'].items())}); outer
+The one inner rate was chosen by DDP on a seed apart ({rates}); outer
 rates are the methods' own and were not tuned (streaming_diloco: DiLoCo's), so nobody but DDP had its best.
 
 **Bytes** are what all clients sent and were sent, counted on the wire (names and framing too), without the starting
@@ -118,8 +120,9 @@ def picture(cells: Cells) -> str:
         out.append(f'<polyline points="{" ".join(at(*p) for p in line)}" fill="none" stroke="{COLORS[arm]}" '
                    f'stroke-width="2"{dash}/>')
         y = TOP + 10 + 18 * i
-        out.append(f'<line x1="{WIDTH - RIGHT + 12}" x2="{WIDTH - RIGHT + 36}" y1="{y}" y2="{y}" stroke="{COLORS[arm]}" '
-                   f'stroke-width="2"{dash}/><text x="{WIDTH - RIGHT + 42}" y="{y + 4}" fill="{INK}">{arm} '
+        out.append(f'<line x1="{WIDTH - RIGHT + 12}" x2="{WIDTH - RIGHT + 36}" y1="{y}" y2="{y}" '
+                   f'stroke="{COLORS[arm]}" stroke-width="2"{dash}/>'
+                   f'<text x="{WIDTH - RIGHT + 42}" y="{y + 4}" fill="{INK}">{arm} '
                    f'{"" if arm == "ddp" else f"H {span}"}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
             f'height="{HEIGHT}" font-family="system-ui, sans-serif" font-size="11">'

@@ -87,8 +87,8 @@ def elastic(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, l
     events = run.engine.record.events
     clocks = [e["seconds"] for e in events if e["kind"] == "clock" and e["round"] == away[1] and "score" not in
               e["phases"][0]]
-    worked = {e["round"] for e in events if e["kind"] == "wire" and e["client"] == infos[-1].id and e["direction"] == "up"
-              and e["phase"].endswith("local")}
+    worked = {e["round"] for e in events if e["kind"] == "wire" and e["client"] == infos[-1].id
+              and e["direction"] == "up" and e["phase"].endswith("local")}
     return {"fall": float(fall), "healing": sum(clocks[1:]) / clocks[0] if clocks else 0.0,
             "windows": float(min((t for t in worked if t >= away[1]), default=rounds) - away[1]),
             "undone": float(run.state.get("undone", 0)), **run.work()}

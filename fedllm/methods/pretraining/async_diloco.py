@@ -1,4 +1,4 @@
-"""Asynchronous DiLoCo: each worker's change moves the model as it comes, and momentum waits for a whole round of them."""
+"""Asynchronous DiLoCo: each worker's change moves the model as it comes, and momentum waits for a round of them."""
 
 from __future__ import annotations
 

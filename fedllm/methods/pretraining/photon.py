@@ -31,8 +31,8 @@ class Photon(Star):
                     "alone on the same steps, each at its best inner rate", rig="tiny_lm", metric="fall",
                     baseline="local_only", relative="difference", holds=">=", threshold=0.25, options=LINES,
                     grid=RATES),
-        also={"averaging": Claim("Nesterov at the server ends no more than 0.05 above plain averaging, each at its best "
-                                 "inner rate", rig="tiny_lm", metric="fall", baseline="photon", relative="difference",
+        also={"averaging": Claim("Nesterov at the server ends no more than 0.05 above plain averaging, each at "
+                                 "its best inner rate", rig="tiny_lm", metric="fall", baseline="photon", relative="difference",
                                  holds=">=", threshold=-0.05, options=LINES, grid=RATES,
                                  against={"knobs": {"server": "fedavg"}})},
         evidence="Strategies and defaults of the official code from a dossier; its scaling of averaged weights by the "

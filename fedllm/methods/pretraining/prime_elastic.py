@@ -34,16 +34,16 @@ class PrimeElastic(Method):
               "change in 8 bits, the training loss, a vote; from one member, where somebody joins, what it holds",
         needs="any model and space; local.steps H; workers that keep twice the trainables; not dp, secagg, he, codec "
               "or robust layers, since every single answer counts",
-        claim=Claim("with a worker that leaves after two of ten windows and comes back after five, it ends no more than "
-                    "0.1 above DiLoCo with all four all along, each at its best inner rate", rig="elastic",
+        claim=Claim("with a worker that leaves after two of ten windows and comes back after five, it ends no more "
+                    "than 0.1 above DiLoCo with all four all along, each at its best inner rate", rig="elastic",
                     metric="fall", baseline="diloco", relative="difference", holds=">=", threshold=-0.1, grid=RATES,
                     options={"away": (2, 5)}, against={"away": (0, 0)},
                     unequal="three of the forty windows of work are lost with the worker"),
         also={"healing": Claim("who joins is healed in less than the time of one outer step", rig="elastic",
                                metric="healing", holds="<", threshold=1.0, kind="exact", options={"away": (2, 5)},
                                seeds=3)},
-        evidence="torchft's protocol and prime's 8-bit ring from a dossier; a star stands for the ring, so that a sum is "
-                 "rounded once at each client and once at the server. Inner moments never leave a worker, so that who "
+        evidence="torchft's protocol and prime's 8-bit ring from a dossier; a star stands for the ring, so that a "
+                 "sum is rounded once at each client and once at the server. Inner moments never leave a worker, so that who "
                  "heals begins them afresh, and a window that does not count takes them back.",
     )
     trial = Trial({"min_replicas": 2, "quantize": "none"}, local={"steps": 2, "optimizer": "adamw", "lr": 0.01})
@@ -51,7 +51,7 @@ class PrimeElastic(Method):
     quantize: Literal["int8", "none"] = knob("int8", "changes in 8 bits, or as they are", options=("int8", "none"))
     outer_lr: float = knob(0.7, "the rate of the outer SGD", gt=0)
     outer_momentum: float = knob(0.9, "of the outer SGD, with Nesterov's look ahead", ge=0, lt=1)
-    max_missed: int = knob(3, "windows that one worker's lacking or other vote may undo before it is asked no more", ge=1)
+    max_missed: int = knob(3, "windows that a worker's vote may undo before it is asked no more", ge=1)
 
     def check_clients(self, ids, cohort):
         if cohort < self.min_replicas:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client, ClientInfo
