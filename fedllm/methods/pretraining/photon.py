@@ -32,8 +32,8 @@ class Photon(Star):
                     baseline="local_only", relative="difference", holds=">=", threshold=0.25, options=LINES,
                     grid=RATES),
         also={"averaging": Claim("Nesterov at the server ends no more than 0.05 above plain averaging, each at "
-                                 "its best inner rate", rig="tiny_lm", metric="fall", baseline="photon", relative="difference",
-                                 holds=">=", threshold=-0.05, options=LINES, grid=RATES,
+                                 "its best inner rate", rig="tiny_lm", metric="fall", baseline="photon",
+                                 relative="difference", holds=">=", threshold=-0.05, options=LINES, grid=RATES,
                                  against={"knobs": {"server": "fedavg"}})},
         evidence="Strategies and defaults of the official code from a dossier; its scaling of averaged weights by the "
                  "number of clients is left out, since it multiplies weights and not their change. FedAdam and FedYogi "

@@ -43,7 +43,7 @@ class PrimeElastic(Method):
                                metric="healing", holds="<", threshold=1.0, kind="exact", options={"away": (2, 5)},
                                seeds=3)},
         evidence="torchft's protocol and prime's 8-bit ring from a dossier; a star stands for the ring, so that a "
-                 "sum is rounded once at each client and once at the server. Inner moments never leave a worker, so that who "
+                 "sum is rounded once at each client and once at the server. Inner moments never leave a worker: who "
                  "heals begins them afresh, and a window that does not count takes them back.",
     )
     trial = Trial({"min_replicas": 2, "quantize": "none"}, local={"steps": 2, "optimizer": "adamw", "lr": 0.01})
