@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-llm test wheel lint claims bench drills models fuzz docs clean
+.PHONY: demo demo-llm test wheel lint claims bench drills models pretrain fuzz docs clean
 
 # A stamp for each set of extras, younger than pyproject.toml when it is installed.
 # The build of torch that everything here was measured with; another is fine (TORCH='torch>=2.9').
@@ -72,6 +72,10 @@ models: $(VENV)/.dev
 # The docs as a site, strictly: build/site. SERVE=1 shows it while you write.
 docs: $(VENV)/.dev
 	$(BIN)/python -m mkdocs $(if $(SERVE),serve,build --quiet)
+
+# A Llama of 1.9 M weights from nothing, six ways, perplexity against bytes: docs/results/pretrain.md; SEEDS='0 1'.
+pretrain: $(VENV)/.dev
+	$(BIN)/python -m evidence.pretrain $(SEEDS)
 
 # Ten minutes of made-up messages; FUZZ_SECONDS for more. What it finds it leaves as crash-* in build/fuzz.
 FUZZ_SECONDS ?= 600

@@ -20,6 +20,7 @@ from typing import Any
 from fedllm.api import run as simulate
 from fedllm.core.errors import RunError
 from fedllm.federation.nvflare.loopback import Loopback, events, until
+from fedllm.methods.registry import method_class
 from fedllm.runs.result import Result
 
 LOCAL = {"optimizer": "sgd", "lr": 0.1, "steps": 15, "batch_size": 4}
@@ -28,6 +29,9 @@ WHOLE: dict[str, Any] = {"rounds": 6, "local": LOCAL}
 LOSSY: dict[str, Any] = {"rounds": 16, "local": LOCAL, "clients": {"deadline": 30.0, "quorum": 1},
                          "evaluate": {"exact_match": False, "samples": 0, "clients": False}}
 """Rounds end without the sites that are away."""
+PRETRAINING: dict[str, Any] = {"rounds": 8, "local": {"optimizer": "adamw", "lr": 1e-3, "steps": 15, "batch_size": 4}}
+"""Outer momentum at the server, Adam's moments at the sites (streaming_diloco: what they hold, and their own weights):
+all of it must be there again."""
 ASYNC: dict[str, Any] = {"method": "fedbuff", "knobs": {"buffer_size": 2, "concurrency": 3}, "rounds": 14,
                          "local": LOCAL, "evaluate": {"exact_match": False, "samples": 0, "clients": False}}
 """FedBuff: steps end while sites are at work, and who answers first decides, so that no two runs need be alike."""
@@ -48,7 +52,8 @@ def drill(rig: Loopback, harm: Harm, spec: dict[str, Any], seconds: float = 400.
     if not (run / "result.json").exists():
         raise RunError(f"{run} has no result; serve said: {(rig.folder / 'serve.log').read_text()[-600:]}")
     far, gone = Result.load(run), events(run, "missing")
-    calm, apart = f"state after {recipe['rounds']} calm rounds", "clients" in spec or "method" in spec
+    calm = f"state after {recipe['rounds']} calm rounds of {recipe['method']['name']}"
+    apart = "clients" in spec or method_class(recipe["method"]["name"]).by_arrival
     if not apart and calm not in rig.notes:
         rig.notes[calm] = simulate(recipe, root=rig.folder / "here").state_digest
     return {"recover_s": round(recovered, 1), "run_s": round(time.monotonic() - began, 1), "rounds": far.rounds,
@@ -227,6 +232,28 @@ def async_killed(rig: Loopback) -> dict[str, Any]:
     return drill(rig, lambda run: _kill_and_await(run, rig.coordinator), {**ASYNC, "rounds": 20})
 
 
+def diloco_killed(rig: Loopback) -> dict[str, Any]:
+    """Pre-training by DiLoCo: a worker is killed in the middle of a round, and later the coordinator."""
+    return drill(rig, lambda run: _worker_then_coordinator(rig, run), {**PRETRAINING, "method": "diloco"})
+
+
+def streaming_killed(rig: Loopback) -> dict[str, Any]:
+    """The same to streaming DiLoCo, whose workers are told steps alone and hold the rest."""
+    knobs = {"fragments": 2, "delay": 2}
+    return drill(rig, lambda run: _worker_then_coordinator(rig, run),
+                 {**PRETRAINING, "method": "streaming_diloco", "knobs": knobs})
+
+
+def _worker_then_coordinator(rig: Loopback, run: Path) -> float:
+    until(lambda: rounds(run) >= 2, 200)
+    time.sleep(0.2)
+    kill(until(lambda: rig.worker("site-b")))
+    had = rounds(run)
+    until(lambda: rounds(run) >= had + 2, 200, "rounds after the worker was killed")
+    kill(until(rig.coordinator))
+    return _next_after_resumption(run)
+
+
 def all_killed(rig: Loopback) -> dict[str, Any]:
     """Every process of the federation is killed at once, as by a power cut; then the commands are typed again."""
     def harm(run: Path) -> float:
@@ -283,6 +310,6 @@ def _ip(*words: str) -> None:
 DRILLS: dict[str, Callable[[Loopback], dict[str, Any]]] = {
     "client_killed": client_killed, "client_silent": client_silent, "client_slow": client_slow,
     "client_flapping": client_flapping, "half_gone": half_gone, "server_killed": server_killed,
-    "coordinator_killed": coordinator_killed, "all_killed": all_killed, "async_slow": async_slow,
-    "async_killed": async_killed}
+    "coordinator_killed": coordinator_killed, "diloco_killed": diloco_killed, "streaming_killed": streaming_killed,
+    "all_killed": all_killed, "async_slow": async_slow, "async_killed": async_killed}
 """All but `partition`, which needs a rig of its own."""

@@ -297,6 +297,9 @@ class Method(Knobs):
         """Raise DataError when the method cannot learn from the clients' training rows; asked in a simulation alone,
         since nobody sees those of a real federation."""
 
+    def check_work(self, local: Any, rounds: int) -> None:
+        """Raise RecipeError when the method cannot work with so many rounds of what `local` has clients do."""
+
     def cautions(self, clients: int) -> Sequence[str]:
         """What may not be meant, with so many clients a round; shown as the run begins, and nothing is refused."""
         return ()

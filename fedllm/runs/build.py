@@ -106,6 +106,7 @@ def build(recipe: Recipe) -> Parts:
     check_deadlines(recipe, method, world)
     check_models(recipe, method, world)
     check_training(world.model, local, method, layers)
+    method.check_work(local, recipe.rounds)
     tests = bool(federation.test) or (recipe.evaluate.clients and any(s.test for s in _shards(federation)))
     check_best(recipe.evaluate, tests)
     if local.packing and recipe.clients.models:
