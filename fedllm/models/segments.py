@@ -22,12 +22,15 @@ from fedllm.core.errors import ModelError, RecipeError
 from fedllm.core.payload import Tree
 from fedllm.models.batch import IGNORE
 from fedllm.models.emulator import blocks_of
+from fedllm.models.heads import Head
 from fedllm.models.kernels import fast
 from fedllm.models.model import Model
 from fedllm.spaces.layers import block_of
 from fedllm.spaces.space import PEFT, linear_size, output_heads
 
 MADE: weakref.WeakKeyDictionary[Model, dict[tuple[int, ...], list[Segment]]] = weakref.WeakKeyDictionary()
+HEADS: weakref.WeakKeyDictionary[Model, Head] = weakref.WeakKeyDictionary()
+"""What masked language models make of their last states."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ def segments(model: Model, cuts: Sequence[int]) -> list[Segment]:
     net, made = model.net, MADE.setdefault(model, {})
     if tuple(cuts) in made:
         return made[tuple(cuts)]
-    if model.task != "generation" or not isinstance(net, PreTrainedModel) or model.space.virtual:
+    if model.task not in ("generation", "masked_words") or not isinstance(net, PreTrainedModel) or model.space.virtual:
         raise ModelError(f"segments: {type(net).__name__} with the space '{type(model.space).__name__}' cannot be cut; "
-                         "it takes a language model (task generation) and a space whose trainables lie in its modules")
+                         "it takes a language model (task generation or masked_words), and a space whose trainables "
+                         "lie in its modules")
     depth, marks = len(blocks_of(net)), list(cuts)
     fits = all(isinstance(c, int) and 0 <= c <= depth for c in marks)
     if not marks or not fits or any(b <= a for a, b in itertools.pairwise(marks)):
@@ -100,6 +104,8 @@ def segments(model: Model, cuts: Sequence[int]) -> list[Segment]:
     ends = [0, *marks, depth]
     found = [Segment(a, b, depth, i == 0, i == len(marks)) for i, (a, b) in enumerate(itertools.pairwise(ends))]
     _check(model, found)
+    if model.head is None and model not in HEADS:
+        HEADS[model] = Head(net)
     made[tuple(cuts)] = found
     return found
 
@@ -120,10 +126,14 @@ def run(model: Model, segment: Segment, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def losses(model: Model, h: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Mean loss of each of k lanes [k] over the next tokens of the last segment's states h [N, T, d]."""
-    rows, cols = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    z = model.logits_of(h[:, :-1])[rows, cols]  # a stacked head wants all lanes' rows together
-    ce = F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), labels[:, 1:][rows, cols], reduction="none")
+    """Mean loss of each of k lanes [k] over the targets (next tokens, or masked) of the last states h [N, T, d]."""
+    if model.rules.net == "causal":
+        h, labels, head = h[:, :-1], labels[:, 1:], model.logits_of
+    else:
+        head = HEADS[model]
+    rows, cols = (labels != IGNORE).nonzero(as_tuple=True)
+    z = head(h)[rows, cols]  # a stacked head wants all lanes' rows together
+    ce = F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), labels[rows, cols], reduction="none")
     lane = rows // (len(labels) // k)
     return ce.new_zeros(k).index_add(0, lane, ce) / torch.bincount(lane, minlength=k).clamp(min=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +71,16 @@ def saved_params(net: nn.Module, modules: Sequence[str], trains: Callable[[str],
                              f"'{tied_to(net, f'{path}.weight')}', so it is not trained by itself; leave it out, or "
                              "train the space 'head', which unties it")
     return found
+
+
+def lookup_of(net: nn.Module) -> list[str]:
+    """Names of the parameters along the vocabulary: the token embeddings, and the output head's where it is another."""
+    model: Any = net
+    head = model.get_output_embeddings()
+    along = {id(model.get_input_embeddings().weight), *(id(p) for p in (head.parameters() if head else ()))}
+    return [n for n, p in net.named_parameters() if id(p) in along]
+
+
+def tables_of(net: nn.Module) -> set[str]:
+    """Those, and the weights of all else that is looked up (positions, kinds of token)."""
+    return {*lookup_of(net), *(f"{path}.weight" for path, m in net.named_modules() if isinstance(m, nn.Embedding))}

@@ -28,7 +28,7 @@ def losses(model, trees):
         return model.losses(batch)
 
 
-UNCHANGED = ["lora", "full", "ia3", "adapter", "st_adapter", "layers", "mask", "head"]
+UNCHANGED = ["lora", "full", "ia3", "adapter", "experts", "st_adapter", "layers", "mask", "head"]
 
 
 @pytest.mark.parametrize("name", UNCHANGED)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedllm.local.objective import Objective
@@ -20,3 +21,9 @@ class Task(Objective):
     def losses(self, model: Model, batch: Batch, side: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         total, count, _ = model.row_losses(batch)
         return total, count
+
+
+def row_sums(model: Model, batch: Batch) -> Tensor:
+    """For `client.measure`: each row's summed loss, and how many targets it sums over [N, 2], in fp64."""
+    total, count, _ = model.row_losses(batch)
+    return torch.stack([total.double(), count.double()], 1)

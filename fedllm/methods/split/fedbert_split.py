@@ -19,14 +19,13 @@ from fedllm.models.segments import segments
 @dataclass(frozen=True)
 class FedBERTSplit(Method):
     """e = front(x) up, h = middle(e) down, dL/dh up, dL/de down; SGD on both sides; ends are averaged each round."""
-
     card = Card(
         title="FedBERT: split learning of a whole model",
         paper="Tian et al., FedBERT: When Federated Learning Meets Pre-training, ACM TIST 2022",
         topic="pre-training",
-        sends="in every step up: states behind the front and dL/dh, down: states before the back and dL/de; once a "
-              "round the ends' weights either way. Never token ids or labels",
-        needs="a language model, a space with trainables in its modules (full), plain SGD; clients that stay connected",
+        sends="each step up: states behind the front and dL/dh, down: states before the back and dL/de; once a round "
+              "the ends' weights either way. Never token ids or labels",
+        needs="a language model, masked or causal, a space with trainables in it (full), plain SGD; a line each step",
         claim=Claim("one step of all clients is one step of the unsplit model along the mean of their gradients "
                     "(largest relative difference of the weights after 3 rounds)", rig="split_lm",
                     metric="off_unsplit", holds="<=", threshold=1e-5, kind="exact"),
@@ -35,16 +34,16 @@ class FedBERTSplit(Method):
                               holds=">", threshold=0.9),
               "learns": Claim("after as many steps its loss on the global test is below that of clients that train "
                               "alone, on the mean", rig="split_lm", metric="loss", baseline="local_only",
-                              relative="difference", holds="<", threshold=0.0, grid={"local.lr": (0.05, 0.1, 0.3)})},
-        evidence="From the abstract and a dossier. Next tokens, not masked ones; parallel mode, weighted by rows.",
+                              relative="difference", holds="<", threshold=0.0, grid={"local.lr": (0.05, 0.1, 0.3)}),
+              "masked": Claim("so with masked words", rig="split_masked", metric="loss", baseline="local_only",
+                              relative="difference", holds="<", threshold=0.0, grid={"local.lr": (0.1, 0.3, 0.5)})},
+        evidence="From the abstract and a dossier. Masked words (data.task: masked_words) or next ones; parallel mode.",
     )
     trial, only_fits = Trial({"steps": 2}, {"name": "full"}, far={"local.optimizer": "sgd"}), False
     cut: int = knob(0, "blocks that clients hold before the middle, and as many behind it", ge=0)
     steps: int = knob(4, "steps of a round", ge=1)
 
-    @property
-    def repeats(self) -> int:
-        return self.steps  # each step asks for `top` and `turn` once
+    repeats = property(lambda self: self.steps)  # each step asks for `top` and `turn` once
 
     def check(self, model) -> None:
         self.cuts(model)
