@@ -14,9 +14,12 @@ from evidence.leaderboard.fit import Edits
 from evidence.leaderboard.worlds import World
 from fedllm.comparisons.design import Cell
 from fedllm.comparisons.pool import Pool
+from fedllm.core.client import SERVER
 from fedllm.core.errors import RunError
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import read_recipe
 from fedllm.runs.result import Result
+from fedllm.runs.store import read_json
 
 COST = "cost.json"
 WEIGHTS = ("checkpoints", "adapter", "model", "trainables", "clients")
@@ -64,7 +67,7 @@ def run_cell(workers: Pool, cell: Cell, at: Path) -> dict[str, Any]:
         if "error" in got and not (folder / "result.json").is_file():
             return got
         cpu = None if begun else got.get("cpu_seconds")  # of a run that was taken up it is a part alone
-        (folder / COST).write_text(json.dumps({"cpu_seconds": cpu}))
+        (folder / COST).write_text(json.dumps({"cpu_seconds": cpu, "remember": remember(folder)}))
         for name in WEIGHTS:
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "report.html").unlink(missing_ok=True)  # 5 MB each; `fedllm report` writes it anew
@@ -75,7 +78,14 @@ def run_cell(workers: Pool, cell: Cell, at: Path) -> dict[str, Any]:
     return {"error": f"the run did nothing: {result.failed}", "kind": "DidNothing"} if result.failed else {}
 
 
-def cpu_of(folder: Path) -> float | None:
-    """CPU seconds of a whole cell; None where it was taken up, so that only a part was counted."""
+def remember(folder: Path) -> int | None:
+    """How many clients keep something from one round to the next, by the run's last checkpoint."""
+    found = RunFolder(folder).load()
+    return None if found is None else sum(bool(kept) for c, kept in found[1]["memory"].items() if c != SERVER)
+
+
+def cost_of(folder: Path) -> dict[str, Any]:
+    """`cpu_seconds` of a whole cell (none where it was taken up, so that only a part was counted), and how many clients
+    `remember`."""
     path = folder / COST
-    return json.loads(path.read_text())["cpu_seconds"] if path.is_file() else None
+    return read_json(path) if path.is_file() else {}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evidence.leaderboard.cells import cpu_of
+from evidence.leaderboard.cells import cost_of
 from fedllm.comparisons.chance import LEVEL
 from fedllm.comparisons.figures import GLOBAL, OWN, figures_on
+from fedllm.core.method import Method
 from fedllm.methods.registry import method_class
 from fedllm.report.facts import falls, shown
 from fedllm.runs.result import Result
@@ -41,7 +44,8 @@ def measured(folders: Mapping[int, Path]) -> dict[str, Any]:
     runs = {seed: Result.load(folder) for seed, folder in folders.items()}
     each = list(runs.values())
     energy = [e for r in each if (e := r.reports.get("EdgeEnergy"))]
-    cpus = [cpu for folder in folders.values() if (cpu := cpu_of(folder)) is not None]
+    costs = [cost_of(folder) for folder in folders.values()]
+    cpus = [cpu for c in costs if (cpu := c.get("cpu_seconds")) is not None]
 
     def mean(values: Sequence[float]) -> float | None:
         return float(f"{np.mean(values):.5g}") if values else None
@@ -57,6 +61,8 @@ def measured(folders: Mapping[int, Path]) -> dict[str, Any]:
             "down": mean([r.bytes["down"] for r in each]), "cpu_seconds": mean(cpus),
             "memory": max(r.peak_memory_bytes for r in each), "joules": mean([e["joules"] for e in energy]),
             "tokens": mean([e["tokens"] for e in energy]), "flops": mean([e["flops"] for e in energy]),
+            "remember": max((c.get("remember") or 0 for c in costs), default=0),
+            "own_part": any("views" in r.evaluation for r in each),
             "digests": {str(seed): r.state_digest for seed, r in runs.items()}}
 
 
@@ -66,4 +72,11 @@ def said_of(method: str) -> dict[str, Any]:
     card = kind.card
     return {"title": card.title, "topic": card.topic, "sends": card.sends, "kinds": list(card.kinds),
             "pooled": bool(kind.simulation_only), "serves": kind.serves, "ranks": kind.reads_ranks,
-            "mixes": kind.mixes}
+            "mixes": kind.mixes, "gradients": descends(kind)}
+
+
+def descends(kind: type[Method]) -> bool:
+    """Whether its client functions ask for gradients: somewhere in its file, or in one that it inherits from."""
+    files = {inspect.getsourcefile(k) for k in kind.__mro__ if k.__module__.startswith("fedllm.methods.")
+             or k is kind}
+    return any(re.search(r"\.(fit|backward)\(", Path(f).read_text()) for f in files if f)

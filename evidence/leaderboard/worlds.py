@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from evidence.leaderboard.topics import topics
@@ -23,10 +23,11 @@ class World:
     gradient descent ("sgd"), which some methods need."""
     rows: Rows | None = None
     """Makes `data.source`, where it is no file of the shared data."""
-    rounds: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rounds", self.recipe["rounds"])
+    @property
+    def metric(self) -> str:
+        """By which methods are set in order."""
+        return "accuracy" if self.recipe["data"].get("task") == "classification" else "loss"
 
 
 MINILM = {"name": "minilm", "pooling": "mean"}
