@@ -69,9 +69,9 @@ def measured(folders: Mapping[int, Path]) -> dict[str, Any]:
 def said_of(method: str) -> dict[str, Any]:
     """What the card says that the server sees, and which of the method's traits a reader may look for."""
     kind = method_class(method)
-    card = kind.card
+    card = kind.card  # `serves` of some follows from their knobs: those have a server's model under some of them
     return {"title": card.title, "topic": card.topic, "sends": card.sends, "kinds": list(card.kinds),
-            "pooled": bool(kind.simulation_only), "serves": kind.serves, "ranks": kind.reads_ranks,
+            "pooled": bool(kind.simulation_only), "serves": kind.serves is not False, "ranks": kind.reads_ranks,
             "mixes": kind.mixes, "gradients": descends(kind)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def _plays() -> list[Row]:
     """What was said to one on the stage, and the answer."""
     text = resolve("shared:tinyshakespeare.txt").read_text(encoding="utf-8")
     said = [" ".join(piece.partition(":\n")[2].split()) for piece in text.split("\n\n")]
-    return [{"prompt": a, "response": b} for a, b in zip(said, said[1:], strict=False) if a and b]
+    return [{"prompt": a, "response": b} for a, b in itertools.pairwise(said) if a and b]
 
 
 def topics(count: int = len(SIZES)) -> Sequence[Row]:

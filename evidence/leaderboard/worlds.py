@@ -68,8 +68,8 @@ NEWS = World(
 
 INSTRUCTIONS = World(
     "Instructions, eight topics of unequal sizes (the embedded model)",
-    "Code, mathematics, reviews, news and more, a client each, from 18 to 150 rows; the embedded model of 2.2 M weights "
-    "has read office records alone.",
+    "Code, mathematics, reviews, news and more, a client each, from 18 to 150 rows; the embedded model of 2.2 M "
+    "weights has read office records alone.",
     {"model": "embedded", **COMMON,
      "data": {"test": 0.15, "public": 0.05, "client_test": 0.2, "template": ASKED,
               "partition": {"kind": "by_key", "key": "topic"}},
