@@ -1,5 +1,6 @@
 """What people see: consoles that lack characters, Ctrl-C, progress lines, hints, keys, chat, run folders."""
 
+import io
 import json
 import logging
 import multiprocessing
@@ -299,19 +300,19 @@ def test_no_empty_table_where_nothing_was_tested(tmp_path):
 
 
 def test_the_live_view_tells_what_bars_do_not(tmp_path, recipe, monkeypatch):
-    """On a terminal: clients with what they sent, the loss from round to round, who was lost. Elsewhere it is refused."""
+    """On a terminal: clients with what they sent, the loss by rounds, who was lost. Elsewhere it is refused."""
     from fedllm.runs.stages import begin
     from fedllm.runs.terminal import live_view, spark
 
-    shown = Console(file=open(tmp_path / "screen", "w"), force_terminal=True, width=100, height=40)
-    with live_view(shown) as view:
+    screen = io.StringIO()
+    with live_view(Console(file=screen, force_terminal=True, width=100, height=40)) as view:
         begin({**recipe, "rounds": 3, "clients": {"dropout": 0.4}}, tmp_path, {}, lambda folder, result: None, view)
-    last = Console(width=100, record=True, file=open(os.devnull, "w"))
+    last = Console(width=100, record=True, file=io.StringIO())
     last.print(view)
     text = last.export_text()
     assert "3 of 3" in text and "training loss" in text and "test after round 3" in text and "kB up" in text
     assert all(name in text for name in view.story.clients) and "lost while it worked" in text
-    assert "training loss" in (tmp_path / "screen").read_text()  # it was drawn while the run went on
+    assert "training loss" in screen.getvalue()  # it was drawn while the run went on
     assert spark([3.0, 2.0, 1.0]) == "█▅▁" and spark([1.0]) == "▁"
-    with pytest.raises(RecipeError, match="--live draws on a terminal"), live_view(Console(file=open(os.devnull, "w"))):
+    with pytest.raises(RecipeError, match="--live draws on a terminal"), live_view(Console(file=io.StringIO())):
         pass

@@ -21,9 +21,9 @@ from fedllm.local.summed import on_grid
 from fedllm.privacy._discrete import Coins, discrete_gaussian
 from fedllm.privacy._shared import terms
 from fedllm.privacy.accountant import Ledger, Release, noise_for, spent
+from fedllm.privacy.composition import check_stack, clash
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_ftrl import DPFTRL
-from fedllm.privacy.composition import check_stack, clash
 from fedllm.privacy.dp_sgd import DPSGD
 from fedllm.privacy.he_ckks import HECKKS
 from fedllm.privacy.secagg import SecAgg
