@@ -1,7 +1,7 @@
-"""Tables of the recipe families at a size that one core makes in minutes: `python -m evidence.pages.families [NAME ...]`.
+"""Tables of the recipe families at a size for one core and minutes: `python -m evidence.pages.families [NAME ...]`.
 
-Each is `fedllm compare` with the options below; its page goes to docs/results/families, with the command on top. The files
-of `python -m evidence.bench_rows` must lie in the shared data (`FEDLLM_DATA`).
+Each is `fedllm compare` with the options below; its page goes to docs/results/families, with the command on top. The
+files of `python -m evidence.bench_rows` must lie in the shared data (`FEDLLM_DATA`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "results" / "families"
 MINILM = ("data.test_limit=100", "data.limit=600", "local.max_length=24", "local.batch_size=8")
 SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
-    "fedit_shepherd": (6, 1, ()),
-    "fedllm_bench": (2, 1, ("rounds=4", "local.max_length=64", "data.test_limit=30")),
-    "fs_llm": (2, 1, ("rounds=4", "data.office.test_rows=30")),
-    "openfedllm": (2, 1, ("rounds=4",)),
+    "fedit_shepherd": (4, 1, ("rounds=4",)),
+    "fedllm_bench": (1, 1, ("rounds=4", "local.max_length=48", "data.test_limit=30")),
+    "fs_llm": (1, 1, ("rounds=3", "data.office.test_rows=30", "local.steps=6")),
+    "openfedllm": (1, 1, ("rounds=4",)),
     "fedpeft": (2, 1, MINILM),
     "fedpetuning": (2, 1, MINILM),
     "fedtune_bench": (2, 1, MINILM),

@@ -117,6 +117,7 @@ FAMILY = {"title": "Two spaces", "paper": "ours", "shows": ["it runs"], "base": 
     "real": {"rounds": 2}, "seeds": 1}
 
 
+@pytest.mark.slow
 def test_a_tiny_family_trains(recipe, tmp_path):
     base = {**FAMILY["base"], "model": {"name": recipe["model"], "fast_kernels": False}, "data": {
         **recipe["data"], "limit": 80, "partition": {"kind": "iid", "clients": 2}}}

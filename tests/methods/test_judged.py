@@ -12,13 +12,16 @@ from safetensors.torch import load_file
 
 import fedllm
 from fedllm.core.errors import CompositionError, RecipeError, Withheld
+from fedllm.engines.far.reasons import Refused
+from fedllm.federation.admission import may_load
+from fedllm.federation.settings import SiteSettings
 from fedllm.methods import _judges
 from fedllm.methods._judges import sampled, turned, vote
 from fedllm.models.model import Model
 from fedllm.models.shelf import Shelf
 from fedllm.runs.build import build
 from fedllm.runs.course import Course
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import NamedModel, load_recipe
 from fedllm.spaces import make_space
 from tests.methods.conftest import llama, tokenizer
 from tests.methods.test_fed_dpo import write
@@ -94,6 +97,15 @@ def test_who_has_nothing_to_judge_says_so():
         sampled(Dull(), {}, 0.5)
     talk = {"prompt": "p", "chosen": "a", "rejected": "b", "talks": {"chosen": [1], "rejected": [2]}}
     assert turned(talk)["talks"] == {"chosen": [2], "rejected": [1]} and turned(turned(talk)) == talk
+
+
+def test_a_site_looks_at_where_a_judge_comes_from():
+    """`models.N.space.start_from` is a path that the site did not open, or a name that only the Hub has."""
+    for folder, why in (("/etc", "path"), ("owner/adapter", "network")):
+        spec = NamedModel.model_validate({"name": "embedded", "space": {"name": "lora", "start_from": folder}})
+        with pytest.raises(Refused) as refused:
+            may_load(SiteSettings(data="d", store="s"), "models.judge", spec)
+        assert refused.value.code == why
 
 
 STAGES = [{"name": "judges", "method": {"name": "fedbiscuit", "groups": 2, "warmup": 1, "regroup": 1,
