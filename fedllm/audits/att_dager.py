@@ -55,6 +55,11 @@ class DAGER(Knobs):
                            threshold=0.99, seeds=5, options={"rows": 8, "length": 8}),
             "lora": Claim("and of one row of 8 tokens from the first upload of a LoRA of rank 16", rig="span",
                           metric="rouge_l", holds=">=", threshold=0.99, seeds=5, options={"rank": 16, "length": 8}),
+            "smollm2": Claim("and of a sentence of 8 tokens from SmolLM2's first upload of a LoRA of rank 16, with all of "
+                             "its 49,152 tokens tried", rig="spoken", metric="rouge_l", holds=">=", threshold=0.99,
+                             seeds=3),
+            "smollm2_dp": Claim("under dp_sgd at epsilon 8 nothing of it", rig="spoken", metric="recall", holds="<=",
+                                threshold=0.0, seeds=3, options={"layers": ("dp_sgd",)}),
             "dp": Claim("under dp_sgd at epsilon 8 no more than 5 points above a guess", rig="span",
                         metric="over_guess", holds="<=", threshold=0.05, seeds=5, options={"layers": ("dp_sgd",)}),
             "secagg": Claim("from a secagg sum of 8 clients with more inputs than the layer is wide no more than 5 "
