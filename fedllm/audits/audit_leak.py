@@ -9,21 +9,27 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
+from fedllm.audits._span import BLOCK
+from fedllm.audits.att_dager import DAGER
 from fedllm.audits.att_decepticons import Decepticons, Forging
 from fedllm.audits.att_film import FILM
 from fedllm.audits.att_gradient_inversion import Inversion
+from fedllm.audits.att_lora_leak import LoraLeak
 from fedllm.audits.recovered import compare, guess
 from fedllm.audits.view import ServerView
 from fedllm.core.errors import RunError
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Tree, part, sub
 from fedllm.core.program import drive
+from fedllm.data.encode import Encoded
 from fedllm.models.load import eager_encoder
-from fedllm.models.model import HeadedEncoder
+from fedllm.models.model import HeadedEncoder, Model
 from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.tape import Playback
 from fedllm.spaces.space import PEFT
+
+CAUSAL = ("generation", "preference")
 
 
 def leaks(case: Any) -> dict[str, Any]:
@@ -41,11 +47,35 @@ def leaks(case: Any) -> dict[str, Any]:
         attacks["film_bag"] = _figures([found], [sorted({int(t) for e in rows for t in e.ids})], public, bag=True)
     if isinstance(world.model.net, GPT2LMHeadModel) and any(".mlp.c_fc.weight" in n for n in moved):
         attacks["decepticons"] = _forged(case, client, public)
+    spans = _spanned(case, moved, part(view.told.get(client, {}), "theta"), rows, public, attacks)
     if isinstance(world.model.net, HeadedEncoder) and moved:
         attacks["gradient_inversion"] = _inverted(case, client, moved, part(view.told.get(client, {}), "theta"), public)
     return {"sees": "sums only" if view.sums else "each reply", "client": client,
             "from": "by the transcript of round 1" if case.recipe.record.replies else "in a fresh round",
-            "trainables_seen": len(moved), "embeddings_seen": table is not None, "attacks": attacks}
+            "trainables_seen": len(moved), "embeddings_seen": table is not None, "spans": spans, "attacks": attacks}
+
+
+def _spanned(case: Any, moved: Tree, told: Tree, rows: Sequence[Encoded], public: Sequence[Sequence[int]],
+             attacks: dict[str, Any]) -> dict[str, Any]:
+    """The span tests of a causal model, into `attacks`; what they hung on: `rank`, `width`, whether they `leak` or why
+    not, and how many different `inputs` the client has."""
+    model = case.parts.world.model
+    if model.task not in CAUSAL or not isinstance(model, Model) or not any(BLOCK.search(n) for n in moved):
+        return {}
+    told = told if told.keys() >= moved.keys() else model.initial()
+    got = DAGER(longest=max(len(e.ids) for e in rows)).read(model, told, moved)
+    real = [e.ids.tolist() for e in rows]
+    if got.why == "nothing" and not got.width:
+        return {}
+    attacks["dager"] = _figures(got.rows, real, public)
+    out: dict[str, Any] = {"rank": got.rank, "width": got.width, "verdict": got.why,
+                           "inputs": len({t for row in real for t in row[:-1]})}
+    if channels := LoraLeak().read(model, told, moved):
+        bag = sorted({t for c in channels for t in c.tokens})
+        attacks["lora_leak"] = _figures([bag], [sorted({t for row in real for t in row})], public, bag=True)
+        out["channels"] = [{"module": c.module, "factor": c.factor, "rank": c.rank, "seen": c.seen,
+                            "tokens": len(c.tokens), "verdict": c.verdict} for c in channels]
+    return out
 
 
 def change(view: ServerView, client: str) -> Tree:

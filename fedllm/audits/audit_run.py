@@ -296,9 +296,21 @@ def _leak(case: Case, gates: PrivacyAudit) -> tuple[list[Check], dict[str, Any]]
 
     found = leaks(case)
     over = {name: max(0.0, a["f1"] - a["guess_f1"]) for name, a in found["attacks"].items()}
-    tried = ", ".join(found["attacks"]) or "no attack has a hold"
+    best = max(over, key=over.__getitem__, default="")
+    needs = _needs(found["spans"], case, best)
+    tried = f"{', '.join(over)}; strongest {best}{needs}" if over else "no attack has a hold"
     return [Check("text_leak", max(over.values(), default=0.0), gates.max_leak, "F1 of a client's tokens over a guess "
                   f"({tried}); the server sees {found['sees']}, {found['from']}")], found
+
+
+def _needs(spans: Mapping[str, Any], case: Case, best: str) -> str:
+    """What the span tests need of batch, rank and layer, and what this run gives them."""
+    local = case.parts.world.local
+    if not spans or best not in ("dager", "lora_leak"):
+        return ""
+    return (f" on the first block: it saw {spans['rank']} of {spans['width']} directions ({spans['verdict']}), and "
+            "needs one step of SGD on fewer different tokens than that in all of a sum; a batch here has "
+            f"{local.batch_size} rows, the client {spans['inputs']} different tokens")
 
 
 AUDITS: Mapping[str, Callable[[Case, PrivacyAudit], tuple[list[Check], dict[str, Any]]]] = {
