@@ -63,6 +63,9 @@ embedded model was pre-trained on (blocks of {s['length']} tokens, dealt at rand
 client, AdamW with warm-up and a cosine over all steps. The one inner rate was chosen by DDP on a seed apart ({rates});
 outer rates are the methods' own and were not tuned (streaming_diloco: DiLoCo's), so nobody but DDP had its best.
 
+So short a run is hard on whoever synchronizes seldom: at H = 100 there are {s['steps'] // 100} outer steps in all,
+at H = 30 {s['steps'] // 30}, and sparse_loco sends 1.6 % of the entries in each.
+
 **Bytes** are what all clients sent and were sent, counted on the wire (names and framing too), without the starting
 weights, which follow from the seed, and with the last model's way down. DDP is one process with the rows of all
 clients in each step; its bytes are those of a gradient in fp32 to and from every client in every step.
