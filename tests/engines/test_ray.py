@@ -27,7 +27,10 @@ from fedllm.runs.spread import over
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
 CASES = {"fedavg": {}, "scaffold": {}, "fedbuff": {}, "fedex_lora": {}, "hetlora": {
-    "space": {"name": "lora", "rank": 4, "scaling": "shared"}, "clients": {"ranks": [1, 2, 4, 4, 3]}}}
+    "space": {"name": "lora", "rank": 4, "scaling": "shared"}, "clients": {"ranks": [1, 2, 4, 4, 3]}},
+    "streaming_diloco": {"method": {"name": "streaming_diloco", "fragments": 2, "delay": 1}},
+    "sparse_loco": {"method": {"name": "sparse_loco", "k": 400}},
+    "prime_elastic": {"method": {"name": "prime_elastic", "min_replicas": 2}}}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedllm.core.errors import CompositionError, PayloadError, QuorumError, RecipeError
+from fedllm.core.errors import CompositionError, ModelError, PayloadError, QuorumError, RecipeError
 from fedllm.core.payload import add, scale, sub, zeros_like
 from fedllm.core.program import drive
 from fedllm.engines.in_process import InProcess
@@ -17,6 +17,8 @@ from fedllm.methods._chunks import Chunks, of_twelve, twelve
 from fedllm.methods._coarse import coarse, fine
 from fedllm.methods._fragments import fragments
 from fedllm.methods.registry import make_method
+from fedllm.runs.build import build
+from fedllm.runs.recipe import load_recipe
 from fedllm.wire.codec_quant import CodecQuant
 
 ADAM = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "steps": 3}
@@ -327,3 +329,21 @@ def test_a_resumed_run_ends_where_the_other_did(begin, gap):
         other.state, other.t, other.engine.memory = half.state, half.t, half.engine.memory
         assert gap(other.go(2).state["theta"], whole.state["theta"]) == 0
         drive(other.method.evaluate(other.state, other.world.infos(), "local"), other.engine)
+
+
+RECIPE = {"model": {"name": "embedded", "weights": "random"}, "space": "full", "local": {"steps": 3}, "rounds": 4,
+          "data": {"source": "office", "office": {"clients": 2, "rows": 8, "test_rows": 2, "client_test_rows": 0}}}
+
+
+@pytest.mark.parametrize(("changes", "why"), [
+    ({"method": {"name": "streaming_diloco", "fragments": 3}, "rounds": 6}, "does not divide the 4 layers"),
+    ({"method": {"name": "streaming_diloco", "fragments": 2}, "rounds": 5}, "does not divide rounds = 5"),
+    ({"method": "streaming_diloco", "local": {}}, "local.steps is not given"),
+    ({"method": "diloco", "local": {"steps": 3, "over_rounds": "cosine_steps", "warmup": 12}}, "warmup = 12 is not"),
+    ({"method": {"name": "prime_elastic", "min_replicas": 3}}, "min_replicas = 3 is not allowed with 2 clients"),
+    ({"method": "photon", "models": {"small": {"name": "minilm"}}, "clients": {"models": ["embedded", "small"]}},
+     "small"),
+])
+def test_a_recipe_that_cannot_be_is_refused_before_it_runs(changes, why):
+    with pytest.raises((RecipeError, CompositionError, ModelError), match=why):
+        build(load_recipe({**RECIPE, **changes}))
