@@ -26,8 +26,8 @@ def agreed(hashes: Mapping[str, str], t: int) -> str:
     """The hash that more than half of the mergers came to, empty if none is left; QuorumError if unlike."""
     best, votes = Counter(hashes.values()).most_common(1)[0] if hashes else ("", 0)
     if len(hashes) > 1 and votes * 2 <= len(hashes):
-        raise QuorumError(f"the mergers {', '.join(sorted(hashes))} of round {t + 1} came to unlike hashes: one of them "
-                          "altered the merge, and nothing is accepted")
+        raise QuorumError(f"the mergers {', '.join(sorted(hashes))} of round {t + 1} came to unlike hashes: one of "
+                          "them altered the merge, and nothing is accepted")
     return best
 
 

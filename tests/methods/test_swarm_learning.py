@@ -96,8 +96,13 @@ def test_a_merger_that_publishes_something_else_is_not_believed(begin):
             client.session["made"] = {n: t + 1 for n, t in client.session["made"].items()}
         return call(msg)
 
-    run = begin("swarm_learning", layers=(Ill(lies),)).go(1)
-    assert not any("theta" in run.engine.memory.get(c, {}) for c in IDS)
+    run, plain = begin("swarm_learning", layers=(Ill(lies),)).go(1), begin("fedavg").go(1)
+    assert run.state["merger"] not in ("", liar)
+    assert all(t.equal(plain.state["theta"][n]) for theta in held(run).values() for n, t in theta.items())
+    with pytest.raises(QuorumError, match="nobody is left to merge"):
+        begin("swarm_learning", witnesses=0, layers=(Ill(
+            lambda name, msg, client, call: lies(name, msg, client, call) if client.id == liar else (
+                call(msg) if name not in ("merge", "publish") else die(*IDS).how(name, msg, client, call))),)).go(1)
 
 
 def test_who_missed_rounds_is_healed_by_the_next_merge(begin):
