@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from evidence.rigs.topics import CLASSES, pretrained, topic_federation
 from evidence.rigs.trials import Metrics, Trial, _tiny_llama, above_least, quadratic_world
 from fedllm.core.errors import PayloadError
+from fedllm.core.layer import Layer
 from fedllm.core.payload import norm, sub
 from fedllm.core.program import drive
 from fedllm.core.rng import numpy_stream
@@ -67,7 +68,7 @@ def gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def topic_trial(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, alpha: float = 0.1,
-                regions: bool = False) -> Trial:
+                regions: bool = False, layers: Sequence[Layer] = ()) -> Trial:
     """A method on the topics of rig A; with `regions` clients stand in the order of their commonest label."""
     space = make_space("lora", rank=4, alpha=8.0, targets=("query", "value"))
     fed = topic_federation(seed, alpha=alpha)
@@ -76,7 +77,7 @@ def topic_trial(method: str, seed: int, *, knobs: Mapping[str, Any] | None = Non
         fed = replace(fed, clients={c: fed.clients[c] for c in sorted(fed.clients, key=lambda c: (kind[c], c))})
     model = Model(pretrained(seed), None, "classification", space, labels=CLASSES, seed=seed)
     spec = LocalSpec(optimizer="adamw", lr=3e-3, steps=10, batch_size=16)
-    return Trial(method, World(model, fed, spec, seed), dict(knobs or {}))
+    return Trial(method, World(model, fed, spec, seed), dict(knobs or {}), layers=layers)
 
 
 def edges(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, client_rounds: int = 15,

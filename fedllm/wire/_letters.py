@@ -17,13 +17,21 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
-from fedllm.core.errors import PayloadError
+from fedllm.core.errors import CompositionError, PayloadError
 from fedllm.core.payload import Payload, non_finite
 from fedllm.wire import _keys as keys
 from fedllm.wire import codec
 
 KEY = "letters/key"
 """Where the round's private key waits in the client's memory."""
+
+
+def closed_to(method: str, layers: Sequence[Any]) -> None:
+    """CompositionError for a layer that would have to read what is sealed."""
+    for layer in layers:
+        if layer.algebra.kind not in ("plain", "dp", "line"):
+            raise CompositionError(f"{method} and layer '{type(layer).__name__}' do not fit together: no layer can "
+                                   "read sealed letters; dp_sgd works, which acts inside training")
 
 
 def greet(client: Any, sid: str, folder: str | None) -> list[bytes]:

@@ -68,10 +68,7 @@ class Gossip(Method):
         graph_of(self.graph, list(ids[:cohort]), self.degree)
 
     def check_layers(self, layers) -> None:
-        for layer in layers:
-            if layer.algebra.kind not in ("plain", "dp", "line"):
-                raise CompositionError(f"gossip and layer '{type(layer).__name__}' do not fit together: no layer can "
-                                       "read sealed letters; dp_sgd works, which acts inside training")
+        letters.closed_to("gossip", layers)
 
     def round(self, state: State, clients):
         sid, ids = str(state["round"]), [c.id for c in clients]
