@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 from fedllm.core.errors import Withheld
 from fedllm.core.layer import Layer
 from fedllm.core.method import Knobs, knob
-from fedllm.core.payload import Payload, digest, part
-from fedllm.models.quantized import scales
+from fedllm.core.payload import Payload, part
+from fedllm.models.known_by import base_digest
 
 MEMORY = "vetting"
 
@@ -126,12 +125,3 @@ def effective_rank(x: Tensor) -> float:
     p = torch.linalg.svdvals(x)
     p = p / p.sum()
     return float(torch.exp(-(p * p.clamp(min=1e-300).log()).sum()))
-
-
-def base_digest(model: Any) -> str:
-    """sha256 over the architecture and the frozen weights: what a signed base model is known by."""
-    net = model.net
-    trained = set(model.initial())
-    frozen = {n: p for n, p in net.named_parameters() if n not in trained}
-    kind = f"{type(net).__name__} {sorted((n, tuple(p.shape)) for n, p in net.named_parameters())}"
-    return hashlib.sha256((kind + digest(frozen | scales(net))).encode()).hexdigest()

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedllm.defenses.vetting import base_digest
 from fedllm.engines.far.reasons import Refused
 from fedllm.models.endpoint import Endpoint
+from fedllm.models.known_by import base_digest
 from fedllm.models.sealed import opened
 from fedllm.runs.build import versions
 from fedllm.runs.store import read_json, write_atomic

@@ -30,7 +30,8 @@ from fedllm.defenses.rfa import RFA, geometric_median
 from fedllm.defenses.rlr import RLR, robust_rate
 from fedllm.defenses.s2_wef import S2WEF, two_means
 from fedllm.defenses.trimmed_mean import TrimmedMean
-from fedllm.defenses.vetting import Vetting, base_digest, effective_rank, equal_rows, oddity, unlike
+from fedllm.defenses.vetting import Vetting, effective_rank, equal_rows, oddity, unlike
+from fedllm.models.known_by import base_digest
 
 RULES = [CoordinateMedian(), TrimmedMean(), Krum(f=1), Krum(f=1, keep=None), Bulyan(f=1), RFA(), CenteredClip(),
          FoolsGold(), NormClip(), NormClip(noise=0.025), RLR(), Anomaly(), S2WEF()]

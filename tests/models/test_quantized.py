@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import fedllm
 from fedllm.core.errors import CompositionError, ModelError, RecipeError
 from fedllm.core.rng import torch_stream
-from fedllm.defenses.vetting import base_digest
 from fedllm.models import proof
 from fedllm.models.exam import Exam, _answer
+from fedllm.models.known_by import base_digest
 from fedllm.models.load import EMBEDDED, load_model
 from fedllm.models.peft_io import load_adapter
 from fedllm.models.quantized import dequantized, packed, unpacked

@@ -16,8 +16,8 @@ from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Tree, pack, part
-from fedllm.defenses.vetting import base_digest
 from fedllm.models.batch import Batch
+from fedllm.models.known_by import base_digest
 from fedllm.models.model import Model
 from fedllm.spaces.experts import MINE, PUBLIC, Experts, leaf, renamed
 
