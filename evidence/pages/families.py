@@ -19,9 +19,9 @@ PAGES = ROOT / "docs" / "results" / "families"
 MINILM = ("data.test_limit=100", "data.limit=600", "local.max_length=24", "local.batch_size=8")
 SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
     "fedit_shepherd": (4, 1, ("rounds=4",)),
-    "fedllm_bench": (1, 1, ("rounds=4", "local.max_length=48", "data.test_limit=30")),
-    "fs_llm": (1, 1, ("rounds=3", "data.office.test_rows=30", "local.steps=6")),
-    "openfedllm": (1, 1, ("rounds=4",)),
+    "fedllm_bench": (1, 1, ("rounds=3", "local.max_length=48", "data.test_limit=30")),
+    "fs_llm": (1, 1, ("rounds=3", "data.office.test_rows=30", "local.steps=5")),
+    "openfedllm": (1, 1, ("rounds=3", "local.steps=4", "clients.per_round=4")),
     "fedpeft": (2, 1, MINILM),
     "fedpetuning": (2, 1, MINILM),
     "fedtune_bench": (2, 1, MINILM),
