@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import Any, Literal
 
 import torch
@@ -46,6 +46,8 @@ class AttByzantine(Malicious):
         "ipm: -scale mean", options=("zero", "erase", "random", "sign_flip", "alie", "ipm"))
     scale: float = knob(1.0, "gamma of sign_flip, epsilon of ipm, noise over the honest rms of random", gt=0)
     z: float | None = knob(None, "ALIE's z_max; None: the paper's formula", gt=0, le=4)
+    honest_norm: bool = knob(False, "ALIE and IPM: as long as the median update that they know, so that no bound on "
+                                    "lengths sees them")
     knowledge: Literal["colluders", "all"] = knob("all", "whose honest updates ALIE and IPM know",
                                                   options=("colluders", "all"))
 
@@ -90,9 +92,13 @@ class AttByzantine(Malicious):
         """The one update that all colluders send, from those that they know."""
         stacked = {k: torch.stack([u[k] for u in seen]) for k in seen[0]}
         if self.kind == "ipm":
-            return {k: -self.scale * x.mean(0) for k, x in stacked.items()}
-        z = self.z or z_max(n, f)
-        return {k: x.mean(0) - z * x.std(0, correction=0) for k, x in stacked.items()}
+            made = {k: -self.scale * x.mean(0) for k, x in stacked.items()}
+        else:
+            z = self.z or z_max(n, f)
+            made = {k: x.mean(0) - z * x.std(0, correction=0) for k, x in stacked.items()}
+        if not self.honest_norm:
+            return made
+        return scale(made, median(norm(u) for u in seen) / max(norm(made), 1e-30))
 
 
 def z_max(n: int, f: int) -> float:

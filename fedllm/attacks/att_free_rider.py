@@ -28,9 +28,11 @@ class AttFreeRider(Malicious):
 
     kind: Literal["plain", "disguised", "delta", "delta_noise"] = knob(
         "plain", "plain: no change; disguised: noise that fades; delta: the global model's own last step; delta_noise: "
-                 "that with noise as large", options=("plain", "disguised", "delta", "delta_noise"))
+                 "that with noise", options=("plain", "disguised", "delta", "delta_noise"))
     sigma: float | None = knob(None, "noise of disguised in its first round; None: the rms of the global model's last "
                                      "step", gt=0)
+    noise: float = knob(1.0, "noise of delta_noise, over the rms of the global model's last step: with little it "
+                             "is a replay", gt=0, le=100)
     decay: float = knob(1.0, "gamma: that noise falls with round ** -gamma", ge=0)
 
     def active(self, t: int) -> bool:
@@ -64,7 +66,7 @@ class AttFreeRider(Malicious):
             sigma = (self.sigma or rms) * age**-self.decay
             last = {k: torch.zeros_like(t) for k, t in last.items()}
         else:
-            sigma = rms
+            sigma = self.noise * rms
         return {k: t + torch.from_numpy(rng.normal(0, sigma, t.shape)).to(t.dtype) for k, t in last.items()}
 
 

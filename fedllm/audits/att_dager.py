@@ -55,8 +55,8 @@ class DAGER(Knobs):
                            threshold=0.99, seeds=5, options={"rows": 8, "length": 8}),
             "lora": Claim("and of one row of 8 tokens from the first upload of a LoRA of rank 16", rig="span",
                           metric="rouge_l", holds=">=", threshold=0.99, seeds=5, options={"rank": 16, "length": 8}),
-            "smollm2": Claim("and of a sentence of 8 tokens from SmolLM2's first upload of a LoRA of rank 16, with all of "
-                             "its 49,152 tokens tried", rig="spoken", metric="rouge_l", holds=">=", threshold=0.99,
+            "smollm2": Claim("and of a sentence of 8 tokens from SmolLM2's first upload of a LoRA of rank 16, with all "
+                             "49,152 tokens tried", rig="spoken", metric="rouge_l", holds=">=", threshold=0.99,
                              seeds=3),
             "smollm2_dp": Claim("under dp_sgd at epsilon 8 nothing of it", rig="spoken", metric="recall", holds="<=",
                                 threshold=0.0, seeds=3, options={"layers": ("dp_sgd",)}),

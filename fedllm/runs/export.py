@@ -48,8 +48,9 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
     result = Result.load(path)
     served = result.adapter_path
     if served is None:
-        raise RunError(f"{path}: method '{result.method}' serves no single model; what clients have lies in "
-                       f"{result.folder / 'clients'}")
+        raise RunError(f"{path} holds no served model (adapter/, model/ or trainables/): method '{result.method}' "
+                       "serves no single one, and what clients have lies in "
+                       f"{result.folder / 'clients'}; or it was deleted")
     goal = Path(out) if out else result.folder / ("merged" if merge else "export")
     _is_free(goal)
     try:
