@@ -84,7 +84,8 @@ def tuned(found: Mapping[str, Mapping[str, float]], grid: int) -> str:
     """Where each arm's inner rate is from, and whose is not its own."""
     own = "; ".join(f"{name} {', '.join(f'{r}: {p:.1f}' for r, p in seen.items())}" for name, seen in found.items())
     lacking = [name for name in COLORS if len(found.get(name, {})) < grid]
-    rest = f"\n\n**Not tuned yet, at DDP's rate: {", ".join(lacking)}.** Their gaps are upper bounds." if lacking else ""
+    names = ", ".join(lacking)
+    rest = f"\n\n**Not tuned yet, at DDP's rate: {names}.** Nothing is said of their best." if lacking else ""
     return f"Inner rates are from one grid, on a seed apart (perplexity by rate: {own}).{rest}\n"
 
 
