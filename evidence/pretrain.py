@@ -50,7 +50,7 @@ OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 PLAIN = {"outer_lr": 1.0, "outer_momentum": 0.0}
 RATES = (1e-3, 3e-3, 6e-3)
 TUNED_ON = 100
-"""The seed on which the one inner rate was chosen, by DDP, for all arms."""
+"""The seed on which each arm's inner rate is chosen, at the shorter H and half of the steps (DDP: all of them)."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,12 @@ def ddp(seed: int, rate: float) -> dict[str, Any]:
     return {**_curve(run, at, EVERY, lambda t: 2 * CLIENTS * message * t * EVERY), "message": message}
 
 
-def federated(name: str, span: int, seed: int, rate: float) -> dict[str, Any]:
-    """One arm at H = `span`. Starting weights are not counted (all have the seed), the last model's way down is."""
+def federated(name: str, span: int, seed: int, rate: float, steps: int | None = None) -> dict[str, Any]:
+    """One arm at H = `span`, over all steps or so many. Starting weights are not counted (all have the seed), the last
+    model's way down is."""
     arm = ARMS[name]
-    each = span // arm.parts
-    at = world(seed, rate, each, STEPS // each, CLIENTS)
+    each, steps = span // arm.parts, steps or STEPS
+    at = world(seed, rate, each, steps // each, CLIENTS)
     run = Trial(arm.method, at, dict(arm.knobs))
 
     def sent(rounds: int) -> float:
@@ -145,14 +146,14 @@ def federated(name: str, span: int, seed: int, rate: float) -> dict[str, Any]:
 
 
 def _curve(run: Trial, at: World, each: int, sent: Any) -> dict[str, Any]:
-    began, points = time.process_time(), []
+    began, points, rounds = time.process_time(), [], at.rounds or 0
     every = max(1, EVERY // each)
-    for t in range(1, STEPS // each + 1):
+    for t in range(1, rounds + 1):
         run.rounds(1)
-        if not t % every or t == STEPS // each:
+        if not t % every or t == rounds:
             points.append([t * each, float(sent(t)), perplexity(at, run.method.served(run.state)[0])])
     return {"points": points, "perplexity": points[-1][2], "bytes": points[-1][1],
-            "tokens": STEPS * ROWS * CLIENTS * (LENGTH - 1), "cpu_seconds": time.process_time() - began}
+            "tokens": rounds * each * ROWS * CLIENTS * (LENGTH - 1), "cpu_seconds": time.process_time() - began}
 
 
 def settings() -> dict[str, Any]:
@@ -181,17 +182,24 @@ def main(seeds: Sequence[int]) -> None:
         fresh.replace(OUT)
         write_page(found, OUT.parent)
 
-    for rate in RATES:
-        if f"{rate:g}" not in found["tuning"]:
-            found["tuning"][f"{rate:g}"] = ddp(TUNED_ON, rate)["perplexity"]
-            console.log(f"tuning: lr {rate:g} perplexity {found['tuning'][f'{rate:g}']:.2f}")
-            keep()
-    best = float(min(found["tuning"], key=found["tuning"].get))
-    done = {(c["arm"], c["H"], c["seed"]) for c in found["cells"]}
+    def best(name: str) -> float:
+        """The rate of the grid at which this arm ends lowest, on a seed apart."""
+        seen = found["tuning"].setdefault(name, {})
+        for rate in RATES:
+            if f"{rate:g}" not in seen:
+                got = ddp(TUNED_ON, rate) if name == "ddp" else federated(name, SPANS[0], TUNED_ON, rate, STEPS // 2)
+                seen[f"{rate:g}"] = got["perplexity"]
+                console.log(f"tuning {name}: lr {rate:g} perplexity {got['perplexity']:.2f}")
+                keep()
+        return float(min(seen, key=seen.get))
+
     for name, span, seed in cells(seeds):
-        if (name, span, seed) not in done:
-            got = ddp(seed, best) if name == "ddp" else federated(name, span, seed, best)
-            found["cells"].append({"arm": name, "H": span, "seed": seed, "lr": best, **got})
+        rate = best(name)
+        mine = [c for c in found["cells"] if (c["arm"], c["H"], c["seed"]) == (name, span, seed)]
+        if not any(c["lr"] == rate for c in mine):
+            got = ddp(seed, rate) if name == "ddp" else federated(name, span, seed, rate)
+            found["cells"] = [c for c in found["cells"] if c not in mine]  # of another rate, or of none
+            found["cells"].append({"arm": name, "H": span, "seed": seed, "lr": rate, **got})
             console.log(f"{name} H={span} seed {seed}: perplexity {got['perplexity']:.2f}, {got['bytes']:.3g} bytes, "
                         f"{got['cpu_seconds']:.0f} s of CPU")
             keep()

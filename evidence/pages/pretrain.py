@@ -52,7 +52,7 @@ def page(found: Mapping[str, Any]) -> str:
     """Markdown: what ran, the table, what was asked for and whether it holds."""
     s, rows = found["settings"], compared(found["cells"])
     tokens = s["steps"] * s["rows"] * s["clients"] * (s["length"] - 1)
-    rates = "; ".join(f"{r}: {p:.1f}" for r, p in found["tuning"].items())
+    rates = tuned(found["tuning"], len(s["rates"]))
     head = f"""# Pre-training together: perplexity against bytes
 
 Written by `make pretrain` (`python -m evidence.pretrain`); the cells are in [pretrain.json](pretrain.json). A Llama of
@@ -60,8 +60,8 @@ Written by `make pretrain` (`python -m evidence.pretrain`); the cells are in [pr
 {s['clients']} clients with equal parts of TinyShakespeare and {s['office']:,} rows of the office stream that the
 embedded model was pre-trained on (blocks of {s['length']} tokens, dealt at random; every 16th is held out, and
 {s['held']} of those are tested). All arms learn from {tokens:,} tokens: {s['steps']} steps of {s['rows']} blocks a
-client, AdamW with warm-up and a cosine over all steps. The one inner rate was chosen by DDP on a seed apart ({rates});
-outer rates are the methods' own and were not tuned (streaming_diloco: DiLoCo's), so nobody but DDP had its best.
+client, AdamW with warm-up and a cosine over all steps. {rates}
+Outer rates are the methods' own and were not tuned (streaming_diloco: DiLoCo's).
 
 So short a run is hard on whoever synchronizes seldom: at H = 100 there are {s['steps'] // 100} outer steps in all,
 at H = 30 {s['steps'] // 30}, and sparse_loco sends 1.6 % of the entries in each.
@@ -78,6 +78,15 @@ clients in each step; its bytes are those of a gradient in fp32 to and from ever
     table = "\n".join(f"| {r['arm']} | {r['H']} | {r['seeds']} | {r['perplexity']:.1f} | {r['over'] - 1:+.1%} | "
                       f"{r['bytes'] / 1e6:,.1f} MB | {r['fewer']:,.0f} x | {r['cpu']:.0f} |" for r in rows)
     return f"{head}{table}\n\n{asked(rows)}\n\nMeasured on {found['cpu']}, one thread.\n"
+
+
+def tuned(found: Mapping[str, Mapping[str, float]], grid: int) -> str:
+    """Where each arm's inner rate is from, and whose is not its own."""
+    own = "; ".join(f"{name} {', '.join(f'{r}: {p:.1f}' for r, p in seen.items())}" for name, seen in found.items())
+    lacking = [name for name in COLORS if len(found.get(name, {})) < grid]
+    names = ", ".join(lacking)
+    rest = f"\n\n**Not tuned yet, at DDP's rate: {names}.** Nothing is said of their best." if lacking else ""
+    return f"Inner rates are from one grid, on a seed apart (perplexity by rate: {own}).{rest}\n"
 
 
 def asked(rows: Sequence[Mapping[str, Any]]) -> str:
