@@ -1,4 +1,4 @@
-"""Model Swarms: clients' adapters as particles in search of what scores best; no gradient, and vectors seldom travel."""
+"""Model Swarms: clients' adapters as particles in search of what scores best; vectors seldom travel."""
 
 from __future__ import annotations
 
