@@ -69,9 +69,9 @@ class AirMetaPFL(Star):
     @on_client(reduce=OnAir(), gives="signal: tree, active: count, loss?: number")
     def local(self, msg, client):
         if client.training.optimizer != "sgd" or client.training.momentum or client.n < 2:
+            has = f"local.optimizer = '{client.training.optimizer}' and {client.n} rows"
             raise CompositionError(f"method 'air_meta_pfl' takes plain SGD steps on some rows and a gradient on "
-                                   f"others; client '{client.id}' has local.optimizer = '{client.training.optimizer}' and "
-                                   f"{client.n} rows; use sgd and two rows or more")
+                                   f"others; client '{client.id}' has {has}; use sgd and two rows or more")
         theta, rng = part(msg, "theta"), client.rng("air_meta_pfl")
         order = rng.permutation(client.n)
         cut = min(client.n - 1, max(1, round(self.query * client.n)))
