@@ -18,10 +18,11 @@ from fedllm.runs.complaints import parse_override
 from fedllm.runs.recipe import load_recipe
 
 FAMILIES = sorted((Path(__file__).parents[2] / "recipes" / "families").glob("*.yaml"))
-NAMES = {"fedpeft", "fedpetuning", "fedtune_bench", "openfedllm", "fs_llm", "fedit_shepherd", "fedllm_bench"}
+NAMES = {"fedpeft", "fedpetuning", "fedtune_bench", "openfedllm", "fs_llm", "fedit_shepherd", "fedllm_bench",
+         "init_study"}
 
 
-def test_the_seven_are_there():
+def test_all_are_there():
     assert {p.stem for p in FAMILIES} == NAMES
 
 
