@@ -239,6 +239,19 @@ def sees(layer: Any, delta: float, count: int) -> dict[str, float]:
     return out
 
 
+def noise_share(layer: Any, size: int) -> float:
+    """The noise of a run's mean steps by the longest that these could be together: sqrt(d) z / (N sqrt(T)), in clips.
+
+    Above about 0.3, what is learned is noise. It falls with more rows and fewer trainables, and hardly with rounds,
+    since z grows as sqrt(T) does.
+    """
+    facts = layer._facts
+    asked = list(facts.rows)[: facts.cohort or len(facts.rows)]
+    t, rows = terms(layer, facts, asked), sum(facts.rows[c] for c in asked)
+    spread = t.share / t.scale * math.sqrt(len(asked) if layer.noise == "shared" else 1)
+    return math.sqrt(size) * spread / (layer.clip_norm * rows * math.sqrt(max(1, facts.rounds)))
+
+
 def says(layer: Any, state: Mapping[str, Any], delta: float) -> dict[str, Any]:
     """What the statement adds: whom the noise holds against, and what it does not."""
     out: dict[str, Any] = {"sampling": "none", "noise": layer.noise, "releases": state.get("asked", 0),
