@@ -128,7 +128,10 @@ def privacy_line(says: Mapping[str, Any]) -> str:
     z = says["noise_multiplier"]
     fits = says.get("rounds_that_fit")
     return (f"{says['layer']}: epsilon {says['epsilon']:.2f} at delta {says['delta']:.3g} with noise multiplier {z:.3g}"
-            + ("" if fits is None else f"; {fits} rounds fit the budget"))
+            + ("" if fits is None else f"; {fits} rounds fit the budget")
+            + ("; noise is {:.2g} of the longest way that the run can go{}".format(
+                share, ": hardly anything will be learned" if share > 0.3 else "")
+               if (share := says.get("noise_share")) is not None else ""))
 
 
 def show_methods(console: Console) -> None:

@@ -24,6 +24,8 @@ class Facts:
     """How the recipe has clients train."""
     below: Sequence[Layer] = ()
     """The layers between this one and the wire."""
+    size: int = 0
+    """Numbers that are trained; 0: not known."""
     guessed: bool = False
     """Whether `rows` is one site's own count for everybody, since nobody tells a site the others'."""
 
@@ -115,6 +117,11 @@ class Layer:
     def unlimited(self) -> Layer:
         """The bound layer without its budget: a plan's trial rounds are not the run's."""
         return self
+
+    def warns(self, steps: float, tried: int) -> Sequence[str]:
+        """What a plan's trial rounds, of at most `tried` local steps, tell this layer of the run's, which have `steps`.
+        """
+        return ()
 
     def facts(self, state: MutableMapping[str, Any]) -> Mapping[str, Any] | None:
         """What it adds to the record of the round that has just ended, asked once a round. None: nothing."""

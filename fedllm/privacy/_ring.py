@@ -64,6 +64,13 @@ def encode(lifted: Payload, f: int, clip: float, who: str) -> tuple[Tensor, str]
     return out, json.dumps(rows)
 
 
+def within(lifted: Payload, clip: float, largest: list[float]) -> dict[str, Any]:
+    """The payload cut to the clip, its largest |entry| noted."""
+    real = {k: v for k, v in lifted.items() if isinstance(v, Tensor) and v.is_floating_point() and v.numel()}
+    largest[0] = max(largest[0], *(float(v.abs().max().nan_to_num(math.inf)) for v in real.values()), 0.0)
+    return {k: v.clamp(-clip, clip) if k in real else v for k, v in lifted.items()}
+
+
 def _in_ring(x: Tensor, key: str) -> Tensor:
     if x.dtype != torch.int32:
         raise PayloadError(f"'{key}' is {x.dtype}; what is in the ring already is int32")

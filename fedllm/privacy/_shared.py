@@ -87,7 +87,12 @@ def check_facts(layer: Any, facts: Facts) -> None:
     if layer.colluding and layer.noise != "shared":
         raise RecipeError(f"DPSGD.colluding = {layer.colluding} is for noise: shared, where clients know their share")
     if layer.noise == "shared":
-        terms(layer, facts, list(facts.rows)[: facts.cohort or len(facts.rows)])
+        terms(layer, facts, largest(facts))
+
+
+def largest(facts: Facts) -> list[str]:
+    """The cohort with the most rows, for which the ring is narrowest."""
+    return sorted(facts.rows, key=lambda c: -facts.rows[c])[: facts.cohort or len(facts.rows)]
 
 
 def terms(layer: Any, facts: Facts, asked: Sequence[str]) -> Terms:
@@ -229,7 +234,7 @@ def sees(layer: Any, delta: float, count: int) -> dict[str, float]:
     facts = layer._facts
     if not count or not facts.rows:
         return {}
-    least = terms(layer, facts, list(facts.rows)[: facts.cohort or len(facts.rows)]).least
+    least = terms(layer, facts, largest(facts)).least
     out = {}
     for t in sorted({0, layer.colluding, min(layer.colluding + 1, least - 1), least - 1}):
         z = layer.noise_multiplier * math.sqrt((least - t) / (least - layer.colluding))
@@ -237,6 +242,19 @@ def sees(layer: Any, delta: float, count: int) -> dict[str, float]:
         ledger.book(Release(z, law="discrete"), count)
         out[str(t)] = ledger.epsilon(delta)
     return out
+
+
+def noise_share(layer: Any, size: int) -> float:
+    """The noise of a run's mean steps by the longest that these could be together: sqrt(d) z / (N sqrt(T)), in clips.
+
+    Above about 0.3, what is learned is noise. It falls with more rows and fewer trainables, and hardly with rounds,
+    since z grows as sqrt(T) does.
+    """
+    facts = layer._facts
+    asked = largest(facts)
+    t, rows = terms(layer, facts, asked), sum(facts.rows[c] for c in asked)
+    spread = t.share / t.scale * math.sqrt(len(asked) if layer.noise == "shared" else 1)
+    return math.sqrt(size) * spread / (layer.clip_norm * rows * math.sqrt(max(1, facts.rounds)))
 
 
 def says(layer: Any, state: Mapping[str, Any], delta: float) -> dict[str, Any]:

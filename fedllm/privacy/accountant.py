@@ -27,6 +27,9 @@ Law = Literal["gaussian", "discrete"]
 ORDERS = [1 + x / 10 for x in range(8, 100)] + [*range(11, 64), 96, 128, 256, 512]
 MOST_EPSILON, LOOSE = 1000.0, 200.0
 """No budget is larger; what is larger than the second is told by RDP alone."""
+MANY = 12
+"""More kinds of releases are told by RDP alone too: each costs the tight accountant a transform of its own, and the
+ledger of a site over many runs would take minutes."""
 COARSE = 300
 """Up to so many releases a grid of 1e-3 for the privacy loss is as good as one of 1e-4, and ten times as fast."""
 
@@ -156,7 +159,7 @@ def spent(rows: tuple[tuple[Any, ...], ...], delta: float, kind: Kind | None = N
             accountant.compose(Release(*fields).event, count)
         return float(accountant.get_epsilon(delta))
 
-    if use_rdp or (kind is None and by(RdpAccountant(ORDERS, relation)) > LOOSE):
+    if use_rdp or (kind is None and (len(rows) > MANY or by(RdpAccountant(ORDERS, relation)) > LOOSE)):
         # a bound that promises nothing either way, and tight figures of so little noise take minutes
         return by(RdpAccountant(ORDERS, relation))
     return by(PLDAccountant(relation, grid))

@@ -129,7 +129,7 @@ class DPFTRL(Knobs, Layer):
             z = noise_for(bound.epsilon, bound.delta, max(1, spans)) * bound.sensitivity
             bound = replace(bound, noise_multiplier=z)
         if bound.noise_multiplier:
-            check_reach(bound, Release(bound.noise_multiplier / bound.sensitivity), bound.delta or usual_delta(n))
+            check_reach(bound, Release(bound.noise_multiplier), bound.delta or usual_delta(n))  # of one round alone
         return bound
 
     def foresee(self, facts: Facts) -> dict[str, Any]:

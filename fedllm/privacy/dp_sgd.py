@@ -140,6 +140,8 @@ class DPSGD(Knobs, Layer):
         ledger.book(release, steps * facts.rounds)
         fits = None if self.epsilon is None else rounds_for(self.epsilon, delta, release) // max(1, steps)
         seen = {"sees": _shared.sees(self, delta, facts.rounds)} if self.noise == "shared" else {}
+        if self.noise != "local" and facts.size:
+            seen["noise_share"] = _shared.noise_share(self, facts.size)
         return {"layer": "dp_sgd", "unit": "example", "noise_multiplier": self.noise_multiplier, "delta": delta,
                 "epsilon": ledger.epsilon(delta), "rounds_that_fit": fits, **seen}
 

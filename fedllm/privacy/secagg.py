@@ -6,7 +6,7 @@ import hashlib
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -20,7 +20,7 @@ from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.method import Knobs, knob
 from fedllm.core.sums import LEAST, is_control, must_lift, need_sums, without
 from fedllm.privacy import _shamir as shamir
-from fedllm.privacy._ring import encode, fraction_bits, mask_
+from fedllm.privacy._ring import encode, fraction_bits, mask_, within
 from fedllm.privacy._secagg_server import OWN, Server
 from fedllm.wire import _keys as keys
 
@@ -52,6 +52,7 @@ class SecAgg(Knobs, Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "_seats", {})  # secrets: no field, so in no repr, no recipe and no checkpoint
+        object.__setattr__(self, "_tried", None)  # of a plan's trial: the largest entry so far
         object.__setattr__(self, "_pins", {})  # of this process too: one that starts again meets its clients anew
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
@@ -60,6 +61,22 @@ class SecAgg(Knobs, Layer):
     def bind(self, facts: Facts) -> SecAgg:
         self.fraction(min(facts.cohort or len(facts.rows), len(facts.rows)))
         return self
+
+    def unlimited(self) -> SecAgg:
+        """A plan's trial: what is beyond the clip is noted, and no client is lost by it."""
+        free = replace(self)
+        object.__setattr__(free, "_tried", [0.0])
+        return free
+
+    def warns(self, steps: float, tried: int) -> list[str]:
+        most = (self.__dict__["_tried"] or [0.0])[0]
+        foreseen = most * max(1.0, steps / tried)
+        if foreseen <= self.clip:
+            return []
+        return [f"an entry of what a client adds to the sum came to {most:.3g} in {tried} local steps, so to about "
+                f"{foreseen:.3g} in the {steps:.0f} of a round, and clip = {self.clip:g} is the most that the ring has "
+                f"room for: rounds would be lost; set clip to {2 ** math.ceil(math.log2(2 * foreseen)):g}, or lower "
+                "local.lr"]
 
     def fraction(self, count: int) -> int:
         """f of the quantum 2^-f for so many clients; refuses too few, and what may overflow."""
@@ -139,6 +156,8 @@ class SecAgg(Knobs, Layer):
             raise Withheld(f"only {len(s.got)} of its {len(s.roster)} neighbors shared, too few to hide among")
         s.least = int(msg.get(LEAST, 0))
         lifted = self._lifted(fn, msg, client, call)
+        if self.__dict__["_tried"] is not None:
+            lifted = within(lifted, self.clip, self.__dict__["_tried"])
         ring, layout = encode(lifted, self.fraction(msg[OWN + "count"]), self.clip, f"client '{client.id}'")
         # y_u = x_u + PRG(b_u) + sum_{v > u} PRG(s_uv) - sum_{v < u} PRG(s_uv)  mod 2^32
         pairs = [(keys.agree(s.mask_key, s.roster[v][1], "pair", s.sid), 1 if client.id < v else -1) for v in s.got]

@@ -16,6 +16,7 @@ from fedllm.core.record import Event, Record, summed
 from fedllm.data.federation import Federation
 from fedllm.engines.world import World
 from fedllm.methods.registry import make_method
+from fedllm.models.model import Model
 from fedllm.runs.build import Parts, build, make_facts
 from fedllm.runs.course import Course, draw_cohort
 from fedllm.runs.judge import Judge
@@ -120,6 +121,7 @@ def plan_parts(parts: Parts) -> Plan:
     thin = Thin.of(parts, asked, max(3, min(12, round(steps / 4))))
     small = thin.local(_slice(parts, asked, thin))
     probed = _probe(small, small.method, small.layers, steps, thin, asked < len(parts.world.infos()))
+    said += [f"layers.{i}: {why}" for i, layer in enumerate(small.layers) for why in layer.warns(steps, thin.more)]
     progress.info("plan: the rounds are tried (%.1f s each); now a test", probed.seconds)
     share, there, stays = asked / max(1, len(small.world.federation.clients)), *_odds(parts)
     total: Bytes = defaultdict(float)
@@ -141,10 +143,14 @@ def plan_parts(parts: Parts) -> Plan:
     peak = round(PEAK * meter.peak()) if thin.batch is None else meter.peak() + thin.missing
     sent = summed(total)
     rows = {c.id: c.n for c in parts.world.infos()}
-    facts = make_facts(recipe, rows, parts.world.local)
+    facts = replace(make_facts(recipe, rows, parts.world.local), size=_size(parts.world.model))
     privacy = [says for layer in parts.layers if (says := layer.foresee(facts))]
     return Plan(sent["up"], sent["down"], sent["by_phase"], spent, extra, peak, recipe.rounds,
                 asked, summed(of_tests), dict(parts.method.metrics), privacy, said)
+
+
+def _size(model: Any) -> int:
+    return sum(t.numel() for t in model.initial().values()) if isinstance(model, Model) else 0
 
 
 def _tests(recipe: Recipe) -> int:

@@ -256,7 +256,7 @@ def test_epsilon_alone_works_at_sites_that_keep_their_own_budget(data, tiny_llam
 
 
 def test_sites_share_the_noise_and_each_books_it(data, tiny_llama_folder):
-    """The same sums as in a simulation where noise is seeded; where it is not, sites that ask for a budget take part."""
+    """The same sums as in a simulation where noise is seeded; where not, sites that ask for a budget take part."""
     shared = {"name": "dp_sgd", "noise": "shared", "epsilon": 8.0, "clip_norm": 0.1}
     more = {"rounds": 2, "local": {"optimizer": "sgd", "lr": 0.5, "steps": 1, "batch_size": 64},
             "evaluate": {"clients": False, "samples": 0}}

@@ -1,4 +1,4 @@
-"""Noise that clients share under a secure sum: exact sums, the law of the noise with and without drop-outs, refusals."""
+"""Noise that clients share under a secure sum: exact sums, the law of the noise whoever drops out, refusals."""
 
 import math
 import re
@@ -45,11 +45,10 @@ def stack_of(k, rounds=1, ring=None, rows=None, **knobs):
     return [layer.bind(Facts(rows, len(rows), rounds, STEP, below=below)), *below]
 
 
-def one_round(tiny, layers, k, method="fedavg", engine="vectorized", dtype=torch.float32, states=None, silent=(), **more):
+def one_round(tiny, layers, k, method="fedavg", engine="vectorized", dtype=torch.float32, states=None, **more):
     e, m, state, world = tiny(method, layers=layers, k=k, engine=engine, dtype=dtype, spec=STEP, **more)
     states = [x.init() for x in layers] if states is None else states
-    infos = [c for c in world.infos() if c.id not in silent]
-    new = drive(m.round(state, infos), e, layers, states)
+    new = drive(m.round(state, world.infos()), e, layers, states)
     return sub(new["theta"], state["theta"]), world, state, states
 
 

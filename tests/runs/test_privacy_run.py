@@ -25,6 +25,28 @@ def spec(recipe):
     return recipe | {"evaluate": QUIET, "clients": {}, "rounds": 6, "local": {"optimizer": "sgd", "lr": 0.05}}
 
 
+def test_a_plan_says_that_the_ring_will_overflow(spec):
+    """Before the run: with the steps of a round, the entry to expect, and a clip that is large enough."""
+    assert not [c for c in fedllm.plan(spec | {"layers": ["secagg"]}).cautions if "ring" in c]
+    said = [c for c in fedllm.plan(spec | {"layers": [{"name": "secagg", "clip": 0.01}]}).cautions if "ring" in c]
+    assert len(said) == 1 and "layers.0: an entry" in said[0] and "clip = 0.01" in said[0]
+    enough = float(said[0].partition("set clip to ")[2].partition(",")[0])
+    fixed = spec | {"layers": [{"name": "secagg", "clip": enough}], "rounds": 1}
+    assert not [c for c in fedllm.plan(fixed).cautions if "ring" in c]
+
+
+def test_a_plan_foresees_shared_noise_and_the_run_keeps_to_it(spec, tmp_path):
+    step = {"optimizer": "sgd", "lr": 0.5, "steps": 1, "batch_size": 64}
+    more = {"layers": [{"name": "dp_sgd", "noise": "shared", "epsilon": 5.0, "delta": 1e-3}, "secagg"], "rounds": 2,
+            "local": step}
+    foreseen = fedllm.plan(spec | more)
+    got = fedllm.run(spec | more, root=tmp_path)
+    assert foreseen.privacy[0]["noise_share"] > 0.3  # a few rows and thousands of trainables: nothing can be learned
+    assert got.skipped == [] and got.privacy["claim"] == "private"
+    assert 4.5 < foreseen.epsilon <= 5.0
+    assert got.privacy["layers"][0]["epsilon"] == pytest.approx(foreseen.epsilon)
+
+
 def killed_and_resumed(spec, root, rounds=3):
     run = root / "small"
     process = subprocess.Popen([sys.executable, "-c", START, json.dumps(spec), str(root)],
