@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -156,7 +158,8 @@ def _looked_at(recipe: Recipe, method: str, wants: Wants, rows: Sequence[Mapping
     """The method with its reasons, or why not."""
     mine = [r for r in rows if r["method"] == method]
     try:
-        parts = build(read_recipe(recipe, {"method": {"name": method}}))
+        with _quietly():
+            parts = build(read_recipe(recipe, {"method": {"name": method}}))
     except FedLLMError as error:
         return str(error)
     share = share_of_bytes(method, rows)
@@ -168,6 +171,18 @@ def _looked_at(recipe: Recipe, method: str, wants: Wants, rows: Sequence[Mapping
              **dict(zip(("place", "of"), found[r["world"], method], strict=True))}
             for r in mine if (r["world"], method) in found]
     return Advised(method, method_class(method).card.title, reasons(parts, wants, told, which), told, cost)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what a run says of its model and rows: here it would be said once for each method."""
+    log = logging.getLogger("fedllm")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def unfit(method: str, wants: Wants, rows: Sequence[Mapping[str, Any]]) -> str:
