@@ -60,7 +60,8 @@ def _bytes(text: str | None) -> float | None:
 
 def show(found: Advice) -> None:
     """Each method with its reasons and rows, and what to do next."""
-    from fedllm.report.facts import duration, number, size
+    from fedllm.cli.tables import size
+    from fedllm.report.facts import duration, number
 
     def say(text: str) -> None:
         out.print(text, highlight=False, soft_wrap=True)

@@ -192,7 +192,7 @@ def test_pages_say_what_the_rows_say(tmp_path):
     assert "- `fed_dpo`: it wants <pairs> \\| rows" in page and page.index("`centralized`") < page.index("`fedit`")
     for link in re.findall(r"\]\(([^)]+)\)", page):
         assert (tmp_path / link).is_file(), link
-    html = (tmp_path / "leaderboard.html").read_text()
+    html = (tmp_path / "leaderboard-sortable.html").read_text()
     assert not re.findall(r"(?:src|href)=.https?:|@import|url\(", html) and "/*ROWS*/" not in html
     inside = json.loads(re.search(r'type="application/json">(.*?)</script>', html)[1])
     front = {r["method"]: r["front"] for r in inside["rows"] if r["world"] == "sst2"}
@@ -222,7 +222,7 @@ def test_the_page_sorts_and_filters(tmp_path):
         page = browser.new_page(viewport={"width": 400, "height": 900})
         wrong = []
         page.on("pageerror", lambda e: wrong.append(str(e)))
-        page.goto((tmp_path / "leaderboard.html").as_uri())
+        page.goto((tmp_path / "leaderboard-sortable.html").as_uri())
 
         def shown():
             return page.eval_on_selector_all("tbody tr", "rows => rows.map(r => r.dataset.method)")
