@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-llm test wheel lint claims bench drills models pretrain frontier fuzz docs clean
+.PHONY: demo demo-llm test wheel lint claims leaderboard bench drills models pretrain frontier fuzz docs clean
 
 # A stamp for each set of extras, younger than pyproject.toml when it is installed.
 # The build of torch that everything here was measured with; another is fine (TORCH='torch>=2.9').
@@ -57,6 +57,11 @@ lint: $(VENV)/.dev
 
 claims: $(VENV)/.dev
 	$(BIN)/fedllm claims $(ONLY) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
+
+# Every method that trains on the same worlds; hours, kept as it grows. WORLD=sst2,news METHOD=fedavg BUDGET=3600 (seconds).
+leaderboard: $(VENV)/.dev
+	$(BIN)/python -m evidence.leaderboard $(if $(WORLD),--world $(WORLD)) $(if $(METHOD),--method $(METHOD)) \
+		$(if $(BUDGET),--budget $(BUDGET))
 
 bench: $(VENV)/.bench
 	$(BIN)/fedllm bench $(ONLY)

@@ -20,7 +20,7 @@ from evidence.leaderboard.code import code_of
 from evidence.leaderboard.page import write_pages
 from evidence.leaderboard.worlds import WORLDS, World
 from fedllm.comparisons.pool import pool
-from fedllm.core.errors import RecipeError, RunError
+from fedllm.core.errors import FedLLMError, RecipeError, RunError
 from fedllm.core.method import hint_of
 from fedllm.methods.registry import METHODS
 from fedllm.runs.result import Result
@@ -32,21 +32,8 @@ ROOM = Path("leaderboard")
 def main(args: Sequence[str] | None = None, worlds: Mapping[str, World] = WORLDS, console: Console | None = None
          ) -> None:
     """Measure some rows, or all; or write the pages anew; or repeat one cell."""
-    parser = argparse.ArgumentParser(prog="python -m evidence.leaderboard", description=__doc__)
-    parser.add_argument("--world", help=f"some of {', '.join(worlds)}, with commas; default: all, in this order")
-    parser.add_argument("--method", help="ids of methods, with commas (rows that failed are tried again); default: all")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"how many are measured, from {SEEDS[0]} on")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="no run is begun after it")
-    parser.add_argument("--room", type=Path, default=ROOM, help="folder of the cells")
-    parser.add_argument("--table", action="store_true", help="measure nothing: write the pages anew")
-    parser.add_argument("--repeat", metavar="WORLD/METHOD/SEED", help="make one cell again, and hold it against its row")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the docs")
-    given = parser.parse_args(args)
+    given = _parsed(args, worlds)
     console = console or Console()
-    if given.budget is not None and not given.budget > 0:
-        raise RecipeError(f"--budget {given.budget:g} is not allowed; it must be > 0 seconds")
-    if given.seeds < 1:
-        raise RecipeError(f"--seeds {given.seeds} is not allowed; it must be >= 1")
     names, methods = _listed(given.world, "--world", worlds), _listed(given.method, "--method", METHODS)
 
     def tell(text: str) -> None:
@@ -61,16 +48,34 @@ def main(args: Sequence[str] | None = None, worlds: Mapping[str, World] = WORLDS
         rows = list(board.rows.values())
         write_pages(rows, given.out, worlds, machine()["cpu"])
         if given.out == DOCS:
-            pack(rows, DOCS.parent / PACKED, worlds)
+            pack(rows, PACKED, worlds)
 
     if not given.table:
         board.go(methods, write)
     write()
 
 
+def _parsed(args: Sequence[str] | None, worlds: Mapping[str, World]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m evidence.leaderboard", description=__doc__)
+    parser.add_argument("--world", help=f"some of {', '.join(worlds)}, with commas; default: all, in this order")
+    parser.add_argument("--method", help="ids of methods, with commas (rows that failed are tried again); default: all")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"how many are measured, from {SEEDS[0]} on")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="no run is begun after it")
+    parser.add_argument("--room", type=Path, default=ROOM, help="folder of the cells")
+    parser.add_argument("--table", action="store_true", help="measure nothing: write the pages anew")
+    parser.add_argument("--repeat", metavar="WORLD/METHOD/SEED", help="make one cell again, and compare it to its row")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the docs")
+    given = parser.parse_args(args)
+    if given.budget is not None and not given.budget > 0:
+        raise RecipeError(f"--budget {given.budget:g} is not allowed; it must be > 0 seconds")
+    if given.seeds < 1:
+        raise RecipeError(f"--seeds {given.seeds} is not allowed; it must be >= 1")
+    return given
+
+
 def repeat(board: Board, which: str) -> None:
     """Run one cell afresh under the rates of its row, beside all others, and say whether its end state is the same."""
-    world, method, seed = (which.split("/") + ["", ""])[:3]
+    world, method, seed = [*which.split("/"), "", ""][:3]
     row = board.rows.get((world, method))
     if row is None or seed not in row.get("digests", ()):
         there = sorted(f"{w}/{m}/{s}" for (w, m), r in board.rows.items() for s in r.get("digests", ()))
@@ -99,4 +104,11 @@ def _listed(text: str | None, option: str, there: Mapping[str, object]) -> list[
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FedLLMError as error:
+        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped by hand: what is finished is kept, and the same command goes on")
+        raise SystemExit(130) from None

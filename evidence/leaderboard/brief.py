@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from evidence.leaderboard.code import code_of
+from evidence.leaderboard.figures import spread
 from evidence.leaderboard.worlds import WORLDS, World
 from fedllm.comparisons.axes import words
 from fedllm.comparisons.figures import on_front
 from fedllm.methods.registry import METHODS
 
 Row = Mapping[str, Any]
-PACKED = Path("fedllm/advice/leaderboard.json")
+PACKED = Path(__file__).parents[2] / "fedllm" / "advice" / "leaderboard.json"
 WHICH = ("global", "personal")
 """Whose model: the server's on the global test, each client's own on its own test rows."""
+BASE = "fedit"
+"""Against which all are held, seed by seed."""
 COSTS = ("up", "down", "cpu_seconds", "memory", "joules")
 TRAITS = ("title", "sends", "kinds", "pooled", "serves", "ranks", "mixes", "gradients", "remember", "own_part")
 
@@ -28,7 +31,9 @@ def brief(rows: Sequence[Row], worlds: Mapping[str, World] = WORLDS) -> dict[str
         mine = [r for r in rows if r["world"] == world]
         done = [r for r in mine if r["status"] in ("measured", "part") and r["global"] | r["personal"]]
         on = {which: fronts(done, worlds[world], which) for which in WHICH}
-        out += [_brief(r, worlds[world], [w for w in WHICH if on[w].get(r["method"])]) for r in mine]
+        base = next((r for r in done if r["method"] == BASE), None)
+        out += [{**_brief(r, worlds[world], [w for w in WHICH if on[w].get(r["method"])]),
+                 "against": {w: against(r, base, w, worlds[world].metric) for w in WHICH}} for r in mine]
     told = {name: {"title": w.title, "about": w.about, "metric": w.metric,
                    "better": "min" if w.metric == "loss" else "max", "work": work_of(w),
                    "task": w.recipe["data"].get("task", "generation")} for name, w in worlds.items()
@@ -45,6 +50,16 @@ def _brief(row: Row, world: World, front: list[str]) -> dict[str, Any]:
     return {**kept, **{k: row.get(k) for k in (*COSTS, *TRAITS)}, "seeds": len(row.get("seeds", ())), "space": space,
             "rates": words(row["rates"]) if row.get("rates") else "", "front": front,
             "stale": row["method"] not in METHODS or row["code"] != code_of(row["method"])}
+
+
+def against(row: Row, base: Row | None, which: str, metric: str) -> list[float | None] | None:
+    """The mean of a row's figure less FedIT's on the same seeds, and its interval: what worlds of single seeds add to
+    both is gone. None where there is no such pair, and for FedIT itself."""
+    if base is None or row["method"] == BASE or not all(metric in r.get(which, {}) for r in (row, base)):
+        return None
+    mine, other = (dict(zip(r["seeds"], r[which][metric]["each"], strict=False)) for r in (row, base))
+    told = spread([mine[s] - other[s] for s in mine if s in other])
+    return None if told is None else [told["mean"], told["low"], told["high"]]
 
 
 def fronts(rows: Sequence[Row], world: World, which: str) -> dict[str, bool]:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evidence.leaderboard.worlds import World
-from fedllm.core.method import Method
+from fedllm.methods.asking import Asking
 from fedllm.methods.registry import METHODS, method_class
 
 Edits = Mapping[str, Any]
 TRIES = 3
 """Points that each method is tried on; no method gets more."""
-ANSWERS = "it answers questions and has no rounds, so that nothing is trained"
+ANSWERS = "it answers questions with a model that is there: nothing is trained"
 
 
 def family(method: str) -> str:
@@ -22,8 +22,8 @@ def family(method: str) -> str:
 
 
 def trains(method: str) -> bool:
-    """Whether it has rounds at all."""
-    return method_class(method).round is not Method.round
+    """Whether it learns from rows; others answer questions with a model that is there."""
+    return not issubclass(method_class(method), Asking)
 
 
 def forms(method: str, world: World) -> Iterator[Edits]:

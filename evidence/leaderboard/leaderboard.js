@@ -28,11 +28,20 @@ function quality(q, world) {
   const half = (high - low) / 2;
   return `${text} ± ${share ? (100 * half).toFixed(1) : half.toPrecision(2)}`;
 }
+function more(r, which) {
+  const q = r.against[which];
+  if (!q || q[0] == null) return "-";
+  const [by, digits] = told.worlds[r.world].metric === "accuracy" ? [100, 1] : [1, 3];
+  const half = q[1] == null ? "" : ` ± ${((by * (q[2] - q[1])) / 2).toFixed(digits)}`;
+  return `${q[0] >= 0 ? "+" : ""}${(by * q[0]).toFixed(digits)}${half}`;
+}
 const COLUMNS = [
   ["method", (r) => r.method + (r.stale ? "*" : ""), (r) => r.method],
   ["family", (r) => r.family, (r) => r.family, "word"],
   ["global", (r) => quality(r.global, r.world), (r) => (r.global ? r.global[0] : null)],
+  ["global - fedit", (r) => more(r, "global"), (r) => (r.against.global ? r.against.global[0] : null)],
   ["personal", (r) => quality(r.personal, r.world), (r) => (r.personal ? r.personal[0] : null)],
+  ["personal - fedit", (r) => more(r, "personal"), (r) => (r.against.personal ? r.against.personal[0] : null)],
   ["up", (r) => bytes(r.up), (r) => r.up],
   ["down", (r) => bytes(r.down), (r) => r.down],
   ["CPU", (r) => seconds(r.cpu_seconds), (r) => r.cpu_seconds],

@@ -28,8 +28,8 @@ def scatter(rows: Sequence[Brief], world: Mapping[str, Any], which: str, cost: s
     spans = [(min(v) - 0.04 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1)) for v in (xs, ys)]
     place = [(_scaled(x, spans[0], LEFT, WIDE - RIGHT), _scaled(y, spans[1], HIGH - DOWN, TOP))
              for x, y in zip(xs, ys, strict=True)]
-    parts = [*_axes(spans, f"{world['metric']} of the {which} model", title, 10**spans[0][0] < least * 3 and any(x == 0 for x, _, _ in points),
-                    least)]
+    none = any(x == 0 for x, _, _ in points)
+    parts = _axes(spans, f"{world['metric']} of the {which} model", title, none, least)
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in place]
     for (x, y), (_, _, r) in sorted(zip(place, points, strict=True), key=lambda p: which not in p[1][2]["front"]):
         color = COLORS[families.index(r["family"]) % len(COLORS)]

@@ -31,16 +31,17 @@ MAY: Mapping[str, str] = {
     "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines trackers",
     "report": "core methods tasks runs",
     "comparisons": "core data local methods models spaces tasks runs report",
+    "advice": "core data methods models runs",
     "evaluation": "core data engines local models spaces tasks runs",
     "audits": "core data local models spaces tasks attacks defenses engines runs",
     "federation": "core data local models tasks wire privacy defenses methods engines trackers runs report",
     "dashboard": "core tasks privacy runs comparisons federation",
     "api": "runs report comparisons",
-    "cli": "core data local models spaces tasks methods runs report comparisons audits evaluation "
+    "cli": "core data local models spaces tasks methods runs report comparisons advice audits evaluation "
            "federation dashboard api",
     "fedllm": "core data runs comparisons api",
     "evidence": "core data environments local models spaces tasks wire privacy defenses attacks selectors methods "
-                "engines trackers runs report comparisons audits evaluation federation dashboard api cli fedllm",
+                "engines trackers runs report comparisons advice audits evaluation federation dashboard api cli fedllm",
 }
 """What each room may import beside itself. `api` and `fedllm` are the faces, `evidence` stands beside the package."""
 

@@ -20,6 +20,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.panel import Panel
 
+from fedllm.cli.advise import advise
 from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.compare import compare
@@ -34,6 +35,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Train, tune, prompt and test large language models across clients whose data must not move.")
 app.add_typer(federation)  # serve, join, keys
 app.add_typer(audit, name="audit")
+app.command()(advise)
 app.command()(ask)
 app.command()(compare)
 app.command()(evaluate)

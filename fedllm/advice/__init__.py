@@ -1,0 +1,1 @@
+"""Methods for a recipe: those that its parts allow, in the order in which they stand on the leaderboard."""
