@@ -15,8 +15,7 @@ from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
-from fedllm.core.payload import Tree, pack, part
-from fedllm.defenses.vetting import base_digest
+from fedllm.core.payload import Tree, digest, pack, part
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 from fedllm.spaces.experts import MINE, PUBLIC, Experts, leaf, renamed
@@ -119,6 +118,11 @@ class FlexOlmo(Method):
 
     def report(self, state: State):
         return {"experts_of": sorted(state["experts"]), "left_out": sorted(self.without)}
+
+
+def base_digest(model: Any) -> str:
+    """sha256 over the public model's weights."""
+    return digest(dict(model.net.named_parameters()))
 
 
 def mean_state(client: Any, rows: Any) -> Tensor:
