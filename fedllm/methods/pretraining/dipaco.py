@@ -66,13 +66,13 @@ class DiPaCo(Method):
             raise RecipeError(f"DiPaCo.levels = {self.levels} leaves a path without modules at some level: the model "
                               f"has {depth} blocks; allowed are 1 to {depth}")
 
-    def init(self, model: Any) -> State:
-        """Modules of one level begin alike."""
+    def init(self, model: Any) -> State:  # modules of one level begin alike
         depth, every = len(blocks_of(model.net)), range(self.modules_a_level)
         level = {n: None if (b := block_of(n)) is None else b * self.levels // depth for n in model.initial()}
         theta = {f"{m}/{n}": t for n, t in model.initial().items()
                  for m in ([SHARED] if level[n] is None else [f"{level[n]}.{e}" for e in every])}
-        return {"theta": theta, "b": {}, "level": level, "centers": None, "paths": {}}
+        return {"theta": theta, "b": {}, "level": level, "centers": None, "paths": {},
+                "width": model.words.shape[1]}
 
     def on_path(self, state: State, path: int) -> dict[str, str]:  # its digits in base E are its modules
         digit = [path // self.modules_a_level**i % self.modules_a_level for i in range(self.levels)]
@@ -83,7 +83,7 @@ class DiPaCo(Method):
 
     def round(self, state: State, clients) -> Program:
         if new := [c.id for c in clients if c.id not in state["paths"]]:
-            seen = yield Ask(self.looks, {c: {} for c in new}, quorum=0)
+            seen = yield Ask(self.looks, {c: {"size": state["width"]} for c in new}, quorum=0)
             state = self.routed(state, {c: seen[c]["mean"] for c in seen})
         paths = {c.id: state["paths"][c.id] for c in clients if c.id in state["paths"]}
         out = yield Ask(self.local, {c: pack(theta=self.tree(state, p)) for c, p in paths.items()})
@@ -114,7 +114,7 @@ class DiPaCo(Method):
         moved = add({k: state["theta"][k] for k in g}, add(g, b, self.outer_momentum), -self.outer_lr)
         return {**state, "theta": {**state["theta"], **moved}, "b": {**state["b"], **b}}
 
-    @on_client(gives="mean: tensor", fits=lambda self, msg, reply: shaped("mean", reply["mean"], (None,)))
+    @on_client(gives="mean: tensor", fits=lambda self, msg, reply: shaped("mean", reply["mean"], (msg["size"],)))
     def looks(self, msg, client):
         return {"mean": torch.from_numpy(self.features(client, client.tokens)).mean(0)}
 

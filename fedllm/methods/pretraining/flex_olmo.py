@@ -50,7 +50,8 @@ class FlexOlmo(Method):
                                metric="left_rise", holds=">", threshold=0.5, options={"local": {"lr": 3e-3}})},
         evidence="Authors' code from a dossier. Documents are the public model's own mean states, of length one; the "
                  "softmax is over the chosen experts alone; the router is not tuned afterwards, which no owner could "
-                 "be taken out of again. The bias is kept, which transformers' `flex_olmo` has no place for.",
+                 "be taken out of again. The bias is kept, which transformers' `flex_olmo` has no place for. "
+                 "Over nine seeds a tie with the average of whole models (0.01 above): open.",
     )
     trial = Trial(space={"name": "experts"}, local={"steps": 2})
     only_fits = False
