@@ -31,6 +31,7 @@ CASES = {"fedavg": {}, "scaffold": {}, "fedbuff": {}, "fedex_lora": {}, "hetlora
     "streaming_diloco": {"method": {"name": "streaming_diloco", "fragments": 2, "delay": 1}},
     "sparse_loco": {"method": {"name": "sparse_loco", "k": 400}},
     "prime_elastic": {"method": {"name": "prime_elastic", "min_replicas": 2}}}
+SLOW = ("streaming_diloco", "sparse_loco", "prime_elastic")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +100,7 @@ def gap(a, b):
                 and a[k].numel()), default=0.0)
 
 
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in CASES])
 def test_the_result_is_the_in_process_one_in_fp64(pool, data, tiny_llama_folder, method):
     far = course(recipe(data, tiny_llama_folder, method, **CASES[method]), pool)
     here = course(recipe(data, tiny_llama_folder, method, "in_process", **CASES[method]))
