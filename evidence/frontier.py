@@ -42,11 +42,11 @@ Cell = Mapping[str, Any]
 
 def cells() -> Iterator[dict[str, Any]]:
     """All of them, the cheap and telling ones first."""
-    for space, data, epsilon, noise, seed in itertools.product(SPACES, DATA, EPSILONS, NOISES, range(SEEDS)):
+    for space, data, seed, epsilon, noise in itertools.product(SPACES, DATA, range(SEEDS), EPSILONS, NOISES):
         if epsilon is not None or noise == "shared":  # without noise it is nobody's
             kind = noise if epsilon else "none"
             yield dict(zip(KEYS, (data, space, "example", kind, 10, epsilon, seed), strict=True))
-    for data, count, epsilon, seed in itertools.product(DATA, (1000, 10_000), EPSILONS, range(SEEDS)):
+    for data, count, seed, epsilon in itertools.product(DATA, (1000, 10_000), range(SEEDS), EPSILONS):
         yield dict(zip(KEYS, (data, "head", "client", "central" if epsilon else "none", count, epsilon, seed),
                        strict=True))
 
