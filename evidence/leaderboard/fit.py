@@ -37,11 +37,12 @@ def forms(method: str, world: World) -> Iterator[Edits]:
     ranks = {"clients.ranks": list(trial.ranks)} if trial.ranks and kind.reads_ranks else {}
     spaces = [space_of(method, world)]
     if trial.space["name"] != world.recipe["space"]["name"]:
-        spaces.append(_like(trial.space, {"name": "-"}))  # streams whose places must be the same: as its tests have it
+        spaces.append(_like(trial.space, {"name": "-"}))  # streams that change the same modules
     seen: list[Edits] = []
     for space, local in itertools.product(spaces, ({}, optimizer)):
         for knobs in (own, {**_plain(trial.knobs), **own}):
-            form = {"space": space, **ranks, "method": {"name": method, **knobs}, **{f"local.{k}": v for k, v in local.items()}}
+            form = {"space": space, **ranks, "method": {"name": method, **knobs},
+                    **{f"local.{k}": v for k, v in local.items()}}
             if form not in seen:
                 seen.append(form)
                 yield form
