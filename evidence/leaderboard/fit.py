@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,13 +34,15 @@ def forms(method: str, world: World) -> Iterator[Edits]:
     trial, steps = kind.trial, world.recipe["local"]["steps"]
     own = {"steps": steps} if "steps" in kind.knobs() else {}  # the same client steps as everybody
     optimizer = {k: v for k, v in trial.local.items() if k == "optimizer"}
-    shared: dict[str, Any] = {"space": space_of(method, world)}
-    if trial.ranks and kind.reads_ranks:
-        shared["clients.ranks"] = list(trial.ranks)
+    ranks = {"clients.ranks": list(trial.ranks)} if trial.ranks and kind.reads_ranks else {}
+    spaces = [space_of(method, world)]
+    if trial.space["name"] != world.recipe["space"]["name"]:
+        spaces.append(_like(trial.space, {"name": "-"}))  # streams that change the same modules
     seen: list[Edits] = []
-    for local in ({}, optimizer):
+    for space, local in itertools.product(spaces, ({}, optimizer)):
         for knobs in (own, {**_plain(trial.knobs), **own}):
-            form = {**shared, "method": {"name": method, **knobs}, **{f"local.{k}": v for k, v in local.items()}}
+            form = {"space": space, **ranks, "method": {"name": method, **knobs},
+                    **{f"local.{k}": v for k, v in local.items()}}
             if form not in seen:
                 seen.append(form)
                 yield form
