@@ -36,6 +36,8 @@ from fedllm.privacy.accountant import (
 BOOK = "dp_sgd"
 CLOSED = ("layer 'DPSGD' lets a client function learn from its rows through client.fit only, and this one reads the "
           "rows or their losses, so they do not fit together; use dp_fedavg, or a method that only trains (fedavg)")
+LEAST, LOUDEST = 1e-3, 1e6
+"""Noise multipliers that a ledger holds: with less noise an epsilon is a number in the millions, and no promise."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class DPSGD(Knobs, Layer):
     by_example = True
     secrets = ("secret",)
 
-    noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon, the rounds and local steps", gt=0)
+    noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon, the rounds and local steps",
+                                         ge=LEAST, le=LOUDEST)
     clip_norm: float = knob(1.0, "largest L2 norm of one example's gradient over all trainables", gt=0)
     epsilon: float | None = knob(None, "budget of every client; the run stops before exceeding it", gt=0)
     delta: float | None = knob(None, "None: 1e-5, or (rows of the largest client) ** -1.1 if less", gt=0, lt=1)
@@ -181,7 +184,7 @@ class DPSGD(Knobs, Layer):
         for row in reply["rows"]:
             need(isinstance(row, list | tuple) and len(row) == 5 and row[1] in ("none", "poisson", "fixed")
                  and not any(isinstance(x, str | list | tuple) for x in (row[0], *row[2:]))
-                 and 1e-3 <= row[0] <= 1e6 and 0 < row[2] <= 1 and 0 <= row[3] <= MOST
+                 and LEAST <= row[0] <= LOUDEST and 0 < row[2] <= 1 and 0 <= row[3] <= MOST
                  and isinstance(row[4], int) and 0 <= row[4] <= MOST, f"'rows' holds {row!r:.80}, no row of a ledger")
 
     @on_client(gives="rows: layout", fits=fits)
