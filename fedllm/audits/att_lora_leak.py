@@ -44,6 +44,7 @@ class LoraLeak(Knobs):
         needs="one step of SGD, the factors that the client was told; of UTR's frozen layers no upload shows anything",
         claim=Claim("of a B factor of rank 8 exactly the tokens of 7 different inputs pass: errors", rig="rank_rule",
                     metric="errors", holds="<=", threshold=0.0, kind="exact", options={"inputs": 7}),
+        only_exact="the rule counts tokens; how well whole texts are read is measured by att_dager",
         evidence="UTR itself (its abstract and a note) was read alone; its ratio of weight to bias gradients belongs "
                  "to bottleneck adapters with a bias.",
         also={

@@ -36,7 +36,7 @@ class SplitAdapter(Adapter):
                 blocks.setdefault(found[1], {})[int(found[2])] = path
         if len(blocks) != 2:
             raise ModelError("split_adapter: it lies in both towers of an image-text model of the family CLIP "
-                             "(data.task = 'image_text'), and this model has none")
+                             "(data.task = 'image_text'), and this model has none; with this model 'lora' works")
         if short := [n for n in blocks.values() if len(n) <= self.cut]:
             raise ModelError(f"space.cut = {self.cut}: allowed are 1 to {min(map(len, short)) - 1}, so that a block is "
                              "left behind the cut in each tower")

@@ -146,8 +146,8 @@ TAKES_A_RUN = {"resume": (), "replay": (), "report": (), "export": ("--merge",),
                "audit verify": (), "audit seal": ("--key", "k"), "evaluate": ("--data", "rows.jsonl"),
                "track": ("--to", "tensorboard"), "judge": ("base", "--data", "rows.jsonl", "--endpoint",
                                                            "http://127.0.0.1:9/v1", "--model", "m")}
-TAKES_NONE = {"run", "plan", "compare", "dashboard", "methods", "recipe", "group", "demo", "bench", "claims", "join",
-              "keys new", "keys add", "keys suspend", "keys restore", "keys revoke", "audit key"}
+TAKES_NONE = {"run", "plan", "compare", "advise", "dashboard", "methods", "recipe", "group", "demo", "bench", "claims",
+              "join", "keys new", "keys add", "keys suspend", "keys restore", "keys revoke", "audit key"}
 """All commands: with a run's folder, and without one."""
 
 

@@ -44,7 +44,7 @@ def test_every_trainable_matters_and_lanes_do_not_touch_each_other(tiny_llama_fo
         with pytest.raises(ModelError, match="no such parameters; try the space 'lora' or 'ia3'"):
             llama(tiny_llama_folder, name).initial()
         return
-    if name in ("feature_attention", "mlp_head"):
+    if name in ("feature_attention", "mlp_head", "split_adapter"):
         with pytest.raises(ModelError, match=r"with this (one|model) 'lora' works"):
             llama(tiny_llama_folder, name).initial()
         return
