@@ -38,6 +38,7 @@ def tiny(recipe):
     return {"tiny": World("Tiny", "Two clients.", whole, rates)}
 
 
+@pytest.mark.slow
 def test_a_board_is_killed_gone_on_with_and_one_of_its_cells_repeated(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLLM_DATA", str(tmp_path))
     file, room, ask = tmp_path / "docs" / "results" / "leaderboard.json", tmp_path / "room", ["fedit", "fed_dpo"]
