@@ -86,7 +86,7 @@ class InProcess:
         folds = [Fold(ask, self.quorum, rows={c: i.n for c, i in self.infos.items()}) for ask in asks]
         for job, reply in self.answers(self.jobs(folds)):
             if not isinstance(reply, str):
-                reply = LOST if self.loses(job, self.chance(job)[1]) else self.cross("up", job, reply)
+                reply = LOST if self.loses(job) else self.cross("up", job, reply)
             self.land(job.fold, job.client, reply)
         return [self.close(fold) for fold in folds]
 
@@ -95,10 +95,11 @@ class InProcess:
         draw = numpy_stream(self.world.seed, self.round, job.client, job.fold.ask.phase, job.visit, "lands")
         return float(draw.random()), draw
 
-    def loses(self, job: Job, draw: np.random.Generator) -> bool:
-        """Whether this client is lost while it works; what it noted in its memory does not count then."""
+    def loses(self, job: Job, draw: np.random.Generator | None = None) -> bool:
+        """Whether this client is lost while it works (`draw`: the rest of its `chance`, where that was drawn already);
+        what it noted in its memory does not count then."""
         dropout = self.infos[job.client].profile.dropout
-        lost = bool(dropout) and float(draw.random()) < dropout
+        lost = bool(dropout) and float((draw or self.chance(job)[1]).random()) < dropout
         if lost:
             self.undo(job.client)
         return lost

@@ -1,5 +1,7 @@
 """A recipe says all, and says clearly what is wrong with it."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -95,3 +97,10 @@ def test_profiles():
                            ({"a": {"rank": 0}}, r"rank = 0"), ({"a": {"speed": -1}}, "speed = -1")):
         with pytest.raises(RecipeError, match=says):
             make_profiles(Recipe.model_validate({"clients": {"profiles": profiles}}), ["a", "b"])
+
+
+@pytest.mark.parametrize("path", sorted(p for p in (Path(__file__).parents[2] / "recipes").rglob("*.yaml")
+                                        if p.parent.name != "families"), ids=lambda p: p.stem)
+def test_every_recipe_that_we_hand_out_is_one(path):
+    """Those of families are built by tests/comparisons/test_families.py."""
+    assert load_recipe(path).rounds > 0
