@@ -106,17 +106,20 @@ def resume(path: RunPath, overrides: Annotated[list[str] | None, typer.Argument(
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
+         proposed: Annotated[bool, typer.Option("--propose", help=(
+             "For the epsilon of its dp_sgd: rounds, rate, clip and batch, from rehearsals on data.public."))] = False,
          as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Foresee bytes, seconds and memory of a recipe by running a small slice of it."""
-    from fedllm.cli.tables import show_plan
+    from fedllm.cli.tables import show_plan, show_proposal
     from fedllm.runs.plan import plan as foresee
+    from fedllm.runs.rehearse import propose
 
     with _stopped("a plan writes nothing"):
-        found = foresee(recipe, **_parsed(overrides, plugin))
+        found = (propose if proposed else foresee)(recipe, **_parsed(overrides, plugin))
     if as_json:
         out.print_json(json.dumps(found.as_json()))
     else:
-        show_plan(out, found)
+        (show_proposal if proposed else show_plan)(out, found)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from fedllm.methods.registry import METHODS, method_class, source_of
 from fedllm.report.facts import compared, duration, label, mean_metric, number, shown
 from fedllm.runs.plan import Plan
 from fedllm.runs.progress import size
+from fedllm.runs.rehearse import Proposal
 from fedllm.runs.result import Result
 from fedllm.runs.store import read_json
 
@@ -121,6 +122,23 @@ def show_plan(console: Console, plan: Plan) -> None:
         console.print(f"[yellow]mind[/]    {escape(why)}", highlight=False)
     console.print(f"time    {duration(plan.seconds)}{extra}\nmemory  {size(plan.peak_memory_bytes)} at the peak\n"
                   f"privacy {escape(privacy)}", highlight=False)
+
+
+def show_proposal(console: Console, found: Proposal) -> None:
+    """The settings that were rehearsed, the best first."""
+    table = Table(title=f"epsilon {found.epsilon:g} at delta {found.delta:.3g}, rehearsed on {found.rows} public rows, "
+                        f"tested on {found.tested}", title_justify="left", title_style="bold")
+    cols = ("loss", "accuracy") if found.metric == "accuracy" else ("loss",)
+    for name in ("rounds", "rate", "clip", "batch", "noise", *cols, "seeds"):
+        table.add_column(name, justify="right")
+    for t in found.tried[:10]:
+        s = t.setting
+        table.add_row(str(s.rounds), f"{s.lr:.3g}", f"{s.clip_norm:.3g}", str(s.batch_size),
+                      f"{t.noise_multiplier:.3g}", *(f"{x:.4g}" for x in (t.loss, t.score)[:len(cols)]), str(t.seeds),
+                      style="bold" if t is found.tried[0] else "")
+    console.print(table)
+    console.print(f"as the recipe says it: {found.metric} {found.own.score:.4g}\nproposed: {' '.join(found.overrides)}",
+                  highlight=False, soft_wrap=True)
 
 
 def privacy_line(says: Mapping[str, Any]) -> str:

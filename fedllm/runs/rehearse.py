@@ -1,0 +1,218 @@
+"""What to train with for a wanted epsilon, found by rehearsing the run on public rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.record import Record
+from fedllm.core.rng import numpy_stream
+from fedllm.data.federation import Shard
+from fedllm.local.spec import LocalSpec
+from fedllm.models.remembered import remembering
+from fedllm.privacy.dp_sgd import DPSGD, LEAST
+from fedllm.runs.build import Parts, bound, build, cohort_size, make_layers
+from fedllm.runs.course import Course
+from fedllm.runs.judge import Judge
+from fedllm.runs.progress import log as progress
+from fedllm.runs.recipe import Named, Recipe, load_recipe
+
+TESTED = 0.3
+"""Share of the public rows on which the rehearsals are tested."""
+LEAST_ROWS = 4
+"""Public rows of each rehearsing client."""
+FAR = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)
+"""What the recipe's rate is multiplied by at first."""
+FINALISTS, SEEDS, SWEEPS = 3, 3, 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is chosen."""
+
+    rounds: int
+    lr: float
+    clip_norm: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How one setting did, as the mean over so many rehearsals."""
+
+    setting: Setting
+    noise_multiplier: float
+    """That the real run needs with these rounds and batches."""
+    loss: float
+    score: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The settings by their scores, the best first, and how they were found."""
+
+    epsilon: float
+    delta: float
+    metric: str
+    """Of the public rows kept back: `accuracy`, or `loss` where nothing is classified."""
+    rows: int
+    tested: int
+    own: Tried
+    """As the recipe says it."""
+    tried: tuple[Tried, ...]
+    overrides: tuple[str, ...]
+    """The best one as `key=value`, for `fedllm run`."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def propose(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Proposal:
+    """Rounds, rate, clip and (where each client adds its own noise) batch for the epsilon of the recipe's `dp_sgd`.
+
+    A rehearsal is the recipe's run on `data.public`, dealt out to its clients, with the noise of the real run scaled
+    by the rows at hand to the rows of the run: noise and signal of a step stand to each other as they will. Of the
+    private rows it uses nothing but how many there are, which `dp_sgd` takes as public; so it costs no epsilon.
+    RecipeError without such a layer, an epsilon or enough public rows.
+    """
+    parts = build(load_recipe(recipe, overrides))
+    at = _layer(parts.recipe)
+    layer = parts.layers[at]
+    assert isinstance(layer, DPSGD) and layer.epsilon is not None
+    stage = _Stage(parts, at)
+    first = Setting(parts.recipe.rounds, parts.world.local.lr, layer.clip_norm, parts.world.local.batch_size)
+    scores = _search(stage, first, layer.noise == "local")
+    up = stage.metric == "accuracy"
+    ranked = tuple(sorted(scores, key=lambda t: (-t.seeds, -t.score if up else t.score, t.loss)))
+    own = next(t for t in ranked if t.setting == first)
+    best = ranked[0].setting
+    said = {"rounds": best.rounds, "local.lr": f"{best.lr:.4g}", f"layers.{at}.clip_norm": f"{best.clip_norm:.4g}",
+            "local.batch_size": best.batch_size}
+    return Proposal(layer.epsilon, layer.delta or 1e-5, stage.metric, stage.rows, len(stage.test), own, ranked,
+                    tuple(f"{key}={value}" for key, value in said.items()))
+
+
+def _layer(recipe: Recipe) -> int:
+    """Where the layer stands whose epsilon is given."""
+    names = [n.name for n in recipe.layers]
+    if "dp_sgd" not in names:
+        raise RecipeError(f"layers = {names}: settings are proposed for the epsilon of layer dp_sgd; add it")
+    at = names.index("dp_sgd")
+    if recipe.layers[at].knobs.get("epsilon") is None:
+        raise RecipeError(f"layers.{at}.epsilon is not given, and settings are proposed for one; give it")
+    return at
+
+
+class _Stage:
+    """Where the run is rehearsed: public rows, a few of them kept back to test on."""
+
+    def __init__(self, parts: Parts, at: int) -> None:
+        self.parts, self.at = parts, at
+        public, ids = list(parts.world.federation.public), list(parts.world.federation.clients)
+        order = numpy_stream(parts.recipe.seed, "rehearse").permutation(len(public))
+        held = round(TESTED * len(public))
+        self.test, train = [public[i] for i in order[:held]], [public[i] for i in order[held:]]
+        self.rows = len(train)
+        count = min(len(ids), self.rows // LEAST_ROWS)
+        if not held or not count:
+            raise RecipeError(f"data.public gives {len(public)} rows; settings are proposed from 6 public rows or more "
+                              "of the same task: a file, or in a simulation a fraction of the rows")
+        self.shards = {c: Shard(train[i::count]) for i, c in enumerate(ids[:count])}
+        self.metric = "accuracy" if parts.world.federation.labels else "loss"
+        self.real = {c.id: c.n for c in parts.world.infos()}
+
+    def rehearse(self, setting: Setting, seed: int) -> Tried:
+        """One rehearsal."""
+        layer, recipe, world = self.parts.layers[self.at], self.parts.recipe, self.parts.world
+        assert isinstance(layer, DPSGD)
+        there, here = sum(self.real.values()) / len(self.real), self.rows / len(self.shards)
+        asked = cohort_size(recipe.clients.per_round, len(self.real))
+        few = max(1, round(asked * len(self.shards) / len(self.real)))
+        spec = recipe.model_copy(update={
+            "rounds": setting.rounds, "seed": seed, "layers": [recipe.layers[self.at]],
+            "local": {**recipe.local, "lr": setting.lr, "batch_size": setting.batch_size},
+            "clients": recipe.clients.model_copy(update={"per_round": few, "quorum": 1, "deadline": None})})
+        z = self._noise(setting)
+        local = LocalSpec.make({**spec.local, "batch_size": max(1, round(setting.batch_size * here / there))}, "local")
+        own = layer.noise == "local"
+        scaled = z * here / there * ((few / asked) ** 0.5 if own else few / asked)
+        trial = DPSGD(noise_multiplier=max(LEAST, scaled), clip_norm=setting.clip_norm, delta=layer.delta, seed=seed,
+                      noise="local" if own else "central")
+        federation = replace(world.federation, clients=self.shards, test=self.test, public=())
+        stage = replace(world, federation=federation, local=local, seed=seed, rounds=setting.rounds)
+        layers = bound([trial], spec, {c: len(s.train) for c, s in self.shards.items()}, local)
+        small = replace(self.parts, recipe=spec, world=stage, layers=layers)
+        with remembering(world.model):
+            course = Course(small, small.method, layers)
+            for round_ in range(setting.rounds):
+                course.step(round_)
+            found = Judge(small, small.method, Record(lambda event: None)).test(course.state, course.engine.memory, 0)
+        figures = found["global"]
+        if not figures or not {"loss", self.metric} <= figures.keys():
+            raise CompositionError(f"method {recipe.method.name!r} has no loss on a test of everybody's, by "
+                                   "which settings could be compared")
+        return Tried(setting, z, float(figures["loss"]), float(figures[self.metric]), 1)
+
+    def _noise(self, setting: Setting) -> float:
+        """The noise multiplier that these rounds and batches need on the real rows."""
+        recipe = self.parts.recipe
+        specs = [Named(**{**n.model_dump(), "clip_norm": setting.clip_norm}) if i == self.at else n
+                 for i, n in enumerate(recipe.layers)]
+        asked = recipe.model_copy(update={
+            "rounds": setting.rounds, "layers": specs,
+            "local": {**recipe.local, "lr": setting.lr, "batch_size": setting.batch_size}})
+        layer = bound(make_layers(asked)[0], asked, self.real, LocalSpec.make(asked.local, "local"))[self.at]
+        assert isinstance(layer, DPSGD) and layer.noise_multiplier is not None
+        return layer.noise_multiplier
+
+
+def _search(stage: _Stage, first: Setting, batches: bool) -> list[Tried]:
+    """Rates far and near at a few counts of rounds, then a climb from the best along each thing in turn while the loss
+    falls (between them lies a ridge that no climb crosses); the finalists on more seeds."""
+    found, seed = dict[Setting, Tried](), stage.parts.recipe.seed
+
+    def loss(setting: Setting) -> float:
+        if setting not in found:
+            try:
+                found[setting] = stage.rehearse(setting, seed)
+            except (RecipeError, CompositionError) as error:
+                if setting == first:
+                    raise
+                progress.info("propose: %s: %s", setting, error)
+                return float("inf")
+            t = found[setting]
+            progress.info("propose: rounds %d, rate %.3g, clip %.3g, batch %d: loss %.4g, %s %.4g", setting.rounds,
+                          setting.lr, setting.clip_norm, setting.batch_size, t.loss, stage.metric, t.score)
+        return found[setting].loss
+
+    loss(first)
+    at = min((replace(first, rounds=first.rounds * r, lr=first.lr * f) for r in (1, 3) for f in FAR), key=loss)
+    for _ in range(SWEEPS):
+        before = at
+        for more, less in _WAYS if batches else _WAYS[:-1]:
+            for way in (more, less):
+                while loss(to := way(at)) < loss(at):
+                    at = to
+        if at == before:
+            break
+    finalists = [*sorted(found, key=lambda s: found[s].loss)[:FINALISTS], first]
+    for setting in dict.fromkeys(finalists):
+        all_ = [found[setting], *(stage.rehearse(setting, seed + i) for i in range(1, SEEDS))]
+        found[setting] = replace(all_[0], seeds=SEEDS, loss=sum(t.loss for t in all_) / SEEDS,
+                                 score=sum(t.score for t in all_) / SEEDS)
+    return list(found.values())
+
+
+_WAYS: tuple[tuple[Callable[[Setting], Setting], Callable[[Setting], Setting]], ...] = (
+    (lambda s: replace(s, lr=s.lr * 3), lambda s: replace(s, lr=s.lr / 3)),
+    (lambda s: replace(s, rounds=s.rounds * 2), lambda s: replace(s, rounds=max(1, s.rounds // 2))),
+    (lambda s: replace(s, clip_norm=s.clip_norm / 3, lr=s.lr * 3),  # a clip that binds: the same way, less noise
+     lambda s: replace(s, clip_norm=s.clip_norm * 3, lr=s.lr / 3)),
+    (lambda s: replace(s, batch_size=s.batch_size * 4), lambda s: replace(s, batch_size=max(1, s.batch_size // 4))),
+)
+"""Of each thing that is chosen: more of it, and less."""

@@ -1,0 +1,68 @@
+"""Settings for a wanted epsilon are found on public rows, with the noise that the real run will have."""
+
+import json
+
+import numpy as np
+import pytest
+
+import fedllm
+from fedllm.core.errors import RecipeError
+from fedllm.privacy.accountant import noise_for
+from fedllm.runs.build import build
+from fedllm.runs.recipe import load_recipe
+from fedllm.runs.rehearse import Setting, _Stage, propose
+
+PRIVATE = {"name": "dp_sgd", "noise": "shared", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0}
+
+
+@pytest.fixture
+def private(tiny_bert_folder, tmp_path):
+    """Two words decide a row; the rate that the recipe gives is far too small."""
+    coins = np.random.default_rng(0)
+    rows = [{"text": " ".join(coins.choice(list("abcdefgh"), 5)) + (" good" if i % 2 else " bad"),
+             "label": ["no", "yes"][i % 2]} for i in range(240)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "private", "model": {"name": tiny_bert_folder, "pooling": "mean"}, "space": "head", "rounds": 4,
+            "method": "fedavg", "layers": [PRIVATE, "secagg"], "evaluate": {"clients": False, "samples": 0},
+            "local": {"optimizer": "sgd", "lr": 0.01, "steps": 1, "batch_size": 512},
+            "data": {"source": str(tmp_path / "rows.jsonl"), "task": "classification", "labels": ["no", "yes"], "client_test": 0.0,
+                     "fields": {"text": "text", "label": "label"}, "partition": {"kind": "iid", "clients": 4},
+                     "public": 0.25}}
+
+
+def test_what_is_proposed_is_a_run_and_beats_a_rate_that_is_too_small(private):
+    found = propose(private)
+    assert found == propose(private)  # by the recipe's seed
+    best = found.tried[0]
+    assert best.loss < found.own.loss and best.setting.lr > 0.05 and best.seeds == found.own.seeds == 3
+    again = load_recipe(private, dict(fedllm.runs.complaints.parse_override(o) for o in found.overrides))
+    assert (again.rounds, again.layers[0].knobs["clip_norm"]) == (best.setting.rounds, best.setting.clip_norm)
+    assert found.rows + found.tested == 60 and found.metric == "accuracy"
+    for tried in found.tried:  # each pays for its own rounds
+        z = noise_for(8.0, 1e-3, tried.setting.rounds, law="discrete")
+        assert tried.noise_multiplier == pytest.approx(z, rel=1e-6)
+
+
+@pytest.mark.parametrize("noise,batch", [("shared", 512), ("local", 9)])
+def test_noise_stands_to_the_rows_at_hand_as_it_will(private, monkeypatch, noise, batch):
+    """The noise of a rehearsal's mean gradient is the real run's, for the sum of all and for each client's own."""
+    from fedllm.runs import rehearse
+
+    private |= {"layers": [PRIVATE | {"noise": noise}, *(["secagg"] if noise == "shared" else [])]}
+    made, plain = [], rehearse.DPSGD
+    monkeypatch.setattr(rehearse, "DPSGD", lambda **knobs: made.append(plain(**knobs)) or made[-1])
+    monkeypatch.setattr(rehearse._Stage, "_noise", lambda self, setting: 5.0)
+    stage = _Stage(build(load_recipe(private, {"local.batch_size": batch})), 0)
+    stage.rehearse(Setting(1, 0.1, 1.0, batch), 0)
+    here, there = 42 / 4, 180 / 4  # rows of a client: 70 % of 60 public ones, and 180 private ones
+    assert made[-1].noise_multiplier == pytest.approx(5.0 * here / there)
+    assert made[-1].noise == ("central" if noise == "shared" else "local")
+
+
+@pytest.mark.parametrize("change,says", [
+    ({"layers": ["secagg"]}, r"layers = \['secagg'\].*add it"),
+    ({"layers": [{"name": "dp_sgd", "noise_multiplier": 1.0}]}, "layers.0.epsilon is not given"),
+    ({"data.public": 0.0}, "data.public gives 0 rows; settings are proposed from 6")])
+def test_what_cannot_be_proposed_is_refused(private, change, says):
+    with pytest.raises(RecipeError, match=says):
+        propose(private, **change)
