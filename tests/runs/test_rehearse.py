@@ -12,22 +12,22 @@ from fedllm.runs.build import build
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.rehearse import Setting, _Stage, propose
 
-PRIVATE = {"name": "dp_sgd", "noise": "shared", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0}
+PRIVATE = {"name": "dp_sgd", "noise": "shared", "epsilon": 60.0, "delta": 1e-3, "clip_norm": 1.0}
 
 
 @pytest.fixture
 def private(tiny_bert_folder, tmp_path):
     """Two words decide a row; the rate that the recipe gives is far too small."""
     coins = np.random.default_rng(0)
-    rows = [{"text": " ".join(coins.choice(list("abcdefgh"), 5)) + (" good" if i % 2 else " bad"),
+    rows = [{"text": " ".join(coins.choice(list("abcdefgh"), 2)) + (" good good good" if i % 2 else " bad bad bad"),
              "label": ["no", "yes"][i % 2]} for i in range(240)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"name": "private", "model": {"name": tiny_bert_folder, "pooling": "mean"}, "space": "head", "rounds": 4,
             "method": "fedavg", "layers": [PRIVATE, "secagg"], "evaluate": {"clients": False, "samples": 0},
             "local": {"optimizer": "sgd", "lr": 0.01, "steps": 1, "batch_size": 512},
-            "data": {"source": str(tmp_path / "rows.jsonl"), "task": "classification", "labels": ["no", "yes"], "client_test": 0.0,
-                     "fields": {"text": "text", "label": "label"}, "partition": {"kind": "iid", "clients": 4},
-                     "public": 0.25}}
+            "data": {"source": str(tmp_path / "rows.jsonl"), "task": "classification", "labels": ["no", "yes"],
+                     "client_test": 0.0, "fields": {"text": "text", "label": "label"},
+                     "partition": {"kind": "iid", "clients": 4}, "public": 0.25}}
 
 
 def test_what_is_proposed_is_a_run_and_beats_a_rate_that_is_too_small(private):
@@ -37,9 +37,9 @@ def test_what_is_proposed_is_a_run_and_beats_a_rate_that_is_too_small(private):
     assert best.loss < found.own.loss and best.setting.lr > 0.05 and best.seeds == found.own.seeds == 3
     again = load_recipe(private, dict(fedllm.runs.complaints.parse_override(o) for o in found.overrides))
     assert (again.rounds, again.layers[0].knobs["clip_norm"]) == (best.setting.rounds, best.setting.clip_norm)
-    assert found.rows + found.tested == 60 and found.metric == "accuracy"
+    assert found.rows + found.tested == 54 and found.metric == "accuracy"
     for tried in found.tried:  # each pays for its own rounds
-        z = noise_for(8.0, 1e-3, tried.setting.rounds, law="discrete")
+        z = noise_for(60.0, 1e-3, tried.setting.rounds, law="discrete")
         assert tried.noise_multiplier == pytest.approx(z, rel=1e-6)
 
 
@@ -49,12 +49,12 @@ def test_noise_stands_to_the_rows_at_hand_as_it_will(private, monkeypatch, noise
     from fedllm.runs import rehearse
 
     private |= {"layers": [PRIVATE | {"noise": noise}, *(["secagg"] if noise == "shared" else [])]}
-    made, plain = [], rehearse.DPSGD
-    monkeypatch.setattr(rehearse, "DPSGD", lambda **knobs: made.append(plain(**knobs)) or made[-1])
+    made, plain = [], rehearse.bound
+    monkeypatch.setattr(rehearse, "bound", lambda layers, *rest: made.extend(layers) or plain(layers, *rest))
     monkeypatch.setattr(rehearse._Stage, "_noise", lambda self, setting: 5.0)
     stage = _Stage(build(load_recipe(private, {"local.batch_size": batch})), 0)
     stage.rehearse(Setting(1, 0.1, 1.0, batch), 0)
-    here, there = 42 / 4, 180 / 4  # rows of a client: 70 % of 60 public ones, and 180 private ones
+    here, there = 38 / 4, 162 / 4  # rows of a client: 70 % of 54 public ones, and 162 private ones
     assert made[-1].noise_multiplier == pytest.approx(5.0 * here / there)
     assert made[-1].noise == ("central" if noise == "shared" else "local")
 
