@@ -107,17 +107,23 @@ def quadratic(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None,
 
 
 class Scripted(InProcess):
-    """Clients whose training moves every trainable by a random step: aggregation is all that is left to see."""
+    """Clients whose training moves every trainable by a random step: aggregation is all that is left to see.
+
+    `took` and `made` are of the last question that had clients train.
+    """
 
     def answers(self, jobs):
-        self.took: dict[str, Fit] = {}
-        self.made: dict[str, Tree] = {}
+        self.begins = True
         for job in jobs:
             yield job, self.work(job, self.train)
 
     def train(self, fit: Fit) -> Fitted:
         import fnmatch
 
+        if self.begins:
+            self.took: dict[str, Fit] = {}
+            self.made: dict[str, Tree] = {}
+            self.begins = False
         rng = torch_stream(self.world.seed, self.round, fit.client, "scripted")
         stays = {n for n in fit.theta if any(fnmatch.fnmatch(n, f) for f in fit.freeze)}
         theta = {n: t if n in stays else t + torch.randn(t.shape, generator=rng).to(t.dtype)

@@ -1,4 +1,4 @@
-"""What travels of a LoRA, and what an average of factors comes to: FedSA-LoRA, Fed-SB, LoRA-FAIR, FLoRIST."""
+"""What travels of a LoRA, and what an average of factors comes to: FedSA-LoRA, Fed-SB, FedASK, LoRA-FAIR, FLoRIST."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedllm.core.payload import pack, part, tensor_bytes
 from fedllm.local.requests import Limits, Sensitivity
 from fedllm.local.sensitivity import run_sensitivities
 from fedllm.methods._linalg import factored_svd
+from fedllm.methods.efficiency.fedask import refactored
 from fedllm.methods.registry import make_method
 from fedllm.models.batch import collate
 from fedllm.spaces.lora import factors, names_of
@@ -200,3 +201,33 @@ def test_florist_late_joiners_hold_the_same_base(begin, gap):
 def test_knobs_out_of_range(name, knobs, says):
     with pytest.raises(RecipeError, match=says):
         make_method(name, **knobs)
+
+
+def test_fedask_deploys_the_mean_product_though_only_b_is_trained(begin):
+    run = begin("fedask", kind=Scripted).go(1)
+    space, n, theta = run.world.model.space, {c.id: c.n for c in run.world.infos()}, run.state["theta"]
+    start = run.world.model.initial()
+    each = {c: update(space, start | {k: x for k, x in made.items() if "lora_B" in k})
+            for c, made in run.engine.made.items()}
+    mean = {p: sum(n[c] / sum(n.values()) * each[c][p] for c in each) for p in each["c0"]}
+    assert off(update(space, theta), mean) < 1e-12
+    assert any(not torch.equal(theta[k], x) for k, x in start.items() if "lora_A" in k)  # and yet A moved
+    assert all(not m for m in run.engine.memory.values())  # nothing stays for the next round
+
+
+def test_fedask_sends_two_sketches(begin):
+    run = begin("fedask").go(1)
+    up = {e["phase"]: e["bytes"] for e in run.engine.record.events if e["kind"] == "wire" and e["direction"] == "up"}
+    pairs = factors(run.state["theta"]).values()
+    assert up["FedASK.local"] > sum(8 * b.shape[0] * b.shape[1] for b, _ in pairs)
+    assert up["FedASK.project"] > sum(8 * a.shape[0] * a.shape[1] for _, a in pairs)
+    assert sum(up.values()) < 1.5 * sum(8 * x.numel() for pair in pairs for x in pair) + 4000
+
+
+def test_fedask_refuses_a_sketch_that_cannot_hold_the_product_and_keeps_a_when_nothing_was_learned(begin):
+    with pytest.raises(CompositionError, match=r"method.sketch = 1 and space.rank.*must be >="):
+        begin("fedask", sketch=1)
+    a, b = torch.randn(3, 5), torch.zeros(4, 3)
+    q = torch.linalg.qr(torch.randn(4, 3)).Q
+    kept_b, kept_a = refactored(q, torch.zeros(3, 5), b, a)
+    assert torch.equal(kept_a, a) and not kept_b.any()
