@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import CompositionError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Tree, add, pack, part, sub
+from fedllm.core.payload import pack, part, sub
 from fedllm.core.reduce import Mean
+from fedllm.methods._streams import both, held, merged, need_two
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,8 @@ class FedLoRAWu(Star):
                                                 options=("both", "sigma", "tau"))
 
     def check(self, model) -> None:
-        if {n.partition("/")[0] for n in model.initial()} != {"sigma", "tau"} or model.space.personal != ("tau",):
-            raise CompositionError(
-                f"method 'fedlora_wu' and space '{type(model.space).__name__}' do not fit together: it needs two "
-                "streams of which tau is personal; use space: {name: streams, of: {sigma: full, tau: {name: lora, "
-                "rank: 4}}, personal: [tau]}")
+        need_two(self, model, "sigma", "tau",
+                 "{name: streams, of: {sigma: full, tau: {name: lora, rank: 4}}, personal: [tau]}")
 
     def init(self, model) -> State:
         self.check(model)
@@ -59,7 +56,7 @@ class FedLoRAWu(Star):
 
     @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg, client):
-        sigma, tau = part(msg, "theta"), self.tau(client)
+        sigma, tau = part(msg, "theta"), held(client, "tau")
         theta, steps = pack(sigma=sigma, tau=tau), client.training.count(client.n)
         own = round(self.personal_share * steps)
         plan = [(own, "sigma/*"), (steps - own, "tau/*")]  # (steps, what rests)
@@ -73,13 +70,8 @@ class FedLoRAWu(Star):
         n = client.n if self.weighting == "n" else 1
         return pack(delta=sub(part(theta, "sigma"), sigma), n=n, loss=loss)
 
-    def tau(self, client) -> Tree:
-        """The client's own part; in its first round B = 0, so that sigma + tau = sigma."""
-        return client.memory.get("tau") or part(client.model.initial(), "tau")
-
     def merge(self, state: State, out) -> State:
-        # sigma_{t+1} = sigma_t + mean_k (sigma_k - sigma_t)
-        return {**state, "theta": add(state["theta"], part(out.value, "delta"))}
+        return merged(state, out)  # sigma_{t+1} = sigma_t + mean_k (sigma_k - sigma_t)
 
     def served(self, state: State):
         return pack(sigma=state["theta"]), None
@@ -89,5 +81,5 @@ class FedLoRAWu(Star):
 
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
-        both = {"sigma": part(msg, "theta"), "tau": self.tau(client)}
-        return client.score(pack(**(both if self.use == "both" else {self.use: both[self.use]})), on=msg["on"])
+        theta = both(msg, client, "sigma", "tau")
+        return client.score({n: x for n, x in theta.items() if self.use in ("both", n.partition("/")[0])}, on=msg["on"])
