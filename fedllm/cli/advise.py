@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fedllm.cli.said import Json, put
 from fedllm.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def advise(recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; its me
            zeroth_order: Annotated[bool, typer.Option("--zeroth-order", help="Clients take no gradients.")] = False,
            limit: Annotated[str | None, typer.Option("--bytes", metavar="SIZE", show_default=False, help=(
                "Most bytes of a run, up and down over all clients, as in 20MB."))] = None,
-           as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+           as_json: Json = False) -> None:
     """Name two or three methods that fit a recipe, and why: [bold]fedllm advise recipes/demo.yaml[/bold].
 
     Loads rows and model, and trains nothing.
@@ -44,7 +44,7 @@ def advise(recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; its me
     wants = Wants(personal, stateless, zeroth_order, _bytes(limit))
     found = go(recipe, wants, dict(parse_override(text) for text in overrides or ()))
     if as_json:
-        typer.echo(json.dumps(found.as_json()))
+        put(found.as_json())
     else:
         show(found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fedllm.cli.said import Json, put
 from fedllm.cli.typed import lines
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def ask(source: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", show_def
         timeout: Annotated[float, typer.Option(help="Seconds that one question may take.")] = PATIENCE,
         trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a run's recipe "
                                                         "names.")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each question.")] = False
-        ) -> None:
+        as_json: Json = False) -> None:
     """Ask a method that answers questions: [bold]fedllm ask recipes/rag.yaml "Who signs an invoice?"[/bold]."""
     from fedllm.runs.asking import Session  # heavy, as the whole of a run is
     from fedllm.runs.complaints import parse_override
@@ -47,7 +46,7 @@ def show(got: Answered, as_json: bool) -> None:
     from fedllm.runs.progress import size
 
     if as_json:
-        return out.print_json(json.dumps(got.as_json(), default=str))
+        return put(got.as_json())
     out.print(f"[cyan]{escape(got.question)}[/cyan]", soft_wrap=True)
     out.print(escape(got.answer) if got.answer else "(no answer: nobody had anything to say)", soft_wrap=True)
     rests = f"rests on {', '.join(got.clients)}" if got.clients else "rests on no client"

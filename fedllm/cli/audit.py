@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
+
+from fedllm.cli.said import Json, put
 
 
 class RunFirst(TyperGroup):
@@ -43,7 +44,7 @@ def run(path: Path_,
         max_leak: Annotated[float, typer.Option(help="Limit: F1 of tokens read from messages, over a guess.")] = 0.2,
         trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the run's recipe "
                                                         "names.")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False) -> None:
+        as_json: Json = False) -> None:
     """Measure what a run's model and messages give away. Exit code 1 when a figure is over its limit.
 
     Writes audit.json into the run's folder, and a section into its report.
@@ -57,7 +58,7 @@ def run(path: Path_,
                      trust_remote_code=trust_remote_code)
     write_report(path, trust_remote_code)
     if as_json:
-        typer.echo(json.dumps(done.as_json(), indent=1, default=float))
+        put(done.as_json())
     else:
         for c in done.checks:
             mark = "[green]pass[/]" if c.holds else "[bold red]FAIL[/]"
@@ -76,7 +77,7 @@ def run(path: Path_,
 def verify(path: Path_,
            head: Annotated[str | None, typer.Option(help="The hash that you kept of the run's last event.")] = None,
            key: Annotated[Path | None, typer.Option(help="audit.pub of whoever signed the run: then nothing that was "
-                                                         "rewritten passes.")] = None) -> None:
+                                                         "rewritten passes.")] = None, as_json: Json = False) -> None:
     """Find every line of a run's record that was edited, dropped, added or moved. Exit code 1 when there is one."""
     from fedllm.runs.seal import verify as look
     from fedllm.runs.signature import against_signature
@@ -87,6 +88,10 @@ def verify(path: Path_,
         findings.append(f"the last line's hash is {found.head or 'none'}, and you kept {head}")
     if key is not None:
         findings += against_signature(path, key, found.head)
+    if as_json:
+        put({"intact": not findings, "findings": [str(f) for f in findings], "events": found.events,
+             "finished": found.finished, "head": found.head})
+        raise typer.Exit(1 if findings else 0)
     for finding in findings[:50]:
         console.print(f"[bold red]changed[/] {escape(str(finding))}", highlight=False, soft_wrap=True)
     if len(findings) > 50:
@@ -98,21 +103,32 @@ def verify(path: Path_,
 
 
 @audit.command()
-def seal(path: Path_, key: Annotated[Path, typer.Option(help="audit.key of the coordinator.")]) -> None:
+def seal(path: Path_, key: Annotated[Path, typer.Option(help="audit.key of the coordinator.")],
+         as_json: Json = False) -> None:
     """Sign a finished run as it stands (after `fedllm audit run`, or a report written afresh)."""
     from fedllm.runs.seal import verify as look
     from fedllm.runs.signature import sign
 
     if findings := look(path).findings:
-        console.print(f"[bold red]not sealed[/] {findings[0]}", highlight=False, soft_wrap=True)
+        if as_json:
+            put({"sealed": 0, "findings": [str(f) for f in findings]})
+        else:
+            console.print(f"[bold red]not sealed[/] {findings[0]}", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
-    console.print(f"sealed: {len(sign(path, key)['files'])} files", highlight=False)
+    files = len(sign(path, key)["files"])
+    if as_json:
+        return put({"sealed": files, "findings": []})
+    console.print(f"sealed: {files} files", highlight=False)
 
 
 @audit.command("key")
-def new_key(folder: Annotated[Path, typer.Argument(help="Where audit.key and audit.pub are written.")]) -> None:
+def new_key(folder: Annotated[Path, typer.Argument(help="Where audit.key and audit.pub are written.")],
+            as_json: Json = False) -> None:
     """Make a key that runs are sealed with."""
     from fedllm.runs.audit_key import make_key
 
-    console.print(f"{make_key(folder)}: keep it; audit.pub beside it is for whoever verifies", highlight=False,
+    made = make_key(folder)
+    if as_json:
+        return put({"key": str(made)})
+    console.print(f"{made}: keep it; audit.pub beside it is for whoever verifies", highlight=False,
                   soft_wrap=True)

@@ -97,15 +97,20 @@ def _model(recipe: Recipe) -> Model:
 
 
 def chat(path: str | Path, console: Console, read: Callable[[], Iterator[str]], *, temperature: float,
-         raw: bool, max_new_tokens: int | None = None, trust_remote_code: bool = False) -> None:
-    """Answer line after line until there are no more; `/base TEXT` asks the untrained model, `/new` forgets."""
+         raw: bool, max_new_tokens: int | None = None, trust_remote_code: bool = False,
+         put: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+    """Answer line after line until there are no more; `/base TEXT` asks the untrained model, `/new` forgets.
+
+    `put` takes each answer as an object, in the place of the console.
+    """
     speaker = Speaker(path, trust_remote_code)
     talks = speaker.talks and not raw
-    console.print(f"[dim]{escape(str(path))}: {escape(speaker.recipe.method.name)} on "
+    greet = Console(quiet=True) if put else console
+    greet.print(f"[dim]{escape(str(path))}: {escape(speaker.recipe.method.name)} on "
                   f"{escape(speaker.recipe.model.name)}. Empty line or Ctrl-D ends; /base TEXT asks the model before "
                   f"training{'; /new begins another talk' if talks else ''}.[/dim]")
     if speaker.empty and not raw:
-        console.print(f"[dim]What you type stands in the recipe's frame; its {', '.join(speaker.empty)} stays "
+        greet.print(f"[dim]What you type stands in the recipe's frame; its {', '.join(speaker.empty)} stays "
                       "empty.[/dim]")
     how: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     turns: list[dict[str, str]] = []
@@ -121,5 +126,8 @@ def chat(path: str | Path, console: Console, read: Callable[[], Iterator[str]], 
             turns = turns if base else [*asked_now, {"role": "assistant", "content": said.strip()}]
         else:
             said = speaker.say(text if raw else speaker.framed(text), seed=turn, adapted=not base, **how)
+        if put:
+            put({"typed": line, "model": "base" if base else "run", "answer": said.strip()})
+            continue
         console.print(f"[cyan]{'base' if base else 'model'}>[/cyan] ", end="")
         console.print(said.strip() or "(nothing)", markup=False, highlight=False)

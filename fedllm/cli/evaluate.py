@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedllm.cli.said import Json, put
 from fedllm.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's f
              name: Annotated[str | None, typer.Option(help="Name of the file under evaluations/.")] = None,
              trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes "
                                                              "with the run's model.")] = False,
-             as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+             as_json: Json = False) -> None:
     """Measure a finished run: [bold]fedllm evaluate runs/demo --data new.jsonl --metric rouge[/bold], or --tasks FILE.
 
     Everything is kept in the run's folder, under evaluations/.
@@ -63,7 +63,7 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's f
 
 def _show(what: Any, at: Path, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({**what, "file": str(at)}, default=str))
+        put({**what, "file": str(at)})
     else:
         out.print(what)
         out.print(f"[dim]kept in[/dim] {at}", highlight=False, soft_wrap=True)

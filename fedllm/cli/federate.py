@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fedllm.cli.said import Json, put, put_error
 from fedllm.core.errors import DataError, FedLLMError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Run between organisations on different machines.")
@@ -27,6 +28,10 @@ def printable(text: str) -> str:
 
 
 def _refuse(error: FedLLMError) -> typer.Exit:
+    now = click.get_current_context(silent=True)
+    if now is not None and now.params.get("as_json"):
+        put_error(error, printable(str(error)))
+        return typer.Exit(1)
     console.print(f"[bold red]{type(error).__name__}[/]: {escape(printable(str(error)))}", highlight=False)
     return typer.Exit(1)
 
@@ -43,7 +48,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
               "--plugin", metavar="FILE", show_default=False, help="Python file with the coordinator's half of a part "
               "of your own (repeat); sites must have it installed.")] = None,
           trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Go on with a folder whose "
-                                                          "recipe names code to run.")] = False) -> None:
+                                                          "recipe names code to run.")] = False,
+          as_json: Json = False) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.federation import serve as federate
     from fedllm.federation.process import stoppable
@@ -66,6 +72,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
         raise typer.Exit(130) from None
     except FedLLMError as error:
         raise _refuse(error) from None
+    if as_json:
+        return put({"event": "result", "folder": str(result.folder), **result.as_json()})
     console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})",
                   markup=False, highlight=False)
 
@@ -86,7 +94,7 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
          policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
                                                           "docs/federation.md.")] = None,
          text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = False,
-         threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1) -> None:
+         threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1, as_json: Json = False) -> None:
     """Take part in a federation with this machine's data, until stopped."""
     from fedllm.federation.flower.join import is_flower_kit, join_flower
     from fedllm.federation.nvflare.join import join as take_part
@@ -100,6 +108,8 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
         if unknown := [m for m in allow or () if m not in METHODS]:
             raise RecipeError(f"--allow {unknown[0]!r} is no method{nearest(unknown[0], METHODS) or '.'} `fedllm "
                               "methods` lists them")
+        if as_json:
+            put({"joining": address, "data": str(data)})
         console.print(f"joining {address} with the rows of {data}; Ctrl-C ends it", markup=False, highlight=False)
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
                   threads=threads, model=model, endpoint={"url": endpoint} if endpoint else None,
@@ -113,7 +123,7 @@ RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=Fa
 
 
 @app.command()
-def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def status(run: RunPath, as_json: Json = False) -> None:
     """How a federation's run stands: rounds, bytes, and each site."""
     from fedllm.federation.operate import Tally
 
@@ -122,8 +132,7 @@ def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="P
     except FedLLMError as error:
         raise _refuse(error) from None
     if as_json:
-        out.print_json(json.dumps(now))
-        return
+        return put(now)
     out.print(f"{now['run']}: {printable(now['state'])}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
               f"({now['skipped']} skipped), {now['down']:,} bytes down, {now['up']:,} bytes up", highlight=False,
               markup=False)
@@ -135,25 +144,31 @@ def status(run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="P
 
 @app.command()
 def logs(path: Annotated[Path, typer.Argument(help="A run's folder (its events) or a kit (its process's log).")],
-         last: Annotated[int, typer.Option(min=1, help="How many lines.")] = 20) -> None:
+         last: Annotated[int, typer.Option(min=1, help="How many lines.")] = 20, as_json: Json = False) -> None:
     """The last lines of a run's record, one JSON object each, or of a kit's log."""
     from fedllm.federation.operate import log_lines
 
     try:
         for line in log_lines(path, last):
+            if as_json:
+                put({"line": line})
+                continue
             out.print(line, highlight=False, markup=False, soft_wrap=True)
     except FedLLMError as error:
         raise _refuse(error) from None
 
 
 @app.command()
-def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 60.0) -> None:
+def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 60.0,
+         as_json: Json = False) -> None:
     """End the `fedllm serve` of this run, in order; `fedllm serve RUN` goes on with it."""
     from fedllm.federation.operate import stop as end
 
     try:
-        out.print(f"process {end(run, wait)} ended; `fedllm serve {run}` goes on with the run", highlight=False,
-                  markup=False)
+        process = end(run, wait)
+        if as_json:
+            return put({"ended": process, "run": str(run)})
+        out.print(f"process {process} ended; `fedllm serve {run}` goes on with the run", highlight=False, markup=False)
     except FedLLMError as error:
         raise _refuse(error) from None
 
@@ -162,7 +177,8 @@ def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait
 def new(sites: Annotated[list[str], typer.Argument(help="Names of the sites.")], federation: Folder = HERE,
         host: Annotated[str, typer.Option(help="Name under which sites reach the coordinator.")] = "localhost",
         port: Annotated[int, typer.Option(help="Its port.")] = 8002,
-        engine: Annotated[str, typer.Option(help="flare (NVFlare) or flower.")] = "flare") -> None:
+        engine: Annotated[str, typer.Option(help="flare (NVFlare) or flower.")] = "flare",
+        as_json: Json = False) -> None:
     """Make a CA, the coordinator's kit and a kit for each site; send each site its own."""
     from fedllm.federation.flower.keys import new_flower_federation
     from fedllm.federation.nvflare.keys import new_federation
@@ -174,11 +190,14 @@ def new(sites: Annotated[list[str], typer.Argument(help="Names of the sites.")],
     except FedLLMError as error:
         raise _refuse(error) from None
     secret = made.folder / ("server" if engine == "flower" else "ca")
+    if as_json:
+        return put({"kits": str(made.folder / "kits"), "secret": str(secret)})
     console.print(f"kits are in {made.folder / 'kits'}; give each site its own, and keep {secret} secret")
 
 
 @keys.command("add")
-def add(sites: Annotated[list[str], typer.Argument(help="Names of further sites.")], federation: Folder = HERE) -> None:
+def add(sites: Annotated[list[str], typer.Argument(help="Names of further sites.")], federation: Folder = HERE,
+        as_json: Json = False) -> None:
     """Kits for further sites, signed by the same CA; the coordinator need not be restarted."""
     from fedllm.federation.flower.keys import add_flower_sites, is_flower
     from fedllm.federation.nvflare.keys import add_sites
@@ -187,23 +206,27 @@ def add(sites: Annotated[list[str], typer.Argument(help="Names of further sites.
         made: Any = (add_flower_sites if is_flower(federation) else add_sites)(federation, sites)
     except FedLLMError as error:
         raise _refuse(error) from None
+    if as_json:
+        return put({"kits": str(made.folder / "kits")})
     console.print(f"kits are in {made.folder / 'kits'}")
 
 
 @keys.command("suspend")
-def suspend(site: str, federation: Folder = HERE) -> None:
+def suspend(site: str, federation: Folder = HERE, as_json: Json = False) -> None:
     """The running coordinator refuses this site until `restore`."""
     _change("suspend", site, federation)
+    _told(site, "suspended", as_json)
 
 
 @keys.command("restore")
-def restore(site: str, federation: Folder = HERE) -> None:
+def restore(site: str, federation: Folder = HERE, as_json: Json = False) -> None:
     """A suspended site may join again."""
     _change("restore", site, federation)
+    _told(site, "restored", as_json)
 
 
 @keys.command("revoke")
-def revoke(site: str, federation: Folder = HERE) -> None:
+def revoke(site: str, federation: Folder = HERE, as_json: Json = False) -> None:
     """This site never joins again: it is refused from now on, its kit is deleted, its name is not given again."""
     from fedllm.federation.flower.keys import is_flower, revoke_flower_site
     from fedllm.federation.nvflare import serve as federate
@@ -216,6 +239,12 @@ def revoke(site: str, federation: Folder = HERE) -> None:
             console.print("the coordinator is not running; it will refuse the site from its next start on")
     except FedLLMError as error:
         raise _refuse(error) from None
+    _told(site, "revoked", as_json)
+
+
+def _told(site: str, state: str, as_json: bool) -> None:
+    if as_json:
+        put({"site": site, "state": state})
 
 
 def _change(what: str, site: str, federation: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedllm.cli.said import Json, put
 from fedllm.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def judge(a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folde
           name: Annotated[str | None, typer.Option(help="Name of the file under RUN_A/evaluations/.")] = None,
           trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with "
                                                           "a run's model.")] = False,
-          as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+          as_json: Json = False) -> None:
     """Let a model judge two runs: both orders of each pair, ties, and how much the judge goes by place.
 
     The questions and both answers are sent to the endpoint.
@@ -53,7 +53,7 @@ def judge(a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folde
                      verdict_tokens=verdict_tokens, name=name,
                      trust_remote_code=trust_remote_code)
     if as_json:
-        typer.echo(json.dumps({**{k: v for k, v in found.as_json().items() if k != "rows"}, "file": str(at)}))
+        put({**{k: v for k, v in found.as_json().items() if k != "rows"}, "file": str(at)})
     else:
         show_duel(found, at)
 

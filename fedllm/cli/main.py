@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
-import logging
 import math
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.markup import escape
-from rich.panel import Panel
 
 from fedllm.cli.advise import advise
 from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.compare import compare
-from fedllm.cli.consoles import flushed, in_a_folder, leads_nowhere, stand_open, takes_nothing, told_to_end
+from fedllm.cli.consoles import leads_nowhere, stand_open
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
+from fedllm.cli.guard import err, guarded, quiet, refuse, stopped
 from fedllm.cli.judge import judge
+from fedllm.cli.said import Json, put
 from fedllm.cli.typed import lines as _lines
-from fedllm.core.errors import FedLLMError, RecipeError, RunError
+from fedllm.core.errors import RecipeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Train, tune, prompt and test large language models across clients whose data must not move.")
@@ -40,10 +35,8 @@ app.command()(ask)
 app.command()(compare)
 app.command()(evaluate)
 app.command()(judge)
-out, err = Console(), Console(stderr=True)
+out = Console()
 
-PROGRESS = "fedllm.progress"
-"""The logger of progress lines; without a terminal they take the place of bars."""
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the run's recipe names: of its "
                                             "model, of plugin files, of a metric.")]
@@ -62,30 +55,30 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
         live: Annotated[bool, typer.Option("--live", help="Draw clients, bytes, the loss and trouble while it runs.")
                         ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: progress, then the "
-                                                             "result.")] = False) -> None:
+                                                             "result (`fedllm schema run`).")] = False) -> None:
     """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
     from fedllm.report.report import publish
     from fedllm.runs.progress import JsonLines
     from fedllm.runs.stages import begin
     from fedllm.runs.terminal import live_view
 
-    with _stopped("nothing was kept yet"):
+    with stopped("nothing was kept yet"):
         if live and as_json:
             raise RecipeError("--live and --json are two ways to tell the same; take one")
         with live_view() if live else contextlib.nullcontext(JsonLines(sys.stdout) if as_json else None) as shown:
             result = begin(recipe, root, _parsed(overrides, plugin), publish, shown)
-        if isinstance(shown, JsonLines):
-            shown.put("result", folder=str(result.folder), **result.as_json())
-        else:
-            _shown(result)
+        _shown(result, as_json)
 
 
-def _shown(result: Any) -> None:
+def _shown(result: Any, as_json: bool) -> None:
     """A run that is done is done, whatever the console takes of it."""
     from fedllm.cli.tables import show_result
 
     try:
-        show_result(out, result)
+        if as_json:
+            put({"event": "result", "folder": str(result.folder), **result.as_json()})
+        else:
+            show_result(out, result)
         sys.stdout.flush()
     except OSError as error:
         leads_nowhere()
@@ -96,28 +89,31 @@ def _shown(result: Any) -> None:
 @app.command()
 def resume(path: RunPath, overrides: Annotated[list[str] | None, typer.Argument(
         metavar="[rounds=N]", show_default=False, help="More rounds than the run was begun with.")] = None,
-           plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
+           plugin: Plugins = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
     """Go on with a run that was stopped (it ends as if it had not been), or give it more rounds."""
-    from fedllm.api import resume as go
+    from fedllm.report.report import publish
+    from fedllm.runs.progress import JsonLines
+    from fedllm.runs.stages import go_on
 
-    with _stopped(f"`fedllm resume {path}` goes on where the run stood"):
-        _shown(go(path, plugins=plugin or (), trust_remote_code=trust_remote_code, **_parsed(overrides)))
+    with stopped(f"`fedllm resume {path}` goes on where the run stood"):
+        _shown(go_on(path, publish, plugins=plugin or (), trust_remote_code=trust_remote_code,
+                     overrides=_parsed(overrides), shown=JsonLines(sys.stdout) if as_json else None), as_json)
 
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
          proposed: Annotated[bool, typer.Option("--propose", help=(
              "For the epsilon of its dp_sgd: rounds, rate, clip and batch, from rehearsals on data.public."))] = False,
-         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+         as_json: Json = False) -> None:
     """Foresee bytes, seconds and memory of a recipe by running a small slice of it."""
     from fedllm.cli.tables import show_plan, show_proposal
     from fedllm.runs.plan import plan as foresee
     from fedllm.runs.rehearse import propose
 
-    with _stopped("a plan writes nothing"):
+    with stopped("a plan writes nothing"):
         found = (propose if proposed else foresee)(recipe, **_parsed(overrides, plugin))
     if as_json:
-        out.print_json(json.dumps(found.as_json()))
+        put(found.as_json())
     else:
         (show_proposal if proposed else show_plan)(out, found)
 
@@ -134,7 +130,7 @@ def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", 
     plugged([(str(file), None) for file in plugin or ()])
     if as_json:
         for name in [method] if method else sorted(METHODS):
-            typer.echo(json.dumps(method_facts(name), default=str))
+            put(method_facts(name))
         return
     show_methods(out) if method is None else show_method(out, method)
 
@@ -145,15 +141,17 @@ def replay(path: RunPath, reducer: Annotated[str | None, typer.Option(help="mean
            without: Annotated[str | None, typer.Option(metavar="CLIENT", help=(
                "Take this client out of the run: what could not hang on it comes from the record, the rest of the "
                "clients is asked anew."))] = None,
-           trust_remote_code: Trust = False) -> None:
+           trust_remote_code: Trust = False, as_json: Json = False) -> None:
     """Run the server again from recorded replies, with another reducer, without clients or data; or without a client
     that leaves."""
     from fedllm.cli.without import take_out
     from fedllm.runs.replay import replay as again
 
     if without is not None:
-        return take_out(out, path, without, reducer, trust_remote_code)
+        return take_out(out, path, without, reducer, trust_remote_code, as_json)
     got = again(path, reducer, trust_remote_code)
+    if as_json:
+        return put(asdict(got))
     away = f"{got.distance:.1%} of the run's way from the recorded state"
     same = "the recorded state, bit for bit" if got.same else away
     out.print(f"{got.rounds} rounds folded again ({got.reducer}): {same}\nstate  {got.state_digest}\n"
@@ -161,22 +159,33 @@ def replay(path: RunPath, reducer: Annotated[str | None, typer.Option(help="mean
 
 
 @app.command()
-def recipe(keys: Annotated[bool, typer.Option("--keys", help="Every key: type, default, meaning.")] = False) -> None:
+def recipe(keys: Annotated[bool, typer.Option("--keys", help="Every key: type, default, meaning.")] = False,
+           as_json: Json = False) -> None:
     """What a recipe may hold: [bold]fedllm recipe --keys[/bold]."""
-    from fedllm.runs.keys import page
+    from fedllm.runs.keys import listed, page
 
     if not keys:
         raise RecipeError("`fedllm recipe --keys` shows every key that a recipe may have; docs/recipe.md is the same "
                           "page")
+    if as_json:
+        return put({"keys": listed()})
     typer.echo(page(), nl=False)
 
 
 @app.command()
-def report(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = False) -> None:
+def report(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
     """Write report.html and model_card.md afresh from a run's record."""
     from fedllm.report.report import write_report
 
-    out.print(str(write_report(path, trust_remote_code, plugin or ())), highlight=False, markup=False, soft_wrap=True)
+    _made("report", write_report(path, trust_remote_code, plugin or ()), as_json)
+
+
+def _made(what: str, path: Any, as_json: bool) -> None:
+    """Where what was made lies."""
+    if as_json:
+        put({what: str(path)})
+    else:
+        out.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -184,11 +193,14 @@ def dashboard(folders: Annotated[list[Path] | None, typer.Argument(metavar="[RUN
                   "Folders of runs, or a run's. Default: runs/ and comparisons/."))] = None,
               port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8321,
               host: Annotated[str, typer.Option(help="Address to listen on; on another than loopback the page asks for "
-                                                     "a token, which is printed.")] = "127.0.0.1") -> None:
+                                                     "a token, which is printed.")] = "127.0.0.1",
+              as_json: Json = False) -> None:
     """Show runs on a live page: curves, clients, bytes, privacy spent, trouble; stop them and go on with them."""
     from fedllm.dashboard.serve import dashboard as serve
 
     def say(address: str) -> None:
+        if as_json:
+            return put({"address": address})
         out.print(f"the dashboard is at {address} (Ctrl-C ends it)", highlight=False, markup=False, soft_wrap=True)
 
     serve(folders or (), host=host, port=port, say=say)
@@ -196,11 +208,14 @@ def dashboard(folders: Annotated[list[Path] | None, typer.Argument(metavar="[RUN
 
 @app.command()
 def track(path: RunPath, to: Annotated[list[str], typer.Option("--to", show_default=False, help=(
-        "tensorboard, mlflow, wandb or trackio (repeat)."))]) -> None:
+        "tensorboard, mlflow, wandb or trackio (repeat)."))], as_json: Json = False) -> None:
     """Tell trackers what a run's record holds and they do not know yet."""
     from fedllm.runs.tracked import track as tell
 
-    for where in tell(path, to):
+    told = list(tell(path, to))
+    if as_json:
+        return put({"told": told})
+    for where in told:
         out.print(where, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -212,12 +227,12 @@ def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", 
            to: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
            round: Annotated[int | None, typer.Option(min=0, help="The model after so many rounds, of a run with "
                                                                  "record.keep_rounds.")] = None,
-           trust_remote_code: Trust = False) -> None:
+           trust_remote_code: Trust = False, as_json: Json = False) -> None:
     """Export a run's model for transformers, vLLM or llama.cpp."""
     from fedllm.runs.export import export as go
 
     made = go(path, to, merge=merge, gguf=kind if gguf else None, round=round, trust_remote_code=trust_remote_code)
-    out.print(str(made), highlight=False, markup=False, soft_wrap=True)
+    _made("model", made, as_json)
 
 
 @app.command()
@@ -225,14 +240,15 @@ def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help
          max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: the recipe's "
                                                                         "evaluate.max_new_tokens.")] = None,
          raw: Annotated[bool, typer.Option(help="Send lines without the recipe's frame.")] = False,
-         trust_remote_code: Trust = False) -> None:
+         trust_remote_code: Trust = False, as_json: Annotated[bool, typer.Option("--json", help=(
+             "Print one JSON object for each line that was typed."))] = False) -> None:
     """Talk to a run's model."""
     from fedllm.cli.chat import chat as talk
 
     if not math.isfinite(temperature):  # NaN passes every bound
         raise RecipeError(f"--temperature = {temperature}: allowed is a number from 0 up; 0 is greedy")
     talk(path, out, _lines, temperature=temperature, raw=raw, max_new_tokens=max_new_tokens,
-         trust_remote_code=trust_remote_code)
+         trust_remote_code=trust_remote_code, put=put if as_json else None)
 
 
 @app.command()
@@ -243,11 +259,14 @@ def group(source: Annotated[list[str], typer.Argument(help="Files: .jsonl, .txt,
           shards: Annotated[int, typer.Option(help="Files to write.")] = 8,
           workers: Annotated[int, typer.Option(help="Processes that read.")] = 1,
           seed: Annotated[int, typer.Option(help="Of random and dirichlet.")] = 0,
-          memory_mb: Annotated[int, typer.Option(help="What each worker holds before it writes.")] = 16) -> None:
+          memory_mb: Annotated[int, typer.Option(help="What each worker holds before it writes.")] = 16,
+          as_json: Json = False) -> None:
     """Group a corpus of any size on disk, each group a client: [bold]data.source: grouped:FOLDER[/bold] in a recipe."""
     from fedllm.data.grouper import group as go
 
     made = go(source, to, key, shards=shards, workers=workers, seed=seed, memory_mb=memory_mb)
+    if as_json:
+        return put({"groups": made.groups, "rows": made.rows, "bytes": made.bytes, "folder": str(to)})
     out.print(f"{made.groups:,} groups, {made.rows:,} rows, {made.bytes:,} bytes in {to}", highlight=False,
               markup=False)
 
@@ -255,13 +274,24 @@ def group(source: Annotated[list[str], typer.Argument(help="Files: .jsonl, .txt,
 @app.command()
 def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
          llm: Annotated[bool, typer.Option("--llm", help="On SmolLM2-135M-Instruct, in a quarter of an hour.")] = False,
-         ) -> None:
+         as_json: Json = False) -> None:
     """Eight institutions tune the embedded model together; offline, in a few minutes."""
     from fedllm.cli.demo import LLM, RECIPE
     from fedllm.cli.demo import demo as show
 
-    with _stopped("nothing was kept yet"):
+    with stopped("nothing was kept yet"):
+        if as_json:
+            return run(LLM if llm else RECIPE, root=root, as_json=True)
         show(out, root, LLM if llm else RECIPE)
+
+
+@app.command()
+def schema(command: Annotated[str | None, typer.Argument(help="A command, as in `plan` or `keys new`.",
+                                                         show_default=False)] = None, as_json: Json = False) -> None:
+    """The JSON Schema of what a command prints with --json; without a command, all of them by name."""
+    from fedllm.cli.shapes import schema_of, schemas
+
+    put(schemas() if command is None else schema_of(command))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -295,17 +325,6 @@ def _tool(name: str, args: list[str]) -> None:
         raise typer.Exit(code)
 
 
-@contextlib.contextmanager
-def _stopped(otherwise: str) -> Iterator[None]:
-    """Say on Ctrl-C (or SIGTERM, SIGHUP) what was kept and how to go on (typer would end first, without a word)."""
-    with told_to_end() as told:
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            err.print(f"\n{error or f'stopped by hand: {otherwise}'}", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(128 + (told[0] if told else signal.SIGINT)) from None
-
-
 def _parsed(overrides: list[str] | None, plugins: list[Path] | None = None) -> dict[str, Any]:
     from fedllm.runs.complaints import parse_override
 
@@ -318,69 +337,15 @@ def main(args: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
-    _quiet(debug)
+    quiet(debug)
     stand_open()
     known = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     word = next((a for a in given if not a.startswith("-")), None)
     if word and given[0] == word and word not in known:
         near = difflib.get_close_matches(word, known, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        return _stop(RecipeError(f"'{word}' is no command{hint} Commands: {', '.join(known)}"))
-    _guarded(lambda: app(given, standalone_mode=True), debug)
-
-
-def _guarded(work: Callable[[], Any], debug: bool) -> None:
-    try:
-        try:
-            work()
-        finally:
-            flushed()
-    except FedLLMError as error:
-        if debug:
-            raise
-        _stop(error)
-    except KeyboardInterrupt:
-        err.print("\ninterrupted; `fedllm resume runs/NAME` goes on where the run stood")
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        leads_nowhere()
-        raise SystemExit(0) from None
-    except Exception as error:
-        if debug:
-            raise
-        if isinstance(error, OSError) and error.filename is None and takes_nothing():
-            leads_nowhere()
-            err.print(f"standard output cannot be written: {error.strerror}", markup=False, highlight=False)
-            raise SystemExit(1) from None
-        if isinstance(error, FileNotFoundError) and not in_a_folder():
-            return _stop(RunError("the folder that this was started in is gone; change into another one"))
-        err.print(Panel(escape(f"{type(error).__name__}: {error}\n\nThis is a fault of fedllm, not of yours. The same "
-                               "command with --debug shows where; please report it."), title="unexpected error",
-                        title_align="left", border_style="red"))
-        raise SystemExit(1) from None
-
-
-def _stop(error: FedLLMError) -> None:
-    title = type(error).__name__.removesuffix("Error").lower() + " error"
-    err.print(Panel(escape(str(error)), title=title, title_align="left", border_style="red"))
-    raise SystemExit(2)
-
-
-def _quiet(debug: bool) -> None:
-    """Warnings of ours to the terminal; those of the libraries below only with --debug."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s",
-                        handlers=[RichHandler(console=err, show_time=False, show_path=False)])
-    logging.getLogger(PROGRESS).setLevel(logging.INFO)
-    if debug:
-        return
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        return refuse(RecipeError(f"'{word}' is no command{hint} Commands: {', '.join(known)}"))
+    guarded(lambda: app(given, standalone_mode=True), debug, "--json" in given)
 
 
 if __name__ == "__main__":

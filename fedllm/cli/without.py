@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedllm.audits.left import left
+from fedllm.cli.said import put
 from fedllm.cli.tables import size
 from fedllm.core.errors import RecipeError
 from fedllm.runs.without import remove
@@ -16,12 +17,15 @@ FORGOTTEN = ("What was handed out before cannot be recalled: copies of the old m
              "people noted of it.")
 
 
-def take_out(console: Console, path: Path, client: str, reducer: str | None, trust_remote_code: bool) -> None:
+def take_out(console: Console, path: Path, client: str, reducer: str | None, trust_remote_code: bool,
+             as_json: bool = False) -> None:
     """Take it out, test what is left, and say both."""
     if reducer is not None:
         raise RecipeError(f"--reducer {reducer} and --without {client} do not go together; give one of them")
     done = remove(path, client, trust_remote_code)
     tests = left(done)
+    if as_json:
+        return put({**done.as_json(), "folder": str(done.folder), "tests": tests})
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ def make_key(folder: Path) -> Path:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     key, path = Ed25519PrivateKey.generate(), folder / AUDIT_KEY
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(key.private_bytes_raw().hex())

@@ -26,15 +26,25 @@ BIG = 10**6
 WORDS: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "see there"}
 
 
-def page() -> str:
-    """The page in Markdown."""
+def listed() -> list[dict[str, str]]:
+    """Every key in the page's order."""
+    return [dict(zip(("key", "type", "default", "does"), row, strict=True))
+            for rows in _sections().values() for row in rows]
+
+
+def _sections() -> dict[str, list[tuple[str, str, str, str]]]:
     sections: dict[str, list[tuple[str, str, str, str]]] = {"": []}
     for path, kind, default, doc in _keys(Recipe, ""):
         sections.setdefault(path.rpartition(".")[0], []).append((path, kind, default, doc))
     sections["local"] = list(_knobs("local", LocalSpec.knobs()))
     sections["space (name: lora)"] = list(_knobs("space", SPACES["lora"].knobs()))
+    return sections
+
+
+def page() -> str:
+    """The page in Markdown."""
     out = [HEAD]
-    for section, rows in sections.items():
+    for section, rows in _sections().items():
         out.append(f"\n## {section or 'At the top'}\n\n| key | type | default | what it does |\n|---|---|---|---|\n")
         out += [f"| `{key}` | {_cell(kind)} | {_cell(default)} | {_cell(doc)} |\n" for key, kind, default, doc in rows]
     return "".join(out)

@@ -65,7 +65,7 @@ def say_name(folder: RunFolder, root: Path, name: str) -> None:
 
 
 def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False,
-          overrides: Mapping[str, Any] | None = None) -> Result:
+          overrides: Mapping[str, Any] | None = None, shown: Quiet | None = None) -> Result:
     """A run that was stopped at any moment, to its end; `plugins` are the places of the plugin files that it has, and
     other code that it names runs only if it is trusted. `overrides` may hold more `rounds`, and nothing else."""
     folder = RunFolder.open(Path(path))
@@ -88,11 +88,11 @@ def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] =
             check_layers(parts, longer, folder)
             write_rounds(folder, more.rounds)
             parts = longer
-        return _go_on(parts, folder, publish, recipe.rounds if more.rounds > recipe.rounds else None)
+        return _go_on(parts, folder, publish, recipe.rounds if more.rounds > recipe.rounds else None, shown)
 
 
-def _go_on(parts: Parts, folder: RunFolder, publish: Publish, ended: int | None) -> Result:
-    with spread(parts), progress_bars() as progress:
+def _go_on(parts: Parts, folder: RunFolder, publish: Publish, ended: int | None, shown: Quiet | None) -> Result:
+    with spread(parts), contextlib.nullcontext(shown) if shown else progress_bars() as progress:
         return Run(parts, folder, progress, publish).go(ended)
 
 

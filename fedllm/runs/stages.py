@@ -49,11 +49,11 @@ def begin(recipe: str | Path | Mapping[str, Any] | Recipe, root: str | Path, ove
 
 
 def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] = (), trust_remote_code: bool = False,
-          overrides: Mapping[str, Any] | None = None) -> Result:
+          overrides: Mapping[str, Any] | None = None, shown: Quiet | None = None) -> Result:
     """A run that was stopped, or stages of which one was: those that are done stay as they are."""
     how: dict[str, Any] = {"plugins": plugins, "trust_remote_code": trust_remote_code}
     if not is_staged(Path(path)):
-        return go_on_run(path, publish, overrides=overrides, **how)
+        return go_on_run(path, publish, overrides=overrides, shown=shown, **how)
     if overrides:
         raise RecipeError(f"{next(iter(overrides))}: {path} is a run of stages, which keeps its recipe; run the longer "
                           "recipe anew")
@@ -61,7 +61,7 @@ def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] =
     recipe = received(folder.path, **how)
     for stage in recipe.stages or ():
         trusted(stage_of(recipe, stage), folder.path, **how)
-    return _through(folder, recipe, publish, None, **how)
+    return _through(folder, recipe, publish, shown, **how)
 
 
 def is_staged(path: Path) -> bool:
@@ -82,7 +82,7 @@ def _through(folder: RunFolder, recipe: Recipe, publish: Publish, shown: Quiet |
             if (room / "result.json").is_file():
                 done[stage.name] = finished(room)
             elif (room / "recipe.yaml").is_file():
-                done[stage.name] = go_on_run(room, publish, **how)
+                done[stage.name] = go_on_run(room, publish, shown=shown, **how)
             else:
                 shutil.rmtree(room, ignore_errors=True)  # it was being made when the run was stopped
                 origin = origin_of(recipe, stage)

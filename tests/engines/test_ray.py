@@ -143,6 +143,7 @@ def test_the_order_of_answers_changes_nothing(pool, data, tiny_llama_folder):
     assert gap(course(spec, pool, during=hold)[0], calm[0]) == 0
 
 
+@pytest.mark.slow
 def test_a_share_that_is_late_is_missing_and_its_worker_replaced(pool, data, tiny_llama_folder):
     held = []
 

@@ -94,6 +94,7 @@ def test_a_recipe_can_name_both(tmp_path):
     assert make_layer("fedml_he", {"encrypt_ratio": 0.5}, "layers.0").encrypt_ratio == 0.5
 
 
+@pytest.mark.slow
 def test_a_row_is_found_in_the_open_and_not_when_all_is_encrypted():
     """The dossier's rig: 8 tokens, 200 steps; recall 1.0 without protection."""
     assert inversion("fedavg", 0)["recall"] >= 0.9

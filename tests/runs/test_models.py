@@ -105,6 +105,7 @@ def test_plan_foresees_public_rows_and_two_designs(mixed):
     assert plan(mixed).up > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_workers_of_ray_hold_the_same_models(mixed, tmp_path):
     far = fedllm.run(mixed, root=tmp_path, **{"engine": "ray", "model.dtype": "float64"})

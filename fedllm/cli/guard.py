@@ -1,0 +1,95 @@
+"""What stands around a command: an error is one red panel (with --json one object), Ctrl-C says what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.panel import Panel
+
+from fedllm.cli.consoles import flushed, in_a_folder, leads_nowhere, takes_nothing, told_to_end
+from fedllm.cli.said import put_error
+from fedllm.core.errors import FedLLMError, RunError
+
+err = Console(stderr=True)
+
+PROGRESS = "fedllm.progress"
+"""The logger of progress lines; without a terminal they take the place of bars."""
+
+
+@contextlib.contextmanager
+def stopped(otherwise: str) -> Iterator[None]:
+    """Say on Ctrl-C (or SIGTERM, SIGHUP) what was kept and how to go on (typer would end first, without a word)."""
+    with told_to_end() as told:
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            err.print(f"\n{error or f'stopped by hand: {otherwise}'}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(128 + (told[0] if told else signal.SIGINT)) from None
+
+
+def guarded(work: Callable[[], Any], debug: bool, as_json: bool = False) -> None:
+    """Do it; what goes wrong on purpose ends with code 2, a fault of ours with 1, both in a sentence."""
+    try:
+        try:
+            work()
+        finally:
+            flushed()
+    except FedLLMError as error:
+        if debug:
+            raise
+        refuse(error, as_json)
+    except KeyboardInterrupt:
+        err.print("\ninterrupted; `fedllm resume runs/NAME` goes on where the run stood")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        leads_nowhere()
+        raise SystemExit(0) from None
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, OSError) and error.filename is None and takes_nothing():
+            leads_nowhere()
+            err.print(f"standard output cannot be written: {error.strerror}", markup=False, highlight=False)
+            raise SystemExit(1) from None
+        if isinstance(error, FileNotFoundError) and not in_a_folder():
+            return refuse(RunError("the folder that this was started in is gone; change into another one"), as_json)
+        err.print(Panel(escape(f"{type(error).__name__}: {error}\n\nThis is a fault of fedllm, not of yours. The same "
+                               "command with --debug shows where; please report it."), title="unexpected error",
+                        title_align="left", border_style="red"))
+        raise SystemExit(1) from None
+
+
+def refuse(error: FedLLMError, as_json: bool = False) -> None:
+    """Say why and end with code 2; `as_json`: as one object on standard error."""
+    if as_json:
+        put_error(error, str(error))
+    else:
+        title = type(error).__name__.removesuffix("Error").lower() + " error"
+        err.print(Panel(escape(str(error)), title=title, title_align="left", border_style="red"))
+    raise SystemExit(2)
+
+
+def quiet(debug: bool) -> None:
+    """Warnings of ours to the terminal; those of the libraries below only with --debug."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s",
+                        handlers=[RichHandler(console=err, show_time=False, show_path=False)])
+    logging.getLogger(PROGRESS).setLevel(logging.INFO)
+    if debug:
+        return
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,22 @@
+"""How a command answers a program: one JSON object on standard output, of the shape that `fedllm schema` tells."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; `fedllm schema COMMAND` tells its shape.")]
+
+
+def put(facts: Mapping[str, Any]) -> None:
+    """One object on a line of its own; not even a terminal breaks it."""
+    typer.echo(json.dumps(facts, default=str))
+
+
+def put_error(error: Exception, says: str) -> None:
+    """What went wrong, as one object on standard error."""
+    sys.stderr.write(json.dumps({"error": type(error).__name__, "says": says}) + "\n")
