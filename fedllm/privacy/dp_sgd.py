@@ -101,7 +101,7 @@ class DPSGD(Knobs, Layer):
 
     def init(self) -> dict[str, Any]:
         secret = {"secret": fresh_secret()} if self.noise == "central" else {}
-        return {"clients": {}, "open": {}, **secret}
+        return {"clients": {}, "open": {}, "trains": {}, **secret}
 
     def bind(self, facts: Facts) -> DPSGD:
         """Noise from the budget: the client with the fewest rows spends the most, as its rows are drawn most often."""
@@ -159,12 +159,16 @@ class DPSGD(Knobs, Layer):
             return (yield ask)
         if self.noise != "local":
             return (yield from _shared.server(self, ask, state))
-        for c in ask.msgs:
-            self._afford(c, state)
-            state["open"][c] = state["open"].get(c, 0) + 1  # paid even if the round fails and memories are rolled back
+        known, name = state.setdefault("trains", {}), f"{type(ask.fn.__self__).__name__}.{ask.fn.__name__}"
+        if known.get(name) != 0:  # a function that has never trained yet costs nothing; clients hold to that (_private)
+            for c in ask.msgs:
+                self._afford(c, state)
+                state["open"][c] = state["open"].get(c, 0) + 1  # paid even if the round fails and memories roll back
         out = yield ask
         books = yield Ask(self.account, {c: {} for c in out.answered}, quorum=1)
         for c, reply in books.items():
+            made = sum(row[-1] for row in reply["rows"]) - sum(row[-1] for row in state["clients"].get(c, []))
+            known[name] = max(known.get(name, 0), made)
             state["clients"][c] = [list(row) for row in reply["rows"]]
             state["open"].pop(c, None)
         return out
@@ -228,6 +232,7 @@ class DPSGD(Knobs, Layer):
         rate = min(1.0, request.spec.lot / n)
         book = client.memory.setdefault(BOOK, {})
         release = Release(self.noise_multiplier, "poisson" if rate < 1 else "none", rate, 0)
+        Ledger(book).afford(release, self.epsilon, self.delta or 1e-5, count=steps)
         client.spend(release, steps)
         Ledger(book).book(release, steps)
         book["fits"] = book.get("fits", 0) + 1

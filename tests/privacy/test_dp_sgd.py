@@ -175,10 +175,12 @@ def test_reading_rows_beside_training_is_refused(tiny, what):
         drive(Peek(what).round(state, world.infos()), engine, [layer])
 
 
-def test_the_budget_sets_the_noise_and_stops_the_run(tiny):
+@pytest.mark.parametrize("method", ["fedavg", "fedask"])
+def test_the_budget_sets_the_noise_and_stops_the_run(tiny, method):
+    """Also where a round asks a second question, which trains nothing and so costs nothing."""
     rows = {"c0": 6, "c1": 7, "c2": 8}
     layer = DPSGD(epsilon=6.0, delta=1e-3).bind(Facts(rows, 3, 2, SGD))
-    engine, m, state, world = tiny(layers=[layer], k=3, spec=SGD)
+    engine, m, state, world = tiny(method, layers=[layer], k=3, spec=SGD)
     states = [layer.init()]
     with pytest.raises(BudgetSpent, match="budget is 6"):
         for r in range(5):
@@ -186,6 +188,19 @@ def test_the_budget_sets_the_noise_and_stops_the_run(tiny):
             state = drive(m.round(state, world.infos()), engine, [layer], states)
             engine.commit()
     assert r >= 2 and 4.0 < layer.statement(states[0])["epsilon"] <= 6.0
+
+
+def test_a_client_keeps_to_the_budget_whatever_the_server_thinks_a_question_costs(tiny):
+    layer = DPSGD(epsilon=6.0, delta=1e-3).bind(Facts({"c0": 6, "c1": 7, "c2": 8}, 3, 2, SGD))
+    engine, m, state, world = tiny(layers=[layer], k=3, spec=SGD)
+    states = [{**layer.init(), "trains": {"FedAvg.local": 0}}]
+    with pytest.raises(BudgetSpent, match="budget is 6"):
+        for r in range(5):
+            engine.begin(r)
+            state = drive(m.round(state, world.infos()), engine, [layer], states)
+            states[0]["trains"] = {"FedAvg.local": 0}  # as if it had never trained
+            engine.commit()
+    assert r >= 2
 
 
 def test_a_round_that_fails_is_paid_for(tiny):
