@@ -129,11 +129,13 @@ def show_proposal(console: Console, found: Proposal) -> None:
     table = Table(title=f"epsilon {found.epsilon:g} at delta {found.delta:.3g}, rehearsed on {found.rows} public rows, "
                         f"tested on {found.tested}", title_justify="left", title_style="bold")
     cols = ("loss", "accuracy") if found.metric == "accuracy" else ("loss",)
-    for name in ("rounds", "rate", "clip", "batch", "noise", *cols, "seeds"):
+    server = found.own.setting.server_lr is not None
+    for name in ("rounds", "rate", "clip", "batch", *(["server's rate"] if server else []), "noise", *cols, "seeds"):
         table.add_column(name, justify="right")
     for t in found.tried[:10]:
         s = t.setting
         table.add_row(str(s.rounds), f"{s.lr:.3g}", f"{s.clip_norm:.3g}", str(s.batch_size),
+                      *([f"{s.server_lr:.3g}"] if s.server_lr is not None else []),
                       f"{t.noise_multiplier:.3g}", *(f"{x:.4g}" for x in (t.loss, t.score)[:len(cols)]), str(t.seeds),
                       style="bold" if t is found.tried[0] else "")
     console.print(table)

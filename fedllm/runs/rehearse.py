@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
 from fedllm.data.federation import Shard
 from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method
 from fedllm.models.remembered import remembering
+from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_sgd import DPSGD, LEAST
 from fedllm.runs.build import Parts, bound, build, cohort_size, make_layers
 from fedllm.runs.course import Course
@@ -37,6 +40,11 @@ class Setting:
     lr: float
     clip_norm: float
     batch_size: int
+    server_lr: float | None = None
+    """None: the method has none, or what is private is a row and not a client."""
+
+
+Way = tuple[Callable[[Setting], Setting], Callable[[Setting], Setting]]
 
 
 @dataclass(frozen=True)
@@ -73,26 +81,31 @@ class Proposal:
 
 
 def propose(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Proposal:
-    """Rounds, rate, clip and (where each client adds its own noise) batch for the epsilon of the recipe's `dp_sgd`.
+    """Rounds, rate, clip and (where each client adds its own noise) batch for the epsilon of the recipe's `dp_sgd`, or
+    with the server's rate for that of its `dp_fedavg`.
 
-    A rehearsal is the recipe's run on `data.public`, dealt out to its clients, with the noise of the real run scaled
-    by the rows at hand to the rows of the run: noise and signal of a step stand to each other as they will. Of the
-    private rows it uses nothing but how many there are, which `dp_sgd` takes as public; so it costs no epsilon.
-    RecipeError without such a layer, an epsilon or enough public rows.
+    A rehearsal is the recipe's run on `data.public`, dealt out to some of its clients, with the noise of the real run
+    scaled by the rows at hand to the rows of the run (by clients, where they are what is private): noise and signal of
+    a step stand to each other as they will. Of the private rows it uses nothing but how many there are, which is taken
+    as public; so it costs no epsilon. RecipeError without such a layer, an epsilon or enough public rows.
     """
     parts = build(load_recipe(recipe, overrides))
     at = _layer(parts.recipe)
     layer = parts.layers[at]
-    assert isinstance(layer, DPSGD) and layer.epsilon is not None
+    assert isinstance(layer, DPSGD | DPFedAvg) and layer.epsilon is not None
     stage = _Stage(parts, at)
-    first = Setting(parts.recipe.rounds, parts.world.local.lr, layer.clip_norm, parts.world.local.batch_size)
-    scores = _search(stage, first, layer.noise == "local")
+    server = vars(parts.method).get("server_lr") if isinstance(layer, DPFedAvg) else None
+    first = Setting(parts.recipe.rounds, parts.world.local.lr, layer.clip_norm, parts.world.local.batch_size, server)
+    ways = [*_WAYS, *([_BATCH] if stage.own_noise else []), *([_SERVER] if server else [])]
+    scores = _search(stage, first, ways)
     up = stage.metric == "accuracy"
     ranked = tuple(sorted(scores, key=lambda t: (-t.seeds, -t.score if up else t.score, t.loss)))
     own = next(t for t in ranked if t.setting == first)
     best = ranked[0].setting
     said = {"rounds": best.rounds, "local.lr": f"{best.lr:.4g}", f"layers.{at}.clip_norm": f"{best.clip_norm:.4g}",
             "local.batch_size": best.batch_size}
+    if best.server_lr is not None:
+        said["method.server_lr"] = f"{best.server_lr:.4g}"
     return Proposal(layer.epsilon, layer.delta or 1e-5, stage.metric, stage.rows, len(stage.test), own, ranked,
                     tuple(f"{key}={value}" for key, value in said.items()))
 
@@ -100,9 +113,10 @@ def propose(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -
 def _layer(recipe: Recipe) -> int:
     """Where the layer stands whose epsilon is given."""
     names = [n.name for n in recipe.layers]
-    if "dp_sgd" not in names:
-        raise RecipeError(f"layers = {names}: settings are proposed for the epsilon of layer dp_sgd; add it")
-    at = names.index("dp_sgd")
+    at = next((i for i, name in enumerate(names) if name in ("dp_sgd", "dp_fedavg")), None)
+    if at is None:
+        raise RecipeError(f"layers = {names}: settings are proposed for the epsilon of layer dp_sgd or dp_fedavg; add "
+                          "one")
     if recipe.layers[at].knobs.get("epsilon") is None:
         raise RecipeError(f"layers.{at}.epsilon is not given, and settings are proposed for one; give it")
     return at
@@ -118,35 +132,38 @@ class _Stage:
         held = round(TESTED * len(public))
         self.test, train = [public[i] for i in order[:held]], [public[i] for i in order[held:]]
         self.rows = len(train)
-        count = min(len(ids), self.rows // LEAST_ROWS)
+        self.real = {c.id: c.n for c in parts.world.infos()}
+        self.there = sum(self.real.values()) / len(self.real)
+        layer = parts.layers[at]
+        self.own_noise = isinstance(layer, DPSGD) and layer.noise == "local"
+        least = LEAST_ROWS if isinstance(layer, DPSGD) else max(1, round(self.there))  # a private client is a whole one
+        count = min(len(ids), self.rows // least)
         if not held or not count:
-            raise RecipeError(f"data.public gives {len(public)} rows; settings are proposed from 6 public rows or more "
-                              "of the same task: a file, or in a simulation a fraction of the rows")
+            most = math.ceil(least / (1 - TESTED))
+            raise RecipeError(f"data.public gives {len(public)} rows; settings are proposed from {most} public rows or "
+                              "more of the same task: a file, or in a simulation a fraction of the rows")
         self.shards = {c: Shard(train[i::count]) for i, c in enumerate(ids[:count])}
         self.metric = "accuracy" if parts.world.federation.labels else "loss"
-        self.real = {c.id: c.n for c in parts.world.infos()}
 
     def rehearse(self, setting: Setting, seed: int) -> Tried:
         """One rehearsal."""
-        layer, recipe, world = self.parts.layers[self.at], self.parts.recipe, self.parts.world
-        assert isinstance(layer, DPSGD)
-        there, here = sum(self.real.values()) / len(self.real), self.rows / len(self.shards)
+        recipe, world = self.parts.recipe, self.parts.world
+        here = self.rows / len(self.shards)
         asked = cohort_size(recipe.clients.per_round, len(self.real))
         few = max(1, round(asked * len(self.shards) / len(self.real)))
-        spec = recipe.model_copy(update={
-            "rounds": setting.rounds, "seed": seed, "layers": [recipe.layers[self.at]],
-            "local": {**recipe.local, "lr": setting.lr, "batch_size": setting.batch_size},
+        spec = self._with(setting).model_copy(update={
+            "seed": seed, "layers": [recipe.layers[self.at]],
             "clients": recipe.clients.model_copy(update={"per_round": few, "quorum": 1, "deadline": None})})
         z = self._noise(setting)
-        local = LocalSpec.make({**spec.local, "batch_size": max(1, round(setting.batch_size * here / there))}, "local")
-        own = layer.noise == "local"
-        scaled = z * here / there * ((few / asked) ** 0.5 if own else few / asked)
-        trial = DPSGD(noise_multiplier=max(LEAST, scaled), clip_norm=setting.clip_norm, delta=layer.delta, seed=seed,
-                      noise="local" if own else "central")
+        batch = max(1, round(setting.batch_size * here / self.there))
+        local = LocalSpec.make({**spec.local, "batch_size": batch}, "local")
+        scaled = z * here / self.there * ((few / asked) ** 0.5 if self.own_noise else few / asked)
+        trial = self._trial(setting, max(LEAST, scaled), seed)
+        method = make_method(spec.method.name, **spec.method.knobs)
         federation = replace(world.federation, clients=self.shards, test=self.test, public=())
         stage = replace(world, federation=federation, local=local, seed=seed, rounds=setting.rounds)
         layers = bound([trial], spec, {c: len(s.train) for c, s in self.shards.items()}, local)
-        small = replace(self.parts, recipe=spec, world=stage, layers=layers)
+        small = replace(self.parts, recipe=spec, world=stage, layers=layers, method=method)
         with remembering(world.model):
             course = Course(small, small.method, layers)
             for round_ in range(setting.rounds):
@@ -158,20 +175,36 @@ class _Stage:
                                    "which settings could be compared")
         return Tried(setting, z, float(figures["loss"]), float(figures[self.metric]), 1)
 
+    def _trial(self, setting: Setting, noise: float, seed: int) -> DPSGD | DPFedAvg:
+        """The layer with this much noise and no budget; rows are nobody's, so its draws may be known."""
+        layer = self.parts.layers[self.at]
+        if isinstance(layer, DPSGD):
+            return DPSGD(noise_multiplier=noise, clip_norm=setting.clip_norm, delta=layer.delta, seed=seed,
+                         noise="local" if self.own_noise else "central")
+        assert isinstance(layer, DPFedAvg)
+        return replace(layer, noise_multiplier=noise, clip_norm=setting.clip_norm, epsilon=None, delta=None, seed=seed,
+                       population=0, count_noise=None)
+
+    def _with(self, setting: Setting) -> Recipe:
+        """The recipe with this setting."""
+        recipe = self.parts.recipe
+        layers = [Named(**{**n.model_dump(), "clip_norm": setting.clip_norm}) if i == self.at else n
+                  for i, n in enumerate(recipe.layers)]
+        update = {"rounds": setting.rounds, "layers": layers,
+                  "local": {**recipe.local, "lr": setting.lr, "batch_size": setting.batch_size}}
+        if setting.server_lr is not None:
+            update["method"] = Named(**{**recipe.method.model_dump(), "server_lr": setting.server_lr})
+        return recipe.model_copy(update=update)
+
     def _noise(self, setting: Setting) -> float:
         """The noise multiplier that these rounds and batches need on the real rows."""
-        recipe = self.parts.recipe
-        specs = [Named(**{**n.model_dump(), "clip_norm": setting.clip_norm}) if i == self.at else n
-                 for i, n in enumerate(recipe.layers)]
-        asked = recipe.model_copy(update={
-            "rounds": setting.rounds, "layers": specs,
-            "local": {**recipe.local, "lr": setting.lr, "batch_size": setting.batch_size}})
+        asked = self._with(setting)
         layer = bound(make_layers(asked)[0], asked, self.real, LocalSpec.make(asked.local, "local"))[self.at]
-        assert isinstance(layer, DPSGD) and layer.noise_multiplier is not None
+        assert isinstance(layer, DPSGD | DPFedAvg) and layer.noise_multiplier is not None
         return layer.noise_multiplier
 
 
-def _search(stage: _Stage, first: Setting, batches: bool) -> list[Tried]:
+def _search(stage: _Stage, first: Setting, ways: Sequence[Way]) -> list[Tried]:
     """Rates far and near at a few counts of rounds, then a climb from the best along each thing in turn while the loss
     falls (between them lies a ridge that no climb crosses); the finalists on more seeds."""
     found, seed = dict[Setting, Tried](), stage.parts.recipe.seed
@@ -186,15 +219,15 @@ def _search(stage: _Stage, first: Setting, batches: bool) -> list[Tried]:
                 progress.info("propose: %s: %s", setting, error)
                 return float("inf")
             t = found[setting]
-            progress.info("propose: rounds %d, rate %.3g, clip %.3g, batch %d: loss %.4g, %s %.4g", setting.rounds,
-                          setting.lr, setting.clip_norm, setting.batch_size, t.loss, stage.metric, t.score)
+            progress.info("propose: %s: loss %.4g, %s %.4g", ", ".join(
+                f"{k} {v:.4g}" for k, v in vars(setting).items() if v is not None), t.loss, stage.metric, t.score)
         return found[setting].loss
 
     loss(first)
     at = min((replace(first, rounds=first.rounds * r, lr=first.lr * f) for r in (1, 3) for f in FAR), key=loss)
     for _ in range(SWEEPS):
         before = at
-        for more, less in _WAYS if batches else _WAYS[:-1]:
+        for more, less in ways:
             for way in (more, less):
                 while loss(to := way(at)) < loss(at):
                     at = to
@@ -208,11 +241,20 @@ def _search(stage: _Stage, first: Setting, batches: bool) -> list[Tried]:
     return list(found.values())
 
 
-_WAYS: tuple[tuple[Callable[[Setting], Setting], Callable[[Setting], Setting]], ...] = (
+_WAYS: tuple[Way, ...] = (
     (lambda s: replace(s, lr=s.lr * 3), lambda s: replace(s, lr=s.lr / 3)),
     (lambda s: replace(s, rounds=s.rounds * 2), lambda s: replace(s, rounds=max(1, s.rounds // 2))),
-    (lambda s: replace(s, clip_norm=s.clip_norm / 3, lr=s.lr * 3),  # a clip that binds: the same way, less noise
-     lambda s: replace(s, clip_norm=s.clip_norm * 3, lr=s.lr / 3)),
-    (lambda s: replace(s, batch_size=s.batch_size * 4), lambda s: replace(s, batch_size=max(1, s.batch_size // 4))),
-)
+    (lambda s: replace(s, clip_norm=s.clip_norm / 3), lambda s: replace(s, clip_norm=s.clip_norm * 3)),
+    (lambda s: _clipped(s, 1 / 3), lambda s: _clipped(s, 3)))
 """Of each thing that is chosen: more of it, and less."""
+_BATCH: Way = (lambda s: replace(s, batch_size=s.batch_size * 4),
+               lambda s: replace(s, batch_size=max(1, s.batch_size // 4)))
+_SERVER: Way = (lambda s: replace(s, server_lr=(s.server_lr or 1) * 3),
+                lambda s: replace(s, server_lr=(s.server_lr or 1) / 3))
+
+
+def _clipped(s: Setting, by: float) -> Setting:
+    """A clip that binds, and steps as long as they were."""
+    if s.server_lr is not None:
+        return replace(s, clip_norm=s.clip_norm * by, server_lr=s.server_lr / by)
+    return replace(s, clip_norm=s.clip_norm * by, lr=s.lr / by)

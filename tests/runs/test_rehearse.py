@@ -59,8 +59,21 @@ def test_noise_stands_to_the_rows_at_hand_as_it_will(private, monkeypatch, noise
     assert made[-1].noise == ("central" if noise == "shared" else "local")
 
 
+def test_where_a_client_is_what_is_private_whole_clients_rehearse_it(private, monkeypatch):
+    """Of as many rows as the real ones, with the noise of their sum by their number; the server's rate counts too."""
+    private |= {"layers": [{"name": "dp_fedavg", "epsilon": 60.0, "delta": 1e-3, "clip_norm": 0.3, "clip_lr": 0.0}],
+                "local": {**private["local"], "lr": 1.0}}
+    private["data"]["partition"]["clients"] = 54  # three rows each
+    stage = _Stage(build(load_recipe(private)), 0)
+    assert {len(s.train) for s in stage.shards.values()} <= {3, 4} and len(stage.shards) == 12
+    made, plain = [], stage._trial
+    monkeypatch.setattr(stage, "_trial", lambda *rest: made.append(plain(*rest)) or made[-1])
+    tried = stage.rehearse(Setting(1, 1.0, 0.3, 512, 5.0), 0)
+    assert made[-1].noise_multiplier == pytest.approx(tried.noise_multiplier * 12 / 54 * (38 / 12) / 3)
+
+
 @pytest.mark.parametrize("change,says", [
-    ({"layers": ["secagg"]}, r"layers = \['secagg'\].*add it"),
+    ({"layers": ["secagg"]}, r"layers = \['secagg'\].*add one"),
     ({"layers": [{"name": "dp_sgd", "noise_multiplier": 1.0}]}, "layers.0.epsilon is not given"),
     ({"data.public": 0.0}, "data.public gives 0 rows; settings are proposed from 6")])
 def test_what_cannot_be_proposed_is_refused(private, change, says):
