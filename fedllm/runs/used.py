@@ -10,6 +10,7 @@ import torch
 from fedllm.core.ask import Ask, Program
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload
+from fedllm.privacy.dp_sgd import BOOK
 from fedllm.runs.recipe import Recipe
 
 TOLD = ("calls", "prompt_tokens", "completion_tokens")
@@ -19,7 +20,8 @@ NOTE = "used/"
 class ModelUsage(Layer):
     """Stands under all layers that change a reply; an answer that did not count has cost all the same, at its place.
 
-    A call is one row or one prompt. Tests are not counted, as an energy meter does not count them.
+    A call is one row or one prompt. A client that keeps a ledger of privacy tells nothing. Tests are not counted, as
+    an energy meter does not count them.
     """
 
     optional = at_home = True
@@ -33,6 +35,8 @@ class ModelUsage(Layer):
 
     def client(self, fn: Callable, msg: Payload, client: Any, call: Callable[[Payload], Payload]) -> Payload:
         reply = call(msg)
+        if client.memory.get(BOOK):  # what its rows cost would be a release that no ledger holds
+            return reply
         return {**reply, **{f"note/{NOTE}{name}": torch.tensor([getattr(u, t) for t in TOLD], dtype=torch.float64)
                             for name, u in sorted(client.used.items())}}
 
