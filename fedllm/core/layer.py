@@ -88,6 +88,9 @@ class Layer:
     optional: ClassVar[bool] = False
     """Whether it only counts, so that a coordinator may ask a site with it or without."""
 
+    at_home: ClassVar[bool] = False
+    """Whether it stands over what the server asks of itself too (`on_server`): a ledger, which changes nothing."""
+
     card: ClassVar[Card | None] = None
     """What it says about itself, with a claim that `make claims` measures as it does those of methods."""
 

@@ -231,6 +231,8 @@ class Trial:
     ranks: tuple[int, ...] = ()
     """LoRA ranks that clients declare."""
     task: str = "generation"
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Of models that it asks for by name the task, where it is not generation."""
     far: Mapping[str, Any] = field(default_factory=dict)
     """Keys of a recipe that differ in a real federation, for example so that answers come in the simulation's order."""
     rounding: str = ""
@@ -315,6 +317,10 @@ class Method(Knobs):
         """Names of the recipe's `models` that it uses; a run whose recipe lacks one is refused when it is built."""
         return ()
 
+    def server_asks_for(self) -> Sequence[str]:
+        """Names of the recipe's `models` that the server alone uses: no site loads them, or needs them."""
+        return ()
+
     def public_at(self) -> Sequence[Literal["clients", "server"]]:
         """Who needs public rows (`data.public`): a run without is refused. Sites get them where `clients` need them."""
         return ()
@@ -334,6 +340,14 @@ class Method(Knobs):
     def modules(self, state: State) -> Mapping[str, Tree]:
         """Trainables that are deployed side by side on one backbone, by name, where no single ones are the model."""
         return {}
+
+    def trained(self, state: State) -> Mapping[str, Tree]:
+        """Trainables of the recipe's `models` that the server trained, by the model's name."""
+        return {}
+
+    def statement(self, state: State) -> Mapping[str, Any] | None:
+        """What it can say of the run's privacy where it makes something private by itself, as a layer's statement."""
+        return None
 
     def report(self, state: State) -> Mapping[str, Any] | None:
         """What the method adds to the run's result, under `reports`. None: nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -72,7 +73,8 @@ def _send(asks: Sequence[Ask], engine: Engine, layers: Sequence[Layer],
         return engine.send(asks)
     top, state = layers[0], states[0]
     passes = Layer()
-    return drive_all([(passes if ask.at_home else top).server(ask, state) for ask in asks], engine, layers[1:],
+    seen = [passes if ask.at_home and not top.at_home else top for ask in asks]
+    return drive_all([over.server(ask, state) for over, ask in zip(seen, asks, strict=True)], engine, layers[1:],
                      states[1:])
 
 
@@ -93,7 +95,11 @@ def serve(stack: Sequence[Any], phase: str, msg: Payload, client: Any,
         if client.id != SERVER:
             raise PayloadError(f"phase '{phase}' is the server's own and was asked of '{client.id}'")
         with client.through(lambda request: request, f"'{phase}' runs at the server and may use public rows alone"):
-            return fn(msg, client)
+            call = lambda m: fn(m, client)  # noqa: E731
+            for layer in stack[at + 1 :]:
+                if layer.at_home:
+                    call = functools.partial(layer.client, fn, client=client, call=call)
+            return call(msg)
 
     def climb(i: int, msg: Payload) -> Payload:
         if i == at:

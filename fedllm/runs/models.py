@@ -85,7 +85,7 @@ def check_models(recipe: Recipe, method: Method, world: World) -> None:
 
 def need_named(recipe: Recipe, method: Method) -> None:
     """CompositionError when the method uses a model by a name that the recipe does not have."""
-    for name in method.asks_for():
+    for name in (*method.asks_for(), *method.server_asks_for()):
         if name not in recipe.models:
             raise CompositionError(f"method '{recipe.method.name}' asks for a model that the recipe does not have: "
                                    f"{unknown(name, recipe.models)}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save_file
@@ -25,12 +26,18 @@ BASE = "base_delta.safetensors"
 """What the method merged into the frozen base: dense changes by weight name, to be added before the adapter."""
 
 
-def write_served(folder: RunFolder, model: Model, method: Method, state: State) -> str | None:
+def write_served(folder: RunFolder, model: Model, method: Method, state: State,
+                 models: Mapping[str, Any] = MappingProxyType({})) -> str | None:
     """The served model as `adapter/` (PEFT), for a space that PEFT does not have as `model/`, for one that is no change
     of weights as `trainables/`; its folder's name.
 
-    None when the method serves no single model, or none at all. Modules that stand side by side go to `modules/`.
+    None when the method serves no single model, or none at all. Modules that stand side by side go to `modules/`,
+    and what the server trained of the recipe's `models` to `models/`.
     """
+    for name, theta in method.trained(state).items():
+        if theta and name in models:
+            with folder.replacing(f"models/{safe(name)}") as temp:
+                write_tree(temp, models[name], theta, None)
     for name, module in method.modules(state).items():
         with folder.replacing(f"modules/{safe(name)}") as temp:
             write_tree(temp, model, module, None)

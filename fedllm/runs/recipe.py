@@ -144,6 +144,8 @@ class NamedModel(Spec):
     """As `model.quantize`; None: not packed."""
     pooling: Literal["mean", "cls", "last"] | None = None
     """None: as the main model's."""
+    prices: Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Field(min_length=2, max_length=2)] | None = None
+    """What a million tokens cost that it reads, and a million that it says: the ledger then has what it cost."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> NamedModel:

@@ -359,7 +359,8 @@ class Run:
             evaluation["views"] = found
         if parts.recipe.evaluate.baselines:
             evaluation["baselines"] = self._baselines()
-        self._write(lambda: write_served(self.folder, parts.world.model, parts.method, course.state))
+        self._write(lambda: write_served(self.folder, parts.world.model, parts.method, course.state,
+                                         parts.world.models))
         mine = {c: m for c, m in course.engine.memory.items() if c != SERVER}
         self._write(lambda: write_clients(self.folder, parts.world.model_of, mine))
         result = Result(
@@ -412,9 +413,10 @@ class Run:
         self.folder.rewrite(forget)
 
     def _privacy(self) -> dict[str, Any] | None:
-        """What the layers say of the privacy that the run has spent; None where none of them says anything."""
+        """What layers and method say of the privacy that the run has spent; None where none of them says anything."""
         pairs = zip(self.course.layers, self.course.states, strict=True)
         said = [said for layer, state in pairs if (said := layer.statement(state))]
+        said += [own] if (own := self.parts.method.statement(self.course.state)) else []
         return join(said, unaccounted(said, self.parts.recipe.evaluate.clients))
 
     def _publish(self, result: Result) -> None:

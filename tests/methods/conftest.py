@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method, method_class
 from fedllm.models.dual import DualEncoder
 from fedllm.models.model import HeadedEncoder, Model
+from fedllm.models.shelf import Shelf
 from fedllm.spaces import make_space
 from fedllm.tasks.row import Encoded
 from tests.conftest import PLACE
@@ -152,11 +154,24 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
     spec = LocalSpec(**(plain | (local or {})))
     fed = federation(sizes, task)
     profiles = {c: Profile(rank=r) for c, r in zip(fed.clients, ranks, strict=False)}
-    world = World(model, fed, spec, profiles=profiles, exact_match=False)
     method = make_method(name, **knobs)
+    world = World(model, fed, spec, profiles=profiles, exact_match=False, models=Shelf({
+        n: functools.partial(named, n, method, dtype) for n in (*method.asks_for(), *method.server_asks_for())}))
     run = Run(method, (kind or ENGINES[engine])((method, *layers), world, loopback=loopback), world)
     run.state = method.init(model)
     return run
+
+
+def named(name: str, method: Any, dtype: torch.dtype) -> Model:
+    """A model that a method asks for by name: one of our own for what the method's trial says, else a language model of
+    one block."""
+    task = method.trial.models.get(name, "generation")
+    net = net_for(task, dtype)
+    blocks = (net.body if task in LABELS else net.model)
+    blocks.layers = blocks.layers[:1]
+    blocks.config.num_hidden_layers = 1
+    return Model(net.to(PLACE), tokenizer(), task, make_space("lora", rank=2), labels=LABELS.get(task, ()), seed=1,
+                 fast_kernels=False)
 
 
 def tried(name: str) -> dict[str, Any]:

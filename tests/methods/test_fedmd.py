@@ -66,6 +66,14 @@ def test_a_logit_counts_where_its_class_was_seen(begin, gap):
     assert seen["c0"] == {0} and len(seen["c1"]) == 2
 
 
+def test_a_client_counts_by_how_sure_it_is_of_a_row(begin, gap):
+    run, theta, second, _ = started(begin, count="sure")
+    z = torch.stack([own(run, t) for t in theta.values()])
+    w = z.softmax(-1).amax(-1, keepdim=True) - 1 / 3 + 1e-6
+    assert gap({"z": second.msgs["c0"]["consensus"]}, {"z": (z * w).sum(0) / w.sum(0)}) < 1e-10
+    assert w.std(0).max() > 1e-4
+
+
 def test_digesting_brings_clients_nearer(begin):
     """Twenty steps towards the consensus end nearer to it than two, on the mean over the steps."""
     gaps = [float(started(begin, digest_steps=n)[3].value["gap"]) for n in (2, 20)]

@@ -1,0 +1,49 @@
+"""DP-SGD of one fit of a method's own, of which alone something may leave (FDKT); other work stays at its client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fedllm.core.errors import RecipeError
+from fedllm.privacy.accountant import Ledger, check_delta, noise_for, usual_delta
+from fedllm.privacy.dp_sgd import BOOK, DPSGD
+
+
+@contextmanager
+def private_fits(client: Any, steps: int, epsilon: float, delta: float | None, clip: float, seed: int | None
+                 ) -> Iterator[float]:
+    """Inside, every fit of this client is DP-SGD with noise for `epsilon` over `steps` steps, and anything else that
+    asks its model is refused; gives delta. What is spent is booked in the client's memory and, at a site, in its
+    ledger, before the fit begins."""
+    if delta is not None:
+        check_delta(delta, client.n)
+    delta = delta or usual_delta(client.n)
+    rate = min(1.0, client.training.lot / client.n)
+    z = noise_for(epsilon, delta, steps, "poisson" if rate < 1 else "none", rate)
+    layer = DPSGD(noise_multiplier=z, clip_norm=clip, delta=delta, seed=seed)
+    with client.through(lambda request: layer._private(request, client)):
+        yield delta
+
+
+def booked(client: Any) -> list[list[Any]]:
+    """The rows of this client's ledger: noise, rates and counts, which say nothing of its data."""
+    return [list(row) for row in client.memory.get(BOOK, {}).get("releases", [])]
+
+
+def spent_by(books: Mapping[str, Sequence[Sequence[Any]]], deltas: Mapping[str, float], seeded: bool, owner: str,
+             ) -> dict[str, Any]:
+    """A statement of what each client's fits spent; the run's epsilon is the largest: they hold other rows."""
+    each = {c: Ledger({"releases": [list(r) for r in rows]}).epsilon(deltas[c]) for c, rows in sorted(books.items())}
+    void = [f"{owner}.seed is set, so whoever knows the recipe can take the noise off"] if seeded else []
+    return {"layer": owner, "unit": "example", "epsilon": float("inf") if void else max(each.values(), default=0.0),
+            "delta": max(deltas.values(), default=0.0), "clients": each, "adjacency": "one training row more or less",
+            "sampling": "poisson", "void": void,
+            "not_covered": "how many rows a client has; evaluation on held-out rows"}
+
+
+def check_target(epsilon: float | None, owner: str) -> None:
+    """RecipeError for a budget that is none."""
+    if epsilon is not None and not epsilon > 0:
+        raise RecipeError(f"{owner} = {epsilon!r} is not allowed; it must be > 0, or null for no privacy")
