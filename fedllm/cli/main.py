@@ -24,10 +24,12 @@ from fedllm.cli.advise import advise
 from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.compare import compare
+from fedllm.cli.compliance import compliance
 from fedllm.cli.consoles import flushed, in_a_folder, leads_nowhere, stand_open, takes_nothing, told_to_end
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
 from fedllm.cli.judge import judge
+from fedllm.cli.origin import origin
 from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import FedLLMError, RecipeError, RunError
 
@@ -38,8 +40,10 @@ app.add_typer(audit, name="audit")
 app.command()(advise)
 app.command()(ask)
 app.command()(compare)
+app.command()(compliance)
 app.command()(evaluate)
 app.command()(judge)
+app.command()(origin)
 out, err = Console(), Console(stderr=True)
 
 PROGRESS = "fedllm.progress"
