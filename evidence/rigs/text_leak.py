@@ -130,7 +130,7 @@ def text_leak(layer: str, seed: int, **knobs: Any) -> Metrics:
     rng = Random(f"nobody-{seed}")
     fed = told(seed)[0]
     rows = Private(fed.clients["client-0"].train, gate.limits)
-    mine = sorted({w for r in fed.clients["client-0"].train for w in r["prompt"].split()})
+    mine = sorted({w for r in fed.clients["client-0"].train[:ROWS] for w in r["prompt"].split()})  # of no canary
     free = [gate.judge(sentence(rng, mine), rows)[1] == "pass" for _ in range(100)]
     return {**out, "open": float(np.mean([out["open_fed_sp_sc"], out["open_fed_rag"], out["open_synthetic"]])),
             "gated": max(v for k, v in out.items() if k.startswith("gated_")), "passed": float(np.mean(free))}

@@ -111,13 +111,28 @@ class Private:
         return "copy:embedding" if close >= self.limits.cosine else "near:embedding"
 
 
+def distinct(texts: Sequence[str], most: float = 0.7) -> list[int]:
+    """Which texts are no text before them again: indices of those whose pieces are at most so alike to a kept one's."""
+    kept: list[tuple[int, set[str]]] = []
+    for i, text in enumerate(texts):
+        mine = pieces(text)
+        if all(len(mine & other) <= most * len(mine | other) for _, other in kept):
+            kept.append((i, mine))
+    return [i for i, _ in kept]
+
+
 def grams(said: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
     """Every n words in a row."""
     return (tuple(said[i : i + n]) for i in range(len(said) - n + 1))
 
 
+def pieces(text: str, n: int = 5) -> set[str]:
+    """Every n characters in a row, without marks and capitals."""
+    plain = " ".join(words(text))
+    return {plain[i : i + n] for i in range(max(1, len(plain) - n + 1))}
+
+
 def jaccard(one: str, other: str, n: int = 5) -> float:
     """How many sets of n characters in a row two texts share, of all that one of them has."""
-    plain = (" ".join(words(t)) for t in (one, other))
-    a, b = ({t[i : i + n] for i in range(max(1, len(t) - n + 1))} for t in plain)
+    a, b = pieces(one, n), pieces(other, n)
     return len(a & b) / len(a | b)
