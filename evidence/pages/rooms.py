@@ -19,13 +19,14 @@ MAY: Mapping[str, str] = {
     "data": "core environments tasks",
     "spaces": "core",
     "models": "core data spaces tasks",
+    "gate": "core models",
     "local": "core data environments models spaces tasks",
     "wire": "core local",
-    "privacy": "core local spaces wire",
+    "privacy": "core gate local spaces wire",
     "defenses": "core data local models",
     "attacks": "core data local defenses",
     "selectors": "core local wire",
-    "methods": "core data local models spaces tasks wire privacy",
+    "methods": "core data gate local models spaces tasks wire privacy",
     "engines": "core data environments local models tasks wire",
     "trackers": "core",
     "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines trackers",
@@ -34,13 +35,13 @@ MAY: Mapping[str, str] = {
     "advice": "core data methods models runs",
     "evaluation": "core data engines local models spaces tasks runs",
     "audits": "core data local models spaces tasks attacks defenses engines runs",
-    "federation": "core data local models tasks wire privacy defenses methods engines trackers runs report",
+    "federation": "core data gate local models tasks wire privacy defenses methods engines trackers runs report",
     "dashboard": "core tasks privacy runs comparisons federation",
     "api": "runs report comparisons",
     "cli": "core data local models spaces tasks methods runs report comparisons advice audits evaluation "
            "federation dashboard api",
     "fedllm": "core data runs comparisons api",
-    "evidence": "core data environments local models spaces tasks wire privacy defenses attacks selectors methods "
+    "evidence": "core data environments gate local models spaces tasks wire privacy defenses attacks selectors methods "
                 "engines trackers runs report comparisons advice audits evaluation federation dashboard api cli fedllm",
 }
 """What each room may import beside itself. `api` and `fedllm` are the faces, `evidence` stands beside the package."""

@@ -10,7 +10,6 @@ from evidence.rigs.audit import bound_layers
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.audits import membership as scores
 from fedllm.audits.epsilon import one_run
-from fedllm.audits.memorized import near_copies
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream
@@ -21,7 +20,7 @@ from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.models.model import Model
-from fedllm.models.similar import minilm
+from fedllm.models.similar import minilm, near_copies
 from fedllm.spaces import make_space
 
 SYMBOLS, STEPS = 64, 24

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,8 @@ from fedllm.local.forward import run_embeds
 from fedllm.local.generate import prompt_ids, run_generates
 from fedllm.local.requests import Embed, Generate, Limits
 from fedllm.models.model import Model
-from fedllm.models.similar import minilm
+from fedllm.models.similar import NEAR, Vectors, minilm
 from fedllm.tasks.answers import same_answer
-
-NEAR = 0.9
-"""Cosine from which two texts say the same thing to MiniLM; the model's own states are calibrated instead."""
-Vectors = Callable[[Sequence[str]], np.ndarray]
 
 
 def continuations(model: Model, theta: Tree, base: Tree | None, rows: Sequence[Encoded], limits: Limits,
@@ -58,16 +54,3 @@ def memorized(said: Sequence[str], wanted: Sequence[str], vectors: Vectors) -> d
     usual = np.array([np.quantile(np.delete(row, i), 0.95) if len(row) > 1 else -1.0 for i, row in enumerate(cosine)])
     near = exact | ((own >= NEAR) & (own > usual))
     return {"verbatim": float(exact.mean()), "near": float(near.mean()), "cosine": float(own.mean()), "rows": len(said)}
-
-
-def near_copies(texts: Sequence[str], private: Sequence[str], vectors: Vectors, limit: float = NEAR
-                ) -> Mapping[int, tuple[int, float]]:
-    """Which of these texts are near some private text, and how near: {index: (private index, cosine)}.
-
-    A paraphrase shares few n-grams with its original and lies near it in the space of a sentence encoder.
-    """
-    if not texts or not private:
-        return {}
-    cosine = vectors(list(texts)) @ vectors(list(private)).T
-    best = cosine.argmax(1)
-    return {i: (int(j), float(cosine[i, j])) for i, j in enumerate(best) if cosine[i, j] >= limit}

@@ -17,11 +17,13 @@ from fedllm.cli.advise import advise
 from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.compare import compare
+from fedllm.cli.compliance import compliance
 from fedllm.cli.consoles import leads_nowhere, stand_open
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
 from fedllm.cli.guard import err, guarded, quiet, refuse, stopped
 from fedllm.cli.judge import judge
+from fedllm.cli.origin import origin
 from fedllm.cli.said import Json, put
 from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import RecipeError
@@ -33,8 +35,10 @@ app.add_typer(audit, name="audit")
 app.command()(advise)
 app.command()(ask)
 app.command()(compare)
+app.command()(compliance)
 app.command()(evaluate)
 app.command()(judge)
+app.command()(origin)
 out = Console()
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]

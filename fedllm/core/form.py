@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,14 @@ def _of_bits(v: Any) -> bool:
     return isinstance(v, Tensor) and v.dtype == torch.bool
 
 
+def _row(v: Any) -> bool:
+    """Whether it is a row in JSON; an empty text is one that the gate kept back."""
+    try:
+        return isinstance(v, str) and (not v or isinstance(json.loads(v), dict))
+    except (ValueError, RecursionError):
+        return False
+
+
 KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "tree": ("floating-point tensors, one for each trainable that was sent", _real),
     "some": ("floating-point tensors, named as trainables that were sent", _real),
@@ -63,6 +72,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "numbers": ("a list of finite numbers", _all(_number)),
     "text": ("text", lambda v: isinstance(v, str)),
     "texts": ("a list of texts", _all(lambda x: isinstance(x, str))),
+    "synthetic": ("a list of synthetic rows as JSON objects", _all(_row)),
     "code": ("a text of the protocol", lambda v: isinstance(v, str)),
     "name": ("a name", lambda v: isinstance(v, str) and len(v) <= 256),
     "names": ("a list of names", _all(lambda x: isinstance(x, str) and len(x) <= 256)),
@@ -75,12 +85,13 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """Kind of a part -> what it is in words, and whether a leaf is one. Those in `MANY` stand under `<part>/<name>`.
 
-`text` and `texts` are what people or models wrote; `code`, `name`, `names` and `layout` are of the protocol (ids).
+`text` and `texts` are what people or models wrote, `synthetic` rows that a model wrote (`gate/made.py`); `code`,
+`name`, `names` and `layout` are of the protocol (ids).
 `rows` is a count of the client's own rows: at most `MORE` times what it declared when it joined. `summand` is what a
 sum takes.
 """
 MANY = ("tree", "some", "tensors", "wholes", "places")
-TEXT = ("text", "texts")
+TEXT = ("text", "texts", "synthetic")
 CODES = ("code", "name", "names", "layout")
 
 

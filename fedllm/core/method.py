@@ -259,6 +259,10 @@ class Method(Knobs):
     """Whether its client functions learn from rows by `client.fit` alone. Where they read rows or losses beside it, no
     layer can make each row's part in the answer private (`dp_sgd`)."""
 
+    only_text: ClassVar[bool] = False
+    """Whether all that its clients say of their rows is text (and how many rows there are), so that a layer over text
+    (`dp_text`) covers everything."""
+
     reads_ranks: ClassVar[bool] = False
     """Whether clients train the rank that their profiles declare; others train the space's own everywhere."""
 

@@ -20,6 +20,7 @@ from fedllm.engines.far.engine import Flare
 from fedllm.engines.far.reasons import Refused, sentence
 from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
+from fedllm.federation.gated import GATE
 from fedllm.federation.identity import TOLD, differing, identity_of, keep_identity
 from fedllm.federation.public import MOST, PublicRows
 from fedllm.federation.site import site_profile
@@ -304,6 +305,9 @@ def check_recipe(recipe: Recipe) -> None:
     method = make_method(recipe.method.name, **recipe.method.knobs)
     if why := method.simulation_only:
         raise RecipeError(f"method.name = '{recipe.method.name}' {why}, so it runs in a simulation only")
+    if "text" in method.card.kinds and GATE not in [layer.name for layer in recipe.layers]:
+        raise RecipeError(f"method.name = '{recipe.method.name}' sends text, and sites let text leave through the gate "
+                          f"alone; list it: layers: [{GATE}]")
     if isinstance(recipe.data.public, float) and recipe.data.public:
         raise RecipeError(f"data.public = {recipe.data.public}: of rows that lie at sites no share can be set aside "
                           "for all; allowed in a real federation is a file of the coordinator's")

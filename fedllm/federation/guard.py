@@ -14,6 +14,7 @@ from fedllm.engines.far.guard import Guard, Question
 from fedllm.engines.far.leaving import Words
 from fedllm.engines.far.reasons import Refused
 from fedllm.engines.far.sites import Body
+from fedllm.federation.gated import only_judged
 from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.settings import SiteSettings
 from fedllm.privacy.accountant import Release
@@ -30,9 +31,10 @@ class SiteGuard(Guard):
         self.settings, self.ledger, self.run, self.counted = settings, ledger, run, counted
         self.steps, self.tokens, self.since = 0, 0, time.monotonic()
         self.before: dict[str, float] = {}
+        self.phase = ""
 
     def begin(self, question: Question, body: Body) -> None:
-        mine = self.settings
+        mine, self.phase = self.settings, question.phase
         if question.test and not mine.tests:
             raise Refused("tests", "tests_leave is false, or follows from most_epsilon")
         self.steps, self.tokens, self.since = 0, 0, time.monotonic()
@@ -53,6 +55,8 @@ class SiteGuard(Guard):
             raise Refused("too_large", why)
         if why := self.settings.may("up", reply, words, sealed, tells):
             raise Refused("may_not_leave", why)
+        if self.settings.text_leaves:
+            only_judged(reply, words, sealed, tells, self.ledger.path.parent, self.run, self.phase)
 
     def spend(self, release: Any, count: int) -> None:
         if self.counted and isinstance(release, Release):

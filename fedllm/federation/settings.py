@@ -83,7 +83,13 @@ class SiteSettings(Spec):
     """What this site declares: rank, memory_bytes, bandwidth, speed, latency, availability, dropout, device, link,
     modality, privacy."""
     text_leaves: bool = False
-    """Whether a reply may hold text, or the tokens of one."""
+    """Whether a reply may hold text, or the tokens of one. Text leaves through the gate alone: the run must have the
+    layer responsible_gate, and what it finds stands in `gate.jsonl` of the store."""
+    gate: dict[str, Any] = Field(default_factory=dict)
+    """What the gate demands here, by the knobs of responsible_gate (`copies: withhold`, `patterns: [...]`); of this and
+    what the run demands the stricter counts, and of patterns these alone."""
+    gate_detector: str | None = None
+    """A function (`module:function`) of this site's that finds personal data: text -> [(begin, end, TYPE), ...]."""
     metrics: list[str] = Field(default_factory=list)
     """Functions (`module:function`) that a recipe's evaluate.metric may call here on what the model says; none else."""
     tests_leave: bool | None = None
@@ -170,6 +176,10 @@ class SiteSettings(Spec):
         mine = cls.make({"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
                          "methods": None if methods is None else list(methods),
                          "models": [str(Path(m).resolve()) for m in models], **settings, **here}, policy)
+        if mine.gate or mine.gate_detector:
+            from fedllm.federation.gated import demanded
+
+            demanded(mine.gate, mine.gate_detector)
         fresh = kit / "local" / f".{SETTINGS}"
         with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(json.dumps(mine.model_dump(), indent=2))

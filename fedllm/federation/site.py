@@ -20,6 +20,7 @@ from fedllm.engines.far.site import SiteRun
 from fedllm.engines.far.sites import Head
 from fedllm.engines.world import World
 from fedllm.federation.admission import admitted, may_load, same_versions
+from fedllm.federation.gated import gated
 from fedllm.federation.guard import SiteGuard
 from fedllm.federation.identity import TOLD, identity_of, keep_identity
 from fedllm.federation.ledger import SiteLedger
@@ -53,6 +54,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     recipe = admitted(head["recipe"], settings)
     method = make_method(recipe.method.name, **recipe.method.knobs)
     layers, _ = make_layers(recipe, named=True)  # another site may hold a model of its own
+    layers = gated(method, layers, settings.gate, settings.gate_detector)
     compose(method, layers)
     if why := settings.forbids(recipe, layers):
         raise why

@@ -49,6 +49,7 @@ class Merged:
 @dataclass(frozen=True)
 class Offsite(Method):
     """The last `adapter_layers` blocks are A and are trained by clients; the emulator E stands for all before them.
+    (With `bottom` blocks at the other end in A too, E stands for those between.)
 
     Trees A and E are named as in the emulator; `plugged` names A as in the whole model.
     """
@@ -62,16 +63,24 @@ class Offsite(Method):
     lambda_c: float = knob(0.1, "how strongly A is held to where the round began", ge=0)
     freeze_a: bool = knob(False, "train and send only B of A's LoRA (FFA-LoRA), which noise enters linearly")
 
+    @property
+    def bottom(self) -> int:
+        """Blocks at the bottom that clients train too."""
+        return 0
+
+    def spread(self, middle: int, n: int) -> list[int]:
+        """Which `n` of the `middle` blocks stand for all of them."""
+        return [i * (middle - 1) // (n - 1) for i in range(n)] if n > 1 else [middle // 2]
+
     def kept(self, depth: int) -> list[int]:
         """Which of `depth` blocks clients get: evenly spread ones of the middle, and A."""
-        middle = depth - self.adapter_layers
+        low, middle = self.bottom, depth - self.adapter_layers - self.bottom
         n = round(middle * (1 - self.drop_ratio))
         if n < 1:
             raise CompositionError(
                 f"method '{type(self).__name__}' with adapter_layers = {self.adapter_layers} and drop_ratio = "
                 f"{self.drop_ratio} leaves no block of a model of {depth} to the emulator; lower one of them")
-        spread = [i * (middle - 1) // (n - 1) for i in range(n)] if n > 1 else [middle // 2]
-        return [*spread, *range(middle, depth)]
+        return [*range(low), *(low + i for i in self.spread(middle, n)), *range(low + middle, depth)]
 
     def public_at(self):
         return ("server",) if self.prealign_steps or self.align_steps else ()
@@ -84,9 +93,9 @@ class Offsite(Method):
     def split(self, model: Model) -> tuple[Tree, Tree]:
         """(A, E) at the start."""
         theta, top = model.initial(), len(blocks_of(model.net)) - self.adapter_layers
-        at = {n: block_of(n) for n in theta}
-        return ({n: t for n, t in theta.items() if at[n] is not None and at[n] >= top},  # type: ignore[operator]
-                {n: t for n, t in theta.items() if at[n] is not None and at[n] < top})  # type: ignore[operator]
+        within = {n: at for n in theta if (at := block_of(n)) is not None}
+        mine = {n for n, at in within.items() if at >= top or at < self.bottom}
+        return {n: theta[n] for n in within if n in mine}, {n: theta[n] for n in within if n not in mine}
 
     def check(self, model: Model) -> None:
         a, _ = self.split(self.at_client(model))
@@ -102,6 +111,7 @@ class Offsite(Method):
         a, e = self.split(self.at_client(model))
         depth = len(blocks_of(model.net))
         shift = {len(self.kept(depth)) - i: depth - i for i in range(1, self.adapter_layers + 1)}
+        shift |= {i: i for i in range(self.bottom)}
         rest = {n: t for n, t in model.initial().items() if n not in renamed(a, shift)}
         return {"A": a, "E": e, "rest": rest, "shift": [[k, v] for k, v in shift.items()], "aligned": False}
 

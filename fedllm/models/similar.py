@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from fedllm.models.load import load_tokenizer, resolve
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to unit vectors, fp32 [len(texts), width]: their inner products are cosines."""
 EMBEDS = ("auto", "minilm", "tfidf")
+Vectors = Embed
+NEAR = 0.9
+"""Cosine from which two texts say the same thing to MiniLM."""
 ALIKE = {"minilm": 0.8, "tfidf": 0.15}
 
 
@@ -75,3 +78,16 @@ def minilm(texts: Sequence[str]) -> np.ndarray:
 @functools.cache
 def _minilm() -> tuple:
     return load_tokenizer("minilm"), AutoModel.from_pretrained(resolve("minilm")).eval()
+
+
+def near_copies(texts: Sequence[str], private: Sequence[str], vectors: Vectors, limit: float = NEAR
+                ) -> Mapping[int, tuple[int, float]]:
+    """Which of these texts are near some private text, and how near: {index: (private index, cosine)}.
+
+    A paraphrase shares few n-grams with its original and lies near it in the space of a sentence encoder.
+    """
+    if not texts or not private:
+        return {}
+    cosine = vectors(list(texts)) @ vectors(list(private)).T
+    best = cosine.argmax(1)
+    return {i: (int(j), float(cosine[i, j])) for i, j in enumerate(best) if cosine[i, j] >= limit}

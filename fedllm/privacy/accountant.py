@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Kind = Literal["pld", "rdp"]
 Sampling = Literal["none", "poisson", "fixed"]
-Law = Literal["gaussian", "discrete"]
+Law = Literal["gaussian", "discrete", "pure"]
 ORDERS = [1 + x / 10 for x in range(8, 100)] + [*range(11, 64), 96, 128, 256, 512]
 MOST_EPSILON, LOOSE = 1000.0, 200.0
 """No budget is larger; what is larger than the second is told by RDP alone."""
@@ -44,6 +44,7 @@ class Release:
     `law` "discrete" is a sum of whole numbers under discrete Gaussians (Canonne, Kairouz and Steinke 2020, 2004.00010;
     sums of them: Kairouz, Liu and Steinke 2021, 2102.06387, whose tau is below 1e-200 at 8 quanta a share): its Renyi
     divergences are at most the Gaussian's, so that RDP holds for it; nothing tighter is proven, and no sampling.
+    `law` "pure" is no Gaussian: any release of epsilon 1 / noise_multiplier at delta 0, without sampling.
     """
 
     noise_multiplier: float
@@ -53,8 +54,8 @@ class Release:
     law: Law = "gaussian"
 
     def __post_init__(self) -> None:
-        if self.law == "discrete" and self.sampling != "none":
-            raise CompositionError(f"discrete noise and sampling = {self.sampling!r} do not fit together: no "
+        if self.law != "gaussian" and self.sampling != "none":
+            raise CompositionError(f"{self.law} noise and sampling = {self.sampling!r} do not fit together: no "
                                    "accountant covers them; let every row take part (sampling 'none')")
         if not self.noise_multiplier > 0:
             raise RecipeError(f"noise_multiplier = {self.noise_multiplier!r} is not allowed; it must be > 0")
@@ -138,6 +139,8 @@ def spent(rows: tuple[tuple[Any, ...], ...], delta: float, kind: Kind | None = N
     rows = tuple(row for row in rows if row[-1])
     if not rows:
         return 0.0
+    if pure := [row for row in rows if "pure" in row]:  # their epsilons add up, and to what the others cost
+        return sum(row[-1] / row[0] for row in pure) + spent(tuple(r for r in rows if r not in pure), delta, kind)
     fixed = {row[1] == "fixed" for row in rows}
     if len(fixed) > 1:
         raise CompositionError("releases under fixed-size sampling and releases under Poisson or no sampling have "

@@ -37,6 +37,8 @@ REASONS: Mapping[str, str] = {
     "not_installed": "the method is not installed here, and a site runs installed code only",
     "metric": "evaluate.metric calls a function that its settings do not name (metrics)",
     "text": "the method sends text or tokens, and this site lets none leave (text_leaves)",
+    "gate": "text leaves this site through the gate alone (layer responsible_gate), and the run has none, or a reply "
+            "holds text without a verdict",
     "endpoint": "the method asks an endpoint, and this site's settings name none",
     "endpoint_failed": "its endpoint did not answer as it should",
     "space": "its settings do not allow to train this space",

@@ -24,6 +24,7 @@ from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import new_federation
 from fedllm.federation.process import end_tree
 from fedllm.federation.settings import SETTINGS
+from fedllm.methods.registry import method_class
 from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
 from fedllm.runs.recipe import OWN, load_recipe
@@ -81,7 +82,7 @@ class Loopback:
             free.bind((host, 0))
             self.port = free.getsockname()[1]
         self.policy = folder / "policy.yaml"
-        self.policy.write_text("text_leaves: true\nrows_may_change: true\n")  # any method, and many recipes
+        self.policy.write_text("text_leaves: true\nrows_may_change: true\ngate: {copies: report, personal: report}\n")
         self.keys: Any = self._keys(folder / "keys", host)
         self.address = f"{host}:{self.port}"
         self.joins: dict[str, subprocess.Popen[bytes]] = {}
@@ -97,6 +98,8 @@ class Loopback:
     def recipe(self, method: str, **more: Any) -> dict[str, Any]:
         """A recipe over the sites' rows; in a simulation each file is a client of the same name."""
         knobs, data = more.pop("knobs", {}), more.pop("data", {})
+        if "text" in method_class(method).card.kinds:
+            more.setdefault("layers", [{"name": "responsible_gate", "copies": "report", "personal": "report"}])
         return {"name": method, "model": self.model, "method": {"name": method, **knobs},
                 "space": {"name": "lora", "rank": 4}, "local": {"lr": 1e-2, "steps": 2, "batch_size": 4}, "rounds": 2,
                 "data": {"source": str(self.folder / "data"), "partition": {"kind": "per_file"},
