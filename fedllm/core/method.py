@@ -270,6 +270,10 @@ class Method(Knobs):
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
 
+    shares: ClassVar[bool] = False
+    """Whether its clients answer with what their profiles' `shares` say: with `scores`, nothing that they send is text.
+    """
+
     learns_from: ClassVar[Literal["rows", "environments"]] = "rows"
     """What its clients must hold."""
 
@@ -313,6 +317,10 @@ class Method(Knobs):
 
     def asks_for(self) -> Sequence[str]:
         """Names of the recipe's `models` that it uses; a run whose recipe lacks one is refused when it is built."""
+        return ()
+
+    def server_asks_for(self) -> Sequence[str]:
+        """Names of the recipe's `models` that the server alone uses: no site loads them."""
         return ()
 
     def public_at(self) -> Sequence[Literal["clients", "server"]]:
