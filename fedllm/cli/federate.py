@@ -91,6 +91,8 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
                                                            "put to, whatever the recipe names.")] = None,
          public: Annotated[Path | None, typer.Option(help="A copy of the run's public rows.")] = None,
          rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
+         shares: Annotated[str | None, typer.Option(help="What answers to queries hold: snippets, ids, or scores "
+                                                         "(no text).")] = None,
          policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
                                                           "docs/federation.md.")] = None,
          text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = False,
@@ -114,7 +116,7 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
                   threads=threads, model=model, endpoint={"url": endpoint} if endpoint else None,
                   public=str(public) if public else None,
-                  profile={} if rank is None else {"rank": rank})
+                  profile={k: v for k, v in (("rank", rank), ("shares", shares)) if v is not None})
     except FedLLMError as error:
         raise _refuse(error) from None
 

@@ -15,6 +15,10 @@ SERVER = "__global__"
 (only methods that say `simulation_only` train on those)."""
 
 
+SHARES = ("snippets", "ids", "scores")
+"""What a site answers a query with: ids, scores and the beginnings of texts; no text; scores of documents by number."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """Declared heterogeneity. What a client does not declare is None, and methods fall back to the recipe."""
@@ -40,6 +44,8 @@ class Profile:
     """The model that it holds, by a name of the recipe's `models`, a model's id or a folder; None: the recipe's own."""
     modality: str = "text"
     privacy: str | None = None
+    shares: str | None = None
+    """What its answers to a query hold, of `SHARES`; None: snippets."""
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,10 @@ class Method(Knobs):
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
 
+    shares: ClassVar[bool] = False
+    """Whether its clients answer with what their profiles' `shares` say: with `scores`, nothing that they send is text.
+    """
+
     learns_from: ClassVar[Literal["rows", "environments"]] = "rows"
     """What its clients must hold."""
 

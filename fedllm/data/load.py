@@ -38,6 +38,10 @@ TEXTS = ("prompt", "response", "text", "system", "chosen", "rejected")
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+DOCUMENTS_TASK = "documents"
+PASSAGE = 150
+"""Words: about as many as MiniLM reads of a text (256 tokens)."""
+
 
 class OfficeSpec(Spec):
     """The knobs of the synthetic office; what is left out takes the office's own default."""
@@ -79,7 +83,7 @@ class DataSpec(Spec):
     task: str = "generation"
     """What rows are for: generation (prompt, response), classification (text, label), tokens (tokens, tags),
     masked_words (text), regression (text, target), preference (prompt, chosen, rejected), image_text (image, label, and
-    where a method reads both a text)."""
+    where a method reads both a text), documents (text, id): what is searched."""
     fields: dict[str, str | Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
     """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}; of a text also
     several columns, as in {prompt: [instruction, input]}, with a blank line between those that are not empty."""
@@ -93,6 +97,9 @@ class DataSpec(Spec):
     """How rows are shared out: `kind` (iid, dirichlet, shards, quantity, by_key, per_file, by_cluster) and knobs."""
     client_test: Fraction = 0.1
     """Fraction that a client with 10 rows or more keeps back for its own test."""
+    passages: Annotated[int, Field(ge=10)] = PASSAGE
+    """Most words of a document that is indexed as one; a longer one is cut. Only with `task: documents`, where text and
+    Markdown files are read whole, and PDF files page by page."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Most rows of the source to use, drawn at random; the global test counts among them if it is a fraction."""
     test_limit: Annotated[int, Field(ge=1)] | None = None
@@ -106,6 +113,13 @@ class DataSpec(Spec):
     def acts(self) -> bool:
         """Whether clients act in an environment, and hold no rows of text."""
         return isinstance(self.source, str) and self.source.startswith(SCENE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _documents_are_searched_in_full(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("task") != DOCUMENTS_TASK:
+            return values
+        return {"test": 0.0, "client_test": 0.0, **values}
 
     @field_validator("test", "public")
     @classmethod
@@ -149,6 +163,14 @@ class DataSpec(Spec):
         if self.environment is not None or self.task == "environment":
             raise ValueError(f"data.environment, data.task = {self.task!r}: data.source is {self.source!r}; an "
                              "environment is asked for by data.source = 'env:NAME' alone")
+        searched = self.task == DOCUMENTS_TASK
+        if not searched and self.passages != PASSAGE:
+            raise ValueError(f"data.passages = {self.passages} is of no use to data.task = {self.task!r}; it cuts what "
+                             f"is searched ({DOCUMENTS_TASK})")
+        if searched and (self.client_test or (isinstance(self.test, float) and self.test)):
+            raise ValueError(f"data.test = {self.test!r}, data.client_test = {self.client_test}: documents are no "
+                             "queries, and none is held out of the index; allowed is a file of queries as data.test, "
+                             "or 0.0")
         for other in {"template", "labels"} - set(task_of(self.task).takes):
             if getattr(self, other) is not None:
                 raise ValueError(f"data.{other} = {getattr(self, other)!r} is of no use to data.task = {self.task!r}")
@@ -196,8 +218,7 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         return _grouped(spec, seed)
     held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
     open_ = read_tables(spec.public, spec.split, spec.subset) if isinstance(spec.public, str) else []
-    tables = read_tables(spec.source, spec.split, spec.subset,
-                         but=[table.path for table in (*held, *open_) if table.path])
+    tables = _sources(spec, [table.path for table in (*held, *open_) if table.path])
     labels = _labels(spec, [*tables, *held, *open_])
     said: list[str] = []
     rows, test = _shape(spec, tables, labels, said), _shape(spec, held, labels, said).lean
@@ -223,6 +244,16 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels), *alike(tables),
              *twice(mine.lean, test), *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
     return Federation(clients, test, spec.task, labels, public, tuple(said))
+
+
+def _sources(spec: DataSpec, but: Sequence[Path]) -> list[Table]:
+    """The tables of `data.source`; documents among them are cut into passages."""
+    if spec.task != DOCUMENTS_TASK:
+        return read_tables(spec.source, spec.split, spec.subset, but=but)
+    from fedllm.data.documents import DOCUMENTS, passages
+
+    tables = read_tables(spec.source, spec.split, spec.subset, but, DOCUMENTS)
+    return [passages(table, str(spec.fields.get("text", "text")), spec.passages) for table in tables]
 
 
 def _grouped(spec: DataSpec, seed: int) -> Federation:

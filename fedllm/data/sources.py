@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedllm.core.errors import DataError
@@ -74,18 +75,18 @@ def resolve(path: str) -> Path:
 
 
 def read_tables(source: str | Sequence[str], split: str = "train", subset: str | None = None,
-                but: Iterable[Path] = ()) -> list[Table]:
+                but: Iterable[Path] = (), readers: Mapping[str, Reader] = MappingProxyType({})) -> list[Table]:
     """All tables of a source: a path, a list of paths, a folder of files, a saved `datasets` folder or a Hub id.
 
     `split` and `subset` pick a part of a `datasets` source. Files `but` are left out of folders under any name, as are
-    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). Raises DataError for what is
-    missing, empty, broken or named twice.
+    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). `readers` read files by their ending
+    in the place of the usual ones. Raises DataError for what is missing, empty, broken or named twice.
     """
     paths = [source] if isinstance(source, str) else list(source)
     if not paths:
         raise DataError("data.source is an empty list: give at least one path")
-    held, room = identities(but), Held()
-    tables = [table for path in paths for table in _read(path, split, subset, held, room)]
+    held, room, known = identities(but), Held(), {**READERS, **readers}
+    tables = [table for path in paths for table in _read(path, split, subset, held, room, known)]
     for table in tables:
         if not table.rows:
             raise DataError(f"{table.name} is empty: it holds no rows", file=table.name, kind="empty")
@@ -93,30 +94,31 @@ def read_tables(source: str | Sequence[str], split: str = "train", subset: str |
     return tables
 
 
-def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int, int]], room: Held) -> list[Table]:
+def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int, int]], room: Held,
+          known: Mapping[str, Reader]) -> list[Table]:
     if source.startswith("hub:"):
         return [_hub(source.removeprefix("hub:"), split, subset)]
     path = resolve(source)
     if path.is_dir():
-        return _folder(path, split, but, room)
+        return _folder(path, split, but, room, known)
     if path.is_file():
         if identity(path) in but:
             raise DataError(f"{source!r} is both in data.source and held out (data.test or data.public): nothing may "
                             "be trained on and tested on; name it once", file=str(path))
-        return [_file(path, room)]
+        return [_file(path, room, known)]
     if path.exists():
         raise DataError(f"{source!r} is neither a file nor a folder (a pipe, a socket or a device); rows are read from "
                         "files", file=str(path), kind="unreadable")
-    if HUB_ID.fullmatch(source) and path.suffix.lower() not in READERS:
+    if HUB_ID.fullmatch(source) and path.suffix.lower() not in known:
         return [_hub(source, split, subset)]
     raise DataError(f"{source!r}: no such file or folder (looked in {Path.cwd()}); a dataset of the Hub is written "
                     "'owner/name' or 'hub:name'")
 
 
-def _file(path: Path, room: Held) -> Table:
-    reader = READERS.get(path.suffix.lower())
+def _file(path: Path, room: Held, known: Mapping[str, Reader]) -> Table:
+    reader = known.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: unknown extension {path.suffix!r}; known are {', '.join(READERS)}")
+        raise DataError(f"{path}: unknown extension {path.suffix!r}; known are {', '.join(known)}")
     try:
         no_pointer(path)
         return replace(reader(path, room), path=path.resolve(), folder=path.parent)
@@ -130,18 +132,19 @@ def _file(path: Path, room: Held) -> Table:
         raise error.at(str(path), 0) from error.__cause__
 
 
-def _folder(path: Path, split: str, but: frozenset[tuple[int, int]], room: Held) -> list[Table]:
+def _folder(path: Path, split: str, but: frozenset[tuple[int, int]], room: Held, known: Mapping[str, Reader]
+            ) -> list[Table]:
     """A saved `datasets` folder is one table, and so is a folder of pictures, with a folder for each label; any other
     folder is one table for each file with a known extension."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return [_saved(path, split)]
-    files = files_in(path, READERS, but)
+    files = files_in(path, known, but)
     if not files and (pictures := sorted(p for p in path.glob("*/*") if p.suffix.lower() in PICTURES)):
         return [Table(str(path), [{"image": str(p), "label": p.parent.name} for p in pictures])]
     if not files:
         raise DataError(f"{path}: the folder holds no saved dataset, no folders of pictures ({', '.join(PICTURES)}), "
-                        f"and no file with one of {', '.join(READERS)}")
-    return [_file(file, room) for file in files]
+                        f"and no file with one of {', '.join(known)}")
+    return [_file(file, room, known) for file in files]
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -190,10 +190,13 @@ def strangers(said: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def for_sites(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what is the coordinator's alone: where its own rows lie, its plugin files, its baselines, and
-    the model that it keeps to itself when sites get another."""
+    the model that it keeps to itself when sites get another, and models that it alone asks."""
     raw = recipe.model_dump(mode="json")
     raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
     raw["model"] |= {"name": recipe.model.at_clients or recipe.model.name, "at_clients": None}
+    method = make_method(recipe.method.name, **recipe.method.knobs)
+    for name in set(method.server_asks_for()) - set(method.asks_for()):
+        raw["models"].pop(name, None)
     for model in raw["models"].values():
         (model["endpoint"] or {}).pop("api_key_env", None)
     raw["method"] = {k: v for k, v in raw["method"].items() if k != "api_key_env"}  # a site names its own

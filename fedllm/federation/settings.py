@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fedllm.core.client import SHARES
 from fedllm.core.errors import RecipeError
 from fedllm.data.spec import Spec
 from fedllm.runs.device import Device
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it 
 
 SETTINGS = "fedllm.json"
 PROFILE = ("rank", "memory_bytes", "bandwidth", "speed", "availability", "latency", "dropout", "device", "link",
-           "modality", "privacy")
+           "modality", "privacy", "shares")
 """What `core.client.Profile` has; which model a site holds its `model` says."""
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
@@ -36,6 +37,8 @@ def _declared(values: dict[str, Any]) -> dict[str, Any]:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
         if not (value is None or number or (isinstance(value, str) and WORD.fullmatch(value))):
             raise ValueError(f"profile.{key} = {value!r}: it leaves this site; allowed is a number from 0, or a word")
+    if values.get("shares") not in (None, *SHARES):
+        raise ValueError(f"profile.shares = {values['shares']!r} is not allowed; it must be one of {list(SHARES)}")
     return values
 
 
@@ -81,7 +84,7 @@ class SiteSettings(Spec):
     """A copy of the run's public rows, which need then not be sent; it is used if its hash is the run's."""
     profile: Declared = Field(default_factory=dict)
     """What this site declares: rank, memory_bytes, bandwidth, speed, latency, availability, dropout, device, link,
-    modality, privacy."""
+    modality, privacy, and in `shares` what its answers to a query hold (snippets, ids, scores)."""
     text_leaves: bool = False
     """Whether a reply may hold text, or the tokens of one. Text leaves through the gate alone: the run must have the
     layer responsible_gate, and what it finds stands in `gate.jsonl` of the store."""

@@ -98,7 +98,7 @@ def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mappin
     (name,) = (p.model for p in profiles.values())
     own = {} if settings.model is None or settings.model in recipe.models else {str(name): settings.model}
     check_names(recipe)
-    need_named(recipe, method)
+    need_named(recipe, method, server=False)
     named, held = shelves(recipe, federation.task, federation.labels, main, profiles, device=settings.device, own=own,
                           guard=functools.partial(may_load, settings))
     for asked in method.asks_for():

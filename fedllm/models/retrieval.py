@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ class Passage:
     clients: tuple[str, ...]
     worth: float
     text: str
+    """Empty where its site does not give text."""
+    at: int = 0
+    """Its number at the first of its sites."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Found:
     question: str
     answer: str | None
     passages: tuple[Passage, ...] = ()
+    cited: tuple[int, ...] = ()
+    """Numbers (from 1) of the passages that support a sentence of the answer."""
+    left_out: int = 0
+    """Sentences of these passages that the model was not shown, since they tell a reader what to do."""
+    asked: tuple[str, ...] = ()
+    """The sites to which the question went."""
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -107,26 +116,53 @@ def bm25_scores(index: Mapping[str, torch.Tensor], known: Sequence[str], documen
     return out
 
 
+WAYS = ("rrf", "zscore", "minmax", "cori", "round_robin", "rerank")
+"""How lists are merged; see `merge`."""
+
+
 def merge(lists: Mapping[str, Sequence[Hit]], by: str, rrf_k: int = 60,
-          spread: Mapping[str, tuple[float, float]] | None = None) -> list[tuple[str, float, tuple[str, ...]]]:
+          spread: Mapping[str, tuple[float, float]] | None = None, value: Mapping[str, float] | None = None
+          ) -> list[tuple[str, float, tuple[str, ...]]]:
     """One list from those of several engines, whose scores say nothing of each other: (id, worth, who found it).
 
     `rrf`: sum of 1 / (k + rank). `zscore`: sum of (score - mean) / deviation, by the mean and deviation (`spread`) of
-    the scores that the engine gave to ALL its documents: how far a hit stands out where it was found. Equals stand in
-    the order of rank, then of id.
+    the scores that the engine gave to ALL its documents: how far a hit stands out where it was found. `minmax`: sum of
+    (score - least) / (most - least) of the list. `cori`: (D + 0.4 D C) / 1.4 of that D and the engine's `value` C,
+    both from 0 to 1 (Callan, Lu, Croft 1995). `round_robin`: rank by rank, engine by engine (FeB4RAG's naive-fed).
+    `rerank`: scores that one model gave to all, of which a document keeps its best. Equals stand in the order of rank,
+    then of id.
     """
     worth: dict[str, float] = {}
-    first: dict[str, int] = {}
+    first: dict[str, tuple[int, int]] = {}
     found: dict[str, list[str]] = {}
-    for engine, hits in lists.items():
-        mean, deviation = (spread or {}).get(engine, (0.0, 1.0))
-        for rank, (doc, score) in enumerate(hits, 1):
-            share = 1 / (rrf_k + rank) if by == "rrf" else (score - mean) / max(deviation, 1e-12)
-            worth[doc] = worth.get(doc, 0.0) + share
-            first[doc] = min(rank, first.get(doc, rank))
+    share = _valued(value or {})
+    for turn, (engine, hits) in enumerate(lists.items()):
+        for rank, (doc, one) in enumerate(zip((d for d, _ in hits), _worths(by, hits, rrf_k, (spread or {}).get(engine),
+                                                                            share.get(engine, 0.0)), strict=True), 1):
+            best = max(worth.get(doc, one), one)
+            worth[doc] = best if by in ("rerank", "round_robin") else worth.get(doc, 0.0) + one
+            first[doc] = min((rank, turn * (by == "round_robin")), first.get(doc, (rank, turn)))
             found.setdefault(doc, []).append(engine)
     order = sorted(worth, key=lambda d: (-round(worth[d], 12), first[d], d))
     return [(d, worth[d], tuple(found[d])) for d in order]
+
+
+def _worths(by: str, hits: Sequence[Hit], rrf_k: int, spread: tuple[float, float] | None, share: float) -> list[float]:
+    """What each hit of one engine's list is worth."""
+    mean, deviation = spread or (0.0, 1.0)
+    least, most = min((s for _, s in hits), default=0.0), max((s for _, s in hits), default=0.0)
+    within = lambda s: (s - least) / (most - least) if most > least else 1.0  # noqa: E731
+    ways: Mapping[str, Callable[[int, float], float]] = {
+        "rrf": lambda rank, s: 1 / (rrf_k + rank), "zscore": lambda rank, s: (s - mean) / max(deviation, 1e-12),
+        "minmax": lambda rank, s: within(s), "cori": lambda rank, s: within(s) * (1 + 0.4 * share) / 1.4,
+        "round_robin": lambda rank, s: 1 / rank, "rerank": lambda rank, s: s}
+    return [ways[by](rank, s) for rank, (_, s) in enumerate(hits, 1)]
+
+
+def _valued(value: Mapping[str, float]) -> dict[str, float]:
+    """The engines' values from 0 to 1."""
+    least, most = min(value.values(), default=0.0), max(value.values(), default=0.0)
+    return {e: (v - least) / (most - least) if most > least else 1.0 for e, v in value.items()}
 
 
 def ndcg(ranked: Sequence[str], grades: Mapping[str, float], k: int) -> float:
@@ -140,3 +176,14 @@ def recall(ranked: Sequence[str], grades: Mapping[str, float], k: int) -> float:
     """Share of the wanted documents (grade above 0) among the first k."""
     wanted = {d for d, g in grades.items() if g > 0}
     return len(wanted & set(ranked[:k])) / len(wanted) if wanted else 0.0
+
+
+def precision(ranked: Sequence[str], grades: Mapping[str, float], k: int) -> float:
+    """Share of the wanted among the first k; places that nothing stands at count as wrong."""
+    return sum(grades.get(d, 0.0) > 0 for d in ranked[:k]) / k
+
+
+def np_at(ranked: Sequence[str], values: Mapping[str, float], k: int) -> float | None:
+    """nP@k of engines: the values of the first k, by those of the k best; None where no engine is worth anything."""
+    best = sum(sorted(values.values(), reverse=True)[:k])
+    return sum(values.get(e, 0.0) for e in ranked[:k]) / best if best > 0 else None

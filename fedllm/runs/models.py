@@ -83,9 +83,10 @@ def check_models(recipe: Recipe, method: Method, world: World) -> None:
         check_held(recipe, method, name, world.held[name])
 
 
-def need_named(recipe: Recipe, method: Method) -> None:
-    """CompositionError when the method uses a model by a name that the recipe does not have."""
-    for name in (*method.asks_for(), *method.server_asks_for()):
+def need_named(recipe: Recipe, method: Method, server: bool = True) -> None:
+    """CompositionError when the method uses a model by a name that the recipe does not have; `server`: the models that
+    the server alone uses count, too."""
+    for name in (*method.asks_for(), *(method.server_asks_for() if server else ())):
         if name not in recipe.models:
             raise CompositionError(f"method '{recipe.method.name}' asks for a model that the recipe does not have: "
                                    f"{unknown(name, recipe.models)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.core.client import Profile
+from fedllm.core.client import SHARES, Profile
 from fedllm.core.energy import DEVICES, LINKS, Link, device_of, link_of
 from fedllm.core.errors import RecipeError
 from fedllm.core.method import check_knob
@@ -82,7 +82,8 @@ def _line(spec: EnergySpec | None, name: str | None) -> Link | None:
 LIMITS: dict[str, Mapping[str, Any]] = {
     "device": {"options": tuple(DEVICES)}, "link": {"options": tuple(LINKS)},
     "rank": {"ge": 1}, "memory_bytes": {"ge": 1}, "bandwidth": {"gt": 0}, "speed": {"gt": 0},
-    "availability": {"gt": 0, "le": 1}, "latency": {"ge": 0}, "dropout": {"ge": 0, "lt": 1}}
+    "availability": {"gt": 0, "le": 1}, "latency": {"ge": 0}, "dropout": {"ge": 0, "lt": 1},
+    "shares": {"options": SHARES}}
 
 
 def check_profile(path: str, key: str, value: Any) -> None:

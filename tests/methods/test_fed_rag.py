@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import fedllm
+from fedllm.core.ask import Ask
+from fedllm.core.client import SERVER, Profile
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.core.layer import Layer
 from fedllm.core.program import drive
@@ -98,23 +100,84 @@ def test_no_more_text_leaves_than_the_card_says(text, most):
     said = [t for _, _, r in tape.sent for t in r.get("texts", ())]
     assert len(said) == most and all(len(t) <= 12 for t in said) and got.passages[0].text in said
     if text == "picked":
-        found = sum(len(r["ids"]) for _, fn, r in tape.sent if fn == "lookup")
+        found = sum(len(r["at"]) for _, fn, r in tape.sent if fn == "lookup")
         assert found > 1 and said == [got.passages[0].text]
 
 
-@pytest.mark.parametrize("knobs", [{"rank_by": "vectors"}, {"vectors_at": ("c1",)}])
+@pytest.mark.parametrize("knobs", [{"rank_by": "vectors"}, {"vectors_at": ("c1",)}, {"rank_by": "both"},
+                                   {"merge_by": "rerank", "select_by": "redde", "top_sites": 2, "sample": 2},
+                                   {"select_by": "centroids", "top_sites": 2, "merge_by": "cori"},
+                                   {"select_by": "learned", "top_sites": 2, "merge_by": "round_robin"}])
 def test_engines_agree(knobs):
     one, other = (world(engine=e, **knobs).go(1) for e in ("in_process", "vectorized"))
     for query in ("w1 w2 w3", "w7 w9"):
         a, b = ask(one, query), ask(other, query)
         assert [p.id for p in a.passages] == [p.id for p in b.passages]
         assert np.allclose([p.worth for p in a.passages], [p.worth for p in b.passages], atol=1e-10)
+        chosen = 2 if "select_by" in knobs else 3
+        assert set(a.clients) <= set(a.asked) == set(b.asked) and len(a.asked) == chosen
     assert other.engine.memory["c1"]["vectors"].shape == (2, 16)
+
+
+def test_sites_that_are_not_chosen_hear_nothing_and_send_nothing():
+    tape = Tape()
+    run = world(layers=(tape,), select_by="redde", sample=2, top_sites=1).go(1)
+    tape.sent.clear()
+    got = ask(run, "the clerk signs an invoice")
+    assert len(got.asked) == 1 and {c for c, _, _ in tape.sent} - {SERVER} == set(got.asked)
+
+
+def shares(run, **levels):
+    for c, level in levels.items():
+        run.world.profiles[c] = Profile(shares=level)
+    run.engine.infos = {c.id: c for c in run.world.infos()} | {"__global__": run.engine.infos["__global__"]}
+    return run
+
+
+def test_a_site_answers_with_what_its_profile_shares():
+    tape = Tape()
+    run = shares(world(layers=(tape,), select_by="centroids", top_sites=1), c0="scores", c1="ids", c2="snippets").go(1)
+    assert set(run.state["samples"]) == {"c1", "c2"}  # who shares scores alone gives no vector either
+    tape.sent.clear()
+    got = ask(run, "the invoice on sunday")
+    assert "c0" in got.asked  # and is asked each time, since nobody knows what it has
+    said = {c: r for c, fn, r in tape.sent if fn == "lookup"}
+    assert said["c0"]["scores"] and not said["c0"]["ids"] and not said["c0"]["texts"]
+    run = shares(world(layers=(tape,)), c0="scores", c1="ids", c2="ids").go(1)
+    tape.sent.clear()
+    got = ask(run, "invoice sunday")
+    assert got.answer == "What matches lies at c0, and its text stays there [1]" and got.passages[0].id == "c0/1"
+    said = {c: r for c, fn, r in tape.sent if fn == "lookup"}
+    assert said["c2"]["ids"] and not any(r["texts"] for r in said.values())
+
+
+def test_a_document_is_fetched_only_if_its_site_has_just_named_it():
+    run = world(text="picked").go(1)
+    run.engine.begin(9)
+    got = drive((lambda m: (yield Ask(m.fetch, {"c0": {"at": [0, 1]}})))(run.method), run.engine)
+    assert got["c0"]["texts"] == ["", ""]
+
+
+def test_the_index_follows_its_documents():
+    run = world(rank_by="vectors").go(1)
+    run.world.federation.clients["c1"].train.append({"text": "a new rule"})
+    run.engine.begin(1)
+    state = drive(run.method.round(run.state, run.world.infos()), run.engine)
+    run.engine.commit()
+    assert state["documents"]["c1"] == 3 and len(run.engine.memory["c1"]["vectors"]) == 3
+
+
+def test_what_a_model_is_asked_for_by_name_is_there():
+    assert make_method("fed_rag", writer="w", encoder="e").server_asks_for() == ("w",)
+    assert make_method("fed_rag", writer="w", encoder="e").asks_for() == ("e",)
+    with pytest.raises(RecipeError, match="select_by = 'best' is not allowed"):
+        make_method("fed_rag", select_by="best")
 
 
 def test_generation_reads_the_passages():
     got = ask(world(generate=True, max_new_tokens=3).go(1), "the clerk")
-    assert got.answer.endswith("[1][2][3]") and len(got.passages) == 3 and set(got.clients) == {"c0", "c1", "c2"}
+    assert got.answer and len(got.passages) == 3 and set(got.clients) == {"c0", "c1", "c2"} == set(got.asked)
+    assert got.cited == () and "[" not in got.answer  # three random words, which no passage holds
 
 
 def test_without_the_extra_words_are_refused(monkeypatch):

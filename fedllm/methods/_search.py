@@ -1,0 +1,215 @@
+"""Federated search: each site's index and what it answers, the choice of sites for a query, and one list of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.client import SERVER, Client
+from fedllm.core.form import aligned, need
+from fedllm.core.method import State, knob
+from fedllm.core.payload import Payload
+from fedllm.methods.asking import Asking
+from fedllm.models import indexing, routing
+from fedllm.models import retrieval as rt
+
+AT_ONCE = 32
+"""Queries of a test that are under way side by side."""
+
+
+@dataclass(frozen=True)
+class Searching(Asking):
+    """Sites index their documents in their memories, and answer queries as their profiles' `shares` say."""
+
+    shares: ClassVar = True
+    rank_by: Literal["bm25", "vectors", "both"] = knob(
+        "bm25", "how a site ranks: by words, by vectors, or by the sum of both, each normalized over its documents",
+        options=("bm25", "vectors", "both"))
+    vectors_at: tuple[str, ...] = knob((), "sites that rank by vectors whatever `rank_by` says")
+    encoder: str = knob("", "name of the recipe's model (`models:`) that makes vectors; '': each site's own")
+    least: float = knob(0.0, "vectors: a document is found if its cosine to the query is above this", ge=-1, lt=1)
+    top_k: int = knob(10, "documents that each site answers with", ge=1)
+    select_by: Literal["all", "redde", "centroids", "learned"] = knob(
+        "all", "which sites a query goes to: all, or by samples of their vectors (ReDDE), by their centroids, or by a "
+        "linear map learned from the samples", options=("all", "redde", "centroids", "learned"))
+    top_sites: int = knob(3, "sites that a query goes to, where they are chosen", ge=1)
+    sample: int = knob(30, "redde, learned: vectors of documents that a site gives, drawn at random", ge=1)
+    centers: int = knob(1, "centroids: means of vectors that a site gives", ge=1)
+    merge_by: Literal["rrf", "zscore", "minmax", "cori", "round_robin", "rerank"] = knob(
+        "zscore", "one list from many: by ranks, by normalized scores (over all documents, or over the list), by the "
+        "latter and the site's value, in turn, or by cosines to the query under one encoder", options=rt.WAYS)
+    rrf_k: int = knob(60, "rrf: 1 / (k + rank)", ge=1)
+    text: Literal["all", "picked"] = knob("all", "whose text is sent: every document found, or those that are read",
+                                          options=("all", "picked"))
+    snippet: int = knob(400, "characters of a document that may leave its site", ge=1)
+    wait: float = knob(10.0, "seconds that a site may take to answer a question, which then goes on without it", gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank_by != "vectors":
+            rt.lexical()
+
+    def asks_for(self) -> Sequence[str]:
+        return (self.encoder,) if self.encoder else ()
+
+    @property
+    def embeds(self) -> bool:
+        """Whether anything is a vector here."""
+        chosen = self.select_by != "all" or self.merge_by == "rerank"
+        return chosen or self.rank_by != "bm25" or bool(self.vectors_at)
+
+    def init(self, model: Any) -> State:
+        return {"theta": {}, "documents": {}, "samples": {}}
+
+    def round(self, state: State, clients) -> Program:
+        """Every site makes its index or brings it up to date; the server learns how many documents each has, and what
+        it needs to choose among them."""
+        msg = {"sample": self.sample * (self.select_by in ("redde", "learned")),
+               "centers": self.centers * (self.select_by == "centroids")}
+        out = yield Ask(self.index, {c.id: msg for c in clients})
+        counts = {**state["documents"], **{c: r["documents"] for c, r in out.items()}}
+        samples = {**state["samples"], **{c: r["sample"] for c, r in out.items() if "sample" in r}}
+        chart = {"map": routing.of_samples(samples)} if self.select_by == "learned" and samples else {}
+        return {**state, "documents": counts, "samples": samples, **chart}
+
+    def search(self, queries: Sequence[str], clients, state: State | None, texts: int = 0, wait: float | None = None
+               ) -> Program:
+        """For each query the merged list of `Passage`s, the best first, and the sites that were asked. The first
+        `texts` passages come with their text, where their sites give it; a site that is silent for `wait` seconds
+        (None: as long as the engine waits) is left out."""
+        vectors = (yield from self._vectors(queries)) if self.embeds else None
+        asks, went, values = [], [], []
+        for i, query in enumerate(queries):
+            value = {} if vectors is None else self._values(vectors[i], state)
+            known = routing.best(value, self.top_sites)
+            went.append([c.id for c in clients if c.id in known or c.id not in value])
+            values.append(value)
+            msg = {"query": query, "k": self.top_k, "text": bool(texts) and self.text == "all",
+                   **({} if vectors is None else {"vector": vectors[i]})}
+            asks.append(Ask(self.lookup, dict.fromkeys(went[-1], msg), quorum=0, deadline=wait))
+        found = [self._merged(out, value) for out, value in zip((yield asks), values, strict=True)]
+        if texts and self.text == "picked":
+            for i, one in enumerate(found):
+                found[i] = [*(yield from self._fetched(one[:texts], wait)), *one[texts:]]
+        return [(passages, tuple(sites)) for passages, sites in zip(found, went, strict=True)]
+
+    def _vectors(self, queries: Sequence[str]) -> Program:
+        out = yield Ask(self.meaning, {SERVER: {"queries": list(queries)}})
+        return out[SERVER]["vectors"]
+
+    def _values(self, query: torch.Tensor, state: State | None) -> Mapping[str, float]:
+        """The sites' values for this query; a site of which nothing is known has none, and is always asked."""
+        samples = {c: x for c, x in (state or {}).get("samples", {}).items() if x.shape[1] == len(query)}
+        if self.select_by == "all" or not samples:
+            return {}
+        if self.select_by == "centroids":
+            return routing.centroids(query, samples)
+        assert state is not None
+        if self.select_by == "learned":
+            return routing.learned(query, state["map"], list(samples))
+        return routing.redde(query, samples, state["documents"])
+
+    def _merged(self, out: Mapping[str, Payload], value: Mapping[str, float]) -> list[rt.Passage]:
+        """Where a site gives no ids, its documents are called by its name and their number there."""
+        names = {c: r["ids"] or [f"{c}/{int(i)}" for i in r["at"]] for c, r in out.items()}
+        marks = {c: r["near"] if self.merge_by == "rerank" else r["scores"] for c, r in out.items()}
+        lists = {c: list(zip(names[c], marks[c], strict=True)) for c in out}
+        said = {i: t for c, r in out.items() for i, t in zip(names[c], r["texts"], strict=False)}
+        where = {(c, i): int(at) for c, r in out.items() for i, at in zip(names[c], r["at"], strict=True)}
+        merged = rt.merge(lists, self.merge_by, self.rrf_k, {c: (r["mean"], r["deviation"]) for c, r in out.items()},
+                          value)
+        return [rt.Passage(d, at, worth, said.get(d, ""), where[at[0], d]) for d, worth, at in merged]
+
+    def _fetched(self, picked: Sequence[rt.Passage], wait: float | None) -> Program:
+        """These passages with their text."""
+        wanted = {c: [p for p in picked if p.clients[0] == c] for c in sorted({p.clients[0] for p in picked})}
+        out = yield Ask(self.fetch, {c: {"at": [p.at for p in ps]} for c, ps in wanted.items()}, quorum=0,
+                        deadline=wait)
+        said = {p: t for c, r in out.items() for p, t in zip(wanted[c], r["texts"], strict=False)}
+        return [rt.Passage(p.id, p.clients, p.worth, said.get(p, ""), p.at) for p in picked]
+
+    def figures(self, state: State, clients, rows: Sequence[Any], depth: int) -> Program:
+        """(nDCG, recall) of each row that says which documents it wants; no text is sent for it."""
+        rows = [row for row in rows if rt.relevant(row)]
+        got = []
+        for begin in range(0, len(rows), AT_ONCE):
+            some = rows[begin: begin + AT_ONCE]
+            found = yield from self.search([row.get("prompt") or row["text"] for row in some], clients, state)
+            for row, (passages, _) in zip(some, found, strict=True):
+                ids, grades = [p.id for p in passages], rt.relevant(row)
+                got.append((rt.ndcg(ids, grades, depth), rt.recall(ids, grades, depth)))
+        return got
+
+    def _by(self, client: Client) -> str:
+        return "vectors" if client.id in self.vectors_at else self.rank_by
+
+    def _encoding(self, client: Client) -> Any:
+        return client.holding(self.encoder) if self.encoder else client
+
+    @on_client(gives="vectors: tensor")
+    def meaning(self, msg: Payload, client: Client) -> Payload:
+        """What queries mean, as vectors of length 1 [queries, d]; the server asks itself."""
+        return {"vectors": indexing.unit(self._encoding(client).embed(msg["queries"]))}
+
+    @on_client(gives="documents: count, new: count, gone: count, sample?: tensor")
+    def index(self, msg: Payload, client: Client) -> Payload:
+        """Make the index, or bring it up to date. A site that shares scores alone gives no sample."""
+        texts = [rt.document(r) for r in client.data]
+        wanted = self._by(client) != "bm25" or msg.get("sample") or msg.get("centers") or self.merge_by == "rerank"
+        embed = self._encoding(client).embed if wanted else None
+        done = indexing.update(client.memory, texts, self._by(client) != "vectors", embed, self.encoder)
+        reply = {"documents": done.documents, "new": done.new, "gone": done.gone}
+        if embed is None or client.profile.shares == "scores" or not texts:
+            return reply
+        x, rng = client.memory["vectors"], client.rng("sample")
+        if msg.get("sample"):
+            drawn = np.sort(rng.choice(len(x), min(msg["sample"], len(x)), replace=False))
+            return {**reply, "sample": x[drawn]}
+        return {**reply, "sample": routing.centers_of(x, msg["centers"], rng)} if msg.get("centers") else reply
+
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        aligned(reply, ("at", "scores"))
+        need(len(reply["at"]) <= msg["k"], f"'at' names {len(reply['at'])} documents, allowed are {msg['k']}")
+        need(all(i >= 0 and i == int(i) for i in reply["at"]), "'at' holds what is no document's number")
+        for part in ("ids", "texts"):
+            need(len(reply[part]) in (0, len(reply["at"])), f"'{part}' has another length than 'at'")
+        near = len(reply["at"]) * (self.merge_by == "rerank")
+        need(len(reply["near"]) == near, f"'near' has {len(reply['near'])} numbers, allowed are {near}")
+
+    @on_client(gives="at: numbers, scores: numbers, mean: number, deviation: number, ids: names, texts: texts, "
+                     "near: numbers", fits=fits)
+    def lookup(self, msg: Payload, client: Client) -> Payload:
+        """The best documents of this site, as far as it shares them."""
+        if "marks" not in client.memory:
+            self.index({}, client)  # no round went before: the index is this question's alone
+        rows, shares, by = client.data, client.profile.shares or "snippets", self._by(client)
+        vector = self._vector(msg, client) if by != "bm25" or self.merge_by == "rerank" else None
+        score, hit = indexing.scores(client.memory, by, msg["query"], vector, self.least)
+        best = [int(i) for i in np.argsort(-score, kind="stable") if hit[i]][: msg["k"]]
+        client.session["named"] = {*client.session.get("named", ()), *best}
+        near = (client.memory["vectors"][best] @ vector).tolist() if self.merge_by == "rerank" and best else []
+        return {"at": best, "scores": [float(score[i]) for i in best], "near": near,
+                "mean": float(score.mean()) if len(score) else 0.0,
+                "deviation": float(score.std()) if len(score) else 0.0,
+                "ids": [rt.name(rows[i], client.id, i) for i in best] if shares != "scores" else [],
+                "texts": [rt.document(rows[i])[: self.snippet] for i in best] * (shares == "snippets" and msg["text"])}
+
+    def _vector(self, msg: Payload, client: Client) -> torch.Tensor:
+        """The query's, as the server made it, or by the model that this client holds in its place."""
+        if "vector" in msg and (self.encoder or client.profile.model is None):
+            return msg["vector"].to(client.memory["vectors"].dtype)
+        return indexing.unit(self._encoding(client).embed([msg["query"]]))[0]
+
+    @on_client(gives="texts: texts", fits=lambda self, msg, reply: need(
+        len(reply["texts"]) in (0, len(msg["at"])), "'texts' has another length than what was asked for"))
+    def fetch(self, msg: Payload, client: Client) -> Payload:
+        """The beginnings of documents that this site has just named, where it shares snippets; of no others."""
+        if (client.profile.shares or "snippets") != "snippets":
+            return {"texts": []}
+        named = client.session.get("named", ())
+        return {"texts": [rt.document(client.data[int(i)])[: self.snippet] if i in named else "" for i in msg["at"]]}
