@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,11 +11,11 @@ from scipy.special import softmax
 
 from fedllm.core.ask import on_client
 from fedllm.core.client import Client
-from fedllm.core.errors import CompositionError, DataError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.local.objectives.verbalized import Said, Verbalized
+from fedllm.methods._words import check_words, label_accuracy, one_hot, words_of
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,7 @@ class LPFL(Star):
     beta: float = knob(1.0, "what soft labels count; 0: labelled rows alone", ge=0)
 
     def check(self, model: Any) -> None:
-        if model.task != "generation":
-            raise CompositionError(f"method 'lp_fl' and data.task = {model.task!r} do not fit together: a label is a "
-                                   "word that the model says; use data.task = 'generation'")
-        if len(set(self.verbalizer)) < 2:
-            raise CompositionError(f"method.verbalizer = {list(self.verbalizer)} is not allowed; it needs two words "
-                                   "or more, each another")
+        check_words(self, self.verbalizer, model)
 
     def init(self, model: Any) -> State:
         self.check(model)
@@ -71,21 +65,9 @@ class LPFL(Star):
     def down(self, state: State, client):
         return pack(theta=state["theta"], round=state["round"])
 
-    def words(self, client: Client) -> tuple[int, ...]:
-        """The token of each label, as it stands after a prompt."""
-        made = client.encode([{"prompt": "it was", "response": w} for w in self.verbalizer])
-        ends, found = client.model.ends, []
-        for word, row in zip(self.verbalizer, made, strict=True):
-            said = [int(t) for t in row.labels if t >= 0 and int(t) not in ends]
-            if len(said) != 1:
-                raise DataError(f"method.verbalizer: {word!r} is {len(said)} tokens of this model's, and a label's "
-                                "word must be one; choose another")
-            found.append(said[0])
-        return tuple(found)
-
     @on_client(reduce=Mean(), gives="delta: tree, n: rows, share: number, loss?: number")
     def local(self, msg: Any, client: Client):
-        theta, words = part(msg, "theta"), self.words(client)
+        theta, words = part(msg, "theta"), words_of(client, self.verbalizer)
         known, rest = client.tokens[: self.labelled], client.tokens[self.labelled :] if self.beta else []
         rows, q = list(known), [one_hot(row, words) for row in known]
         if rest:
@@ -117,19 +99,4 @@ class LPFL(Star):
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg, client):
         theta = part(msg, "theta")
-        told, rows = client.score(theta, on=msg["on"]), client.encode(client.held_out(msg["on"]))
-        if not rows:
-            return told
-        words = self.words(client)
-        z, y = client.measure(theta, rows, Said(words)), np.array([one_hot(row, words).argmax() for row in rows])
-        return {**told, "label_accuracy": float((z.argmax(1) == y).mean())}
-
-
-
-def one_hot(row: Any, words: Sequence[int]) -> np.ndarray:
-    """[C]; DataError for an answer that begins with none of the words."""
-    first = next((int(t) for t in row.labels if t >= 0), -1)
-    if first not in words:
-        raise DataError(f"a labelled row's answer begins with token {first}, which is none of method.verbalizer's "
-                        f"{list(words)}")
-    return np.eye(len(words))[list(words).index(first)]
+        return client.score(theta, on=msg["on"]) | label_accuracy(client, theta, msg["on"], self.verbalizer)
