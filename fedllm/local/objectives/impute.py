@@ -29,13 +29,14 @@ class Impute(Objective):
         return off.square().flatten(1).sum(1), mask.flatten(1).sum(1)
 
 
-def spans(rng: np.random.Generator, steps: int, variables: int, ratio: float, length: float) -> np.ndarray:
-    """[steps, variables] fp32 of 0 and 1: runs of ones are geometric of mean `length`, those of zeros so that `ratio`
-    of all are ones (Zerveas et al. 2021)."""
+def spans(rng: np.random.Generator, rows: int, steps: int, variables: int, ratio: float, length: float) -> np.ndarray:
+    """[rows, steps, variables] fp32 of 0 and 1: runs of ones are geometric of mean `length`, those of zeros so that
+    `ratio` of all are ones (Zerveas et al. 2021)."""
     leave = 1 / length
     enter = leave * ratio / (1 - ratio)
-    on, out = rng.random(variables) < ratio, np.zeros((steps, variables), np.float32)
+    on, out = rng.random((rows, variables)) < ratio, np.zeros((rows, steps, variables), np.float32)
     for t in range(steps):
-        out[t] = on
-        on = np.where(on, rng.random(variables) >= leave, rng.random(variables) < enter)
+        out[:, t] = on
+        draw = rng.random((rows, variables))
+        on = np.where(on, draw >= leave, draw < enter)
     return out
