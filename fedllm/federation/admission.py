@@ -11,7 +11,7 @@ from fedllm.engines.far.reasons import Refused
 from fedllm.federation.settings import SiteSettings
 from fedllm.methods.registry import METHODS, method_class
 from fedllm.models.load import OWN
-from fedllm.models.policy import POLICY
+from fedllm.models.made import NAMES as BUILT
 from fedllm.runs.build import versions
 from fedllm.runs.recipe import NamedModel, Recipe, read_recipe
 from fedllm.runs.store import private_folder, read_json, write_atomic
@@ -21,7 +21,7 @@ SHAPE = "shape.json"
 SHAPES = ("task", "fields", "template", "labels", "split", "subset")
 """Keys of `data` that say how this site's rows are read."""
 HUB = "huggingface.co"
-OWN_MODELS = (*OWN, POLICY)
+OWN_MODELS = (*OWN, *BUILT)
 NOT_SENT = ("source", "test", "public", "partition", "office")
 
 

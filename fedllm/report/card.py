@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedllm.methods.registry import method_class
+from fedllm.models.made import NAMES as BUILT
 from fedllm.report.facts import compared, duration, label, mean_metric, number, read_facts
 from fedllm.report.statement import summary
 from fedllm.runs.folder import RunFolder
@@ -48,6 +49,9 @@ def _usage(result: Result, base: str) -> list[str]:
                 "start a recipe of the same space from it (`space.start_from: trainables`)."]
     if base == "policy":
         return ["`model/policy.safetensors` holds the policy's linear maps, to be put between tanh in their order."]
+    if base in BUILT:
+        return [f"`model/{base}.safetensors` holds the network's weights; the recipe beside it says how it is built "
+                "(`model`, `data`)."]
     if served.name == "model":
         return ["```python", "from transformers import AutoModelForCausalLM",
                 'model = AutoModelForCausalLM.from_pretrained("model")', "```"]

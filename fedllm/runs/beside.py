@@ -15,6 +15,7 @@ from fedllm.methods.registry import make_method
 from fedllm.runs.build import Parts, build
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.judge import run_baseline
+from fedllm.runs.made import rules_in, run_rule
 from fedllm.runs.progress import Quiet
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.watch import end_with
@@ -67,7 +68,8 @@ def run_baselines(parts: Parts, folder: RunFolder, progress: Quiet) -> dict[str,
     for name in parts.recipe.evaluate.baselines:
         if name not in done:
             progress.note(f"running {name} for comparison")
-            done[name] = run_baseline(parts, make_method(name), parts.recipe.rounds, progress)
+            done[name] = (run_rule(name, parts.world) if rules_in([name]) else
+                          run_baseline(parts, make_method(name), parts.recipe.rounds, progress))
             folder.write_json(FILE, done)
     return done
 

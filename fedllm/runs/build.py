@@ -32,6 +32,7 @@ from fedllm.privacy.composition import check_stack
 from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.best import check_best
 from fedllm.runs.layers import make_layer
+from fedllm.runs.made import check_rules, made_of
 from fedllm.runs.metrics import check_metrics
 from fedllm.runs.models import check_models, check_names, shelves, space_of
 from fedllm.runs.profiles import make_profiles
@@ -88,6 +89,7 @@ def build(recipe: Recipe) -> Parts:
     make_recipe_space(recipe)
     check_names(recipe)
     installed(recipe.track)
+    check_rules(recipe)
     judges_of(recipe.evaluate.metric)  # a function that is not there is refused before any row is read
     local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers, selector = make_layers(recipe)
@@ -232,6 +234,8 @@ def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] 
     m = recipe.model
     if acts(recipe):
         return policy_of(recipe, space, device or m.device)
+    if (made := made_of(recipe, space, task, labels, device or m.device)) is not None:
+        return made
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
                       fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code,
                       weights=m.weights, quantize=m.quantize)

@@ -18,7 +18,7 @@ from fedllm.models.load import resolve
 from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
 from fedllm.models.peft_io import save_adapter, save_trainables
-from fedllm.models.policy import POLICY
+from fedllm.models.made import NAMES as BUILT
 from fedllm.models.reread import reread
 from fedllm.runs.folder import RunFolder
 
@@ -52,8 +52,8 @@ def write_served(folder: RunFolder, model: Model, method: Method, state: State,
 
 def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
     """One set of trainables in this folder, in the form that `form_of` says."""
-    if model.name == POLICY:
-        save_file({n: t.detach().cpu().contiguous() for n, t in theta.items()}, folder / "policy.safetensors")
+    if model.name in BUILT:
+        save_file({n: t.detach().cpu().contiguous() for n, t in theta.items()}, folder / f"{model.name}.safetensors")
         return
     if (form := form_of(model, theta)) == "model":
         return save_merged(folder, model, theta, base)
@@ -68,7 +68,7 @@ def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Ma
 def form_of(model: Model, theta: Mapping[str, Tensor]) -> str:
     """What becomes of trainables: an `adapter` where PEFT has the space, else a `model` with them in its weights, else
     the `trainables` as they are."""
-    if model.name == POLICY:
+    if model.name in BUILT:
         return "model"
     if model.space.to_peft(model.net, model.task, theta) is not None:
         return "adapter"

@@ -29,6 +29,7 @@ from fedllm.trackers.registry import known
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
+Rule = Literal["persistence", "linear_ar"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -75,9 +76,13 @@ class ModelSpec(Spec):
 
     name: str = "embedded"
     """embedded, minilm, smollm2, a folder saved with save_pretrained, a GGUF file, or a Hub id; policy where clients
-    act in environments."""
+    act in environments, series where they forecast."""
     hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Widths of a policy's hidden layers (name policy); none: one linear map."""
+    width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 32
+    """Width of a network that is built and not loaded (name series); a head of its attention is 8 wide."""
+    depth: Annotated[int, Field(ge=1, le=64)] = 2
+    """Its blocks."""
     at_clients: str | None = None
     """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
     weights: Literal["pretrained", "random"] = "pretrained"
@@ -273,8 +278,9 @@ class EvaluateSpec(Spec):
         listed(value)
         return value
 
-    baselines: list[Literal["local_only", "centralized"]] = Field(default_factory=list)
-    """Methods to run beside this one on the same work."""
+    baselines: list[Literal["local_only", "centralized"] | Rule] = Field(default_factory=list)
+    """Methods to run beside this one on the same work, and rules without a model of the data's task: persistence,
+    linear_ar (forecast). A rule learns from all clients' rows for the global test, and from a client's own for its."""
     samples: Annotated[int, Field(ge=0)] = 4
     """Test prompts whose answers are kept, before and after."""
     clients: bool = True

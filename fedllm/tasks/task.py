@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedllm.core.errors import RecipeError
 from fedllm.tasks.row import Encoded, Row
+from fedllm.tasks.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,24 @@ Losses = tuple[Tensor, Tensor, Tensor]
 class Task:
     """One kind of row. Stateless; found by its file's stem."""
 
-    net: ClassVar[Literal["causal", "pooled", "tokens", "masked", "dual", "policy"]]
+    net: ClassVar[Literal["causal", "pooled", "tokens", "masked", "dual", "policy", "series"]]
     """What network is loaded: a causal LM, an encoder with a head over its pooled states or over each of them, a
-    masked LM, an image-text encoder, a policy that acts."""
+    masked LM, an image-text encoder; or built: a policy that acts, a forecaster of series."""
     columns: ClassVar[tuple[str, ...]]
     """Fields that a row of the task has."""
     takes: ClassVar[tuple[str, ...]] = ()
     """Which of data.template and data.labels are of use to it."""
     outputs: ClassVar[int | None] = None
     """How wide the head is; None: as many as there are labels."""
+    bare: ClassVar[bool] = False
+    """Whether its rows are read also where a model has no tokenizer."""
     speaks: ClassVar[bool] = False
     """Whether answers can be generated and compared with the row's `response`."""
     metrics: ClassVar[Mapping[str, Metric]] = {}
     """Its own figures, the most telling first; every task has `loss` beside."""
+
+    rules: ClassVar[Mapping[str, Rule]] = {}
+    """Rules without a model that its field holds models against, by name."""
 
     def shape(self, row: Row, where: str, how: Shape) -> dict[str, Any]:
         """The row in the task's columns; a DataError names the place, the field and what is allowed."""
@@ -137,6 +143,12 @@ class Task:
     def measured(self, figures: np.ndarray, labels: tuple[str, ...]) -> dict[str, float]:
         """The task's metrics on these rows."""
         return {}
+
+
+    def by_rule(self, name: str, train: Sequence[Encoded], test: Sequence[Encoded], labels: tuple[str, ...]
+                ) -> dict[str, float]:
+        """What the rule `name`, learned from some rows, comes to on others, under the names of loss and metrics."""
+        raise NotImplementedError
 
 
 def hits(figures: np.ndarray) -> float:

@@ -26,6 +26,7 @@ from fedllm.models.shelf import Shelf
 from fedllm.spaces import make_space
 from fedllm.tasks.row import Encoded
 from tests.conftest import PLACE
+from tests.methods import applications
 
 torch.set_num_threads(1)
 WORDS = [f"w{i}" for i in range(60)]
@@ -73,8 +74,8 @@ def pictured(rnd: random.Random, n: int) -> list[Encoded]:
 
 
 ROWS = {"generation": rows, "classification": labelled, "preference": preferred, "tokens": tagged,
-        "image_text": pictured}
-LABELS = {"classification": KINDS, "image_text": KINDS, "tokens": ("O", "a", "b")}
+        "image_text": pictured, **applications.ROWS}
+LABELS = {**applications.LABELS, "classification": KINDS, "image_text": KINDS, "tokens": ("O", "a", "b")}
 
 
 def federation(sizes: tuple[int, ...] = SIZES, task: str = "generation") -> Federation:
@@ -87,6 +88,8 @@ def federation(sizes: tuple[int, ...] = SIZES, task: str = "generation") -> Fede
 
 def net_for(task: str, dtype: torch.dtype) -> Any:
     """The tiny Llama, with a head for the task's labels where it has some."""
+    if task in applications.NETS:
+        return applications.NETS[task]().to(dtype)
     if task not in LABELS:
         return llama(dtype)
     if task == "image_text":
@@ -146,7 +149,7 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
           **knobs: Any) -> Run:
     """A method on the tiny federation, before its first round."""
     knobs_of_space = {"rank": 4} if space == "lora" else {}
-    reader = None if task == "image_text" else tokenizer()  # whose rows are tokens from the start
+    reader = None if task == "image_text" or task in applications.NETS else tokenizer()  # whose rows are tokens from the start
     model = Model(net_for(task, dtype).to(PLACE), reader, task,
                   make_space(space, **(knobs_of_space | (space_knobs or {}))), labels=LABELS.get(task, ()),
                   fast_kernels=False)
