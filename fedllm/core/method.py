@@ -270,8 +270,9 @@ class Method(Knobs):
     serves: ClassVar[bool] = True
     """False when the server ends with no model of its own: every client keeps and uses its own."""
 
-    learns_from: ClassVar[Literal["rows", "environments"]] = "rows"
-    """What its clients must hold."""
+    learns_from: ClassVar[Literal["rows", "environments", "words"]] = "rows"
+    """What its clients must hold: rows, environments that a small policy acts in, or such in words, which a language
+    model reads."""
 
     metrics: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
     """The method's own metrics, by name, with the direction that is better: what `score` and `examine` return beside,
