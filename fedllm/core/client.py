@@ -186,8 +186,9 @@ class Client(Protocol):
         `only` keeps those whose columns say this."""
         ...
 
-    def env(self, rng: np.random.Generator) -> Any:
-        """The client's environment (`reset`, `step`, ends after `max_steps`); `rng` seeds its episodes."""
+    def env(self, rng: np.random.Generator, row: Mapping[str, Any] | None = None) -> Any:
+        """The client's environment, or that of `row` (`reset`, `step`, ends after `max_steps`; one in words also has
+        `text`, `commands` and `say`); `rng` seeds its episodes."""
         ...
 
     def rollout(self, theta: Tree, episodes: int, *, rng: np.random.Generator | None = None, greedy: bool = False,

@@ -280,8 +280,9 @@ class Method(Knobs):
     """Whether its clients answer with what their profiles' `shares` say: with `scores`, nothing that they send is text.
     """
 
-    learns_from: ClassVar[Literal["rows", "environments"]] = "rows"
-    """What its clients must hold."""
+    learns_from: ClassVar[Literal["rows", "environments", "words"]] = "rows"
+    """What its clients must hold: rows, environments that a small policy acts in, or such in words, which a language
+    model reads."""
 
     metrics: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
     """The method's own metrics, by name, with the direction that is better: what `score` and `examine` return beside,

@@ -264,7 +264,8 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     mine = rows.take(kept)
     clients = _clients(spec, mine, labels, seed, embed)
     said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels), *alike(tables),
-             *(twice(mine.lean, test) if spec.windows is None else ()), *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
+             *(twice(mine.lean, test) if spec.windows is None else ()),
+             *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
     return Federation(clients, test, spec.task, labels, public, tuple(said))
 
 

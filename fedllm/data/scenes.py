@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -21,12 +21,15 @@ class EnvironmentSpec(Spec):
     """Number of clients, each with a layout of its own where `layout` is not given."""
     max_steps: Annotated[int, Field(ge=1)] = MAX_STEPS
     """Longest episode: what has not ended by then is cut off, and counted as cut."""
+    may: list[Literal["write", "network"]] = Field(default_factory=list)
+    """What tools may do beside reading, at every client: such a tool is off unless it is named here."""
 
 
 def scene_rows(source: str, spec: EnvironmentSpec | None, seed: int) -> list[dict[str, Any]]:
     """Each client's environment, as a row."""
     given = spec or EnvironmentSpec()
-    return dealt(source.removeprefix(SCENE), given.model_extra or {}, given.clients, given.max_steps, seed)
+    return dealt(source.removeprefix(SCENE), given.model_extra or {}, given.clients, given.max_steps, seed,
+                 given.may)
 
 
 def environments(source: str, spec: EnvironmentSpec, seed: int) -> Federation:

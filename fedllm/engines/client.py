@@ -356,15 +356,15 @@ class ClientCall(Holder):
             found[FIGURE] = sum(picked(got.total, made)) / len(rows)
         return found
 
-    def env(self, rng: np.random.Generator) -> Bounded:
-        """The client's environment; its episodes are seeded by `rng`."""
-        return bounded(self.data[0], rng)
+    def env(self, rng: np.random.Generator, row: Mapping[str, Any] | None = None) -> Bounded:
+        """The client's environment (of several the first, or that of `row`); its episodes are seeded by `rng`."""
+        return bounded(self.data[0] if row is None else row, rng)
 
     def rollout(self, theta: Tree, episodes: int, *, rng: np.random.Generator | None = None, greedy: bool = False,
                 on: Sequence[Mapping[str, Any]] | None = None) -> list[Episode]:
-        """So many episodes in the client's environment, or in each of those of the rows `on`; without `rng` their
-        seeds are the same whoever asks and whenever, for tests."""
-        rows = [self.data[0]] if on is None else list(on)
+        """So many episodes in the client's environment (in each, where it has several), or in each of those of the rows
+        `on`; without `rng` their seeds are the same whoever asks and whenever, for tests."""
+        rows = list(self.data if on is None else on)
         draw = rng or np.random.default_rng(0)
         seeds = draw.integers(2**31, size=len(rows) * episodes).tolist()
         envs = [bounded(row, draw) for row in rows for _ in range(episodes)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -37,17 +38,36 @@ class Scene(Knobs):
         """A fresh environment with these parameters."""
         raise NotImplementedError
 
+    def open(self, may: Sequence[str] = ()) -> Env:
+        """The same under a site's policy: what its tools, if it has any, may do beside reading."""
+        return self.env()
+
 
 layout = knob(0, "seed of what differs from client to client", ge=0)
 """Every scene has this knob; where a recipe does not set it, each client gets a number of its own."""
 
 
+class InWords:
+    """An environment that is acted in by lines of text as well as by numbers (`environments/words.py`)."""
+
+    text: str
+    """What was told last."""
+
+    def say(self, line: str) -> Step:
+        """What a line leads to."""
+        raise NotImplementedError
+
+    def commands(self) -> Sequence[str]:
+        """The lines behind the numbers, as they stand now."""
+        raise NotImplementedError
+
+
 class Bounded:
     """An environment whose episodes end after `max_steps` at the latest; `cut`: the last one was cut off."""
 
-    def __init__(self, scene: Scene, max_steps: int, rng: np.random.Generator) -> None:
-        """`rng` gives the seeds of episodes that are reset without one."""
-        self.scene, self.max_steps, self.rng, self._env = scene, max_steps, rng, scene.env()
+    def __init__(self, scene: Scene, max_steps: int, rng: np.random.Generator, may: Sequence[str] = ()) -> None:
+        """`rng` gives the seeds of episodes that are reset without one; `may` is the site's policy for tools."""
+        self.scene, self.max_steps, self.rng, self._env = scene, max_steps, rng, scene.open(may)
         self.steps, self.cut, self._over = 0, False, True
 
     def reset(self, seed: int | None = None) -> np.ndarray:
@@ -57,11 +77,38 @@ class Bounded:
 
     def step(self, action: int) -> Step:
         """What follows; RunError for an action that is none, and after the episode's end."""
-        if self._over:
-            raise RunError(f"{type(self.scene).__name__}: the episode has ended after {self.steps} steps; reset first")
+        self._goes_on()
         if not 0 <= action < self.scene.actions:
             raise RunError(f"{type(self.scene).__name__}: action {action} is none of 0 to {self.scene.actions - 1}")
-        seen, reward, done = self._env.step(int(action))
+        return self._came(*self._env.step(int(action)))
+
+    def say(self, line: str) -> Step:
+        """An action in words: any line, also one that is no command; RunError where the environment has no words."""
+        self._goes_on()
+        return self._came(*self._in_words.say(line))
+
+    @property
+    def text(self) -> str:
+        """What was told last, in words."""
+        return self._in_words.text
+
+    @property
+    def commands(self) -> list[str]:
+        """The lines behind the numbered actions, as they stand now."""
+        return list(self._in_words.commands())
+
+    @property
+    def _in_words(self) -> InWords:
+        if isinstance(self._env, InWords):
+            return self._env
+        raise RunError(f"{type(self.scene).__name__} has no words: its actions are the numbers 0 to "
+                       f"{self.scene.actions - 1}")
+
+    def _goes_on(self) -> None:
+        if self._over:
+            raise RunError(f"{type(self.scene).__name__}: the episode has ended after {self.steps} steps; reset first")
+
+    def _came(self, seen: np.ndarray, reward: float, done: bool) -> Step:
         if not np.isfinite(reward):
             raise RunError(f"{type(self.scene).__name__}: the reward of step {self.steps} is {reward}")
         self.steps += 1

@@ -15,8 +15,10 @@ import numpy as np
 
 from fedllm.core.errors import RecipeError
 from fedllm.environments.env import Bounded, Scene
+from fedllm.environments.toolbox import checked_policy
+from fedllm.environments.words import WordScene
 
-ROOM = ("env", "registry")
+ROOM = ("env", "registry", "words", "toolbox", "reading", "problems")
 PREFIX = "env:"
 """Of a source that is an environment: `data.source: env:gridworld`."""
 MAX_STEPS = 100
@@ -48,20 +50,35 @@ def make_scene(name: str, knobs: Mapping[str, Any]) -> Scene:
     return scenes()[name].make(knobs, "data.environment")
 
 
-def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, seed: int) -> list[dict[str, Any]]:
-    """One row for each client: the environment's name and all its parameters.
+def speaks(name: str) -> bool:
+    """Whether this environment is one in words; RecipeError for one that is not there."""
+    return isinstance(make_scene(name, {}), WordScene)
+
+
+def tools(name: str) -> bool:
+    """Whether this environment's lines call tools."""
+    kind = type(make_scene(name, {}))
+    return issubclass(kind, WordScene) and kind.tools
+
+
+def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, seed: int,
+          may: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One row for each client: the environment's name, all its parameters, and what its tools may do beside reading.
 
     A list of values is dealt to the clients in order and over again. Without `layout`, each client has one of its own.
     RecipeError where the clients' observations or actions would differ in number, since they share a policy.
     """
     if bad := [k for k, v in knobs.items() if isinstance(v, list) and not v]:
         raise RecipeError(f"data.environment.{bad[0]} = []: allowed is a value, or a list of them to deal out")
+    policy = checked_policy(may)
+    if policy and not tools(name):
+        raise RecipeError(f"data.environment.may = {list(policy)}: '{PREFIX}{name}' has no tools; leave it out")
     rows, sizes = [], {}
     for i in range(clients):
         mine = {k: v[i % len(v)] if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in knobs.items()}
         scene = make_scene(name, {"layout": seed * clients + i, **mine})
         sizes.setdefault((scene.size, scene.actions), i)
-        rows.append({"environment": name, "max_steps": max_steps,
+        rows.append({"environment": name, "max_steps": max_steps, **({"may": list(policy)} if policy else {}),
                      **{f.name: getattr(scene, f.name) for f in fields(scene)}})  # type: ignore[arg-type]
     if len(sizes) > 1:
         (a, i), (b, j) = list(sizes.items())[:2]
@@ -72,5 +89,5 @@ def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, see
 
 def bounded(row: Mapping[str, Any], rng: np.random.Generator) -> Bounded:
     """The environment of a row."""
-    knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps")}
-    return Bounded(make_scene(row["environment"], knobs), int(row["max_steps"]), rng)
+    knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps", "may")}
+    return Bounded(make_scene(row["environment"], knobs), int(row["max_steps"]), rng, row.get("may", ()))

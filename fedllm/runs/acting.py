@@ -1,4 +1,4 @@
-"""Runs without rows and without a language model: a policy that acts in environments."""
+"""Runs without rows: a small policy that acts in environments, or a language model in those that are in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import numpy as np
 from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.method import Method
 from fedllm.data.scenes import scene_rows
-from fedllm.environments.registry import bounded
+from fedllm.environments.registry import PREFIX, bounded, speaks
+from fedllm.methods.registry import method_class, modules
 from fedllm.models.model import Model
 from fedllm.models.policy import POLICY, make_policy
 from fedllm.runs.recipe import Recipe
@@ -15,13 +16,15 @@ from fedllm.spaces.space import Space
 
 
 def acts(recipe: Recipe) -> bool:
-    """Whether clients act in environments; RecipeError where the model and the data disagree about it."""
+    """Whether a small policy acts in environments; RecipeError where the model and the data disagree about it."""
     m, here = recipe.model, recipe.data.acts
-    if (m.name == POLICY) != here or (m.hidden and not here):
+    policy = m.name == POLICY
+    wordless = here and not policy and not speaks(str(recipe.data.source).removeprefix(PREFIX))
+    if policy > here or (m.hidden and not policy) or wordless:
         raise RecipeError(f"model.name = {m.name!r}, model.hidden = {m.hidden} and data.source = "
                           f"{recipe.data.source!r} do not fit together: an environment (env:NAME) is acted in by "
-                          "model.name = 'policy', and by nothing else")
-    return here
+                          "model.name = 'policy', and, if it is one in words, by a language model; rows by no policy")
+    return policy
 
 
 def policy_of(recipe: Recipe, space: Space, device: str) -> Model:
@@ -35,10 +38,16 @@ def policy_of(recipe: Recipe, space: Space, device: str) -> Model:
 def check_acting(recipe: Recipe, method: Method) -> None:
     """CompositionError for a method, or a baseline, that learns from rows where there are none."""
     if not recipe.data.acts:
+        if method.learns_from == "words":
+            raise CompositionError(f"method '{recipe.method.name}' acts in environments in words and data.source = "
+                                   f"{recipe.data.source!r} holds rows, so they do not fit together; 'env:desk' works")
         return
-    if method.learns_from != "environments":
-        raise CompositionError(f"method '{recipe.method.name}' learns from rows and data.source = "
-                               f"{recipe.data.source!r} is an environment, so they do not fit together; fed_marl works")
+    wants = "environments" if recipe.model.name == POLICY else "words"
+    if method.learns_from != wants:
+        able = [name for name in modules() if method_class(name).learns_from == wants]
+        raise CompositionError(f"method '{recipe.method.name}' learns from {method.learns_from}, data.source = "
+                               f"{recipe.data.source!r} is an environment and model.name = {recipe.model.name!r}, so "
+                               f"they do not fit together; allowed are {', '.join(able) or 'none'}")
     if recipe.evaluate.baselines:
         raise CompositionError(f"evaluate.baselines = {recipe.evaluate.baselines} learn from rows and data.source = "
                                f"{recipe.data.source!r} is an environment; leave them out (method.share = 'nothing' is "

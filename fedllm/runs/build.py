@@ -236,6 +236,7 @@ def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] 
         return policy_of(recipe, space, device or m.device)
     if (made := made_of(recipe, space, task, labels, device or m.device)) is not None:
         return made
+    task = "generation" if recipe.data.acts else task  # a language model speaks there; of rows it knows nothing
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
                       fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code,
                       weights=m.weights, quantize=m.quantize)

@@ -244,7 +244,7 @@ def test_a_run(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("change, kind, says", [
-    ({"method": "fedavg"}, CompositionError, "fed_marl works"),
+    ({"method": "fedavg"}, CompositionError, "allowed are .*fed_marl"),
     ({"model": "embedded"}, RecipeError, "do not fit together"),
     ({"data.source": "env:gird"}, RecipeError, "unknown"),
     ({"data.environment.max_steps": 0}, RecipeError, "max_steps"),

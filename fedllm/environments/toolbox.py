@@ -1,0 +1,120 @@
+"""Tools that an agent may call: each says what it does beside reading, and no call outlasts its seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedllm.core.errors import RecipeError
+
+EFFECTS = ("write", "network")
+"""What a tool may do beside reading what is here; each is off unless the site's policy names it."""
+LONGEST = 2000
+"""Characters of an answer; what is beyond them is cut off."""
+PATIENCE = 2.0
+"""Seconds that a call may take."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """`run(argument)` answers with text, or raises."""
+
+    name: str
+    about: str
+    run: Callable[[str], str]
+    does: tuple[str, ...] = ()
+    """Of `EFFECTS`."""
+    ends: bool = False
+    """It bounds its own time (by `seconds`, `limited` or its input), so that it may run in this very process; any other
+    tool runs in one of its own, which is killed. Such a tool cannot change anything in this process."""
+
+    def __post_init__(self) -> None:
+        if odd := set(self.does) - set(EFFECTS):
+            raise RecipeError(f"tool '{self.name}' does {sorted(odd)}; allowed are {', '.join(EFFECTS)}")
+
+
+@dataclass(frozen=True)
+class Called:
+    """What came of a call; where it is not `ok`, `text` says why in one sentence."""
+
+    text: str
+    ok: bool = True
+
+
+def checked_policy(may: Sequence[str], path: str = "data.environment.may") -> tuple[str, ...]:
+    """What tools may do, in the order of `EFFECTS`; RecipeError for anything else."""
+    if isinstance(may, str) or (odd := [m for m in may if m not in EFFECTS]):
+        raise RecipeError(f"{path} = {may if isinstance(may, str) else odd}: allowed is a list of "
+                          f"{', '.join(EFFECTS)}; [] lets tools read alone")
+    return tuple(e for e in EFFECTS if e in may)
+
+
+class Toolbox:
+    """The tools of one agent under one site's policy. A call never raises for what a tool does: an agent reads why it
+    failed, and goes on."""
+
+    def __init__(self, tools: Sequence[Tool], may: Sequence[str] = (), seconds: float = PATIENCE,
+                 longest: int = LONGEST) -> None:
+        """`may`: what tools may do beside reading. RecipeError for a policy that names no effect."""
+        self.tools: Mapping[str, Tool] = {t.name: t for t in tools}
+        self.may, self.seconds, self.longest = checked_policy(may), seconds, longest
+
+    @property
+    def allowed(self) -> list[Tool]:
+        """The tools that the policy lets pass."""
+        return [t for t in self.tools.values() if not set(t.does) - set(self.may)]
+
+    def call(self, name: str, argument: str) -> Called:
+        """The tool's answer, within `seconds` and `longest` characters."""
+        tool = self.tools.get(name)
+        if tool is None:
+            return Called(f"there is no tool '{name[:40]}'; there are {', '.join(t.name for t in self.allowed)}", False)
+        if off := [e for e in tool.does if e not in self.may]:
+            return Called(f"tool '{name}' is off: it may {' and '.join(off)}, which this site does not allow", False)
+        got = _answer(tool.run, argument) if tool.ends else apart(tool.run, argument, self.seconds)
+        if got is None:
+            return Called(f"tool '{name}' did not end within {self.seconds:g} s", False)
+        text, ok = got
+        return Called(text[: self.longest] if ok else f"tool '{name}' failed: {text[:200]}", ok)
+
+
+def _answer(run: Callable[[str], str], argument: str) -> tuple[str, bool]:
+    try:
+        return str(run(argument)), True
+    except Exception as error:  # whatever a tool raises is its answer
+        return f"{type(error).__name__}: {error}", False
+
+
+def apart(run: Callable[[str], str], argument: str, seconds: float) -> tuple[str, bool] | None:
+    """What the tool says in a process of its own; None where it had not ended by then, and was killed."""
+    try:
+        how: Any = multiprocessing.get_context("fork")
+    except ValueError:
+        return "this system has no way to run it in a process of its own", False
+    here, there = how.Pipe(duplex=False)
+    child = how.Process(target=_tell, args=(there, run, argument), daemon=True)
+    child.start()
+    there.close()
+    try:
+        if not here.poll(seconds):
+            return None
+        text, ok = json.loads(here.recv_bytes(1 << 22))
+        return str(text), bool(ok)
+    except EOFError:
+        return "it ended without an answer", False
+    except (OSError, ValueError) as error:
+        return f"its answer cannot be read ({type(error).__name__})", False
+    finally:
+        child.kill()
+        child.join(5)
+        here.close()
+
+
+def _tell(pipe: Any, run: Callable[[str], str], argument: str) -> None:
+    with contextlib.suppress(OSError):
+        text, ok = _answer(run, argument)
+        pipe.send_bytes(json.dumps([text[: 1 << 20], ok]).encode())

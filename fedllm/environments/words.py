@@ -1,0 +1,92 @@
+"""Environments in words: an observation is a text, an action a line; by numbers they are like any other."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from fedllm.core.method import knob
+from fedllm.environments.env import InWords, Scene, Step
+
+
+class Words(Protocol):
+    """One episode after another, in words."""
+
+    def reset(self, seed: int) -> str:
+        """What is told first."""
+        ...
+
+    def step(self, line: str) -> tuple[str, float, bool]:
+        """What a line leads to: what is told, the reward, whether the episode has ended."""
+        ...
+
+    def commands(self) -> Sequence[str]:
+        """The lines behind the numbered actions, as they stand now: as many as the scene's `actions`, all along."""
+        ...
+
+    def facts(self) -> Sequence[str]:
+        """What a small policy sees: each falls into one of `width` entries of the observation."""
+        ...
+
+
+class WordScene(Scene):
+    """A scene in words. By numbers it is an environment like any other: action i is the line `commands()[i]`."""
+
+    tools: ClassVar[bool] = False
+    """Whether its lines call tools, over which a site's policy (`may`) stands."""
+    width: int
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.width
+
+    def told(self, may: Sequence[str] = ()) -> Words:
+        """A fresh environment in words, whose tools may do so much beside reading."""
+        raise NotImplementedError
+
+    def open(self, may: Sequence[str] = ()) -> Numbered:
+        return Numbered(self, self.told(may))
+
+    def env(self) -> Numbered:
+        return self.open()
+
+
+width = knob(256, "entries of a small policy's observation; facts are hashed into them", ge=8, le=65536)
+"""Every scene in words has this knob."""
+
+
+class Numbered(InWords):
+    """The same environment with numbers for lines, and vectors for texts."""
+
+    def __init__(self, scene: WordScene, words: Words) -> None:
+        self.scene, self.words, self.text = scene, words, ""
+
+    def reset(self, seed: int) -> np.ndarray:
+        self.text = self.words.reset(seed)
+        return self.seen()
+
+    def step(self, action: int) -> Step:
+        return self.say(self.words.commands()[action])
+
+    def say(self, line: str) -> Step:
+        """An action in words."""
+        self.text, reward, over = self.words.step(line)
+        return self.seen(), reward, over
+
+    def commands(self) -> Sequence[str]:
+        return self.words.commands()
+
+    def seen(self) -> np.ndarray:
+        """The facts, one entry each."""
+        out = np.zeros(self.scene.size, np.float32)
+        out[[zlib.crc32(f.encode()) % self.scene.size for f in self.words.facts()]] = 1
+        return out
+
+
+def plain_words(text: str) -> list[str]:
+    """Lower-case words, all numbers alike."""
+    return re.findall(r"[a-z#]+", re.sub(r"\d+", "#", text.lower()))
