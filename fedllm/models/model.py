@@ -246,7 +246,8 @@ class Model:
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
         if isinstance(self.net, DualEncoder):
-            return wide(self.net.logits(self.stack, batch))
+            own = self.space.classes(self.net, self.stack, batch)
+            return wide(self.net.logits(self.stack, batch) if own is None else own)
         if self.memo.on and not batch.parts and not self.stack.base:
             pooled = self.memo.pooled(batch, self._pooled)
             self.stack.rows = batch.ids.shape[0]

@@ -82,6 +82,10 @@ class Space(Knobs):
         """What is put in front of `rows` sequences, for the prompt spaces."""
         return None
 
+    def classes(self, net: nn.Module, stack: Stack, batch: Any) -> Tensor | None:
+        """Class logits [N, C] of an image-text model, for spaces that make its prompts; None: as the model does."""
+        return None
+
     @property
     def virtual(self) -> int:
         """Virtual tokens that pass through the network in front of each row."""
