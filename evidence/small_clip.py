@@ -18,7 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel
 
-from evidence.rigs.shapes import COLORS, LOOKS, PAIRS, SEEN, SHAPES, TEMPLATES, UNSEEN, WEIGHTS, drawn, small_clip, tokenizer
+from evidence.rigs.shapes import (
+    COLORS,
+    LOOKS,
+    PAIRS,
+    SEEN,
+    SHAPES,
+    TEMPLATES,
+    UNSEEN,
+    WEIGHTS,
+    drawn,
+    small_clip,
+    tokenizer,
+)
 from fedllm.core.rng import numpy_stream
 
 

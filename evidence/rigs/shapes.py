@@ -24,8 +24,8 @@ from fedllm.data.federation import Federation, Shard
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
 from fedllm.models.dual import DualEncoder
-from fedllm.models.names import class_prompts, names_of
 from fedllm.models.model import Model
+from fedllm.models.names import class_prompts, names_of
 from fedllm.spaces import make_space
 
 SIZE = 32
@@ -81,12 +81,13 @@ OF_LOOK = {"neon": lambda rng, z: 1 - z, "noisy": lambda rng, z: z + rng.normal(
 
 
 def small_clip(seeing: int = 64) -> CLIPModel:
-    """Towers of two and three blocks, 64 wide (or `seeing` the picture's): 190 thousand weights, not trained yet."""
+    """Towers of two and three blocks, 64 wide (the picture's: `seeing`): 190 thousand weights, not trained yet."""
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "attention_dropout": 0.0}
     return CLIPModel(CLIPConfig(
         text_config={**tower, "num_hidden_layers": 2, "vocab_size": END + 1, "max_position_embeddings": 16,
                      "bos_token_id": START, "eos_token_id": END, "pad_token_id": 0},
-        vision_config={**tower, "hidden_size": seeing, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": 8}, projection_dim=64))
+        vision_config={**tower, "hidden_size": seeing, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": 8},
+        projection_dim=64))
 
 
 @functools.cache

@@ -15,8 +15,11 @@ from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.layer import Layer
 from fedllm.core.rng import numpy_stream
 from fedllm.engines.world import World
-from fedllm.local.forward import run_losses
-from fedllm.local.requests import Limits, Losses
+from fedllm.local.forward import run_losses, run_measures
+from fedllm.local.requests import Limits, Losses, Measure
+from fedllm.spaces.domain_prompt import KEYS, DomainPrompt, likeliest
+from fedllm.spaces.dual_prompt import DualPrompt, looked_at
+from fedllm.spaces.prompt_generator import NET
 
 Knobs = Mapping[str, Any] | None
 
@@ -55,23 +58,55 @@ def disjoint(method: str, seed: int, *, space: Mapping[str, Any], knobs: Knobs =
     return {**got, "over_zero_shot": got["accuracy"] - was["accuracy"], **cost}
 
 
-def looks(method: str, seed: int, *, space: Mapping[str, Any], knobs: Knobs = None, local: Knobs = None,
-          rounds: int = 10, clients: Sequence[str] = SEEN, classes: int = 48, own: int = 12, shots: int = 4,
-          cached: bool = True) -> Metrics:
-    """Clients with a look each and `own` of the classes, drawn anew for each, tested on these in their look; of the
-    common test, which is all classes in all their looks, too."""
-    torch.set_num_threads(1)
+def looks_world(seed: int, space: Mapping[str, Any], local: Knobs, clients: Sequence[str], classes: int, own: int,
+                shots: int, cached: bool = True) -> World:
+    """Clients with a look each and `own` of the classes, drawn anew for each; the common test is all classes in all
+    their looks, look by look."""
     rng = numpy_stream(seed, "whose classes")
     labels = tuple(PAIRS[i] for i in sorted(rng.permutation(len(PAIRS))[:classes]))
     shards = {}
     for look in clients:
         mine = tuple(labels[i] for i in rng.permutation(classes)[:own])
         shards[f"client-{look}"] = (Some(mine, look, shots), Some(mine, look, max(4, 48 // own)))
-    test = [Some(labels, look, max(1, 48 // classes)) for look in clients]
-    world = shapes_world(seed, labels, shards, test, space, local, cached)
+    test = [Some(labels, look, max(1, 96 // classes)) for look in clients]
+    return shapes_world(seed, labels, shards, test, space, local, cached)
+
+
+def looks(method: str, seed: int, *, space: Mapping[str, Any], knobs: Knobs = None, local: Knobs = None,
+          rounds: int = 10, clients: Sequence[str] = SEEN, classes: int = 48, own: int = 12, shots: int = 4) -> Metrics:
+    """Each client tested on its own classes in its look."""
+    torch.set_num_threads(1)
+    world = looks_world(seed, space, local, clients, classes, own, shots)
     run, cost = trained(method, world, knobs, rounds)
-    return {**means(run, "local"), **{f"common_{m}": v for m, v in means(run, "global").items()},
-            "frozen": frozen(world)["accuracy"], **cost}
+    return {**means(run, "local"), **cost}
+
+
+def routed(method: str, seed: int, *, space: Mapping[str, Any], knobs: Knobs = None, local: Knobs = None,
+           rounds: int = 10, clients: Sequence[str] = ("photo", "sketch", "neon"), classes: int = 16,
+           shots: int = 4) -> Metrics:
+    """Three clients with a look each and the same classes, tested on all looks: `common_accuracy`; of methods that
+    tell looks `domain_accuracy`, and `below_oracle`, what the true look's key would be worth."""
+    torch.set_num_threads(1)
+    world = looks_world(seed, space, local, clients, classes, classes, shots)
+    run, cost = trained(method, world, knobs, rounds)
+    out = {**{f"common_{m}": v for m, v in means(run, "global").items()}, **cost}
+    if (told := TOLD.get(type(world.model.space))) is None or "places" not in run.state:
+        return out
+    rows, theta = world.encoded("__global__", "test"), run.method.served(run.state)[0]
+    each = len(rows) // len(clients)
+    true = np.repeat([run.state["places"][f"client-{look}"] for look in clients], each)
+    said = run_measures([Measure("", world.model, theta, None, rows, fn=told)], Limits())[0].argmax(1)
+    out["domain_accuracy"] = float((said == true).mean())
+    if "keys" in run.state:
+        right = [run_losses([Losses("", world.model, {**theta, KEYS: theta[KEYS][int(true[i * each])][None]}, None,
+                                    rows[i * each : (i + 1) * each])], Limits())[0].correct.mean()
+                 for i in range(len(clients))]
+        out["below_oracle"] = float(np.mean(right)) - out["common_accuracy"]
+    return out
+
+
+TOLD = {DomainPrompt: likeliest, DualPrompt: looked_at}
+"""What says of which look a picture is, by space."""
 
 
 def named(method: str, seed: int, *, space: Mapping[str, Any], knobs: Knobs = None, local: Knobs = None,
@@ -127,4 +162,16 @@ def sent(method: str, seed: int, *, space: Mapping[str, Any], knobs: Knobs = Non
     return {"numbers_beside": float(beside), "rows_sent": float(leaked)}
 
 
-RIGS = {"shapes_disjoint": disjoint, "shapes_looks": looks, "shapes_named": named, "shapes_sent": sent}
+def prompts(method: str, seed: int, *, space: Mapping[str, Any] | None = None) -> Metrics:
+    """By how much a prompt generator's prompt differs, relatively, when the names come in another order."""
+    world = shapes_world(seed, PAIRS[:6], {"client": (Some(PAIRS[:2], "photo", 1), None)}, [],
+                         space or {"name": "prompt_generator"})
+    net, theta = world.model.net, {n.removeprefix(NET): t[None] for n, t in world.model.initial().items()}
+    order = torch.from_numpy(numpy_stream(seed, "order").permutation(6))
+    every = torch.ones(1, 6, dtype=torch.bool)
+    one, other = (world.model.space.prompts(theta, net.bare()[at], every) for at in (torch.arange(6), order))
+    return {"off_by_order": float((one - other).norm() / one.norm())}
+
+
+RIGS = {"shapes_disjoint": disjoint, "shapes_looks": looks, "shapes_routed": routed,
+        "shapes_named": named, "shapes_sent": sent, "shapes_prompts": prompts}

@@ -40,6 +40,9 @@ class Profile:
     """The model that it holds, by a name of the recipe's `models`, a model's id or a folder; None: the recipe's own."""
     modality: str = "text"
     privacy: str | None = None
+    domain: str | None = None
+    """Where its rows come from, in a word (a look, a scanner): clients of one domain share what a method keeps for it.
+    None: a domain of its own."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it 
 
 SETTINGS = "fedllm.json"
 PROFILE = ("rank", "memory_bytes", "bandwidth", "speed", "availability", "latency", "dropout", "device", "link",
-           "modality", "privacy")
+           "modality", "privacy", "domain")
 """What `core.client.Profile` has; which model a site holds its `model` says."""
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
@@ -81,7 +81,7 @@ class SiteSettings(Spec):
     """A copy of the run's public rows, which need then not be sent; it is used if its hash is the run's."""
     profile: Declared = Field(default_factory=dict)
     """What this site declares: rank, memory_bytes, bandwidth, speed, latency, availability, dropout, device, link,
-    modality, privacy."""
+    modality, privacy, domain."""
     text_leaves: bool = False
     """Whether a reply may hold text, or the tokens of one."""
     metrics: list[str] = Field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the methods that learn prompts of an image-text model share: which space they need, and whose classes are told."""
+"""What methods share that learn prompts of an image-text model: which space they need, whose classes are told."""
 
 from __future__ import annotations
 

@@ -108,6 +108,24 @@ class DualEncoder(nn.Module):
         with instead(tower, put):
             return tensor_of(self.clip.get_image_features(pixel_values=pixels.to(self.dtype)))
 
+    def weighed(self, pixels: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, d] with the tokens `prompt` [N, D, w] behind the patches, and how much the token in front looks
+        at each of them in the last block: softmax over the D of q k / sqrt(d_h), the mean over heads [N, D]."""
+        attention, at = self.clip.vision_model.encoder.layers[-1].self_attn, list[Tensor]()
+
+        def put(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def heard(hidden_states: Tensor, *args: Any, **how: Any) -> Any:
+                at.append(hidden_states)
+                return forward(hidden_states, *args, **how)
+            return heard
+
+        with instead(attention, put):
+            features = self.images(pixels, prompt, behind=True)
+        h, d = at[0], prompt.shape[1]
+        q, k = (f(x).unflatten(-1, (attention.num_heads, -1)) for f, x in (
+            (attention.q_proj, h[:, :1]), (attention.k_proj, h[:, -d:])))  # [N, 1 or D, heads, d_h]
+        return features, ((q * k).sum(-1) / q.shape[-1] ** 0.5).softmax(1).mean(-1)
+
     def seen(self, batch: Any) -> Tensor:
         """Image features [N, d] of a batch: those that its rows hold, or made of their pixels."""
         if "features" not in batch.parts:

@@ -275,7 +275,7 @@ class Model:
         seen = [i for i, row in enumerate(rows) if "pixels" in row.parts]
         if not self.seen_once:
             for i in seen:
-                out[i] = replace(rows[i], ids=np.zeros(self.net.vision_tokens, np.int32))
+                out[i] = replace(rows[i], ids=np.zeros(self.net.vision_tokens + self.space.beside_patches, np.int32))
             return out
         for i in range(0, len(seen), CHUNK):
             at = seen[i : i + CHUNK]

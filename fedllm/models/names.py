@@ -1,4 +1,4 @@
-"""The names of classes as an image-text model's text tower reads them: in its own sentence, or bare for a learned one."""
+"""The names of classes as a text tower reads them: in a sentence of its own, or bare for one that is learned."""
 
 from __future__ import annotations
 

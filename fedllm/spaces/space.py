@@ -92,6 +92,11 @@ class Space(Knobs):
         return 0
 
     @property
+    def beside_patches(self) -> int:
+        """Tokens that it puts among a picture's patches."""
+        return 0
+
+    @property
     def draws(self) -> bool:
         """Whether something is drawn while it trains (dropout)."""
         return False

@@ -56,7 +56,8 @@ def _among(row: Row, label: int, where: str, how: Shape) -> dict[str, Any]:
         raise DataError(f"{where}: 'among' is {said!r:.80}; it must be a list of two labels or more", kind="value")
     some = {index_of(name, how.labels, where, AMONG) for name in said}
     if label not in some:
-        raise DataError(f"{where}: the label {how.labels[label]!r:.80} is none of those that 'among' lists", kind="value")
+        raise DataError(f"{where}: the label {how.labels[label]!r:.80} is none of those that 'among' lists",
+                        kind="value")
     return {AMONG: [float(i in some) for i in range(len(how.labels))]}
 
 

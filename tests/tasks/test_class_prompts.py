@@ -1,4 +1,4 @@
-"""Prompts of classes: learned tokens about their names in a frozen text tower, exact, and refused where they do not fit."""
+"""Prompts of classes: learned tokens about their names in a frozen tower, exact, and refused where they do not fit."""
 
 import json
 
@@ -21,7 +21,7 @@ from fedllm.models.names import class_prompts, names_of
 from fedllm.spaces import make_space
 from fedllm.spaces.class_prompt import CONTEXT
 from tests.methods.conftest import gap
-from tests.tasks.test_parts import begin, clip, clip_folder, ending, painted, png  # noqa: F401
+from tests.tasks.test_parts import begin, clip_folder, ending, painted, png  # noqa: F401
 
 CPU = torch.device("cpu")
 LABELS = ("red circle", "blue ring", "green")
@@ -176,6 +176,6 @@ def test_a_run_from_pictures_in_parquet_with_a_folder_of_transformers(family, pa
                        "client_test": 0.0, "partition": {"kind": "iid", "clients": 2}}}
     result = fedllm.run(recipe, root=tmp_path / "runs")
     assert result.evaluation["global"]["loss"] < result.evaluation["before"]["global"]["loss"]
-    again = fedllm.run({**recipe, "rounds": 0, "space": {"name": "class_prompt", "start_from": str(result.adapter_path)}},
-                       root=tmp_path / "again")
+    recipe |= {"rounds": 0, "space": {"name": "class_prompt", "start_from": str(result.adapter_path)}}
+    again = fedllm.run(recipe, root=tmp_path / "again")
     assert again.evaluation["global"]["loss"] == pytest.approx(result.evaluation["global"]["loss"], abs=1e-6)

@@ -25,8 +25,8 @@ SPACE = {"name": "class_prompt", "start_from": "template"}
 
 @dataclass(frozen=True)
 class PFedPrompt(Star):
-    """z = exp(s) f G^T + alpha phi(f F^T) Y with phi(a) = exp(-beta (1 - a)): G of the prompt that all learn, (F, Y) the
-    unit features and labels of the client's own training pictures, which are never sent nor trained."""
+    """z = exp(s) f G^T + alpha phi(f F^T) Y with phi(a) = exp(-beta (1 - a)): G of the prompt that all learn, (F, Y)
+    the unit features and labels of the client's own training pictures, which are never sent nor trained."""
 
     card = Card(
         title="pFedPrompt: a common prompt and attention over own pictures",
@@ -35,8 +35,8 @@ class PFedPrompt(Star):
         topic="prompt learning: vision-language",
         sends="both ways: the context, m d numbers, as promptfl",
         needs="data.task: image_text; the space class_prompt; one list of classes for all",
-        claim=Claim("five clients, each with its own look and a quarter of the classes, are right on their own tests at "
-                    "least ten points more often than with PromptFL's prompt", rig="shapes_looks", metric="accuracy",
+        claim=Claim("five clients, each with its own look and a quarter of the classes, are right on their own tests "
+                    "at least ten points more often than with PromptFL's prompt", rig="shapes_looks", metric="accuracy",
                     baseline="promptfl", relative="difference", holds=">=", threshold=0.1, options={"space": SPACE},
                     grid={"local.lr": (0.02, 0.05, 0.2)}),
         also={"bytes": Claim("a client uploads what PromptFL's does, byte by byte", rig="shapes_looks", metric="up",
@@ -75,7 +75,8 @@ class PFedPrompt(Star):
         z, f = (torch.from_numpy(x) for x in (client.measure(theta, rows, logits), client.measure(theta, rows, seen)))
         z = z + self.alpha * self.recalled(f, *self.own(theta, client))
         y = torch.tensor([int(row.labels) for row in rows])
-        return {"n": len(rows), "loss": float(F.cross_entropy(z, y)), "accuracy": float((z.argmax(1) == y).double().mean())}
+        right = (z.argmax(1) == y).double()
+        return {"n": len(rows), "loss": float(F.cross_entropy(z, y)), "accuracy": float(right.mean())}
 
     def own(self, theta: Any, client: Client) -> tuple[Tensor, Tensor]:
         """F [n_k, d] and Y [n_k, C] of its training pictures."""

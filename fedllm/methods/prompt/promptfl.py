@@ -30,8 +30,8 @@ class PromptFL(Star):
         topic="prompt learning: vision-language",
         sends="both ways: the context, m d numbers (m d C with space.per_class)",
         needs="data.task: image_text; the space class_prompt; one list of classes for all",
-        claim=Claim("in a look that the model never saw, eight clients of six classes each and two pictures a class end "
-                    "with a prompt that is right more often on all 48 classes than those that they learn alone",
+        claim=Claim("in a look that the model never saw, eight clients of six classes each and two pictures a class "
+                    "end with a prompt that is right more often on all 48 classes than those that they learn alone",
                     rig="shapes_disjoint", metric="accuracy", baseline="local_only", relative="difference", holds=">",
                     threshold=0.0, options={"space": TEMPLATE}, grid=RATES),
         also={"zero_shot": Claim("and more often than the frozen model by itself", rig="shapes_disjoint",
