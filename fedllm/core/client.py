@@ -46,6 +46,9 @@ class Profile:
     privacy: str | None = None
     shares: str | None = None
     """What its answers to a query hold, of `SHARES`; None: snippets."""
+    domain: str | None = None
+    """Where its rows come from, in a word (a look, a scanner): clients of one domain share what a method keeps for it.
+    None: a domain of its own."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it 
 
 SETTINGS = "fedllm.json"
 PROFILE = ("rank", "memory_bytes", "bandwidth", "speed", "availability", "latency", "dropout", "device", "link",
-           "modality", "privacy", "shares")
+           "modality", "privacy", "shares", "domain")
 """What `core.client.Profile` has; which model a site holds its `model` says."""
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
@@ -84,7 +84,7 @@ class SiteSettings(Spec):
     """A copy of the run's public rows, which need then not be sent; it is used if its hash is the run's."""
     profile: Declared = Field(default_factory=dict)
     """What this site declares: rank, memory_bytes, bandwidth, speed, latency, availability, dropout, device, link,
-    modality, privacy, and in `shares` what its answers to a query hold (snippets, ids, scores)."""
+    modality, privacy, domain, and in `shares` what its answers to a query hold (snippets, ids, scores)."""
     text_leaves: bool = False
     """Whether a reply may hold text, or the tokens of one. Text leaves through the gate alone: the run must have the
     layer responsible_gate, and what it finds stands in `gate.jsonl` of the store."""

@@ -22,10 +22,11 @@ from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.rng import seed_of
 from fedllm.models import quantized
 from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
-from fedllm.models.dual import DualEncoder, class_prompts
+from fedllm.models.dual import DualEncoder
 from fedllm.models.gguf import gguf_folder, is_gguf
 from fedllm.models.kernels import give_back_freed_memory
 from fedllm.models.model import HeadedEncoder, Model, Pooling
+from fedllm.models.names import class_prompts, names_of
 from fedllm.models.proof import examine
 from fedllm.spaces.space import Space
 from fedllm.tasks.registry import task_of
@@ -149,7 +150,8 @@ def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, toke
         if getattr(body, "get_image_features", None) is None:
             raise ModelError(f"model {name!r} is a {type(body).__name__}; data.task = {task!r} needs an image-text "
                              "model (CLIP, SigLIP)")
-        return DualEncoder(body, *class_prompts(tokenizer, labels, body.config.model_type), labels=labels)
+        return DualEncoder(body, *class_prompts(tokenizer, labels, body), labels=labels,
+                           names=names_of(tokenizer, labels, body))
     if "pooler" in dict(body.named_children()):
         body.pooler = None  # its output is not used: pooling is ours
     return HeadedEncoder(body, width, "each" if rules.net == "tokens" else pooling)

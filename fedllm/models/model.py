@@ -246,7 +246,8 @@ class Model:
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
         if isinstance(self.net, DualEncoder):
-            return wide(self.net.logits(self.stack, batch))
+            own = self.space.classes(self.net, self.stack, batch)
+            return wide(self.net.logits(self.stack, batch) if own is None else own)
         if self.memo.on and not batch.parts and not self.stack.base:
             pooled = self.memo.pooled(batch, self._pooled)
             self.stack.rows = batch.ids.shape[0]
@@ -274,7 +275,7 @@ class Model:
         seen = [i for i, row in enumerate(rows) if "pixels" in row.parts]
         if not self.seen_once:
             for i in seen:
-                out[i] = replace(rows[i], ids=np.zeros(self.net.vision_tokens, np.int32))
+                out[i] = replace(rows[i], ids=np.zeros(self.net.vision_tokens + self.space.beside_patches, np.int32))
             return out
         for i in range(0, len(seen), CHUNK):
             at = seen[i : i + CHUNK]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedllm.core.errors import RecipeError
 from fedllm.core.client import SERVER
+from fedllm.core.errors import RecipeError
 from fedllm.engines.world import World
 from fedllm.models.made import NETS, Made, check_made, make_net
 from fedllm.models.model import Model

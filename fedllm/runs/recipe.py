@@ -189,7 +189,7 @@ class ClientsSpec(Spec):
     folders."""
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What single clients declare: rank, model, speed, memory_bytes, bandwidth, latency, availability, dropout, device,
-    link, modality, privacy."""
+    link, modality, privacy, domain."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that a client answers when asked, where its profile does not say."""
     speed: Law = 1.0

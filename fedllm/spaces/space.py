@@ -82,9 +82,18 @@ class Space(Knobs):
         """What is put in front of `rows` sequences, for the prompt spaces."""
         return None
 
+    def classes(self, net: nn.Module, stack: Stack, batch: Any) -> Tensor | None:
+        """Class logits [N, C] of an image-text model, for spaces that make its prompts; None: as the model does."""
+        return None
+
     @property
     def virtual(self) -> int:
         """Virtual tokens that pass through the network in front of each row."""
+        return 0
+
+    @property
+    def beside_patches(self) -> int:
+        """Tokens that it puts among a picture's patches."""
         return 0
 
     @property

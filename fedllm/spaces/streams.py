@@ -95,6 +95,9 @@ class Streams(Space):
         stackable = True
         for s, space in self.made.items():
             before, over = forwards(net), set(space.composes(net))
+            if type(space).classes is not Space.classes:
+                raise ModelError(f"space.of: stream '{s}' makes class prompts ('{space.stem}'), which is no part of a "
+                                 "sum; use it as the space itself")
             stackable &= space.install(net, View(stack, s))  # type: ignore[arg-type]
             touched = [p for p, f in forwards(net).items() if f is not before[p]]
             if clash := [p for p in touched if p in owner and p not in over]:

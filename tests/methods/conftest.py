@@ -22,6 +22,7 @@ from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method, method_class
 from fedllm.models.dual import DualEncoder
 from fedllm.models.model import HeadedEncoder, Model
+from fedllm.models.names import Names
 from fedllm.models.shelf import Shelf
 from fedllm.spaces import make_space
 from fedllm.tasks.row import Encoded
@@ -94,7 +95,8 @@ def net_for(task: str, dtype: torch.dtype) -> Any:
         return llama(dtype)
     if task == "image_text":
         prompts = torch.tensor([[1, 4 + c, 2] for c in range(3)])
-        return DualEncoder(clip(dtype), prompts, cached=False)
+        names = Names((1,), ((4,), (5,), (6,)), (2,), (7,), (8, 9))
+        return DualEncoder(clip(dtype), prompts, cached=False, names=names)
     return HeadedEncoder(llama(dtype).model, len(LABELS[task]), "each" if task == "tokens" else "mean").to(dtype)
 
 

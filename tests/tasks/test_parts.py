@@ -26,6 +26,7 @@ from fedllm.models.batch import collate
 from fedllm.models.dual import DualEncoder
 from fedllm.models.load import load_model
 from fedllm.models.model import Model
+from fedllm.models.names import Names
 from fedllm.spaces import make_space
 from fedllm.tasks.row import IGNORE, Encoded, numbers_of, same_form
 from tests.conftest import WORDS, word_tokenizer
@@ -97,8 +98,9 @@ def begin(space="feature_attention", engine="vectorized", dtype=torch.float64, c
                         {"pixels": rng.normal(0, 1, (3, 16, 16)).astype(np.float32)}) for _ in range(n)]
 
     prompts = torch.tensor([[1, 4, 5, 6 + c, END] for c in range(3)])
-    model = Model(DualEncoder(clip(dtype), prompts, cached=cached), None, "image_text", make_space(space, **knobs),
-                  labels=tuple(COLORS), fast_kernels=False)
+    names = Names((1,), ((6,), (7,), (8,)), (END,), (), (4, 5))
+    model = Model(DualEncoder(clip(dtype), prompts, cached=cached, names=names), None, "image_text",
+                  make_space(space, **knobs), labels=tuple(COLORS), fast_kernels=False)
     federation = Federation({f"c{i}": Shard(rows(n), rows(2)) for i, n in enumerate(sizes)}, rows(4), "image_text",
                             tuple(COLORS))
     world = World(model, federation, LocalSpec(optimizer="sgd", lr=0.1, batch_size=4))
