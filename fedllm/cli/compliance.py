@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedllm.cli.said import Json, put
+
 out = Console()
 
 
 def compliance(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a site's store.",
                                                     show_default=False)],
                items: Annotated[bool, typer.Option("--items", help="Every text, by its hash.")] = False,
-               as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+               as_json: Json = False) -> None:
     """Show what the gate (layer responsible_gate) let go and kept back: who, what, why, by which rule.
 
     Exit code 1 when text left that no gate looked at.
@@ -26,7 +28,7 @@ def compliance(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's
 
     found = read(path)
     if as_json:
-        typer.echo(json.dumps(found.as_json()))
+        put(found.as_json())
     else:
         table = Table(title=f"text that left, and that did not: {escape(found.of)}", title_justify="left")
         names = ("round", "who", "what", "sha256", "done", "rules") if items else (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedllm.cli.said import Json, put
 from fedllm.core.errors import DataError
 
 out = Console()
@@ -25,7 +25,7 @@ def origin(texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="A file w
                                                                "model's door.")] = 0.01,
            trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes "
                                                            "with a run's model.")] = False,
-           as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+           as_json: Json = False) -> None:
     """Lay each text at the door of the run whose model wrote it, by likelihood: [bold]fedllm origin said.txt runs/a
     runs/b --nobody other.txt[/bold]. The first run's model before its training is the reference."""
     import numpy as np
@@ -47,8 +47,7 @@ def origin(texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="A file w
     found = how.attribute(np.stack([seen(a, asked) for a in arms], 1), seen(made[0].before, asked), margin)
     names = [None if i is None else str(runs[i]) for i in found]
     if as_json:
-        typer.echo(json.dumps({"margin": margin, "origin": names}))
-        return
+        return put({"margin": margin, "origin": names})
     known = sum(n is not None for n in names)
     table = Table("line", "run", "text", title=f"{known} of {len(names)} texts are some run's", title_justify="left")
     for i, (name, text) in enumerate(zip(names, asked, strict=True), 1):

@@ -214,6 +214,21 @@ class Judged(TypedDict):
     file: str
 class Measured(TypedDict):
     file: str
+class Compliance(TypedDict):
+    of: str
+    demands: dict[str, Any]
+    rules: list[str]
+    lines: list[dict[str, Any]]
+    pieces: list[dict[str, Any]]
+    replies: list[dict[str, Any]]
+    without_a_gate: list[str]
+
+
+class Origin(TypedDict):
+    margin: float
+    origin: list[str | None]
+
+
 class Compared(TypedDict):
     event: str
 Schemas = dict[str, Any]
@@ -225,7 +240,8 @@ SHAPES: dict[str, Any] = {
     "chat": Said, "group": Grouped, "schema": Schemas, "join": Joining, "status": Status, "logs": Line,
     "stop": Stopped, "keys new": Kits, "keys add": Kits, "keys suspend": Site, "keys restore": Site,
     "keys revoke": Site, "audit run": Audited, "audit verify": Verified, "audit seal": Sealed, "audit key": AuditKey,
-    "advise": Advised, "ask": Asked, "compare": Compared, "evaluate": Measured, "judge": Judged}
+    "advise": Advised, "ask": Asked, "compare": Compared, "compliance": Compliance, "origin": Origin,
+    "evaluate": Measured, "judge": Judged}
 """Command -> what a line of its output is."""
 
 
