@@ -3,12 +3,13 @@ that are there twice."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from fedllm.data.sources import Table
 from fedllm.tasks.chat import COLUMNS
 from fedllm.tasks.registry import task_of
-from fedllm.tasks.row import Row, looks
+from fedllm.tasks.row import Row, drawn, looks
 from fedllm.tasks.templates import columns_of
 
 INPUTS = ("input", "inputs", "context", "passage", "document", "article", "background", "history", "system",
@@ -75,8 +76,8 @@ def alike(tables: Sequence[Table]) -> Iterator[str]:
 def near_ids(ids: Sequence[str]) -> Iterator[str]:
     """Clients whose ids look the same, which may be one client written in two ways."""
     seen: dict[str, str] = {}
-    for name in ids:
-        bare = looks(name.rpartition("~")[0] or name).strip(" _")
+    for name, form in itertools.product(ids, (looks, drawn)):
+        bare = form(name.rpartition("~")[0] or name).strip(" _")
         if bare and (first := seen.setdefault(bare, name)) != name:
             yield (f"the clients {first!r} and {name!r} are two whose ids look alike (case, blanks or code points); "
                    "write them one way if they are one")

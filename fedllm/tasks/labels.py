@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedllm.core.errors import DataError
-from fedllm.tasks.row import Row, as_text, is_blank, looks, names_in, nearest, value_of
+from fedllm.tasks.row import Row, as_text, drawn, is_blank, looks, names_in, nearest, value_of
 
 WHOLE = re.compile(r"^(-?\d+)\.0+$")
 """A whole number as a column with gaps holds it."""
@@ -27,8 +28,8 @@ def label_names(values: Iterable[Any]) -> tuple[str, ...]:
 def one_way(names: Iterable[str]) -> None:
     """Refuse labels that look like one label written in two ways."""
     seen: dict[str, str] = {}
-    for name in sorted(names):
-        other = seen.setdefault(WHOLE.sub(r"\1", looks(name)), name)
+    for name, form in itertools.product(sorted(names), (looks, drawn)):
+        other = seen.setdefault(WHOLE.sub(r"\1", form(name)), name)
         if other != name:
             plain = " ".join(name.split()).casefold() == " ".join(other.split()).casefold()
             said = (f"{other!r:.80} and {name!r:.80} differ in case or blanks alone" if plain else

@@ -40,6 +40,15 @@ def is_blank(text: str) -> bool:
     return not text.strip() or all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in text)
 
 
+TWINS = str.maketrans("АВЕКМНОРСТУХІЈЅаеорсухѕіјһԁԛԝΑΒΕΖΗΙΚΜΝΟΡΤΥΧορν", "ABEKMHOPCTYXIJSaeopcyxsijhdqwABEZHIKMNOPTYXopv")
+"""Letters of other alphabets that are drawn as Latin ones are."""
+
+
+def drawn(text: str) -> str:
+    """What `looks` says of a text whose letters are all told as the Latin ones that are drawn like them."""
+    return looks(unicodedata.normalize("NFKC", text).translate(TWINS))
+
+
 def looks(text: str) -> str:
     """What a text looks like: case, kinds of blanks, marks of no width and the ways to write one character go."""
     folded = unicodedata.normalize("NFKC", text).casefold()

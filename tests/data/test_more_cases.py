@@ -103,7 +103,8 @@ def test_what_cannot_be_seen_is_no_answer_and_no_difference(tmp_path):
             load_federation({"source": str(path), **QA}, 0)
 
 
-@pytest.mark.parametrize("labels", [["café", "cafe\u0301"], ["yes", "yes\u200b"], ["1", "\uff11"], ["1", "1.0"]])
+@pytest.mark.parametrize("labels", [["café", "cafe\u0301"], ["yes", "yes\u200b"], ["1", "\uff11"], ["1", "1.0"],
+                                    ["positive", "p\u043esitive"], ["B", "\u0412"]])
 def test_labels_that_look_alike_are_refused(tmp_path, labels):
     (tmp_path / "a.jsonl").write_text("".join(
         json.dumps({"t": f"x {i}", "l": [*labels, "0" if labels[0] == "1" else "tea"][i % 3]}) + "\n"
