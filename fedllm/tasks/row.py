@@ -40,7 +40,8 @@ def is_blank(text: str) -> bool:
     return not text.strip() or all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in text)
 
 
-TWINS = str.maketrans("АВЕКМНОРСТУХІЈЅаеорсухѕіјһԁԛԝΑΒΕΖΗΙΚΜΝΟΡΤΥΧορν", "ABEKMHOPCTYXIJSaeopcyxsijhdqwABEZHIKMNOPTYXopv")
+TWINS = str.maketrans("АВЕКМНОРСТУХІЈЅаеорсухѕіјһԁԛԝΑΒΕΖΗΙΚΜΝΟΡΤΥΧορν",
+                      "ABEKMHOPCTYXIJSaeopcyxsijhdqwABEZHIKMNOPTYXopv")
 """Letters of other alphabets that are drawn as Latin ones are."""
 
 
