@@ -18,7 +18,6 @@ from typing import Any
 
 from evidence.pages.frontier import write_page
 from fedllm.core.record import Record
-from fedllm.models.remembered import Memo, frozen_body, remembering
 from fedllm.runs.build import Parts, build
 from fedllm.runs.course import Course
 from fedllm.runs.judge import Judge
@@ -75,16 +74,12 @@ def recipe_of(cell: Cell) -> dict[str, Any]:
             "evaluate": {"clients": False, "samples": 0}}
 
 
-def measure(cell: Cell, memos: dict[str, Memo]) -> dict[str, Any]:
+def measure(cell: Cell) -> dict[str, Any]:
     """Accuracy on the test, and the epsilon that the run's own statement says."""
     parts = build(load_recipe(recipe_of(cell), {}))
-    model = parts.world.model
-    if frozen_body(model):  # one body, so that its states are computed once for all runs of these rows
-        model.memo = memos.setdefault(cell["data"], model.memo)
     began = time.process_time()
-    with remembering(model):
-        course = _gone(parts)
-        found = Judge(parts, parts.method, Record(lambda event: None)).test(course.state, course.engine.memory, 0)
+    course = _gone(parts)
+    found = Judge(parts, parts.method, Record(lambda event: None)).test(course.state, course.engine.memory, 0)
     says = [x.statement(s) or {} for x, s in zip(course.layers, course.states, strict=True)]
     spent = max((float(s["epsilon"]) for s in says if "epsilon" in s), default=None) if cell["epsilon"] else None
     return {**cell, "accuracy": round(found["global"]["accuracy"], 4), "spent": spent,
@@ -104,7 +99,7 @@ def main(words: Sequence[str]) -> None:
     ends = time.monotonic() + float(asked.pop("seconds", "inf"))
     if odd := asked.keys() - set(KEYS):
         raise SystemExit(f"{sorted(odd)[0]} is no part of a cell; allowed are {', '.join(KEYS)} and seconds")
-    path, memos = FOLDER / "frontier.json", dict[str, Memo]()
+    path = FOLDER / "frontier.json"
     done = json.loads(path.read_text()) if path.exists() else []
     have = {tuple(row[k] for k in KEYS) for row in done}
     for cell in cells():
@@ -113,7 +108,7 @@ def main(words: Sequence[str]) -> None:
         if time.monotonic() > ends:
             break
         try:
-            done.append(measure(cell, memos))
+            done.append(measure(cell))
         except Exception as error:
             log.warning("%s: %s: %s", cell, type(error).__name__, error)
             continue

@@ -19,7 +19,6 @@ from fedllm.local.objective import taken
 from fedllm.local.private import HELD, example_grads
 from fedllm.local.requests import Fit, Fitted, Limits
 from fedllm.models.kernels import products
-from fedllm.models.remembered import remembering
 from fedllm.spaces.space import stack_lanes, take_lane, tree_to
 
 
@@ -55,11 +54,10 @@ def run_sums(requests: Sequence[Summed], limits: Limits) -> list[Clipped]:
     lengths = [r.lengths for r in requests]
     lanes.sort(key=lambda at: lengths[at[0]][at[1]])
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in params.items()}
-    with remembering(model):
-        for lot in _lots(lanes, lengths, params, model, limits):
-            limits.go_on()
-            _add(requests, lot, params, frozen, sums)
-            limits.did(len({k for k, _ in lot}), sum(int(lengths[k][i]) for k, i in lot))
+    for lot in _lots(lanes, lengths, params, model, limits):
+        limits.go_on()
+        _add(requests, lot, params, frozen, sums)
+        limits.did(len({k for k, _ in lot}), sum(int(lengths[k][i]) for k, i in lot))
     return [_clipped(r, take_lane({n: s.cpu() for n, s in sums.items()}, k, {n: r.theta[n] for n in sums}))
             for k, r in enumerate(requests)]
 

@@ -28,7 +28,7 @@ from fedllm.models.heads import Head, body_of
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.models.pieces import piecewise_losses
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
-from fedllm.models.remembered import Memo
+from fedllm.models.settled import is_settled, part_of, with_states
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 from fedllm.tasks.registry import task_of
@@ -68,7 +68,6 @@ class Model:
             raise CompositionError(f"space '{type(space).__name__}' puts virtual tokens before the text, and data.task "
                                    f"= {task!r} has no place for them; 'lora' works")
         self.stack = Stack(causal=self.rules.net == "causal")
-        self.memo = Memo()
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self._start_net()
         self._set_up(Ways(quick=fast_kernels))
@@ -248,14 +247,21 @@ class Model:
         if isinstance(self.net, DualEncoder):
             own = self.space.classes(self.net, self.stack, batch)
             return wide(self.net.logits(self.stack, batch) if own is None else own)
-        if self.memo.on and not batch.parts and not self.stack.base:
-            pooled = self.memo.pooled(batch, self._pooled)
-            self.stack.rows = batch.ids.shape[0]
-            return wide(self.net.classifier(pooled))
-        return wide(self.net.classifier(self._pooled(batch)))
+        return wide(self.net.classifier(self.pooled(batch)))
 
-    def _pooled(self, batch: Batch) -> Tensor:
+    def pooled(self, batch: Batch) -> Tensor:
+        """One state of each row [N, d] ([N, T, d] where every token has a class); those that came with the rows stay,
+        unless the base has drifted or something is drawn below them."""
+        state = batch.parts.get(part_of(self))
+        if state is not None and not self.stack.base and self.stack.noise is None:
+            self.stack.rows = batch.ids.shape[0]
+            return state.to(self.net.dtype)
         return self.net.pool(self.hidden(batch), batch.mask)
+
+    @functools.cached_property
+    def settled(self) -> bool:
+        """Whether texts get their states when they are read, since no trainable lies below the classifier."""
+        return isinstance(self.net, HeadedEncoder) and is_settled(self)
 
     @functools.cached_property
     def seen_once(self) -> bool:
@@ -268,9 +274,10 @@ class Model:
         return (*TEXT, *(VISION if self.seen_once else ())) if isinstance(self.net, DualEncoder) else ()
 
     def read(self, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Rows as steps take them: pictures of a frozen tower become `features` here, once; others count its tokens."""
+        """Rows as steps take them: pictures of a frozen tower become `features` here, texts under a classifier that
+        alone is trained get their `state`, once; other pictures count their tower's tokens."""
         if not isinstance(self.net, DualEncoder):
-            return list(rows)
+            return with_states(self, rows) if self.settled else list(rows)
         out = list(rows)
         seen = [i for i, row in enumerate(rows) if "pixels" in row.parts]
         if not self.seen_once:

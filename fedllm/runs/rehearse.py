@@ -14,7 +14,6 @@ from fedllm.core.rng import numpy_stream
 from fedllm.data.federation import Shard
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
-from fedllm.models.remembered import remembering
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_sgd import DPSGD, LEAST
 from fedllm.runs.build import Parts, bound, build, cohort_size, make_layers
@@ -142,6 +141,8 @@ class _Stage:
             most = math.ceil(least / (1 - TESTED))
             raise RecipeError(f"data.public gives {len(public)} rows; settings are proposed from {most} public rows or "
                               "more of the same task: a file, or in a simulation a fraction of the rows")
+        if parts.world.model.settled:  # their states serve all rehearsals
+            self.test, train = parts.world.tokenized(self.test, True), parts.world.tokenized(train)  # type: ignore[assignment]
         self.shards = {c: Shard(train[i::count]) for i, c in enumerate(ids[:count])}
         self.metric = "accuracy" if parts.world.federation.labels else "loss"
 
@@ -164,11 +165,10 @@ class _Stage:
         stage = replace(world, federation=federation, local=local, seed=seed, rounds=setting.rounds)
         layers = bound([trial], spec, {c: len(s.train) for c, s in self.shards.items()}, local)
         small = replace(self.parts, recipe=spec, world=stage, layers=layers, method=method)
-        with remembering(world.model):
-            course = Course(small, small.method, layers)
-            for round_ in range(setting.rounds):
-                course.step(round_)
-            found = Judge(small, small.method, Record(lambda event: None)).test(course.state, course.engine.memory, 0)
+        course = Course(small, small.method, layers)
+        for round_ in range(setting.rounds):
+            course.step(round_)
+        found = Judge(small, small.method, Record(lambda event: None)).test(course.state, course.engine.memory, 0)
         figures = found["global"]
         if not figures or not {"loss", self.metric} <= figures.keys():
             raise CompositionError(f"method {recipe.method.name!r} has no loss on a test of everybody's, by "
