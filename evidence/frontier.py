@@ -61,12 +61,12 @@ def recipe_of(cell: Cell) -> dict[str, Any]:
             noise |= {"noise": "central", "epsilon": None, "noise_multiplier": 1e-3}
         layers = [noise, *(["secagg"] if cell["noise"] == "shared" else [])]
     else:
-        local = {"optimizer": "sgd", "lr": 1.0, "steps": 1, "batch_size": 4096}
-        noise = {"name": "dp_fedavg", "epsilon": cell["epsilon"], "delta": 1e-5, "clip_norm": 1.0, "clip_lr": 0.0}
+        local = {"optimizer": "sgd", "lr": 0.1, "steps": 1, "batch_size": 4096}  # `plan --propose`
+        noise = {"name": "dp_fedavg", "epsilon": cell["epsilon"], "delta": 1e-5, "clip_norm": 0.037, "clip_lr": 0.0}
         if not cell["epsilon"]:
             noise |= {"epsilon": None, "noise_multiplier": 0.0}
         layers = [noise]
-    method = {"name": "fedavg", "server_lr": 10.0 if cell["unit"] == "client" else 1.0}
+    method = {"name": "fedavg", "server_lr": 30.0 if cell["unit"] == "client" else 1.0}
     data = {**DATA[cell["data"]], "task": "classification", "fields": {"text": "text", "label": "label"},
             "client_test": 0.0, "partition": {"kind": "iid", "clients": cell["clients"]}}
     return {"name": "frontier", "model": {"name": "minilm", "pooling": "mean"}, "data": data, "method": method,
