@@ -13,6 +13,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError
+from fedllm.core.form import shaped
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack
 from fedllm.core.rng import torch_stream
@@ -107,7 +108,11 @@ class PFedPG(Method):
         phi = dict(zip(leaves, new[: len(leaves)], strict=True))
         return {**state, "phi": phi, "of": {**state["of"], **dict(zip(of, new[len(leaves) :], strict=True))}}
 
-    @on_client(gives="delta: tensor, n: rows, loss?: number")
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        """PayloadError for a change of another shape than the prompt's."""
+        shaped("delta", reply["delta"], tuple(msg["prompt"].shape))
+
+    @on_client(gives="delta: tensor, n: rows, loss?: number", fits=fits)
     def local(self, msg: Payload, client: Client) -> Payload:
         fitted = client.fit(self.own(msg["prompt"], client))
         client.memory["head"] = fitted.theta[HEAD]
