@@ -32,10 +32,10 @@ class FedTPG(Star):
         claim=Claim("two clients that tell shapes and two that tell colors end with a prompt network that is right "
                     "more often on their classes, in a look that the model never saw, than the frozen model",
                     rig="shapes_named", metric="base_over_zero_shot", holds=">", threshold=0.0,
-                    options={"space": SPACE, "local": {"lr": 0.02}}),
+                    options={"space": SPACE, "local": {"lr": 0.05}}),
         also={"new": Claim("and on shapes and colors that no client has it is at most 3 points below the frozen model",
                            rig="shapes_named", metric="new_over_zero_shot", holds=">=", threshold=-0.03,
-                           options={"space": SPACE, "local": {"lr": 0.02}}),
+                           options={"space": SPACE, "local": {"lr": 0.05}}),
               "promptfl": Claim("on those new classes it is right more often than one context that all clients learn",
                                 rig="shapes_named", metric="new", baseline="fedavg", relative="difference", holds=">",
                                 threshold=0.0, options={"space": SPACE}, against={"space": {

@@ -20,7 +20,7 @@ from fedllm.core.rng import torch_stream
 from fedllm.methods._class_prompts import need_space, one_task
 from fedllm.spaces.visual_prompt import HEAD, TOKENS, VisualPrompt
 
-SPACE = {"name": "visual_prompt", "length": 4, "head": True}
+SPACE = {"name": "visual_prompt", "length": 4, "head": True, "visual_from": "front"}
 RATES = {"local.lr": (0.02, 0.05, 0.2)}
 
 

@@ -23,9 +23,9 @@ from fedllm.spaces.twin_prompt import TwinPrompt
 from fedllm.tasks.classification import class_losses
 from fedllm.tasks.task import wide
 
-SPACE = {"name": "twin_prompt", "start_from": "template", "visual": 4}
+SPACE = {"name": "twin_prompt", "start_from": "template", "visual": 2, "visual_from": "front"}
 SAME = {"name": "class_prompt", "start_from": "template"}
-RATES = {"local.lr": (0.02, 0.05, 0.2)}
+RATES = {"local.lr": (0.005, 0.02, 0.05)}
 
 
 @dataclass(frozen=True)
