@@ -50,7 +50,7 @@ class DualPrompt(ClassPrompt):
         k, d, c = stack.k, self.domains, len(clip.names.names)
         i, omega = clip.weighed(x, stack.tensors[TOKENS].repeat_interleave(len(x) // k, 0))  # [N, d], [N, D]
         t = self.contexts(stack)[:, :, None].expand(-1, -1, c, -1, -1)  # [K, D, C, m, w]
-        g = clip.spoken(t.flatten(0, 1), self.place).view(k, d, c, -1)
+        g = clip.spoken(t.flatten(0, 1), self.name_at).view(k, d, c, -1)
         mixed = torch.einsum("kbd,kdcf->kbcf", omega.view(k, -1, d).to(g), g).flatten(0, 1)
         return clip.matched(stack, i, torch.nn.functional.normalize(mixed, dim=-1), batch)  # [N, C, f]
 

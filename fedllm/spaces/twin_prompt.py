@@ -41,7 +41,7 @@ class TwinPrompt(ClassPrompt):
     def both(self, net: Any, stack: Stack, batch: Any) -> tuple[Tensor, Tensor]:
         """Features [N, d] of the prompted pictures, and class logits [N, C]."""
         i = prompted(net, stack, batch, self.visual) if self.visual else net.seen(batch)
-        texts = net.spoken(each_class(stack.tensors[CONTEXT], len(net.names.names)), self.place)
+        texts = net.spoken(each_class(stack.tensors[CONTEXT], len(net.names.names)), self.name_at)
         return i, net.matched(stack, i, texts, batch)
 
     @property
