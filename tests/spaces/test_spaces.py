@@ -65,6 +65,11 @@ def test_every_trainable_matters_and_lanes_do_not_touch_each_other(tiny_llama_fo
     assert torch.allclose(alone[0], beside[1], atol=1e-12) and not torch.allclose(alone[0], beside[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", SPACES)
+def test_no_knob_hides_what_every_space_does(name):
+    assert not [k for k in SPACES[name].knobs() if callable(getattr(Space, k, None))]
+
+
 def test_start_is_the_same_for_the_same_seed_and_follows_the_rank(tiny_llama_folder):
     model = llama(tiny_llama_folder, "lora", rank=4)
     a, b = model.initial(), model.initial()
