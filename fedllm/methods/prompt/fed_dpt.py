@@ -44,7 +44,8 @@ class FedDPT(Method):
                               "often than by chance", rig="shapes_routed", metric="domain_accuracy", holds=">=",
                               threshold=1 / 3 + 0.2, options={"space": SPACE, "local": {"lr": 0.02}})},
         evidence="No code: by the dossier, whose optimizer and rounds are as remembered. Several clients of one domain "
-                 "are averaged in its place. Nothing but the class labels teaches which token to look at.",
+                 "are averaged in its place. Nothing but the class labels teaches which token to look at, and here "
+                 "that is not enough: the own one in 39.5 %, by chance 33.3 %; so prompts are mixed about evenly.",
     )
     trial = Trial(space={"name": "dual_prompt", "length": 2, "domains": 4}, task="image_text")
 

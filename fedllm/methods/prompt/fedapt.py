@@ -65,7 +65,8 @@ class FedAPT(Method):
                               "true look", rig="shapes_routed", metric="below_oracle", holds="<=", threshold=0.01,
                               options={"space": SPACE, "local": {"lr": 0.05}})},
         evidence="Authors' code read by the dossier. The weights of domains are rounded to four decimals, so that "
-                 "pictures of one domain share a pass of the text tower. The key comes with every message.",
+                 "pictures of one domain share a pass of the text tower. The key comes with every message. Here the "
+                 "map tells looks apart, and the prompts that it picks answer alike: 0.4 points over one prompt.",
     )
     trial = Trial(space={"name": "domain_prompt", "length": 2, "domains": 4}, task="image_text")
 

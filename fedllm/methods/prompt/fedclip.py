@@ -46,7 +46,8 @@ class FedCLIP(Star):
                                threshold=0.05, options=FEW, against=FULL)},
         evidence="From the released code, by the dossier. The loss is cross-entropy over the class prompts, where the "
                  "code contrasts the rows of a batch (whose repeated captions it then calls negatives). W2 starts at "
-                 "0, so that the first round begins at the frozen model itself.",
+                 "0, so that the first round begins at the frozen model itself. On a small CLIP all weights learn "
+                 "more: 17 points ahead on a fourth look, at 18 times the seconds.",
     )
     trial = Trial(space={"name": "feature_attention"}, task="image_text")
 

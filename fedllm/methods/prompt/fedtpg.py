@@ -44,7 +44,9 @@ class FedTPG(Star):
               "order": Claim("the prompt does not hang on the order of the names (largest relative difference)",
                              rig="shapes_prompts", metric="off_by_order", holds="<=", threshold=1e-5, kind="exact")},
         evidence="Authors' code and its log by the dossier. Tests are told among what their own rows say, or all "
-                 "classes. Each round's optimizer is fresh, where the authors' clients keep their momentum.",
+                 "classes. Each round's optimizer is fresh, where the authors' clients keep their momentum. With "
+                 "3 or 4 names a client one learned context is 2 points ahead on new classes (open); the paper has "
+                 "hundreds.",
     )
     trial = Trial(space={"name": "prompt_generator", "length": 2, "heads": 2}, task="image_text")
     only_fits = False  # a client's class list is read off its rows

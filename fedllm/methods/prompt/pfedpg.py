@@ -47,7 +47,8 @@ class PFedPG(Method):
                                       "own": 8, "shots": 6}, grid=RATES)},
         evidence="An unofficial code by the dossier. The server's optimizer is plain gradient descent; with a rate of "
                  "1 the basis moves by the clients' mean change, as the averaged prompt does. Heads start as the text "
-                 "features of the classes. Descriptors of who is not asked stay as they are.",
+                 "features of the classes. Descriptors of who is not asked stay as they are. It is 0.7 points over "
+                 "FedVPT and 0.5 below alone (both open). Fitting a newcomer's descriptor alone is not done.",
     )
     trial = Trial({"heads": 2}, space={"name": "visual_prompt", "length": 2, "head": True}, task="image_text")
     serves = False
