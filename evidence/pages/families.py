@@ -1,7 +1,8 @@
 """Tables of the recipe families at a size for one core and minutes: `python -m evidence.pages.families [NAME ...]`.
 
 Each is `fedllm compare` with the options below; its page goes to docs/results/families, with the command on top. The
-files of `python -m evidence.bench_rows` must lie in the shared data (`FEDLLM_DATA`).
+files of `python -m evidence.bench_rows` must lie in the shared data (`FEDLLM_DATA`), and those of `python -m
+evidence.picture_rows vision_rows` in this folder.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
     "fedpeft": (2, 1, MINILM),
     "fedpetuning": (2, 1, MINILM),
     "fedtune_bench": (2, 1, MINILM),
+    "vision_language": (2, 1, ()),
 }
 """Name -> seeds, tuning seeds, and keys of the recipe that differ from the family's own."""
 
@@ -39,7 +41,7 @@ def command(name: str) -> str:
 def page(name: str, folder: Path) -> Path:
     """The table of a comparison that lies in `folder`, with its command on top."""
     text = (folder / "comparison.md").read_text(encoding="utf-8")
-    made = PAGES / f"{name}.md"
+    made = (PAGES.parent if name == "vision_language" else PAGES) / f"{name}.md"
     made.write_text(f"<!-- {command(name)} -->\n{text}", encoding="utf-8")
     return made
 

@@ -86,8 +86,9 @@ class DataSpec(Spec):
     """Rows that belong to nobody, for methods that train at the server: a file, or a fraction set aside like `test`."""
     task: str = "generation"
     """What rows are for: generation (prompt, response), classification (text, label), tokens (tokens, tags),
-    masked_words (text), regression (text, target), preference (prompt, chosen, rejected), image_text (image, label, and
-    where a method reads both a text), documents (text, id): what is searched, forecast (windows of series)."""
+    masked_words (text), regression (text, target), preference (prompt, chosen, rejected), image_text (image, label; may
+    be the labels that it is told among, and a text where a method reads both), documents (text, id): what is searched,
+    forecast (windows of series)."""
     fields: dict[str, str | Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
     """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}; of a text also
     several columns, as in {prompt: [instruction, input]}, with a blank line between those that are not empty."""

@@ -20,14 +20,18 @@ def need_space(method: str, model: Any, *kinds: type) -> None:
 
 
 def one_task(method: str, labels: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
-    """DataError for clients that tell their rows among class lists of their own: these methods learn one task."""
+    """DataError for clients that tell their rows among different classes: these methods learn one task."""
+    first: tuple[str, tuple[float, ...]] | None = None
     for client, mine in rows.items():
-        if some := next((row[AMONG] for row in mine if isinstance(row, Mapping) and AMONG in row), None):
-            own = [name for name, told in zip(labels, some, strict=True) if told]
-            raise DataError(f"client '{client}' tells its pictures among {', '.join(own[:6])}"
-                            f"{', ...' * (len(own) > 6)}, and not among all {len(labels)} classes: method '{method}' "
-                            "learns one task of one class list; leave the column 'among' out of the training rows, or "
-                            "use 'fedtpg', whose clients may have lists of their own")
+        for row in mine:
+            told = tuple(row.get(AMONG) or [1.0] * len(labels)) if isinstance(row, Mapping) else ()
+            first = first or (client, told)
+            if told != first[1]:
+                said = [", ".join([n for n, t in zip(labels, some, strict=True) if t][:6]) for some in (first[1], told)]
+                raise DataError(f"client '{first[0]}' tells pictures among {said[0]}, and client '{client}' among "
+                                f"{said[1]}: method '{method}' learns one task of one class list; leave the column "
+                                "'among' out of the training rows, or use 'fedtpg', whose clients may have lists of "
+                                "their own")
 
 
 def own_classes(rows: Sequence[Any], classes: int) -> np.ndarray:

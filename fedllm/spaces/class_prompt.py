@@ -27,8 +27,8 @@ class ClassPrompt(Space):
     stays: ClassVar[str] = "it puts learned tokens before the names of classes"
     length: int | None = knob(None, "number of context tokens; None: 16, or those of the template", ge=1)
     per_class: bool = knob(False, "a context of its own for each class, in place of one for all")
-    place: Literal["end", "middle", "front"] = knob("end", "where among the context the class's name stands",
-                                                    options=("end", "middle", "front"))
+    name_at: Literal["end", "middle", "front"] = knob("end", "where among the context the class's name stands",
+                                                      options=("end", "middle", "front"))
     start_from: Literal["random", "template"] = knob(
         "random", "where the context starts: at random, or as the words `a photo of a`", options=("random", "template"))
 
@@ -36,7 +36,7 @@ class ClassPrompt(Space):
         net = seeing(net, self.stem)
         size, classes = self.tokens(net), len(net.names.names)
         width = net.get_input_embeddings().weight.shape[1]
-        net.names.sentences(size, self.place, net.text_room, net.labels)  # there is room for them
+        net.names.sentences(size, self.name_at, net.text_room, net.labels)  # there is room for them
         shape = (classes, size, width) if self.per_class else (size, width)
         if self.start_from == "random":
             return {CONTEXT: STD * torch.randn(shape, generator=rng)}
@@ -61,7 +61,7 @@ class ClassPrompt(Space):
         if CONTEXT not in stack.tensors:
             return None
         clip: Any = net
-        texts = clip.spoken(each_class(stack.tensors[CONTEXT], len(clip.names.names)), self.place)  # [K, C, d]
+        texts = clip.spoken(each_class(stack.tensors[CONTEXT], len(clip.names.names)), self.name_at)  # [K, C, d]
         return clip.matched(stack, clip.seen(batch), texts, batch)
 
 

@@ -15,7 +15,8 @@ from fedllm.spaces.space import Stack
 
 QUERY, KEYS = "domain.query", "issued/keys"
 GRAIN = 1e4
-"""Weights of domains are told apart to four decimals, so that pictures of one domain share a pass of the text tower."""
+"""Without a gradient, weights of domains are told apart to four decimals: pictures of one domain then share a pass of
+the text tower."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,16 @@ class DomainPrompt(ClassPrompt):
         i, keys, context = clip.seen(batch), stack.tensors[KEYS], each_class(
             stack.tensors[CONTEXT], len(clip.names.names))  # [N, d], [K, D, m, w], [K, C, m, w]
         if keys.shape[1] == 1:  # its own domain's
-            return clip.matched(stack, i, clip.spoken(context + context * keys, self.place), batch)
+            return clip.matched(stack, i, clip.spoken(context + context * keys, self.name_at), batch)
         a = self.weights(stack.lanes(i), stack.tensors[QUERY]).flatten(0, 1)  # [N, D]
         lane = torch.arange(stack.k, device=a.device).repeat_interleave(len(a) // stack.k)
-        kinds, which = torch.unique(torch.cat([lane[:, None].to(a), (a * GRAIN).round() / GRAIN], 1), dim=0,
-                                    return_inverse=True)
-        of, a = kinds[:, 0].long(), kinds[:, 1:].to(keys)
+        of, which = lane, torch.arange(len(a), device=a.device)
+        if not a.requires_grad:
+            kinds, which = torch.unique(torch.cat([lane[:, None].to(a), (a * GRAIN).round() / GRAIN], 1), dim=0,
+                                        return_inverse=True)
+            of, a = kinds[:, 0].long(), kinds[:, 1:].to(keys)
         gain = torch.einsum("sd,sdmw->smw", a, keys[of])[:, None]
-        return clip.matched(stack, i, clip.spoken(context[of] * (1 + gain), self.place)[which], batch)
+        return clip.matched(stack, i, clip.spoken(context[of] * (1 + gain), self.name_at)[which], batch)
 
     def weights(self, f: Tensor, query: Tensor) -> Tensor:
         """a [K, B, D] of image features [K, B, d] by maps [K, D, d]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fedllm.core.method import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.class_prompt import CONTEXT, STD, ClassPrompt
 from fedllm.spaces.space import Stack
-from fedllm.spaces.visual_prompt import TOKENS, pixels_of, width_of
+from fedllm.spaces.visual_prompt import TOKENS, pixels_of, visual_tokens
 
 OWN, SLOT = "clip.text_model.embeddings.own", "issued/slot"
 
@@ -29,6 +29,8 @@ class DualPrompt(ClassPrompt):
     frozen: ClassVar[tuple[str, ...]] = ("issued",)
     domains: int = knob(3, "how many domains there are", ge=1)
     per_class: bool = knob(False, "has no use here", options=(False,))
+    visual_from: Literal["random", "front"] = knob(
+        "random", "where the visual tokens start: at random, or near the one in front", options=("random", "front"))
 
     def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
         one = super().start(net, rng)[CONTEXT]
@@ -38,7 +40,7 @@ class DualPrompt(ClassPrompt):
                              "own, and this model's picture tower has none in front; a CLIP works")
         other = STD * torch.randn(self.domains, *one.shape, generator=rng)
         each = other if self.start_from == "random" else one.expand(self.domains, -1, -1).clone()
-        return {CONTEXT: each, TOKENS: STD * torch.randn(self.domains, width_of(net), generator=rng)}
+        return {CONTEXT: each, TOKENS: visual_tokens(net, self.domains, rng, self.visual_from)}
 
     def classes(self, net: nn.Module, stack: Stack, batch: Any) -> Tensor | None:
         if CONTEXT not in stack.tensors:
@@ -48,7 +50,7 @@ class DualPrompt(ClassPrompt):
         k, d, c = stack.k, self.domains, len(clip.names.names)
         i, omega = clip.weighed(x, stack.tensors[TOKENS].repeat_interleave(len(x) // k, 0))  # [N, d], [N, D]
         t = self.contexts(stack)[:, :, None].expand(-1, -1, c, -1, -1)  # [K, D, C, m, w]
-        g = clip.spoken(t.flatten(0, 1), self.place).view(k, d, c, -1)
+        g = clip.spoken(t.flatten(0, 1), self.name_at).view(k, d, c, -1)
         mixed = torch.einsum("kbd,kdcf->kbcf", omega.view(k, -1, d).to(g), g).flatten(0, 1)
         return clip.matched(stack, i, torch.nn.functional.normalize(mixed, dim=-1), batch)  # [N, C, f]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
-from fedllm.spaces.class_prompt import CONTEXT, STD, ClassPrompt, each_class
+from fedllm.spaces.class_prompt import CONTEXT, ClassPrompt, each_class
 from fedllm.spaces.space import Stack
-from fedllm.spaces.visual_prompt import FRAME, TOKENS, edge, prompted, width_of
+from fedllm.spaces.visual_prompt import FRAME, TOKENS, edge, prompted, visual_tokens
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,15 @@ class TwinPrompt(ClassPrompt):
     kind: Literal["tokens", "pixel_frame"] = knob("tokens", "what is learned about the picture",
                                                   options=("tokens", "pixel_frame"))
 
+    visual_from: Literal["random", "front"] = knob(
+        "random", "where visual tokens start: at random, or near the one in front", options=("random", "front"))
+
     def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
         tree, clip = super().start(net, rng), net
         if not self.visual:
             return tree
         if self.kind == "tokens":
-            return {**tree, TOKENS: STD * torch.randn(self.visual, width_of(clip), generator=rng)}
+            return {**tree, TOKENS: visual_tokens(clip, self.visual, rng, self.visual_from)}
         return {**tree, FRAME: torch.zeros(3, int(edge(clip, self.visual).sum()))}
 
     def classes(self, net: nn.Module, stack: Stack, batch: Any) -> Tensor | None:
@@ -38,7 +41,7 @@ class TwinPrompt(ClassPrompt):
     def both(self, net: Any, stack: Stack, batch: Any) -> tuple[Tensor, Tensor]:
         """Features [N, d] of the prompted pictures, and class logits [N, C]."""
         i = prompted(net, stack, batch, self.visual) if self.visual else net.seen(batch)
-        texts = net.spoken(each_class(stack.tensors[CONTEXT], len(net.names.names)), self.place)
+        texts = net.spoken(each_class(stack.tensors[CONTEXT], len(net.names.names)), self.name_at)
         return i, net.matched(stack, i, texts, batch)
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedllm.core.errors import DataError, RecipeError
+from fedllm.core.errors import DataError, ModelError, RecipeError
 from fedllm.core.method import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.class_prompt import STD, seeing
@@ -27,11 +27,13 @@ class VisualPrompt(Space):
     multiplies: ClassVar[bool] = False
     stays: ClassVar[str] = "it puts learned tokens among the patches of a picture"
     length: int = knob(10, "number of visual tokens", ge=1)
+    visual_from: Literal["random", "front"] = knob(
+        "random", "where the tokens start: at random, or near the one in front", options=("random", "front"))
     head: bool = knob(False, "learn what features are compared with, too")
 
     def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
         clip = seeing(net, self.stem)
-        tree = {TOKENS: STD * torch.randn(self.length, width_of(clip), generator=rng)}
+        tree = {TOKENS: visual_tokens(clip, self.length, rng, self.visual_from)}
         if self.head:
             with torch.no_grad():
                 tree[HEAD] = clip.texts(Stack())[0].float().cpu().clone()  # [C, d]
@@ -56,6 +58,21 @@ class VisualPrompt(Space):
 def width_of(clip: Any) -> int:
     """Of a patch."""
     return int(clip.config.vision_config.hidden_size)
+
+
+def visual_tokens(clip: Any, count: int, rng: torch.Generator, start: str) -> Tensor:
+    """[count, w], N(0, 0.02^2) about 0, or about the token in front as it stands in its place.
+
+    Whatever is put among few patches takes attention from them; what looks like the token in front takes the least.
+    """
+    noise = STD * torch.randn(count, width_of(clip), generator=rng)
+    if start == "random":
+        return noise
+    own = dict(clip.clip.vision_model.embeddings.named_parameters())
+    if "class_embedding" not in own:
+        raise ModelError("space.visual_from = 'front': this model's picture tower has no token in front of the "
+                         "patches; 'random' works")
+    return noise + (own["class_embedding"] + own["position_embedding.weight"][0]).detach().float().cpu()
 
 
 def edge(clip: Any, wide: int) -> Tensor:

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 import fedllm
-from evidence import bench_rows
+from evidence import bench_rows, picture_rows
 from fedllm.comparisons.compare import light
 from fedllm.comparisons.design import make_design, pairs
 from fedllm.comparisons.family import read_family
@@ -19,7 +20,7 @@ from fedllm.runs.recipe import load_recipe
 
 FAMILIES = sorted((Path(__file__).parents[2] / "recipes" / "families").glob("*.yaml"))
 NAMES = {"fedpeft", "fedpetuning", "fedtune_bench", "openfedllm", "fs_llm", "fedit_shepherd", "fedllm_bench",
-         "init_study"}
+         "init_study", "vision_language"}
 
 
 def test_all_are_there():
@@ -58,6 +59,8 @@ def test_every_family_builds(path, tmp_path, monkeypatch):
     for file in Path(bench_rows.resolve("shared:sst2_dev.jsonl")).parent.iterdir():
         (tmp_path / file.name).symlink_to(file)
     bench_rows.write(tmp_path / "fedllm_bench")
+    picture_rows.write(tmp_path / "vision_rows")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDLLM_DATA", str(tmp_path))
     design = make_design(path)
     for setting, arm in pairs(design):
@@ -108,6 +111,16 @@ def test_a_file_of_clients_that_cannot_be_read(text, says, tmp_path):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=says):
         load_federation({"source": str(tmp_path / "rows.json"), "partition": {"kind": "by_key", "key": "client"}}, 0)
+
+
+def test_rows_of_pictures_have_the_classes_that_their_setting_says(tmp_path):
+    rows = {name: make(np.random.default_rng(0)) for name, make in picture_rows.SETTINGS.items()}
+    assert {name: (len(train), len(test)) for name, (train, test) in rows.items()} == {
+        "looks": (480, 144), "disjoint": (192, 192), "few": (80, 240), "new": (288, 144)}
+    train, test = rows["new"]
+    assert not set(train[0]["among"]) & set(test[0]["among"]) and {r["label"] for r in test} == set(test[0]["among"])
+    held = {c: {r["label"] for r in rows["disjoint"][0] if r["client"] == c} for c in ("client-0", "client-1")}
+    assert not held["client-0"] & held["client-1"] and len(held["client-0"]) == 6
 
 
 FAMILY = {"title": "Two spaces", "paper": "ours", "shows": ["it runs"], "base": {

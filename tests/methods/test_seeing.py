@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -15,12 +17,14 @@ from fedllm.methods._domains import ByPlace, places
 from fedllm.methods.prompt.pfedprompt import PFedPrompt
 from fedllm.methods.registry import make_method
 from fedllm.models.batch import collate
+from fedllm.spaces import SPACES
 from fedllm.spaces.class_prompt import CONTEXT
 from fedllm.spaces.domain_prompt import KEYS, QUERY
 from fedllm.spaces.dual_prompt import OWN, SLOT
 from fedllm.spaces.prompt_generator import NET
+from fedllm.spaces.space import Space
 from fedllm.spaces.visual_prompt import FRAME, HEAD, TOKENS
-from tests.methods.conftest import begin, tried
+from tests.methods.conftest import begin, pictured, tried
 
 IDS = ("promptfl", "fedtpg", "pfedprompt", "fedapt", "fed_dpt", "tpfl", "pfedpg")
 
@@ -43,18 +47,42 @@ def scores(run, on="local"):
     return drive(run.method.evaluate(run.state, run.world.infos(), on), run.engine, run.engine.stack[1:])
 
 
+@pytest.mark.parametrize("name", [n for n in SPACES if SPACES[n].classes is not Space.classes])
+def test_every_trainable_of_a_prompt_matters_and_lanes_do_not_touch_each_other(name):
+    knobs = {"domain_prompt": {"temperature": 1.0}, "visual_prompt": {"head": True},
+             "prompt_generator": {"heads": 2}}.get(name, {})
+    model = begin("fedavg", space=name, space_knobs={"length": 3, **knobs}, task="image_text").world.model
+    g = torch.Generator().manual_seed(1)
+    trees = [{n: (t + 0.3 * torch.randn(t.shape, generator=g)).double() for n, t in model.initial().items()}
+             for _ in range(3)]
+    rows = [model.read(pictured(random.Random(k), 2)) for k in range(3)]
+    params = {n: t[None].clone().requires_grad_() for n, t in trees[0].items()}
+    with model.using(trees[:1], None, params):
+        model.losses(collate([rows[0]], 0, model.device)).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in params.values())
+    with torch.no_grad():
+        with model.using(trees):
+            together = model.losses(collate(rows, 0, model.device))
+        for k, tree_k in enumerate(trees):
+            with model.using([tree_k]):
+                assert torch.allclose(model.losses(collate([rows[k]], 0, model.device))[0], together[k], atol=1e-10)
+
+
 @pytest.mark.parametrize("name", IDS)
 def test_another_space_is_refused_with_one_that_works(name):
-    with pytest.raises(CompositionError, match=rf"method '{name}' and space 'feature_attention' do not fit.*_(prompt|generator)' works"):
+    with pytest.raises(CompositionError, match=rf"method '{name}' and space 'feature_attention' do not fit together.* "
+                                               r"space = '\w+' works"):
         make_method(name).check(begin("fedclip", **tried("fedclip")).world.model)
 
 
 @pytest.mark.parametrize("name", [n for n in IDS if n != "fedtpg"])
 def test_class_lists_of_their_own_are_refused_where_one_task_is_learned(name):
-    rows = {"a": [{"label": 0}], "b": [{"label": 0, "among": [1.0, 1.0, 0.0]}]}
-    with pytest.raises(DataError, match=rf"client 'b' tells its pictures among cat, dog, and not among all 3 .*'{name}'"
-                                        ".*'fedtpg'"):
+    some = {"label": 0, "among": [1.0, 1.0, 0.0]}
+    rows = {"a": [{"label": 0}], "b": [some]}
+    with pytest.raises(DataError, match=r"client 'a' tells pictures among cat, dog, owl, and client 'b' among cat, "
+                                        rf"dog: method '{name}' learns one task.*'fedtpg'"):
         make_method(name).check_rows(("cat", "dog", "owl"), rows)
+    make_method(name).check_rows(("cat", "dog", "owl"), {"a": [some, some], "b": [some]})  # one list, of some classes
     make_method("fedtpg").check_rows(("cat", "dog", "owl"), rows)
 
 
@@ -205,10 +233,10 @@ def test_a_gradient_reaches_both_prompts(kind, name):
 
 def test_pfedpg_moves_the_prompt_that_it_makes_towards_what_the_client_made_of_it():
     run = begin("pfedpg", **tried("pfedpg"), server_lr=0.01)
-    method, state = run.method, {**run.state, "phi": {n: t.double() for n, t in run.state["phi"].items()}}
-    delta = torch.randn(2, 16, dtype=torch.float64)
-    made = [method.prompt(s["phi"], method.descriptor(s, "c0").double()) for s in (
-        state, method.learned({**state, "of": {"c0": method.descriptor(state, "c0").double()}}, {"c0": (1.0, delta)}))]
+    method, phi = run.method, {n: t.double() for n, t in run.state["phi"].items()}
+    of, delta = {"c0": method.descriptor(run.state, "c0").double()}, torch.randn(2, 16, dtype=torch.float64)
+    new = method.learned(phi, of, {"c0": (1.0, delta)})
+    made = [method.prompt(p, d["c0"]) for p, d in ((phi, of), (new["phi"], new["of"]))]
     assert float(torch.cosine_similarity((made[1] - made[0]).flatten(), delta.flatten(), 0)) > 0.5
 
 
@@ -216,20 +244,21 @@ def test_pfedpg_descends_along_the_jacobian_by_hand():
     """d <delta, P(phi)> / d B_ij by differences, and who was not asked keeps its descriptor."""
     run = begin("pfedpg", **tried("pfedpg"), server_lr=1.0)
     method = run.method
-    state = {**run.state, "phi": {n: t.double() for n, t in run.state["phi"].items()},
-             "of": {c: torch.randn(2, 16, dtype=torch.float64) for c in ("c0", "c1")}}
+    phi = {n: t.double() for n, t in run.state["phi"].items()}
+    of = {c: torch.randn(2, 16, dtype=torch.float64) for c in ("c0", "c1")}
     delta, eps = torch.randn(2, 16, dtype=torch.float64), 1e-6
-    new = method.learned(state, {"c0": (0.3, delta)})
+    new = method.learned(phi, of, {"c0": (0.3, delta)})
     for i, j in ((0, 3), (1, 15)):
-        moved = {n: t.clone() for n, t in state["phi"].items()}
+        moved = {n: t.clone() for n, t in phi.items()}
         moved["basis"][i, j] += eps
-        slope = 0.3 * float((delta * (method.prompt(moved, state["of"]["c0"]) - method.prompt(
-            state["phi"], state["of"]["c0"]))).sum()) / eps
-        assert float(new["phi"]["basis"][i, j] - state["phi"]["basis"][i, j]) == pytest.approx(slope, rel=1e-4)
-    assert torch.equal(new["of"]["c1"], state["of"]["c1"]) and not torch.equal(new["of"]["c0"], state["of"]["c0"])
+        slope = 0.3 * float((delta * (method.prompt(moved, of["c0"]) - method.prompt(phi, of["c0"]))).sum()) / eps
+        assert float(new["phi"]["basis"][i, j] - phi["basis"][i, j]) == pytest.approx(slope, rel=1e-4)
+    assert set(new["of"]) == {"c0"} and not torch.equal(new["of"]["c0"], of["c0"])
+    begun = run.go(1, ["c0", "c1"]).state["of"]["c1"]
+    assert torch.equal(run.go(1, ["c0"]).state["of"]["c1"], begun)  # who was not asked
     flat = begin("pfedpg", **tried("pfedpg"), generate=False).method
-    mean = flat.learned(state, {"c0": (0.25, delta), "c1": (0.75, 2 * delta)})
-    assert torch.allclose(mean["phi"]["basis"], state["phi"]["basis"] + 1.75 * delta, atol=1e-12)
+    mean = flat.learned(phi, of, {"c0": (0.25, delta), "c1": (0.75, 2 * delta)})
+    assert torch.allclose(mean["phi"]["basis"], phi["basis"] + 1.75 * delta, atol=1e-12)
 
 
 def test_pfedpg_sends_no_head_and_needs_one():

@@ -10,6 +10,7 @@ from fedllm.models.batch import collate
 from fedllm.models.model import Model
 from fedllm.spaces import SPACES, make_space
 from fedllm.spaces.lora import factors
+from fedllm.spaces.space import Space
 
 ROWS = [{"prompt": "red cat", "response": "say the word"}, {"prompt": "blue dog bird two", "response": "no"}]
 
@@ -44,8 +45,8 @@ def test_every_trainable_matters_and_lanes_do_not_touch_each_other(tiny_llama_fo
         with pytest.raises(ModelError, match="no such parameters; try the space 'lora' or 'ia3'"):
             llama(tiny_llama_folder, name).initial()
         return
-    if name in ("feature_attention", "mlp_head", "split_adapter"):
-        with pytest.raises(ModelError, match=r"with this (one|model) 'lora' works"):
+    if name in ("feature_attention", "mlp_head", "split_adapter") or SPACES[name].classes is not Space.classes:
+        with pytest.raises(ModelError, match=r"with this (one|model) .*'lora' works"):
             llama(tiny_llama_folder, name).initial()
         return
     knobs = {"streams": {"of": {"sigma": "full", "tau": {"name": "lora", "rank": 4}}},
@@ -62,6 +63,11 @@ def test_every_trainable_matters_and_lanes_do_not_touch_each_other(tiny_llama_fo
     other = {n: t + torch.randn(t.shape, generator=g).double() for n, t in theta.items()}
     alone, beside = losses(model, [theta]), losses(model, [other, theta, other])
     assert torch.allclose(alone[0], beside[1], atol=1e-12) and not torch.allclose(alone[0], beside[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_no_knob_hides_what_every_space_does(name):
+    assert not [k for k in SPACES[name].knobs() if callable(getattr(Space, k, None))]
 
 
 def test_start_is_the_same_for_the_same_seed_and_follows_the_rank(tiny_llama_folder):

@@ -19,7 +19,7 @@ from fedllm.spaces.class_prompt import CONTEXT
 from fedllm.spaces.dual_prompt import OWN, SLOT, DualPrompt
 from fedllm.spaces.visual_prompt import TOKENS
 
-SPACE = {"name": "dual_prompt", "domains": 3, "start_from": "template"}
+SPACE = {"name": "dual_prompt", "domains": 3, "start_from": "template", "visual_from": "front"}
 SAME = {"name": "class_prompt", "start_from": "template"}
 
 
@@ -39,12 +39,13 @@ class FedDPT(Method):
         claim=Claim("with three clients of a look each it is right more often on pictures of all three looks than "
                     "PromptFL's one prompt", rig="shapes_routed", metric="common_accuracy", baseline="promptfl",
                     relative="difference", holds=">", threshold=0.0, options={"space": SPACE}, against={"space": SAME},
-                    grid={"local.lr": (0.02, 0.05, 0.2)}),
+                    grid={"local.lr": (0.005, 0.02, 0.05)}),
         also={"domain": Claim("the token that a picture looks at most is that of its own look at least 20 points more "
                               "often than by chance", rig="shapes_routed", metric="domain_accuracy", holds=">=",
-                              threshold=1 / 3 + 0.2, options={"space": SPACE, "local": {"lr": 0.05}})},
+                              threshold=1 / 3 + 0.2, options={"space": SPACE, "local": {"lr": 0.02}})},
         evidence="No code: by the dossier, whose optimizer and rounds are as remembered. Several clients of one domain "
-                 "are averaged in its place. Nothing but the class labels teaches which token to look at.",
+                 "are averaged in its place. Nothing but the class labels teaches which token to look at, and here "
+                 "that is not enough: the own one in 39.5 %, by chance 33.3 %; so prompts are mixed about evenly.",
     )
     trial = Trial(space={"name": "dual_prompt", "length": 2, "domains": 4}, task="image_text")
 

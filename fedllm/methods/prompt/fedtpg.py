@@ -32,10 +32,10 @@ class FedTPG(Star):
         claim=Claim("two clients that tell shapes and two that tell colors end with a prompt network that is right "
                     "more often on their classes, in a look that the model never saw, than the frozen model",
                     rig="shapes_named", metric="base_over_zero_shot", holds=">", threshold=0.0,
-                    options={"space": SPACE, "local": {"lr": 0.02}}),
+                    options={"space": SPACE, "local": {"lr": 0.05}}),
         also={"new": Claim("and on shapes and colors that no client has it is at most 3 points below the frozen model",
                            rig="shapes_named", metric="new_over_zero_shot", holds=">=", threshold=-0.03,
-                           options={"space": SPACE, "local": {"lr": 0.02}}),
+                           options={"space": SPACE, "local": {"lr": 0.05}}),
               "promptfl": Claim("on those new classes it is right more often than one context that all clients learn",
                                 rig="shapes_named", metric="new", baseline="fedavg", relative="difference", holds=">",
                                 threshold=0.0, options={"space": SPACE}, against={"space": {
@@ -44,7 +44,9 @@ class FedTPG(Star):
               "order": Claim("the prompt does not hang on the order of the names (largest relative difference)",
                              rig="shapes_prompts", metric="off_by_order", holds="<=", threshold=1e-5, kind="exact")},
         evidence="Authors' code and its log by the dossier. Tests are told among what their own rows say, or all "
-                 "classes. Each round's optimizer is fresh, where the authors' clients keep their momentum.",
+                 "classes. Each round's optimizer is fresh, where the authors' clients keep their momentum. With "
+                 "3 or 4 names a client one learned context is 2 points ahead on new classes (open); the paper has "
+                 "hundreds.",
     )
     trial = Trial(space={"name": "prompt_generator", "length": 2, "heads": 2}, task="image_text")
     only_fits = False  # a client's class list is read off its rows

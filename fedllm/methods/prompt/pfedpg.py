@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.client import Client
+from fedllm.core.ask import Ask, Program, on_client, on_server
+from fedllm.core.client import SERVER, Client
 from fedllm.core.errors import CompositionError
+from fedllm.core.form import shaped
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
-from fedllm.core.payload import Payload, Tree, pack
+from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.core.rng import torch_stream
 from fedllm.methods._class_prompts import need_space, one_task
 from fedllm.spaces.visual_prompt import HEAD, TOKENS, VisualPrompt
 
-SPACE = {"name": "visual_prompt", "length": 4, "head": True}
+SPACE = {"name": "visual_prompt", "length": 4, "head": True, "visual_from": "front"}
 RATES = {"local.lr": (0.02, 0.05, 0.2)}
 
 
@@ -46,7 +47,8 @@ class PFedPG(Method):
                                       "own": 8, "shots": 6}, grid=RATES)},
         evidence="An unofficial code by the dossier. The server's optimizer is plain gradient descent; with a rate of "
                  "1 the basis moves by the clients' mean change, as the averaged prompt does. Heads start as the text "
-                 "features of the classes. Descriptors of who is not asked stay as they are.",
+                 "features of the classes. Descriptors of who is not asked stay as they are. It is 0.7 points over "
+                 "FedVPT and 0.5 below alone (both open). Fitting a newcomer's descriptor alone is not done.",
     )
     trial = Trial({"heads": 2}, space={"name": "visual_prompt", "length": 2, "head": True}, task="image_text")
     serves = False
@@ -93,21 +95,34 @@ class PFedPG(Method):
         told = {c.id: self.prompt(state["phi"], self.descriptor(state, c.id)) for c in clients}
         out = yield Ask(self.local, {c: pack(prompt=p) for c, p in told.items()})
         n = sum(reply["n"] for reply in out.values())
-        return self.learned(state, {c: (reply["n"] / n, reply["delta"]) for c, reply in out.items()})
+        told = pack(phi=state["phi"], of={c: self.descriptor(state, c) for c in out}, w={
+            c: reply["n"] / n for c, reply in out.items()}, delta={c: reply["delta"] for c, reply in out.items()})
+        [new] = (yield Ask(self.learn, {SERVER: told}, quorum=1)).values()
+        return {**state, "phi": part(new, "phi"), "of": {**state["of"], **part(new, "of")}}
 
-    def learned(self, state: State, moved: Mapping[str, tuple[float, Tensor]]) -> State:
-        """phi <- phi - eta g, g the gradient of -sum_k w_k <delta_k, P_k(phi)>."""
-        leaves: Tree = {n: t.clone().requires_grad_() for n, t in state["phi"].items()}
-        of = {c: self.descriptor(state, c).clone().requires_grad_() for c in moved}
+    @on_server
+    def learn(self, msg: Payload, client: Client) -> Payload:
+        phi, of, w, delta = (part(msg, name) for name in ("phi", "of", "w", "delta"))
+        client.book(tokens=0, steps=0, flops=6.0 * len(of) * len(phi["basis"]) * sum(t.numel() for t in phi.values()))
+        return pack(**self.learned(phi, of, {c: (w[c], delta[c]) for c in of}))
+
+    def learned(self, phi: Tree, descriptors: Tree, moved: Mapping[str, tuple[float, Tensor]]) -> dict[str, Tree]:
+        """phi <- phi - eta g, g the gradient of -sum_k w_k <delta_k, P_k(phi)>; of descriptors those of who moved."""
+        leaves: Tree = {n: t.clone().requires_grad_() for n, t in phi.items()}
+        of = {c: descriptors[c].clone().requires_grad_() for c in moved}
         with torch.enable_grad():
             along = sum(-w * (d * self.prompt(leaves, of[c])).sum() for c, (w, d) in moved.items())
             every = [*leaves.values(), *of.values()]
             g = torch.autograd.grad(along, every, allow_unused=True)  # type: ignore[arg-type]
         new = [(x if s is None else x - self.server_lr * s).detach() for x, s in zip(every, g, strict=True)]
-        phi = dict(zip(leaves, new[: len(leaves)], strict=True))
-        return {**state, "phi": phi, "of": {**state["of"], **dict(zip(of, new[len(leaves) :], strict=True))}}
+        return {"phi": dict(zip(leaves, new[: len(leaves)], strict=True)),
+                "of": dict(zip(of, new[len(leaves) :], strict=True))}
 
-    @on_client(gives="delta: tensor, n: rows, loss?: number")
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        """PayloadError for a change of another shape than the prompt's."""
+        shaped("delta", reply["delta"], tuple(msg["prompt"].shape))
+
+    @on_client(gives="delta: tensor, n: rows, loss?: number", fits=fits)
     def local(self, msg: Payload, client: Client) -> Payload:
         fitted = client.fit(self.own(msg["prompt"], client))
         client.memory["head"] = fitted.theta[HEAD]

@@ -23,9 +23,9 @@ from fedllm.spaces.twin_prompt import TwinPrompt
 from fedllm.tasks.classification import class_losses
 from fedllm.tasks.task import wide
 
-SPACE = {"name": "twin_prompt", "start_from": "template", "visual": 4}
+SPACE = {"name": "twin_prompt", "start_from": "template", "visual": 2, "visual_from": "front"}
 SAME = {"name": "class_prompt", "start_from": "template"}
-RATES = {"local.lr": (0.02, 0.05, 0.2)}
+RATES = {"local.lr": (0.005, 0.02, 0.05)}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class TPFL(Star):
                                 metric="common_accuracy", baseline="tpfl", relative="difference", holds=">",
                                 threshold=0.0, options={"space": SPACE, "knobs": {"mu": 1.0}}, grid=RATES)},
         evidence="No code: by the dossier; the contrast is MOON's, on the prompted picture's features (a text prompt "
-                 "alone would leave it constant). Visual tokens come in after the patches' places are added.",
+                 "alone would leave it constant). Visual tokens come in after the patches' places are added. Neither "
+                 "they nor the contrast are worth anything here (0.07 and 0.03 points less, both open).",
     )
     trial = Trial({"mu": 1.0}, space={"name": "twin_prompt", "length": 2, "visual": 2}, task="image_text")
 
