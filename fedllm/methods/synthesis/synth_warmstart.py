@@ -40,8 +40,9 @@ class SynthWarmstart(WarmStart):
                     baseline="fedavg", relative="ratio", holds="<=", threshold=0.7, rig="warm_start",
                     grid={"local.lr": (3e-3, 1e-2)}),
         also={"broken": Claim("with responses dealt to other prompts by a generator that is broken, its best round is at "
-                              "most 1 % above FedAvg's best in loss", metric="best", baseline="fedavg", relative="ratio", holds="<=",
-                              threshold=1.01, rig="warm_start", options={"broken": True, "local": {"lr": 1e-2}}),
+                              "most 1 % above FedAvg's best in loss", metric="best", baseline="fedavg",
+                              relative="ratio", holds="<=", threshold=1.01, rig="warm_start",
+                              options={"broken": True, "local": {"lr": 1e-2}}),
               "membership": Claim("what the server learned of the synthetic rows tells clients' rows from fresh ones "
                                   "with an AUC of at most 0.6, under the gate", metric="auc", holds="<=", threshold=0.6,
                                   options={"rounds": 1, "gate": True, "local": {"lr": 1e-2}}, **WARM)},
