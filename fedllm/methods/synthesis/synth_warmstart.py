@@ -39,8 +39,8 @@ class SynthWarmstart(WarmStart):
         claim=Claim("it needs at most 0.7 of the rounds in which FedAvg gets to a loss", metric="rounds",
                     baseline="fedavg", relative="ratio", holds="<=", threshold=0.7, rig="warm_start",
                     grid={"local.lr": (3e-3, 1e-2)}),
-        also={"broken": Claim("with responses dealt to other prompts by a generator that is broken, its best round is at "
-                              "most 1 % above FedAvg's best in loss", metric="best", baseline="fedavg",
+        also={"broken": Claim("with responses dealt to other prompts by a generator that is broken, its best round is "
+                              "at most 1 % above FedAvg's best in loss", metric="best", baseline="fedavg",
                               relative="ratio", holds="<=", threshold=1.01, rig="warm_start",
                               options={"broken": True, "local": {"lr": 1e-2}}),
               "membership": Claim("what the server learned of the synthetic rows tells clients' rows from fresh ones "
