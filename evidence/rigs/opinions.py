@@ -107,9 +107,11 @@ def opinions(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, 
     def flips(theta: Any) -> float:
         return float((said(theta, True) != said(theta, False)).mean())
 
-    coded = encode_rows([{"prompt": f"{p} ", "response": r} for p, r in known], model.tokenizer, "generation", 32)
-    [got] = run_losses([Losses("x", model, run.state["theta"], None, coded, tested=True)], world.limits)
-    exact = float((np.asarray(got.correct) == np.asarray(got.count)).mean())
+    each = [{"prompt": f"{p} ", "response": f"kind{k}"} for p, _ in known for k in range(KINDS)]
+    coded = encode_rows(each, model.tokenizer, "generation", 32)
+    [got] = run_losses([Losses("x", model, run.state["theta"], None, coded)], world.limits)
+    said_kind = np.asarray(got.total).reshape(THINGS, KINDS).argmin(1)  # the likeliest answer
+    exact = float(np.mean([f"kind{k}" == r for k, (_, r) in zip(said_kind, known, strict=True)]))
     return {"flips": flips(run.state["theta"]), "flips_before": flips(model.initial()), "exact": exact, **run.work()}
 
 
