@@ -31,7 +31,7 @@ def few_rows(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, 
     a pool that are `nearest`.
     """
     torch.set_num_threads(1)
-    model = Model(teller(seed, 120), words(), "generation", make_space("lora", rank=4), seed=seed)
+    model = Model(teller(seed, 280), words(), "generation", make_space("lora", rank=4), seed=seed)
     rng, after = numpy_stream(seed, "few rows"), chain(seed, moved)
     shards = {f"client-{k}": Shard(packs(rng, after, rows)) for k in range(clients)}
     fed = Federation(shards, packs(rng, after, 100), "generation")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,13 +102,28 @@ class Private:
 
     @functools.cached_property
     def _vectors(self) -> np.ndarray:
-        return minilm([t for t, n in zip(self.texts, self.count, strict=True) if n >= FEWEST])
+        return vectors([t for t, n in zip(self.texts, self.count, strict=True) if n >= FEWEST])
 
     def _said_again(self, text: str) -> str | None:
         close = float((self._vectors @ minilm([text])[0]).max()) if len(self._vectors) else 0.0
         if close < self.limits.near:
             return None
         return "copy:embedding" if close >= self.limits.cosine else "near:embedding"
+
+
+SEEN: OrderedDict[str, np.ndarray] = OrderedDict()
+"""MiniLM's vectors of the last texts that were read."""
+MOST = 100_000
+
+
+def vectors(texts: Sequence[str]) -> np.ndarray:
+    """MiniLM's vectors [texts, 384]; rows of a client are read once and not once a round."""
+    if fresh := [t for t in dict.fromkeys(texts) if t not in SEEN]:
+        SEEN.update(zip(fresh, minilm(fresh), strict=True))
+    out = np.stack([SEEN[t] for t in texts]) if len(texts) else np.zeros((0, 384), np.float32)
+    while len(SEEN) > MOST:
+        SEEN.popitem(last=False)
+    return out
 
 
 def distinct(texts: Sequence[str], most: float = 0.7) -> list[int]:

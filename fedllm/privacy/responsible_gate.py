@@ -24,6 +24,7 @@ from fedllm.gate.personal import Detector, own_patterns, personal, redacted
 from fedllm.gate.verdict import KEY, STRICT, Verdict, judged, sha, spoken, told, written
 
 LIMITS = ("run", "rouge", "jaccard", "cosine", "near")
+SCRATCH = "responsible_gate"
 CHECKS = ("copies", "paraphrases", "personal", "provenance")
 LEAK = {"rig": "text_leak", "kind": "level"}
 WAYS = ("off", "report", "blank", "withhold")
@@ -134,13 +135,12 @@ class ResponsibleGate(Knobs, Layer):
             raise Withheld(f"the gate: '{odd[:80]}' holds bytes, which no check reads")
         form = fn.__dict__.get("form")
         kinds = {} if form is None else form.parts
-        mine: list[Private] = []
         found: list[Verdict] = []
 
         def look(key: str, at: int, text: str) -> str:
-            if not mine:
-                mine.append(Private([*client.data, *client.held_out("local")], self.limits))
-            out, done, rules = self.judge(text, mine[0], kinds.get(key.partition("/")[0], ""))
+            if SCRATCH not in client.session:  # laid out once a round
+                client.session[SCRATCH] = Private([*client.data, *client.held_out("local")], self.limits)
+            out, done, rules = self.judge(text, client.session[SCRATCH], kinds.get(key.partition("/")[0], ""))
             if done == "withhold":
                 raise Withheld(f"the gate: text {at} of '{key[:80]}' may not leave ({', '.join(rules)})")
             found.append(Verdict(key, at, sha(out), done, rules))

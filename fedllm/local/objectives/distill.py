@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -56,3 +58,22 @@ class Distill(Objective):
 def teacher_logits(model: Model, batch: Batch) -> Tensor:
     """For `client.measure` on classification rows: a teacher's logits, [N, classes]."""
     return model.class_logits(batch)
+
+
+def targets(row: Any) -> int:
+    """Tokens of a row that are to be said."""
+    return int((np.asarray(row.labels)[1:] >= 0).sum())
+
+
+@dataclass(frozen=True)
+class Words:
+    """A teacher's logits at every target of each row [N, longest * V]; where a row has fewer, zeros."""
+
+    longest: int
+
+    def __call__(self, model: Model, batch: Batch) -> Tensor:
+        rows, z, _ = model.target_logits(batch)
+        count = rows.bincount(minlength=len(batch.ids))
+        out = z.new_zeros(len(batch.ids), self.longest, z.shape[-1])
+        out[rows, torch.arange(len(rows), device=rows.device) - (count.cumsum(0) - count)[rows]] = z
+        return out.flatten(1)
