@@ -274,6 +274,10 @@ class Method(Knobs):
     """Whether its clients answer with what their profiles' `shares` say: with `scores`, nothing that they send is text.
     """
 
+    rows_change: ClassVar[bool] = False
+    """Whether a site may go on with a run on other rows than it began with: what it made of them is brought up to date.
+    """
+
     learns_from: ClassVar[Literal["rows", "environments"]] = "rows"
     """What its clients must hold."""
 

@@ -27,6 +27,7 @@ class Searching(Asking):
     """Sites index their documents in their memories, and answer queries as their profiles' `shares` say."""
 
     shares: ClassVar = True
+    rows_change: ClassVar = True
     rank_by: Literal["bm25", "vectors", "both"] = knob(
         "bm25", "how a site ranks: by words, by vectors, or by the sum of both, each normalized over its documents",
         options=("bm25", "vectors", "both"))
