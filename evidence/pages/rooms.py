@@ -25,7 +25,7 @@ MAY: Mapping[str, str] = {
     "defenses": "core data local models",
     "attacks": "core data local defenses",
     "selectors": "core local wire",
-    "methods": "core data local models spaces tasks wire",
+    "methods": "core data local models privacy spaces tasks wire",
     "engines": "core data environments local models tasks wire",
     "trackers": "core",
     "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines trackers",

@@ -291,6 +291,11 @@ class Method(Knobs):
         return 0
 
     @property
+    def noise_of_counts(self) -> float | None:
+        """The noise multiplier of what clients answer that share counts alone; None: it has no such answers."""
+        return None
+
+    @property
     def repeats(self) -> int:
         """How often a round asks one client for the same function, at the most; a site counts its answers by it."""
         return 1

@@ -27,7 +27,7 @@ ASKING = "asking.json"
 QUESTIONS = "questions.jsonl"
 """In the run's folder: what each question took, and whom its answer rests on; never its words."""
 PAGE = (Path(__file__).parent / "chat.html")
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost")
 HEAL = 2.0
 """Seconds from one look after sites that are silent to the next."""
 
@@ -137,7 +137,7 @@ class AskServer(ApiServer):
         """Refusal of what a page of somebody else's would have a browser send: no JSON, or another host's name."""
         if not headers.get("Content-Type", "").startswith("application/json"):
             raise Refusal(415, "Content-Type must be application/json")
-        host = headers.get("Host", "").rpartition(":")[0].strip("[]")
+        host = headers.get("Host", "").rpartition(":")[0]
         if self.api_key_env is None and host not in LOCAL:
             raise Refusal(403, f"without a key questions are taken for {', '.join(LOCAL)} alone")
 
@@ -173,7 +173,8 @@ def told(got: Answered, name: str) -> dict[str, Any]:
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
             "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
             "fedllm": {"rests_on": list(got.clients), "asked": list(got.said.get("asked", ())),
-                       "missing": dict(got.missing), "left_out": got.said.get("left_out", 0), "seconds": got.seconds,
+                       "missing": dict(got.missing), "left_out": got.said.get("left_out", 0),
+                       "near": dict(got.said.get("near", {})), "seconds": got.seconds,
                        "writing_seconds": writing, "bytes": dict(got.bytes)}}
 
 

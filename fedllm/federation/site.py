@@ -54,7 +54,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     method = make_method(recipe.method.name, **recipe.method.knobs)
     layers, _ = make_layers(recipe, named=True)  # another site may hold a model of its own
     compose(method, layers)
-    if why := settings.forbids(recipe, layers):
+    if why := settings.forbids(recipe, layers, method.noise_of_counts):
         raise why
     federation = replace(_own_rows(recipe, site, settings), public=site_rows(head, recipe, settings))
     if "clients" in method.public_at():

@@ -10,14 +10,18 @@ import numpy as np
 import torch
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.client import SERVER, Client
+from fedllm.core.client import SERVER, Client, Query
 from fedllm.core.form import aligned, need
 from fedllm.core.method import State, knob
 from fedllm.core.payload import Payload
 from fedllm.methods.asking import Asking
 from fedllm.models import indexing, routing
 from fedllm.models import retrieval as rt
+from fedllm.privacy._discrete import Coins, discrete_gaussian
+from fedllm.privacy.accountant import Release
 
+EDGES, CLOSE = (0.3, 0.4, 0.5, 0.6, 0.8, 0.97), 0.5
+"""Cosines at which counts begin, and from which a document is close."""
 AT_ONCE = 32
 """Queries of a test that are under way side by side."""
 
@@ -50,12 +54,18 @@ class Searching(Asking):
     text: Literal["all", "picked"] = knob("all", "whose text is sent: every document found, or those that are read",
                                           options=("all", "picked"))
     snippet: int = knob(400, "characters of a document that may leave its site", ge=1)
+    noise_multiplier: float = knob(4.0, "shares counts: deviation of the (discrete Gaussian) noise on each count, of "
+                                        "which one document moves one by one", gt=0)
     wait: float = knob(10.0, "seconds that a site may take to answer a question, which then goes on without it", gt=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank_by != "vectors":
             rt.lexical()
+
+    @property
+    def noise_of_counts(self) -> float | None:
+        return self.noise_multiplier
 
     def asks_for(self) -> Sequence[str]:
         return (self.encoder,) if self.encoder else ()
@@ -82,9 +92,10 @@ class Searching(Asking):
 
     def search(self, queries: Sequence[str], clients, state: State | None, texts: int = 0, wait: float | None = None
                ) -> Program:
-        """For each query the merged list of `Passage`s, the best first, and the sites that were asked. The first
-        `texts` passages come with their text, where their sites give it; a site that is silent for `wait` seconds
-        (None: as long as the engine waits) is left out."""
+        """For each query the merged list of `Passage`s, the best first, the sites that were asked, and what those say
+        that share counts alone (about how many documents are close). The first `texts` passages come with their text,
+        where their sites give it; a site that is silent for `wait` seconds (None: as long as the engine waits) is left
+        out."""
         vectors = (yield from self._vectors(queries)) if self.embeds else None
         asks, went, values = [], [], []
         for i, query in enumerate(queries):
@@ -95,11 +106,18 @@ class Searching(Asking):
             msg = {"query": query, "k": self.top_k, "text": bool(texts) and self.text == "all",
                    **({} if vectors is None else {"vector": vectors[i]})}
             asks.append(Ask(self.lookup, dict.fromkeys(went[-1], msg), quorum=0, deadline=wait))
-        found = [self._merged(out, value) for out, value in zip((yield asks), values, strict=True)]
+        outs = yield asks
+        found = [self._merged(out, value) for out, value in zip(outs, values, strict=True)]
         if texts and self.text == "picked":
             for i, one in enumerate(found):
                 found[i] = [*(yield from self._fetched(one[:texts], wait)), *one[texts:]]
-        return [(passages, tuple(sites)) for passages, sites in zip(found, went, strict=True)]
+        near = [{c: self._close(r["counts"]) for c, r in out.items() if r["counts"]} for out in outs]
+        return [(passages, tuple(sites), about) for passages, sites, about in zip(found, went, near, strict=True)]
+
+    def _close(self, counts: Sequence[float]) -> float:
+        """About how many documents are close by these counts: 0 where three deviations of noise could make them."""
+        close = [n for n, edge in zip(counts, EDGES, strict=True) if edge >= CLOSE]
+        return sum(close) * (sum(close) > 3 * self.noise_multiplier * len(close) ** 0.5)
 
     def _vectors(self, queries: Sequence[str]) -> Program:
         out = yield Ask(self.meaning, {SERVER: {"queries": list(queries)}})
@@ -144,7 +162,7 @@ class Searching(Asking):
         for begin in range(0, len(rows), AT_ONCE):
             some = rows[begin: begin + AT_ONCE]
             found = yield from self.search([row.get("prompt") or row["text"] for row in some], clients, state)
-            for row, (passages, _) in zip(some, found, strict=True):
+            for row, (passages, _, _) in zip(some, found, strict=True):
                 ids, grades = list(dict.fromkeys(p.id for p in passages)), rt.relevant(row)
                 got.append((rt.ndcg(ids, grades, depth), rt.recall(ids, grades, depth)))
         return got
@@ -162,13 +180,16 @@ class Searching(Asking):
 
     @on_client(gives="documents: count, new: count, gone: count, sample?: tensor")
     def index(self, msg: Payload, client: Client) -> Payload:
-        """Make the index, or bring it up to date. A site that shares scores alone gives no sample."""
+        """Make the index, or bring it up to date. A site that shares scores or counts alone gives no sample, and of its
+        documents their number."""
         texts = [rt.document(r) for r in client.data]
-        wanted = self._by(client) != "bm25" or msg.get("sample") or msg.get("centers") or self.merge_by == "rerank"
+        counts, private = client.profile.shares == "counts", client.profile.shares in ("scores", "counts")
+        chart = msg.get("sample") or msg.get("centers")
+        wanted = counts or chart or self._by(client) != "bm25" or self.merge_by == "rerank"
         embed = self._encoding(client).embed if wanted else None
         done = indexing.update(client.memory, texts, self._by(client) != "vectors", embed, self.encoder)
-        reply = {"documents": done.documents, "new": done.new, "gone": done.gone}
-        if embed is None or client.profile.shares == "scores" or not texts:
+        reply = {"documents": done.documents, "new": done.new * (not counts), "gone": done.gone * (not counts)}
+        if embed is None or private or not texts:
             return reply
         x, rng = client.memory["vectors"], client.rng("sample")
         if msg.get("sample"):
@@ -182,26 +203,41 @@ class Searching(Asking):
         need(all(i >= 0 and i == int(i) for i in reply["at"]), "'at' holds what is no document's number")
         for part in ("ids", "texts"):
             need(len(reply[part]) in (0, len(reply["at"])), f"'{part}' has another length than 'at'")
+        need(len(reply["counts"]) in (0, len(EDGES)), f"'counts' has {len(reply['counts'])} numbers, allowed are none "
+             f"and {len(EDGES)}")
         near = len(reply["at"]) * (self.merge_by == "rerank")
         need(len(reply["near"]) == near, f"'near' has {len(reply['near'])} numbers, allowed are {near}")
 
     @on_client(gives="at: numbers, scores: numbers, mean: number, deviation: number, ids: names, texts: texts, "
-                     "near: numbers", fits=fits)
+                     "near: numbers, counts: numbers", fits=fits)
     def lookup(self, msg: Payload, client: Client) -> Payload:
         """The best documents of this site, as far as it shares them."""
         if "marks" not in client.memory:
             self.index({}, client)  # no round went before: the index is this question's alone
+        client.spend(Query())
+        if client.profile.shares == "counts":
+            return self._counted(msg, client)
         rows, shares, by = client.data, client.profile.shares or "snippets", self._by(client)
         vector = self._vector(msg, client) if by != "bm25" or self.merge_by == "rerank" else None
         score, hit = indexing.scores(client.memory, by, msg["query"], vector, self.least)
         best = [int(i) for i in np.argsort(-score, kind="stable") if hit[i]][: msg["k"]]
         client.session["named"] = {*client.session.get("named", ()), *best}
         near = (client.memory["vectors"][best] @ vector).tolist() if self.merge_by == "rerank" and best else []
-        return {"at": best, "scores": [float(score[i]) for i in best], "near": near,
+        return {"at": best, "counts": [], "scores": [float(score[i]) for i in best], "near": near,
                 "mean": float(score.mean()) if len(score) else 0.0,
                 "deviation": float(score.std()) if len(score) else 0.0,
                 "ids": [rt.name(rows[i], client.id, i) for i in best] if shares != "scores" else [],
                 "texts": [rt.document(rows[i])[: self.snippet] for i in best] * (shares == "snippets" and msg["text"])}
+
+    def _counted(self, msg: Payload, client: Client) -> Payload:
+        """How many documents have which cosine to the query. One that comes or goes moves one count by one, so that
+        Gaussian noise of that deviation is a release of that multiplier, which the site books before it answers."""
+        x = client.memory["vectors"]
+        counts, _ = np.histogram((x @ self._vector(msg, client)).double().numpy(), [*EDGES, 2.0])
+        client.spend(Release(self.noise_multiplier, law="discrete"))
+        noise = discrete_gaussian(Coins(), counts.shape, self.noise_multiplier)
+        return {"at": [], "scores": [], "near": [], "mean": 0.0, "deviation": 0.0, "ids": [], "texts": [],
+                "counts": (counts + noise).tolist()}
 
     def _vector(self, msg: Payload, client: Client) -> torch.Tensor:
         """The query's, as the server made it, or by the model that this client holds in its place."""

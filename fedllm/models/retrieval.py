@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,9 @@ class Found:
     """Sentences of these passages that the model was not shown, since they tell a reader what to do."""
     asked: tuple[str, ...] = ()
     """The sites to which the question went."""
+    near: Mapping[str, float] = field(default_factory=dict)
+    """Sites that share counts alone: about how many of their documents are close to the question (cosine 0.5 or more),
+    with noise; less than noise can make is nothing."""
 
     @property
     def clients(self) -> tuple[str, ...]:

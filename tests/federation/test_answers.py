@@ -15,6 +15,7 @@ from fedllm.engines.far.sites import Patience, Silence
 from fedllm.federation import answering as service
 from fedllm.federation.answering import AskServer, Desk
 from fedllm.federation.coordinator import drive_run, for_sites
+from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.serve import may_answer
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
@@ -208,6 +209,41 @@ def test_a_site_that_lets_no_text_leave_answers_with_scores(far):
     assert "site-a" in got.clients or "site-b" in got.clients
     mine = [p for p in got.said["passages"] if "site-a" in p["clients"]]
     assert got.said["asked"] == tuple(DOCS) and all(p["id"].startswith("site-a/") and not p["text"] for p in mine)
+
+
+def test_where_nobody_is_there_the_answer_says_so(far):
+    def then(answering, line):
+        line.state.update(dict.fromkeys(DOCS, "dead"))
+        return [answering.ask(QUESTIONS[0]) for _ in range(2)]
+
+    for got in far(then):
+        assert got.answer is None and set(got.missing) == set(DOCS) and got.seconds < WAIT + 5
+        assert "site-a, site-b, site-c, site-d did not answer" in service.nothing(got)
+
+
+def test_a_site_keeps_to_its_own_budget_of_queries(far, tmp_path):
+    got = far(lambda answering, line: [answering.ask(q) for q in QUESTIONS[:3]], {"site-a": {"most_queries": 2}})
+    assert [("site-a" in g.missing) for g in got] == [False, False, True]
+    assert got[2].missing["site-a"] == "refused by the site: one more answer would pass its own number of queries"
+    assert SiteLedger(tmp_path / "store" / "site-a").read()["queries"] == 2 and got[2].said["asked"] == tuple(DOCS)
+
+
+def test_counts_are_booked_in_the_sites_own_ledger(far, tmp_path):
+    """A budget of privacy admits counts without a layer, and ends them; text and scores it does not admit."""
+    mine = {"text_leaves": False, "profile": {"shares": "counts"}, "most_epsilon": 2.0, "tests_leave": True}
+    got = far(lambda answering, line: [answering.ask(QUESTIONS[i % 3]) for i in range(6)], {"site-a": mine},
+              noise_multiplier=4.0, wait=20.0)
+    silent = ["site-a" in g.missing for g in got]
+    assert silent[0] is False and silent[-1] is True and silent == sorted(silent)
+    assert "pass its own budget" in got[-1].missing["site-a"]
+    spent = SiteLedger(tmp_path / "store" / "site-a").epsilon(1e-5)
+    assert 1.0 < spent <= 2.0 and all("site-a" not in g.clients for g in got)
+
+
+def test_noise_that_protects_nobody_is_refused(far):
+    mine = {"text_leaves": False, "profile": {"shares": "counts"}, "most_epsilon": 2.0, "least_noise": 1.0}
+    with pytest.raises(RunError, match="site-a: refused by the site: a layer's noise is seeded, too small"):
+        far(lambda answering, line: None, {"site-a": mine}, noise_multiplier=0.5)
 
 
 def test_who_may_be_asked_and_where():
