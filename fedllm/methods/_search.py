@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -77,7 +78,7 @@ class Searching(Asking):
         return chosen or self.rank_by != "bm25" or bool(self.vectors_at)
 
     def init(self, model: Any) -> State:
-        return {"theta": {}, "documents": {}, "samples": {}}
+        return {"theta": {}, "documents": {}}
 
     def round(self, state: State, clients) -> Program:
         """Every site makes its index or brings it up to date; the server learns how many documents each has, and what
@@ -86,8 +87,12 @@ class Searching(Asking):
                "centers": self.centers * (self.select_by == "centroids")}
         out = yield Ask(self.index, {c.id: msg for c in clients})
         counts = {**state["documents"], **{c: r["documents"] for c, r in out.items()}}
-        samples = {**state["samples"], **{c: r["sample"] for c, r in out.items() if "sample" in r}}
-        chart = {"map": routing.of_samples(samples)} if self.select_by == "learned" and samples else {}
+        samples = {**state.get("samples", {}), **{c: r["sample"] for c, r in out.items() if "sample" in r}}
+        if not samples:
+            return {**state, "documents": counts}
+        width = statistics.mode(x.shape[1] for x in samples.values())  # another encoder's vectors say nothing here
+        samples = {c: x for c, x in samples.items() if x.shape[1] == width}
+        chart = {"map": routing.of_samples(samples)} if self.select_by == "learned" else {}
         return {**state, "documents": counts, "samples": samples, **chart}
 
     def search(self, queries: Sequence[str], clients, state: State | None, texts: int = 0, wait: float | None = None
@@ -100,7 +105,7 @@ class Searching(Asking):
         asks, went, values = [], [], []
         for i, query in enumerate(queries):
             value = {} if vectors is None else self._values(vectors[i], state)
-            known = routing.best(value, self.top_sites)
+            known = routing.best({c.id: value[c.id] for c in clients if c.id in value}, self.top_sites)
             went.append([c.id for c in clients if c.id in known or c.id not in value])
             values.append(value)
             msg = {"query": query, "k": self.top_k, "text": bool(texts) and self.text == "all",
@@ -125,8 +130,8 @@ class Searching(Asking):
 
     def _values(self, query: torch.Tensor, state: State | None) -> Mapping[str, float]:
         """The sites' values for this query; a site of which nothing is known has none, and is always asked."""
-        samples = {c: x for c, x in (state or {}).get("samples", {}).items() if x.shape[1] == len(query)}
-        if self.select_by == "all" or not samples:
+        samples = (state or {}).get("samples", {})
+        if self.select_by == "all" or any(x.shape[1] != len(query) for x in samples.values()) or not samples:
             return {}
         if self.select_by == "centroids":
             return routing.centroids(query, samples)
@@ -178,7 +183,13 @@ class Searching(Asking):
         """What queries mean, as vectors of length 1 [queries, d]; the server asks itself."""
         return {"vectors": indexing.unit(self._encoding(client).embed(msg["queries"]))}
 
-    @on_client(gives="documents: count, new: count, gone: count, sample?: tensor")
+    def charted(self, msg: Payload, reply: Payload) -> None:
+        most = max(msg.get("sample", 0), msg.get("centers", 0))
+        if (x := reply.get("sample")) is not None:
+            need(x.dim() == 2 and 0 < len(x) <= most and x.shape[1] > 0, f"'sample' has the shape {list(x.shape)}, "
+                 f"allowed are up to {most} vectors")
+
+    @on_client(gives="documents: count, new: count, gone: count, sample?: tensor", fits=charted)
     def index(self, msg: Payload, client: Client) -> Payload:
         """Make the index, or bring it up to date. A site that shares scores or counts alone gives no sample, and of its
         documents their number."""

@@ -10,7 +10,7 @@ import torch
 import fedllm
 from fedllm.core.ask import Ask
 from fedllm.core.client import SERVER, Profile, Query
-from fedllm.core.errors import CompositionError, DataError, RecipeError
+from fedllm.core.errors import CompositionError, DataError, PayloadError, RecipeError
 from fedllm.core.layer import Layer
 from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
@@ -127,6 +127,18 @@ def test_sites_that_are_not_chosen_hear_nothing_and_send_nothing():
     tape.sent.clear()
     got = ask(run, "the clerk signs an invoice")
     assert len(got.asked) == 1 and {c for c, _, _ in tape.sent} - {SERVER} == set(got.asked)
+
+
+def test_a_query_goes_to_sites_that_are_there(monkeypatch):
+    """Those that are gone take no place among the chosen, and a reply of another shape is refused at the door."""
+    run = world(select_by="redde", sample=2, top_sites=1).go(1)
+    first = ask(run, "the clerk signs an invoice").asked[0]
+    left = [c for c in run.world.infos() if c.id != first]
+    run.engine.begin(9)
+    [(_, asked, _)] = drive(run.method.search(["the clerk signs an invoice"], left, run.state), run.engine)
+    assert len(asked) == 1 and asked[0] != first
+    with pytest.raises(PayloadError, match=r"'sample' has the shape \[3, 4\], allowed are up to 2 vectors"):
+        run.method.charted({"sample": 2, "centers": 0}, {"sample": torch.zeros(3, 4)})
 
 
 def shares(run, **levels):
