@@ -86,8 +86,8 @@ def federated_packages(method: str, seed: int, *, per_site: int = 32, queries: i
         m, engine, state = _indexed(method, base | knobs, world, memory)
         got = drive(m.search([r["text"] for r in rows], world.infos(), state), engine)
         out[name] = float(np.mean([rt.ndcg([p.id for p in found], rt.relevant(row), 10)
-                                   for (found, _), row in zip(got, rows, strict=True)]))
-        out |= {"moved": np.mean([len(asked) for _, asked in got]) / len(shards)} if name == "selected" else {}
+                                   for (found, _, _), row in zip(got, rows, strict=True)]))
+        out |= {"moved": np.mean([len(asked) for _, asked, _ in got]) / len(shards)} if name == "selected" else {}
     vectors = drive(m._vectors([r["text"] for r in rows]), engine)
     own = [home[row["relevant"][0]] for row in rows]
     for by in ("redde", "centroids", "learned"):

@@ -44,6 +44,10 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
           needed: Annotated[int | None, typer.Option(help="Sites that must join; all of them by default.")] = None,
           wait: Annotated[float, typer.Option(help="Seconds to wait for the sites.")] = 600.0,
           metrics: Annotated[int | None, typer.Option(help="Port on this machine for /metrics and /healthz.")] = None,
+          ask: Annotated[str | None, typer.Option(metavar="[HOST:]PORT", help="After the rounds, answer questions "
+                                                  "here: a browser's, an OpenAI client's, `fedllm ask URL`.")] = None,
+          ask_key_env: Annotated[str | None, typer.Option(help="Environment variable with the key that questions must "
+                                                          "carry.")] = None,
           plugin: Annotated[list[Path] | None, typer.Option(
               "--plugin", metavar="FILE", show_default=False, help="Python file with the coordinator's half of a part "
               "of your own (repeat); sites must have it installed.")] = None,
@@ -52,21 +56,25 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
           as_json: Json = False) -> None:
     """Start the coordinator, run the recipe with the sites that have joined, and stop."""
     from fedllm.federation import serve as federate
+    from fedllm.federation.answering import Desk
     from fedllm.federation.process import stoppable
     from fedllm.runs.complaints import parse_override
 
     try:
+        if ask_key_env and ask is None:
+            raise RecipeError("--ask-key-env: without --ask nobody asks questions; leave it out")
+        desk = None if ask is None else Desk.at(ask, ask_key_env)
         with stoppable():
             if recipe.is_dir():
                 if plugin:
                     raise RecipeError("--plugin: a run goes on with the plugins that it began with; give "
                                       "--trust-remote-code in its place, if you trust them")
                 result = federate.resume_serving(recipe, federation, needed=needed, wait=wait, metrics=metrics,
-                                                 trust_remote_code=trust_remote_code)
+                                                 desk=desk, trust_remote_code=trust_remote_code)
             else:
                 more = {"plugins": [str(file) for file in plugin]} if plugin else {}
                 result = federate.serve(recipe, federation, root=root, needed=needed, wait=wait, metrics=metrics,
-                                        **dict(parse_override(text) for text in overrides or ()), **more)
+                                        desk=desk, **dict(parse_override(text) for text in overrides or ()), **more)
     except KeyboardInterrupt:
         console.print("stopped; `fedllm serve runs/NAME` goes on where the run stood")
         raise typer.Exit(130) from None

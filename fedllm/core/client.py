@@ -15,8 +15,14 @@ SERVER = "__global__"
 (only methods that say `simulation_only` train on those)."""
 
 
-SHARES = ("snippets", "ids", "scores")
-"""What a site answers a query with: ids, scores and the beginnings of texts; no text; scores of documents by number."""
+SHARES = ("snippets", "ids", "scores", "counts")
+"""What a site answers a query with: ids, scores and the beginnings of texts; no text; scores of documents by number;
+how many of its documents are how close to the query, with the noise of differential privacy, and nothing else."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a client function spends (`client.spend`) to answer one query: a site counts it, and may refuse."""
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,10 @@ class Method(Knobs):
     """Whether its clients answer with what their profiles' `shares` say: with `scores`, nothing that they send is text.
     """
 
+    rows_change: ClassVar[bool] = False
+    """Whether a site may go on with a run on other rows than it began with: what it made of them is brought up to date.
+    """
+
     learns_from: ClassVar[Literal["rows", "environments", "words"]] = "rows"
     """What its clients must hold: rows, environments that a small policy acts in, or such in words, which a language
     model reads."""
@@ -292,6 +296,11 @@ class Method(Knobs):
     def ends_with_judges(self) -> int:
         """How many judges of two answers it ends with, which a later stage may ask (`judges: STAGE`); 0: none."""
         return 0
+
+    @property
+    def noise_of_counts(self) -> float | None:
+        """The noise multiplier of what clients answer that share counts alone; None: it has no such answers."""
+        return None
 
     @property
     def repeats(self) -> int:

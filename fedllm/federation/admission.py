@@ -67,7 +67,7 @@ def _method(name: str, settings: SiteSettings) -> None:
         raise Refused("method", f"method '{name}' comes from {METHODS.whose(name)} and not from fedllm; name it in "
                                 f"this site's settings (methods: [{name}]) if it may run here")
     kinds = method_class(name).card.kinds
-    numbers = method_class(name).shares and settings.profile.get("shares") == "scores"
+    numbers = method_class(name).shares and settings.profile.get("shares") in ("scores", "counts")
     if kinds and not settings.text_leaves and not numbers:
         raise Refused("text", f"method '{name}' sends {', '.join(kinds)}")
 

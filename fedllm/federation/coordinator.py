@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fedllm.engines.far.engine import Flare
 from fedllm.engines.far.reasons import Refused, sentence
 from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
+from fedllm.federation.answering import Answering
 from fedllm.federation.gated import GATE
 from fedllm.federation.identity import TOLD, differing, identity_of, keep_identity
 from fedllm.federation.public import MOST, PublicRows
@@ -46,7 +47,7 @@ from fedllm.runs.models import check_names, need_named, shelves
 from fedllm.runs.profiles import check_profile
 from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
-from fedllm.runs.result import Result
+from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import file_rows
 from fedllm.runs.run import Run
 from fedllm.runs.training import check_training
@@ -238,10 +239,12 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
 
 
 def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None = None,
-              patience: Patience | None = None, progress: Quiet | None = None, kind: str = "flare") -> Result:
+              patience: Patience | None = None, progress: Quiet | None = None, kind: str = "flare",
+              after: Callable[[Answering], None] | None = None) -> Result:
     """Begin the run in `folder`, or go on where it stood, with these sites; comes back with its result.
 
-    `kind` is the engine that the result names: what carries the link.
+    `kind` is the engine that the result names: what carries the link. `after` is given the run once its rounds are
+    over, while its sites are there: to answer questions.
     """
     room = RunFolder.open(folder)
     recipe = load_recipe(folder / "recipe.yaml")
@@ -266,7 +269,13 @@ def drive_run(folder: Path, link: Link, sites: Sequence[str], needed: int | None
             run = Run(parts, room, progress or Lines(), publish)
             for site, size in sorted(opening.shipped.items()):
                 run.record.crossed("down", "Opening.public", site, size, run.at, "Opening")
-            result = run.go()
+            over = (folder / "result.json").exists()
+            result = finished(folder) if over else run.go()
+            if after is not None:
+                answering = Answering(run.course, table, recipe.rounds, folder)
+                if over:  # documents may have changed since
+                    answering.refresh()
+                after(answering)
     finally:
         table.hang_up()
     loads = opening.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from fedllm.core.client import Query
 from fedllm.core.payload import Payload
 from fedllm.engines.far.guard import Guard, Question
 from fedllm.engines.far.leaving import Words
@@ -59,6 +60,9 @@ class SiteGuard(Guard):
             only_judged(reply, words, sealed, tells, self.ledger.path.parent, self.run, self.phase)
 
     def spend(self, release: Any, count: int) -> None:
+        if isinstance(release, Query) and self.settings.most_queries is not None and (
+                why := self.ledger.query(self.settings.most_queries)):
+            raise Refused("queries_spent", why)
         if self.counted and isinstance(release, Release):
             self.ledger.spend(release, count, self.settings.most_epsilon, self.settings.most_delta)
 

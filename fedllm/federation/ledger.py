@@ -58,6 +58,14 @@ class SiteLedger:
                 keys["seen"].append(mark)
         return self.undone
 
+    def query(self, most: int) -> str | None:
+        """Book one answer to a query; a reason when it would be one more than `most`, over all runs."""
+        with self._change() as kept:
+            kept["queries"] = kept.get("queries", 0) + 1
+            if kept["queries"] > most:
+                raise _Undo(f"{most} queries are answered, allowed are {most} (most_queries)")
+        return self.undone
+
     def spend(self, release: Release, count: int, epsilon: float | None, delta: float) -> None:
         """Book so many releases; BudgetSpent when they would pass `epsilon` at `delta`, over all runs."""
         with self._change() as kept:

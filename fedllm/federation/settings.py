@@ -84,7 +84,7 @@ class SiteSettings(Spec):
     """A copy of the run's public rows, which need then not be sent; it is used if its hash is the run's."""
     profile: Declared = Field(default_factory=dict)
     """What this site declares: rank, memory_bytes, bandwidth, speed, latency, availability, dropout, device, link,
-    modality, privacy, domain, and in `shares` what its answers to a query hold (snippets, ids, scores)."""
+    modality, privacy, domain, and in `shares` what its answers to a query hold (snippets, ids, scores, counts)."""
     text_leaves: bool = False
     """Whether a reply may hold text, or the tokens of one. Text leaves through the gate alone: the run must have the
     layer responsible_gate, and what it finds stands in `gate.jsonl` of the store."""
@@ -116,6 +116,8 @@ class SiteSettings(Spec):
     """Rounds that this site answers in one run, by its own count; None: any."""
     rounds_in_all: int | None = Field(default=None, ge=1)
     """The same over all runs."""
+    most_queries: int | None = Field(default=None, ge=1)
+    """Queries over its documents that this site answers, over all runs, by its own count; None: any."""
     most_steps: int = Field(default=100_000, ge=1)
     """Training steps of one answer."""
     most_tokens: int = Field(default=200_000_000, ge=1)
@@ -193,8 +195,9 @@ class SiteSettings(Spec):
         """Whether test figures leave."""
         return self.most_epsilon is None if self.tests_leave is None else self.tests_leave
 
-    def forbids(self, recipe: Any, layers: Sequence[Any]) -> Refused | None:
-        """Why this site takes no part in a run of this recipe with these layers, or None."""
+    def forbids(self, recipe: Any, layers: Sequence[Any], noise: float | None = None) -> Refused | None:
+        """Why this site takes no part in a run of this recipe with these layers, or None. `noise` is that of the counts
+        that the method answers queries with, where it does."""
         from fedllm.engines.far.reasons import Refused
 
         odd = [] if self.spaces is None else [s for s in trained(recipe) if s not in self.spaces]
@@ -214,6 +217,9 @@ class SiteSettings(Spec):
             if layer in private and (self.most_epsilon is not None or name in self.layers) and (
                     why := self._too_little(name, layer)):
                 return Refused("noise", why)
+        if noise is not None and self.profile.get("shares") == "counts":
+            few = f"method.noise_multiplier = {noise:g}: least_noise = {self.least_noise:g} here"
+            return Refused("noise", few) if noise < self.least_noise else None
         return self._no_budget(private)
 
     def _beside(self, recipe: Any, layers: Sequence[Any]) -> str | None:

@@ -56,7 +56,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     layers, _ = make_layers(recipe, named=True)  # another site may hold a model of its own
     layers = gated(method, layers, settings.gate, settings.gate_detector)
     compose(method, layers)
-    if why := settings.forbids(recipe, layers):
+    if why := settings.forbids(recipe, layers, method.noise_of_counts):
         raise why
     federation = replace(_own_rows(recipe, site, settings), public=site_rows(head, recipe, settings))
     if "clients" in method.public_at():
@@ -69,7 +69,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
                                "than one over their number")
     layers = bound(layers, recipe, dict.fromkeys(sites, info.n), world.local, guessed=True)  # nobody tells a site
     folder = private_folder(Path(settings.store) / run)
-    found = identity_of(world.model, [*mine.train, *mine.test])
+    found = identity_of(world.model, None if method.rows_change else [*mine.train, *mine.test])
     keep_identity(folder, found)
     memory = DiskMemory(folder, head["at"], 2 * recipe.record.checkpoint_every)
     guard = SiteGuard(settings, SiteLedger(Path(settings.store)), run, settings.most_epsilon is not None)

@@ -1,8 +1,8 @@
 """What a model is given to read, and which of it its answer rests on.
 
-Documents are data: whoever wrote one may have meant it for the model. So what could pass for the conversation's own
-marks is taken apart, sentences that tell a reader what to do instead of what is the case are left out (and it is said),
-and what is left stands between marks that it cannot close.
+Documents are data: whoever wrote one may have meant it for the model. So a passage ends where it begins to speak in
+turns or in the marks of a conversation, sentences that tell a reader what to do instead of what is the case are left
+out (and it is said), and what is left stands between marks that it cannot close.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SENTENCE = re.compile(r"(?<=[.!?:])[\"')\]]*\s+|\n+")
+SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
 WORD = re.compile(r"\w+")
-MARKS = re.compile(r"<\|[^|<>]{0,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|</?passage[^>]*>", re.I)
+MARKS = re.compile(r"<\|[^|<>]{0,40}\|>|<\||\|>|\[/?INST\]|<</?SYS>>|</?s>|</?passage[^>]*>", re.I)
 """What begins or ends a turn with many models, and our own passages."""
-ROLES = re.compile(r"^\W*(system|assistant|user|human|ai|bot|developer|instruction|instructions|prompt)\W*:", re.I)
-"""A line that begins as a turn of a conversation does."""
+TURN = re.compile(r"^\W*(system|assistant|chatbot|ai|bot)\W{0,3}:", re.I)
+"""How the turn of a machine begins: what comes after it is its."""
+ROLES = re.compile(r"^\W*(user|human|developer|instruction|instructions|prompt)\W{0,3}:", re.I)
+"""A line that begins as another turn of a conversation does."""
 ORDERS = tuple(re.compile(p, re.I) for p in (
     r"\b(ignore|disregard|forget|override|bypass|skip|discard|drop|do not follow|don't follow)\b.{0,60}\b(instruction|"
     r"prompt|rule|context|passage|document|question|everything|anything|all|above|previous|prior|earlier|before|said|"
@@ -49,13 +51,17 @@ class Shown:
 def shown(text: str, marks: Sequence[str] = ()) -> Shown:
     """A passage as the model reads it. `marks` are the tokenizer's special tokens; none of them is left whole.
 
-    Marks of no width go before anything is looked for, and look-alikes of Latin letters that Unicode calls compatible
-    become the plain ones, so that neither hides a word from the list.
+    What stands after one of them was meant as another turn, and is left out with it. Marks of no width go before
+    anything is looked for, so that they hide no word from the list.
     """
-    kept, out = [], 0
-    for sentence in SENTENCE.split(unmarked(text, marks)):
-        if not sentence.strip():
-            continue
+    whole = visible(text)
+    end = min((at for at in [*(whole.find(m) for m in marks if len(m) > 1), *(m.start() for m in MARKS.finditer(whole))]
+               if at >= 0), default=len(whole))
+    kept, out = [], len([s for s in SENTENCE.split(whole[end:]) if s.strip()])
+    sentences = [s for s in SENTENCE.split(whole[:end]) if s.strip()]
+    for i, sentence in enumerate(sentences):
+        if TURN.match(sentence):
+            return Shown(" ".join(kept), out + len(sentences) - i)
         if ROLES.match(sentence) or any(order.search(sentence) for order in ORDERS):
             out += 1
         else:
@@ -63,11 +69,15 @@ def shown(text: str, marks: Sequence[str] = ()) -> Shown:
     return Shown(" ".join(kept), out)
 
 
+def visible(text: str) -> str:
+    """A text without marks of no width, look-alikes as the characters that they are compatible with."""
+    plain = unicodedata.normalize("NFKC", text)
+    return "".join(c for c in plain if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+
+
 def unmarked(text: str, marks: Sequence[str] = ()) -> str:
     """A text in which no mark of a conversation or of a passage is left."""
-    plain = unicodedata.normalize("NFKC", text)
-    plain = "".join(c for c in plain if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
-    before = ""
+    plain, before = visible(text), ""
     while before != plain:  # what is taken out may leave another mark behind
         before = plain
         for mark in marks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from fedllm.core.errors import RecipeError
 from fedllm.core.payload import Tree
 
 WORD = re.compile(r"\w+")
-Hit = tuple[str, float]
-"""(document's id, its score at the engine that found it)."""
+Hit = tuple[Any, float]
+"""(what the document is called: an id, or whose it is and its id; its score at the engine that found it)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Found:
     """Sentences of these passages that the model was not shown, since they tell a reader what to do."""
     asked: tuple[str, ...] = ()
     """The sites to which the question went."""
+    near: Mapping[str, float] = field(default_factory=dict)
+    """Sites that share counts alone: about how many of their documents are close to the question (cosine 0.5 or more),
+    with noise; less than noise can make is nothing."""
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -122,7 +125,7 @@ WAYS = ("rrf", "zscore", "minmax", "cori", "round_robin", "rerank")
 
 def merge(lists: Mapping[str, Sequence[Hit]], by: str, rrf_k: int = 60,
           spread: Mapping[str, tuple[float, float]] | None = None, value: Mapping[str, float] | None = None
-          ) -> list[tuple[str, float, tuple[str, ...]]]:
+          ) -> list[tuple[Any, float, tuple[str, ...]]]:
     """One list from those of several engines, whose scores say nothing of each other: (id, worth, who found it).
 
     `rrf`: sum of 1 / (k + rank). `zscore`: sum of (score - mean) / deviation, by the mean and deviation (`spread`) of
@@ -132,9 +135,9 @@ def merge(lists: Mapping[str, Sequence[Hit]], by: str, rrf_k: int = 60,
     `rerank`: scores that one model gave to all, of which a document keeps its best. Equals stand in the order of rank,
     then of id.
     """
-    worth: dict[str, float] = {}
-    first: dict[str, tuple[int, int]] = {}
-    found: dict[str, list[str]] = {}
+    worth: dict[Any, float] = {}
+    first: dict[Any, tuple[int, int]] = {}
+    found: dict[Any, list[str]] = {}
     share = _valued(value or {})
     for turn, (engine, hits) in enumerate(lists.items()):
         for rank, (doc, one) in enumerate(zip((d for d, _ in hits), _worths(by, hits, rrf_k, (spread or {}).get(engine),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedllm.core.ask import Ask, Program, Replies
-from fedllm.core.client import SERVER
+from fedllm.core.client import SERVER, ClientInfo
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.core.program import drive
 from fedllm.core.record import Record
@@ -41,6 +41,8 @@ class Answered:
     seconds: float
     said: Mapping[str, Any] = field(default_factory=dict)
     """All that the method returned: citations, votes, scores."""
+    spent: Mapping[str, float] = field(default_factory=dict)
+    """Seconds from each ask to its answers, by phase: `FedRAG.lookup`, `FedRAG.write`."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -64,7 +66,7 @@ class Session:
             raise RecipeError(f"{folder.path} is a run, whose recipe stands: {', '.join(changes)} can be changed in a "
                               "recipe alone")
         recipe = received(folder.path, trust_remote_code) if folder else load_recipe(source, changes)
-        _answers(recipe)
+        need_answers(recipe)
         if recipe.data.source == OWN:
             raise RunError(f"{source} is a run of a real federation, whose clients are not here; ask a simulation")
         self.parts = build(recipe)
@@ -94,20 +96,26 @@ class Session:
 
     def ask(self, question: str) -> Answered:
         """Its answer; RunError when it takes longer than `timeout`."""
-        check_question(question)
-        course, started = self.course, time.monotonic()
-        record, heard = Record(), Heard()
-        course.engine.record = record
+        course = self.course
         course.engine.begin(self.rounds)
-        answer: Any = getattr(self.parts.method, "answer")  # noqa: B009 (only some methods have it)
-        program = within(answer(question, course.clients, state=self.state), started + self.timeout, self.timeout,
-                         heard, real=not course.engine.timed)
-        got = drive(program, course.engine, course.layers, course.states)
-        text, clients = (got, None) if isinstance(got, str) else (got.answer, got.clients)
-        sent = {k: v for k, v in record.totals().items() if k != "evaluation"}
-        rests = tuple(dict.fromkeys(heard.answered if clients is None else clients))
-        said = asdict(got) if is_dataclass(got) and not isinstance(got, type) else {}
-        return Answered(question, text or None, rests, heard.missing, sent, time.monotonic() - started, said)
+        return put(question, course, course.clients, self.state, self.timeout)
+
+
+def put(question: str, course: Course, clients: Sequence[ClientInfo], state: Any, timeout: float) -> Answered:
+    """The answer of a run's method to a question, from these clients; its engine has begun. RunError when it takes
+    longer than `timeout` seconds."""
+    check_question(question)
+    started, heard = time.monotonic(), Heard()
+    course.engine.record = record = Record()
+    answer: Any = getattr(course.method, "answer")  # noqa: B009 (only some methods have it)
+    program = within(answer(question, clients, state=state), started + timeout, timeout, heard,
+                     real=not course.engine.timed)
+    got = drive(program, course.engine, course.layers, course.states)
+    text, rested = (got, None) if isinstance(got, str) else (got.answer, got.clients)
+    sent = {k: v for k, v in record.totals().items() if k != "evaluation"}
+    rests = tuple(dict.fromkeys(heard.answered if rested is None else rested))
+    said = asdict(got) if is_dataclass(got) and not isinstance(got, type) else {}
+    return Answered(question, text or None, rests, heard.missing, sent, time.monotonic() - started, said, heard.spent)
 
 
 @dataclass
@@ -116,6 +124,7 @@ class Heard:
 
     answered: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
 
     def take(self, replies: Replies) -> None:
         """One ask's replies."""
@@ -139,7 +148,11 @@ def within(program: Program, ends: float, limit: float, heard: Heard, real: bool
             raise RunError(f"the question took longer than timeout = {limit:g} s; allow more, ask fewer clients, or "
                            "lower method.max_new_tokens")
         cut = (lambda a: replace(a, deadline=min(left, a.deadline or left))) if real else (lambda a: a)  # noqa: B023
+        began = time.monotonic()
         answer = yield cut(asked) if isinstance(asked, Ask) else [cut(a) for a in asked]
+        phases = dict.fromkeys(a.phase for a in ([asked] if isinstance(asked, Ask) else asked))
+        for phase in phases:
+            heard.spent[phase] = heard.spent.get(phase, 0.0) + time.monotonic() - began
         for replies in [answer] if isinstance(answer, Replies) else answer:
             heard.take(replies)
 
@@ -149,7 +162,8 @@ def answering() -> list[str]:
     return [name for name in modules() if "answer" in dir(method_class(name))]
 
 
-def _answers(recipe: Recipe) -> None:
+def need_answers(recipe: Recipe) -> None:
+    """RecipeError for a method that answers no questions."""
     name = recipe.method.name
     if "answer" not in dir(method_class(name)):
         raise RecipeError(f"method.name = {name!r} trains a model and answers no questions (`fedllm chat RUN` talks to "

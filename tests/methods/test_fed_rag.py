@@ -9,13 +9,15 @@ import torch
 
 import fedllm
 from fedllm.core.ask import Ask
-from fedllm.core.client import SERVER, Profile
-from fedllm.core.errors import DataError, RecipeError
+from fedllm.core.client import SERVER, Profile, Query
+from fedllm.core.errors import CompositionError, DataError, PayloadError, RecipeError
 from fedllm.core.layer import Layer
 from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
+from fedllm.engines.client import ClientCall
 from fedllm.methods.registry import make_method
 from fedllm.models import retrieval as rt
+from fedllm.privacy.accountant import Release
 from tests.methods.conftest import begin
 
 pytest.importorskip("bm25s")
@@ -127,6 +129,18 @@ def test_sites_that_are_not_chosen_hear_nothing_and_send_nothing():
     assert len(got.asked) == 1 and {c for c, _, _ in tape.sent} - {SERVER} == set(got.asked)
 
 
+def test_a_query_goes_to_sites_that_are_there(monkeypatch):
+    """Those that are gone take no place among the chosen, and a reply of another shape is refused at the door."""
+    run = world(select_by="redde", sample=2, top_sites=1).go(1)
+    first = ask(run, "the clerk signs an invoice").asked[0]
+    left = [c for c in run.world.infos() if c.id != first]
+    run.engine.begin(9)
+    [(_, asked, _)] = drive(run.method.search(["the clerk signs an invoice"], left, run.state), run.engine)
+    assert len(asked) == 1 and asked[0] != first
+    with pytest.raises(PayloadError, match=r"'sample' has the shape \[3, 4\], allowed are up to 2 vectors"):
+        run.method.charted({"sample": 2, "centers": 0}, {"sample": torch.zeros(3, 4)})
+
+
 def shares(run, **levels):
     for c, level in levels.items():
         run.world.profiles[c] = Profile(shares=level)
@@ -151,6 +165,24 @@ def test_a_site_answers_with_what_its_profile_shares():
     assert said["c2"]["ids"] and not any(r["texts"] for r in said.values())
 
 
+def test_counts_are_noisy_and_all_that_a_site_gives(monkeypatch):
+    tape, spent = Tape(), []
+    monkeypatch.setattr(ClientCall, "spend", lambda self, release, count=1: spent.append((self.id, release)))
+    run = shares(world(layers=(tape,), noise_multiplier=1e-3), c0="counts", c1="counts", c2="ids").go(1)
+    assert {c: r["new"] for c, fn, r in tape.sent if fn == "index"} == {"c0": 0, "c1": 0, "c2": 2}
+    tape.sent.clear()
+    got = ask(run, "w1 w2 w3")
+    said = {c: r for c, fn, r in tape.sent if fn == "lookup"}
+    assert all(not said[c][part] for c in ("c0", "c1") for part in ("at", "scores", "ids", "texts", "near"))
+    assert sum(said["c0"]["counts"]) <= 3 and said["c1"]["mean"] == 0.0 and said["c2"]["counts"] == []
+    assert set(got.near) == {"c0", "c1"}
+    released = [(c, r) for c, r in spent if isinstance(r, Release)]
+    assert released == [(c, Release(1e-3, law="discrete")) for c in ("c0", "c1")]  # booked before each answer
+    assert sorted(c for c, r in spent if isinstance(r, Query)) == ["c0", "c1", "c2"]
+    loud = shares(world(noise_multiplier=1e6), c0="counts", c1="counts", c2="counts").go(1)
+    assert ask(loud, "w1 w2 w3").answer is None or max(ask(loud, "w1 w2 w3").near.values()) >= 0
+
+
 def test_a_document_is_fetched_only_if_its_site_has_just_named_it():
     run = world(text="picked").go(1)
     run.engine.begin(9)
@@ -165,6 +197,19 @@ def test_the_index_follows_its_documents():
     state = drive(run.method.round(run.state, run.world.infos()), run.engine)
     run.engine.commit()
     assert state["documents"]["c1"] == 3 and len(run.engine.memory["c1"]["vectors"]) == 3
+
+
+def test_equal_ids_of_two_sites_are_two_documents_unless_all_know_them():
+    docs = {"c0": ["a clerk signs"], "c1": ["the manager signs"], "c2": ["nobody"]}
+    for shared, most in ((False, 2), (True, 1)):
+        run = world(docs, shared_ids=shared)
+        for c in docs:
+            run.world.federation.clients[c].train[0]["id"] = "1.txt"
+        run.engine.begin(0)
+        [(found, _, _)] = drive(run.method.search(["who signs"], run.world.infos(), None, 3), run.engine)
+        assert [p.id for p in found] == ["1.txt"] * most
+        assert {c for p in found for c in p.clients} == {"c0", "c1"}
+        assert shared or {p.text for p in found} == {"a clerk signs", "the manager signs"}
 
 
 def test_what_a_model_is_asked_for_by_name_is_there():
@@ -185,6 +230,25 @@ def test_without_the_extra_words_are_refused(monkeypatch):
     with pytest.raises(RecipeError, match=r"'bm25' needs the optional extra: pip install 'fedlm\[rag\]'"):
         make_method("fed_rag")
     assert make_method("fed_rag", rank_by="vectors")
+
+
+def test_a_run_over_files(tmp_path, tiny_bert_folder):
+    """Folders of documents are indexed, queries of a file are the test, and the answer names the file."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "court.txt").write_text("The court hears appeals on monday.\n\nA clerk signs every invoice of the house.")
+    (docs / "ward.md").write_text("The ward opens at nine.\n\n" + "\n\n".join(f"Rule {i} of the house."
+                                                                              for i in range(9)))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"text": "who signs an invoice", "relevant": ["court.txt#2"]}))
+    recipe = {"name": "files", "model": tiny_bert_folder, "rounds": 1, "method": "fed_rag", "data": {
+        "source": str(docs), "task": "documents", "test": str(tmp_path / "queries.jsonl"),
+        "passages": 10, "partition": {"kind": "per_file"}}, "evaluate": {"clients": False}}
+    result = fedllm.run(recipe, root=tmp_path / "runs")
+    assert result.evaluation["global"] == {"n": 1, "ndcg10": 1.0, "recall10": 1.0}
+    [got] = fedllm.ask(result.folder, "when does the ward open")
+    assert got.said["passages"][0]["id"] == "ward.md#1" and got.clients == ("ward",)
+    with pytest.raises(CompositionError, match="documents are searched, and nothing is learned"):
+        fedllm.run({**recipe, "method": "fedavg"}, root=tmp_path / "runs")
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ REASONS: Mapping[str, str] = {
     "tests": "its settings let no test figures leave",
     "budget_spent": "one more answer would pass its own budget",
     "rounds_spent": "one more answer would pass its own number of rounds",
+    "queries_spent": "one more answer would pass its own number of queries",
     "work_spent": "one more answer would pass its own limit of work",
     "withheld": "it keeps its answer to itself in this round",
     "given_up": "the server does not wait for it any longer",

@@ -167,6 +167,18 @@ class Sites:
             return None
         return str(head.get("boot"))
 
+    def look_after(self, name: str) -> bool:
+        """Whether a site that was silent is back; a process that died is asked for again, and a new one is given the
+        run. Raises `Silence` where that fails."""
+        site, boot = self.table[name], self.probe(name)
+        if boot is None:
+            return False
+        if boot != site.boot:
+            self.on_event("reopened", client=name)
+            self.reopen(name)
+        self._back(site, boot)
+        return True
+
     def _revive(self, site: Site) -> None:
         """Not before the site has lived once: it may still be starting."""
         now = time.monotonic()

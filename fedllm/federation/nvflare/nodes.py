@@ -8,6 +8,7 @@ builds its proxies from what both sides have installed, and the server's `Revive
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import logging
@@ -34,6 +35,7 @@ from fedllm.engines.far.pieces import InPieces
 from fedllm.engines.far.reasons import coded
 from fedllm.engines.far.site import SiteHost
 from fedllm.engines.far.sites import Body, Head, Patience, Silence
+from fedllm.federation.answering import Desk, answer_questions
 from fedllm.federation.coordinator import FAILED, NotAllHere, drive_run
 from fedllm.federation.network import close
 from fedllm.federation.nvflare.line import bench
@@ -113,9 +115,10 @@ class CoordinatorNode:
     """The server's object: drives the run in `folder` and leaves its result there."""
 
     def __init__(self, folder: str, needed: int, patience: dict[str, float] | None = None,
-                 bench: list[int] | None = None) -> None:
-        """`bench` measures messages of these sizes in place of a run."""
+                 bench: list[int] | None = None, desk: dict[str, Any] | None = None) -> None:
+        """`bench` measures messages of these sizes in place of a run; at `desk` questions are answered after it."""
         self.folder, self.needed, self.patience, self.bench = folder, needed, patience or {}, bench
+        self.desk = None if desk is None else Desk(**desk)
         end_with_main()
 
     @collab.main
@@ -135,7 +138,8 @@ class CoordinatorNode:
             if self.bench:
                 bench(link, [p.name for p in clients], self.bench, folder)
                 return
-            drive_run(folder, link, [p.name for p in clients], self.needed, Patience(**self.patience))
+            drive_run(folder, link, [p.name for p in clients], self.needed, Patience(**self.patience),
+                      after=self.desk and functools.partial(answer_questions, desk=self.desk, name=folder.name))
         except NotAllHere as error:
             log.warning("%s; the coordinator tries again", error)
         except FedLLMError as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.engines.far.sites import Patience
+from fedllm.federation.answering import ASKING, Desk
 from fedllm.federation.coordinator import FAILED
 from fedllm.federation.nvflare.keys import ADMIN, NODES, Federation
 from fedllm.federation.nvflare.process import kit_process
@@ -30,8 +31,9 @@ RESTARTS, PAUSE = 3, 5.0
 
 
 def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: float = 600.0,
-                 patience: Patience | None = None) -> Result:
-    """Begin the run in a folder, or go on with it, with a server that is started again when it dies."""
+                 patience: Patience | None = None, desk: Desk | None = None) -> Result:
+    """Begin the run in a folder, or go on with it, with a server that is started again when it dies; at `desk`
+    questions are then answered, until this process ends."""
     keys = Federation(federation)
     needed = len(keys.spec["sites"]) if needed is None else needed
     need_port(int(keys.spec["port"]), "NVFlare's server")
@@ -41,7 +43,7 @@ def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: f
                 with admin(keys, wait, lambda: process.poll() is None) as session:
                     for site in keys.spec.get("revoked", ()):
                         _tell(session.disable_client, site)
-                    return carry_out(session, run, needed, wait, patience, lambda: process.poll() is None)
+                    return carry_out(session, run, needed, wait, patience, lambda: process.poll() is None, desk)
             except ServerGone:
                 log.warning("NVFlare's server ended with %s", process.poll())
     raise AssertionError("unreachable")
@@ -70,7 +72,7 @@ class ServerGone(RunError):
 
 
 def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patience: Patience | None = None,
-              alive: Callable[[], bool] = lambda: True) -> Result:
+              alive: Callable[[], bool] = lambda: True, desk: Desk | None = None) -> Result:
     """A run (begun or not) as a job of a running server; the coordinator's process is started again when it dies.
 
     Raises ServerGone once the server itself is not `alive`.
@@ -79,8 +81,9 @@ def carry_out(session: Any, run: Path, needed: int, wait: float = 600.0, patienc
         with _while_alive(alive):
             await_sites(session, needed, wait)
             (run / FAILED).unlink(missing_ok=True)
-            job = submit(session, run, needed, patience or Patience())
-            if _follow(session, run, job, alive, (patience or Patience()).stalled):
+            (run / ASKING).unlink(missing_ok=True)
+            job = submit(session, run, needed, patience or Patience(), desk=desk)
+            if _follow(session, run, job, alive, (patience or Patience()).stalled, desk is not None):
                 return finished(run)
     raise AssertionError("unreachable")
 
@@ -141,12 +144,14 @@ def await_sites(session: Any, needed: int, wait: float) -> list[str]:
         time.sleep(0.5)
 
 
-def submit(session: Any, run: Path, needed: int, patience: Patience, bench: Sequence[int] = ()) -> str:
+def submit(session: Any, run: Path, needed: int, patience: Patience, bench: Sequence[int] = (),
+           desk: Desk | None = None) -> str:
     """Submit the run as a job that names installed classes only; returns the job's id.
 
     With `bench` messages of these sizes are measured in place of the run.
     """
-    args = {"folder": str(run), "needed": needed, "patience": asdict(patience), "bench": list(bench)}
+    args = {"folder": str(run), "needed": needed, "patience": asdict(patience), "bench": list(bench),
+            "desk": desk and asdict(desk)}
     parts = {
         "meta.json": {"name": "fedllm", "resource_spec": {}, "min_clients": 1, "deploy_map": {"app": ["@ALL"]}},
         "app/config/config_fed_server.json": {"format_version": 2, "components": [
@@ -164,12 +169,13 @@ def submit(session: Any, run: Path, needed: int, patience: Patience, bench: Sequ
         return str(session.submit_job(str(Path(temp) / "fedllm")))
 
 
-def _follow(session: Any, run: Path, job: str, alive: Callable[[], bool], stalled: float) -> bool:
+def _follow(session: Any, run: Path, job: str, alive: Callable[[], bool], stalled: float, asked: bool = False) -> bool:
     """Wait for the job's end: True when the run is complete, False when its process died; RunError with its reason.
 
-    A run may take days, so what is bounded is its silence: after `stalled` seconds without an event it is aborted.
+    A run may take days, so what is bounded is its silence: after `stalled` seconds without an event it is aborted. One
+    that is `asked` questions is never complete, and may be silent while it takes them.
     """
-    size, since = -1, time.monotonic()
+    size, since, open_ = -1, time.monotonic(), False
     while True:
         if not alive():
             raise ServerGone("it ended while the run went on")
@@ -177,11 +183,13 @@ def _follow(session: Any, run: Path, job: str, alive: Callable[[], bool], stalle
         if (run / FAILED).exists():
             raise RunError((run / FAILED).read_text())
         if over:
-            return (run / "result.json").exists()
+            return (run / "result.json").exists() and not asked
+        if asked and not open_ and (open_ := (run / ASKING).exists()):
+            progress.info("questions are answered at %s", json.loads((run / ASKING).read_text())["url"])
         events = run / "events.jsonl"
         if (now := events.stat().st_size if events.exists() else 0) != size:
             size, since = now, time.monotonic()
-        if time.monotonic() - since > stalled:
+        if time.monotonic() - since > stalled and not open_:
             log.warning("nothing has happened for %g s: the coordinator's process hangs and is ended", stalled)
             session.abort_job(job)
             return False

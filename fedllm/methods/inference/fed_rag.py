@@ -38,7 +38,8 @@ class FedRAG(Searching):
         sends="down: the text of each query, and where vectors are used its vector; up, as the site's profile says in "
               "`shares`: numbers and scores of its best `top_k` documents, mean and deviation of all its scores "
               "(scores), their ids (ids), and the first `snippet` characters of their TEXT, of all or of those that "
-              "are read (snippets); once, where sites are chosen: `sample` vectors of documents, or `centers` means",
+              "are read (snippets), or nothing but noisy counts of documents by their cosine (counts); once, where "
+              "sites are chosen: `sample` vectors of documents, or `centers` means",
         needs="rows that are documents; for generation a text model at the server; the extra `rag` for BM25 and PDF",
         kinds=("text",),
         claim=Claim("the merged list holds more of the wanted documents than a site finds among its own",
@@ -54,6 +55,12 @@ class FedRAG(Searching):
               "selected": Claim("three chosen sites of eight and normalized scores rank higher (nDCG@10) than "
                                 "round-robin over all, with at most half of the passages moved",
                                 rig="federated_packages", metric="selected_over_naive", holds=">", threshold=0.0),
+              "scores_tell": Claim("whoever may ask 16 times finds the secret of a canary by scores alone, more often "
+                                   "than not", rig="what_answers_tell", metric="found_scores", holds=">",
+                                   threshold=0.5),
+              "counts": Claim("from counts with noise of deviation 4 it finds it in fewer than one case in five "
+                              "(chance is one in sixteen)", rig="what_answers_tell", metric="found_counts", holds="<",
+                              threshold=0.2),
               "rerank": Claim("cosines of one encoder over the three chosen sites' lists rank higher than normalized "
                               "scores", rig="federated_packages", metric="rerank_over_minmax", holds=">",
                               threshold=0.0)},
@@ -71,22 +78,27 @@ class FedRAG(Searching):
 
     def answer(self, query: str, clients, state: State | None = None) -> Program:
         wanted = self.read if self.generate else 1
-        [(found, asked)] = yield from self.search([query], clients, state, wanted, self.wait)
+        [(found, asked, near)] = yield from self.search([query], clients, state, wanted, self.wait)
         found = found[:wanted]
+        some = {c: n for c, n in near.items() if n > 0}
         if not found:
-            return rt.Found(query, None, asked=asked)
+            told = "; ".join(f"{c} has about {n:.0f} documents close to the question, and shares no more of them"
+                             for c, n in some.items())
+            return rt.Found(query, told or None, asked=asked, near=near)
         readable = [p for p in found if p.text]
         if not readable:
             held = ", ".join(sorted({c for p in found for c in p.clients}))
             return rt.Found(query, f"What matches lies at {held}, and its text stays there [1]", tuple(found), (1,),
-                            asked=asked)
+                            asked=asked, near=near)
         if not self.generate:
-            return rt.Found(query, f"{readable[0].text} [1]", (readable[0],), (1,), asked=asked)
+            return rt.Found(query, f"{readable[0].text} [1]", (readable[0],), (1,), asked=asked,
+                            near=near)
         out = yield Ask(self.write, {SERVER: {"question": query, "passages": [p.text for p in readable]}})
         told = out[SERVER]
         shown = [(p, t) for p, t in zip(readable, told["read"], strict=True) if t]
         said, cited = reading.cited(told["text"], [t for _, t in shown])
-        return rt.Found(query, said or None, tuple(p for p, _ in shown), cited, told["left_out"], asked)
+        return rt.Found(query, said or None, tuple(p for p, _ in shown), cited, told["left_out"], asked,
+                        near)
 
     @on_client(gives="text: text, read: texts, left_out: count")
     def write(self, msg: Payload, client: Client) -> Payload:
