@@ -26,9 +26,11 @@ from fedllm.models.encoder import HeadedEncoder as HeadedEncoder
 from fedllm.models.encoder import Pooling as Pooling
 from fedllm.models.heads import Head, body_of
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
+from fedllm.models.pairs import PairNet
 from fedllm.models.pieces import piecewise_losses
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
 from fedllm.models.remembered import Memo
+from fedllm.models.shop import ShopNet
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 from fedllm.tasks.registry import task_of
@@ -245,7 +247,7 @@ class Model:
 
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
-        if isinstance(self.net, DualEncoder):
+        if isinstance(self.net, DualEncoder | ShopNet | PairNet):
             return wide(self.net.logits(self.stack, batch))
         if self.memo.on and not batch.parts and not self.stack.base:
             pooled = self.memo.pooled(batch, self._pooled)

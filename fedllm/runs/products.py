@@ -14,10 +14,10 @@ from torch import Tensor
 from fedllm.core.method import Method, State
 from fedllm.core.payload import leaves, pack
 from fedllm.models.load import resolve
+from fedllm.models.made import NAMES as BUILT
 from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
 from fedllm.models.peft_io import save_adapter, save_trainables
-from fedllm.models.made import NAMES as BUILT
 from fedllm.models.reread import reread
 from fedllm.runs.folder import RunFolder
 
