@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedllm.core.errors import DataError
 from fedllm.data.sources import Table
@@ -39,6 +39,14 @@ class WindowSpec(Spec):
     """Steps after them that are forecast."""
     stride: Annotated[int, Field(ge=1)] = 1
     """Steps from one window to the next."""
+
+    @model_validator(mode="after")
+    def _the_target_is_a_variable(self) -> WindowSpec:
+        if self.target is not None and self.target not in self.of:
+            raise ValueError(f"data.windows.target = {self.target!r} is none of data.windows.of: {', '.join(self.of)}")
+        if twice := next((n for i, n in enumerate(self.of) if n in self.of[:i]), None):
+            raise ValueError(f"data.windows.of names {twice!r} twice; name each variable once")
+        return self
 
     @property
     def at(self) -> int:

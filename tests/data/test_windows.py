@@ -81,6 +81,9 @@ def test_windows_and_made_sources_only_where_they_mean_something(tmp_path):
         load(source, task="regression")
     with pytest.raises(RecipeError, match=r"data\.simulated: data\.source is"):
         load(source, simulated={"stations": 2})
+    for wrong, why in (({"target": "c"}, "target = 'c' is none of"), ({"of": ["a", "a"]}, "names 'a' twice")):
+        with pytest.raises(RecipeError, match=why):
+            load(source, wrong)
     with pytest.raises(RecipeError, match="'sim:station' is unknown; did you mean 'stations'"):
         load("sim:station")
     with pytest.raises(RecipeError, match=r"data\.simulated.*station.*unknown key"):

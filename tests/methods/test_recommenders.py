@@ -17,7 +17,7 @@ from tests.methods.conftest import tried
 
 @pytest.mark.parametrize("epsilon, bits", [(None, 8), (2.0, 3), (0.3, 1)])
 def test_the_codec_is_unbiased(epsilon, bits):
-    x, rng = torch.tensor([-0.12, -0.05, 0.0, 0.031, 0.12]).repeat(100_000, 1), np.random.default_rng(0)
+    x, rng = torch.tensor([-0.12, -0.05, 0.0, 0.031, 0.12]).double().repeat(40_000, 1), np.random.default_rng(0)
     told = decoded(coded(x, 0.12, bits, epsilon, rng), 0.12, bits, epsilon)
     error = told.std(0) / math.sqrt(len(told))
     assert ((told.mean(0) - x[0]).abs() <= 3.5 * error + 1e-9).all()
@@ -26,16 +26,15 @@ def test_the_codec_is_unbiased(epsilon, bits):
 
 def test_no_level_tells_more_than_epsilon_allows():
     """The odds of any level under two numbers are at most e^epsilon: here at the two ends, where they are largest."""
-    n, rng = 400_000, np.random.default_rng(1)
+    n, rng = 200_000, np.random.default_rng(1)
     often = [np.bincount(coded(torch.full((n,), v), 1.0, 2, 1.0, rng).numpy(), minlength=4) / n for v in (-1.0, 1.0)]
-    assert (often[0] / often[1]).max() == pytest.approx(math.e, rel=0.03)
-    assert (often[1] / often[0]).max() == pytest.approx(math.e, rel=0.03)
+    assert (often[0] / often[1]).max() == pytest.approx(math.e, rel=0.04)
+    assert (often[1] / often[0]).max() == pytest.approx(math.e, rel=0.04)
 
 
 def test_the_table_moves_by_what_was_told_and_nothing_else_crosses(begin):
     run = begin("pfcr", **tried("pfcr"), dtype=torch.float32)
     before, seen = run.state["table"]["table.weight"], []
-    run.engine.infos  # noqa: B018 (the engine is as it is built)
     emit = run.engine.record.emit
     run.engine.record.emit = lambda kind, **f: (seen.append((kind, f)), emit(kind, **f))[1]
     run.go(1)
