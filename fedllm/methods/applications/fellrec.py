@@ -53,7 +53,9 @@ class FELLRec(Method):
     def round(self, state: State, clients: Sequence[ClientInfo]) -> Program:
         out = yield Ask(self.local, {c.id: pack(theta=state["own"].get(c.id, state["theta"])) for c in clients})
         moved = [sub(part(out[c], "theta"), state["start"]) for c in out]
-        own = dict(zip(out, self.mixed(moved, [out[c]["loss"] for c in out], state["round"]), strict=True))
+        told = all("loss" in out[c] for c in out)  # a layer may keep losses back (dp_sgd): then all have it as hard
+        losses = [out[c]["loss"] if told else 1.0 for c in out]
+        own = dict(zip(out, self.mixed(moved, losses, state["round"]), strict=True))
         every = {**state["own"], **{c: add(state["start"], u) for c, u in own.items()}}
         mean = {n: torch.stack([t[n].double() for t in every.values()]).mean(0).to(x)
                 for n, x in state["theta"].items()} if every else state["theta"]
@@ -75,7 +77,7 @@ class FELLRec(Method):
         s = (s * a[:, None]).fill_diagonal_(1.0)
         return s / s.sum(1, keepdim=True)
 
-    @on_client(gives="theta: tree, n: rows, loss: number")
+    @on_client(gives="theta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         fitted = client.fit(part(msg, "theta"))
         return pack(theta=fitted.theta, n=client.n, loss=fitted.loss)
