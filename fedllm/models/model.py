@@ -247,6 +247,7 @@ class Model:
 
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
+        self.stack.rows = batch.ids.shape[0]
         if isinstance(self.net, DualEncoder | ShopNet | PairNet):
             return wide(self.net.logits(self.stack, batch))
         if self.memo.on and not batch.parts and not self.stack.base:

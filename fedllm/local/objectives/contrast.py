@@ -60,5 +60,6 @@ def only(batch: Batch, modalities: tuple[str, ...]) -> Batch:
 def features(model: Model, batch: Batch) -> Tensor:
     """Both modalities' features side by side [N, 2 d], for `client.measure`."""
     net: Any = model.net
+    model.stack.rows = len(batch.ids)
     z = net.features(batch)
     return F.normalize(torch.cat([z[m] for m in MODALITIES], 1).unflatten(1, (2, -1)), dim=-1).flatten(1)
