@@ -186,7 +186,7 @@ def test_rows_of_pictures_and_words(tmp_path):
     from fedllm.models.made import Made, make_net
 
     world = World(make_net("pairs", Made(8, 1, fed.labels), make_space("full")), fed)
-    one, two = world.encoded("client-0", "train")
+    one, two = world.encoded("client-00", "train")
     assert one.parts["pixels"].shape == (3, 16, 16) and one.parts["pixels"].max() == 1.0
     assert list(one.parts["words"]) == list(two.parts["words"]) == hashed("a red ring")
     for row, why in (({"label": "x"}, "neither an image nor a text"), ({"text": "...", "label": "x"}, "holds no word"),

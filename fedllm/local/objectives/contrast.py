@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedllm.core.method import knob
+from fedllm.core.payload import digest
 from fedllm.local.objective import Objective
 from fedllm.models.batch import IGNORE, Batch
 from fedllm.models.model import Model
@@ -32,11 +34,10 @@ class Contrast(Objective):
     banks: Any = None
     """Modality -> everybody's features of all public rows [N, d]."""
 
-    @property
-    def key(self) -> Hashable:
-        """Banks are compared by who they are."""
-        return (Contrast, self.modalities, self.temperature, self.weight,
-                *(id(self.banks[m]) for m in sorted(self.banks)))
+    @functools.cached_property
+    def key(self) -> Hashable:  # type: ignore[override]
+        """Banks are compared by what they hold: clients are told copies of one, or one."""
+        return Contrast, tuple(self.modalities), self.temperature, self.weight, digest(self.banks or {})
 
     def losses(self, model: Model, batch: Batch, side: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         net: Any = model.net

@@ -58,7 +58,7 @@ class FedCola(Method):
     def round(self, state: State, clients: Any) -> Program:
         kinds = dict(state["kinds"])
         if new := [c.id for c in clients if c.id not in kinds]:
-            said = yield Ask(self.tell, {c: {} for c in new})
+            said = yield Ask(self.tell, {c: {} for c in new}, quorum=0)  # who is silent is asked again
             kinds |= {c: said[c]["kind"] for c in said}
         mine = [c.id for c in clients if c.id in kinds]
         out = yield Ask(self.local, {c: pack(theta=state[kinds[c]], aux=self.other(state, kinds[c])) for c in mine})
