@@ -20,10 +20,10 @@ from fedllm.spaces import make_space
 
 
 @functools.lru_cache(maxsize=8)
-def federation(seed: int, clients: int = 6, rows: int = 48, skew: float = 1.0) -> Any:
+def federation(seed: int, clients: int = 6, rows: int = 96, skew: float = 2.0) -> Any:
     """Two clients of each kind; a third of a client's rows are its test."""
     return load_federation({"source": "sim:glyphs", "public": "sim:glyphs", "test": "sim:glyphs", "task": "pairs",
-                            "simulated": {"clients": clients, "rows": rows, "skew": skew}, "labels": list(SHAPES),
+                            "simulated": {"clients": clients, "rows": rows, "skew": skew, "noise": 0.3}, "labels": list(SHAPES),
                             "partition": {"kind": "by_key", "key": "client"}, "client_test": 0.34}, seed)
 
 

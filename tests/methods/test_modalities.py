@@ -82,8 +82,11 @@ def test_the_other_modalitys_weights_are_seen_by_s_and_rest():
         z = model.class_logits(batch)
     with torch.no_grad(), model.using([by_hand]):
         assert torch.allclose(z, model.class_logits(batch), atol=1e-12)
+    seen, emit = [], run.engine.record.emit
+    run.engine.record.emit = lambda kind, **f: (seen.append(kind), emit(kind, **f))[1]
     local = run.go(1).state
     assert set(local["image"]) == set(theta)  # neither s nor W_aux is left in what is averaged
+    assert "wire" in seen and "refused" not in seen
 
 
 def test_whose_features_count_is_said_row_by_row():
