@@ -107,7 +107,7 @@ class Told:
         """Of all messages; those that hold the very same tensors are read once."""
         trees: list[set[str]] = []
         shapes: dict[str, set[tuple[int, ...]]] = {}
-        read: set[int] = set()
+        read: set[tuple[str, int]] = set()  # one tensor may stand under several names
         for msg in msgs:
             mine: dict[str, set[str]] = {}
             for key, v in msg.items():
@@ -115,8 +115,8 @@ class Told:
                 if not slash or not isinstance(v, Tensor):
                     continue
                 mine.setdefault(head, set()).add(tail)
-                if id(v) not in read:
-                    read.add(id(v))
+                if (tail, id(v)) not in read:
+                    read.add((tail, id(v)))
                     shapes.setdefault(tail, set()).add(tuple(v.shape))
             trees += [tails for tails in mine.values() if tails not in trees]
         return cls(trees, shapes)

@@ -20,11 +20,12 @@ from fedllm.data.grouped import PREFIX, grouped_clients
 from fedllm.data.meant import alike, near_ids, odd_labels, twice, unread
 from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.scenes import SCENE, EnvironmentSpec, environments
+from fedllm.data.sequences import SequenceSpec, sequenced
 from fedllm.data.simulated.registry import PREFIX as MADE
 from fedllm.data.simulated.registry import simulated_tables
 from fedllm.data.sources import Table, map_fields, nearest, read_tables, resolve
 from fedllm.data.spec import Spec
-from fedllm.data.windows import START, WindowSpec, last_of_each, windowed
+from fedllm.data.windows import WindowSpec, last_of_each, windowed
 from fedllm.tasks.registry import task_of, tasks
 from fedllm.tasks.row import Placed
 from fedllm.tasks.task import Shape
@@ -88,7 +89,7 @@ class DataSpec(Spec):
     """What rows are for: generation (prompt, response), classification (text, label), tokens (tokens, tags),
     masked_words (text), regression (text, target), preference (prompt, chosen, rejected), image_text (image, label; may
     be the labels that it is told among, and a text where a method reads both), documents (text, id): what is searched,
-    forecast (windows of series)."""
+    forecast (windows of series), next_item (history, item), pairs (image, text or both, label)."""
     fields: dict[str, str | Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
     """fedllm's field names and the columns that hold them, as in {prompt: question, response: answer}; of a text also
     several columns, as in {prompt: [instruction, input]}, with a blank line between those that are not empty."""
@@ -114,6 +115,9 @@ class DataSpec(Spec):
     windows: WindowSpec | None = None
     """How tables of readings become windows; only with `task: forecast`. Tests are then the last windows of each
     series, and none is learned from that shows what they ask for."""
+    sequences: SequenceSpec | None = None
+    """How tables of interactions become rows; only with `task: next_item`. Of each user the last item is the global
+    test (where `test` is above 0), and the last of the others the client's own (where `client_test` is)."""
     simulated: dict[str, Any] | None = None
     """Knobs of a source that makes its rows; only with `source: sim:NAME`."""
     environment: EnvironmentSpec | None = None
@@ -188,6 +192,8 @@ class DataSpec(Spec):
                              "or 0.0")
         if self.windows is not None and self.task != "forecast":
             raise ValueError(f"data.windows: data.task is {self.task!r}; allowed with windows is 'forecast'")
+        if self.sequences is not None and self.task != "next_item":
+            raise ValueError(f"data.sequences: data.task is {self.task!r}; allowed with sequences is 'next_item'")
         if self.simulated is not None and not self.made:
             raise ValueError(f"data.simulated: data.source is {self.source!r}; allowed with these knobs is 'sim:NAME'")
         for other in {"template", "labels"} - set(task_of(self.task).takes):
@@ -235,13 +241,14 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         return environments(str(spec.source), spec.environment or EnvironmentSpec(), seed)
     if isinstance(spec.source, str) and spec.source.startswith(PREFIX):
         return _grouped(spec, seed)
-    held = read_tables(spec.test, spec.split, spec.subset) if isinstance(spec.test, str) else []
-    open_ = read_tables(spec.public, spec.split, spec.subset) if isinstance(spec.public, str) else []
+    held, open_ = (_apart(spec, part, seed) for part in ("test", "public"))
     tables = simulated_tables(str(spec.source), spec.simulated, seed) if spec.made else _sources(
         spec, [table.path for table in (*held, *open_) if table.path])
     if spec.windows is not None:
         learned = (1 - spec.client_test) * (1 - (spec.test if isinstance(spec.test, float) else 0.0))
         tables, held = windowed(tables, spec.windows, learned), windowed(held, spec.windows, 1.0)
+    if spec.sequences is not None:
+        tables, held, open_ = (sequenced(some, spec.sequences) for some in (tables, held, open_))
     labels = _labels(spec, [*tables, *held, *open_])
     said: list[str] = []
     rows, test = _shape(spec, tables, labels, said), _shape(spec, held, labels, said).lean
@@ -406,11 +413,23 @@ def _held_back(rows: np.ndarray, fraction: float, rng: np.random.Generator) -> t
     return rows[out], rows[~out]
 
 
+def _apart(spec: DataSpec, part: str, seed: int) -> list[Table]:
+    """The tables of a test, or of public rows, that has a source of its own."""
+    source = getattr(spec, part)
+    if not isinstance(source, str):
+        return []
+    if source.startswith(MADE):
+        return simulated_tables(source, spec.simulated, seed, part)
+    return read_tables(source, spec.split, spec.subset)
+
+
 def _kept_back(spec: DataSpec, rows: _Rows, which: np.ndarray, fraction: float, rng: np.random.Generator
                ) -> tuple[np.ndarray, np.ndarray]:
     """(held back, left) of these rows: of windows the last, else any."""
-    if spec.windows is not None and rows.wide and START in rows.wide[0]:
+    if spec.windows is not None:
         return last_of_each(rows.wide, which, fraction, spec.windows.horizon)
+    if spec.sequences is not None:
+        return last_of_each(rows.wide, which, fraction, one=True)
     return _held_back(which, fraction, rng)
 
 

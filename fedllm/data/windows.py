@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedllm.core.errors import DataError
 from fedllm.data.sources import Table
@@ -40,6 +40,14 @@ class WindowSpec(Spec):
     stride: Annotated[int, Field(ge=1)] = 1
     """Steps from one window to the next."""
 
+    @model_validator(mode="after")
+    def _the_target_is_a_variable(self) -> WindowSpec:
+        if self.target is not None and self.target not in self.of:
+            raise ValueError(f"data.windows.target = {self.target!r} is none of data.windows.of: {', '.join(self.of)}")
+        if twice := next((n for i, n in enumerate(self.of) if n in self.of[:i]), None):
+            raise ValueError(f"data.windows.of names {twice!r} twice; name each variable once")
+        return self
+
     @property
     def at(self) -> int:
         """The target's place among the variables."""
@@ -64,7 +72,7 @@ def _series(table: Table, spec: WindowSpec) -> dict[str, np.ndarray]:
     for i, row in enumerate(table.rows):
         where = table.where(i)
         name = as_text(value_of(row, spec.series, where), spec.series, where) if spec.series else "series"
-        when = tuple(_ordered(value_of(row, column, where)) for column in columns)
+        when = tuple(ordered(value_of(row, column, where)) for column in columns)
         found.setdefault(name, {}).setdefault(when, []).append(
             [_number(value_of(row, column, where), column, where) for column in spec.of])
     return {name: _filled(np.stack([_mean(np.array(times[when])) for when in sorted(times)]), name, table, spec)
@@ -106,9 +114,11 @@ def _windows(table: Table, name: str, steps: np.ndarray, spec: WindowSpec, learn
     return out
 
 
-def last_of_each(rows: Sequence[Mapping[str, Any]], which: np.ndarray, fraction: float, horizon: int
-                 ) -> tuple[np.ndarray, np.ndarray]:
+def last_of_each(rows: Sequence[Mapping[str, Any]], which: np.ndarray, fraction: float, horizon: int = 1,
+                 one: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(the last windows of each series, what is learned from): a window that shows what a test asks for is in neither.
+
+    `one`: the last alone, whatever the fraction, if it is not 0 (leave-one-out).
     """
     by: dict[str, list[int]] = {}
     for i in which:
@@ -116,7 +126,7 @@ def last_of_each(rows: Sequence[Mapping[str, Any]], which: np.ndarray, fraction:
     out, left = [], []
     for mine in by.values():
         mine.sort(key=lambda i: rows[i][START])
-        count = min(round(fraction * len(mine)), len(mine) - 1)
+        count = min(int(fraction > 0) if one else round(fraction * len(mine)), len(mine) - 1)
         if not count:
             left += mine
             continue
@@ -127,7 +137,7 @@ def last_of_each(rows: Sequence[Mapping[str, Any]], which: np.ndarray, fraction:
     return np.array(sorted(out), int), np.array(sorted(left), int)
 
 
-def _ordered(value: Any) -> tuple[int, float, str]:
+def ordered(value: Any) -> tuple[int, float, str]:
     """A time as it is sorted: numbers (also as CSV writes them) before texts, which dates in ISO form are."""
     try:
         number = float(value)

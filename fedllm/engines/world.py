@@ -100,7 +100,8 @@ class World:
 
     def tokenized(self, rows: Sequence[Row], answers: bool = False, model: Any = None) -> list[Encoded]:
         """Rows as the model (None: the main one) reads them; a model without a tokenizer has them so from the start
-        (unless its task reads rows without one), and tokenized rows (of `client.public`) stay as they are, if they are that model's.
+        (unless its task reads rows without one), and tokenized rows (of `client.public`) stay as they are,
+        if they are that model's.
 
         With `answers` the response alone counts, whatever of a row is learned in training.
         """

@@ -26,9 +26,11 @@ from fedllm.models.encoder import HeadedEncoder as HeadedEncoder
 from fedllm.models.encoder import Pooling as Pooling
 from fedllm.models.heads import Head, body_of
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
+from fedllm.models.pairs import PairNet
 from fedllm.models.pieces import piecewise_losses
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
 from fedllm.models.settled import is_settled, part_of, with_states
+from fedllm.models.shop import ShopNet
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
 from fedllm.tasks.registry import task_of
@@ -244,9 +246,12 @@ class Model:
 
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
+        self.stack.rows = batch.ids.shape[0]
         if isinstance(self.net, DualEncoder):
             own = self.space.classes(self.net, self.stack, batch)
             return wide(self.net.logits(self.stack, batch) if own is None else own)
+        if isinstance(self.net, ShopNet | PairNet):
+            return wide(self.net.logits(self.stack, batch))
         return wide(self.net.classifier(self.pooled(batch)))
 
     def pooled(self, batch: Batch) -> Tensor:

@@ -24,11 +24,15 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[N, T, d]; `mask` [N or 1, 1, T or 1, T] is True where a place may be looked at."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, prompt: Tensor | None = None) -> Tensor:
+        """[N, T, d]; `mask` [N or 1, 1, T or 1, T] is True where a place may be looked at. What attention over `prompt`
+        [N, m, d] gives is added to what attention gives."""
         h = self.norm1(x)
         q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if prompt is not None:
+            k, v = (f(prompt).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.k, self.v))
+            a = a + F.scaled_dot_product_attention(q, k, v)
         x = x + self.out(a.transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

@@ -23,8 +23,8 @@ def made_of(recipe: Recipe, space: Space, task: str, labels: Sequence[str], devi
         return None
     sizes = None if windows is None else {"past": windows.past, "horizon": windows.horizon, "target": windows.at,
                                           "variables": len(windows.of)}
-    return make_net(m.name, Made(m.width, m.depth, tuple(labels), sizes), space, seed=recipe.seed, dtype=m.dtype,
-                    device=device)
+    by = Made(m.width, m.depth, tuple(labels), sizes, (m.codes[0], m.codes[1]), m.prompts, m.branch, m.picture)
+    return make_net(m.name, by, space, seed=recipe.seed, dtype=m.dtype, device=device)
 
 
 def check_rules(recipe: Recipe) -> None:

@@ -29,8 +29,9 @@ from fedllm.trackers.registry import known
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
-Rule = Literal["persistence", "linear_ar"]
+Rule = Literal["persistence", "linear_ar", "popularity", "item_knn"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Pair = Annotated[list[Annotated[int, Field(ge=2, le=4096)]], Field(min_length=2, max_length=2)]
 
 
 def _share(value: Any) -> int | float:
@@ -76,13 +77,21 @@ class ModelSpec(Spec):
 
     name: str = "embedded"
     """embedded, minilm, smollm2, a folder saved with save_pretrained, a GGUF file, or a Hub id; policy where clients
-    act in environments, series where they forecast."""
+    act in environments, series where they forecast, shop where items are ranked, pairs where pictures and words are."""
     hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Widths of a policy's hidden layers (name policy); none: one linear map."""
     width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 32
-    """Width of a network that is built and not loaded (name series); a head of its attention is 8 wide."""
+    """Width of a network that is built (name series, shop or pairs); a head of its attention is 8 wide."""
     depth: Annotated[int, Field(ge=1, le=64)] = 2
     """Its blocks."""
+    codes: Pair = Field(default=[8, 32])
+    """Groups of an item's codes, and how many codes a group has (name shop)."""
+    prompts: Annotated[int, Field(ge=1, le=65_536)] = 32
+    """Prompts of a client (name shop or pairs)."""
+    branch: bool = True
+    """Beside its prompts a reader over items of its own (name shop): PFCR's full prompts, else its light ones."""
+    picture: Annotated[int, Field(ge=8, le=512)] = 16
+    """Side to which pictures are brought, in pixels; of numbers it is theirs (name pairs)."""
     at_clients: str | None = None
     """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
     weights: Literal["pretrained", "random"] = "pretrained"
@@ -280,7 +289,8 @@ class EvaluateSpec(Spec):
 
     baselines: list[Literal["local_only", "centralized"] | Rule] = Field(default_factory=list)
     """Methods to run beside this one on the same work, and rules without a model of the data's task: persistence,
-    linear_ar (forecast). A rule learns from all clients' rows for the global test, and from a client's own for its."""
+    linear_ar (forecast), popularity, item_knn (next_item). A rule learns from all clients' rows for the
+    global test, and from a client's own for its."""
     samples: Annotated[int, Field(ge=0)] = 4
     """Test prompts whose answers are kept, before and after."""
     clients: bool = True

@@ -94,9 +94,10 @@ Losses = tuple[Tensor, Tensor, Tensor]
 class Task:
     """One kind of row. Stateless; found by its file's stem."""
 
-    net: ClassVar[Literal["causal", "pooled", "tokens", "masked", "dual", "policy", "series"]]
+    net: ClassVar[Literal["causal", "pooled", "tokens", "masked", "dual", "policy", "series", "pairs"]]
     """What network is loaded: a causal LM, an encoder with a head over its pooled states or over each of them, a
-    masked LM, an image-text encoder; or built: a policy that acts, a forecaster of series."""
+    masked LM, an image-text encoder; or built: a policy that acts, a forecaster of series, a network of two
+    modalities."""
     columns: ClassVar[tuple[str, ...]]
     """Fields that a row of the task has."""
     takes: ClassVar[tuple[str, ...]] = ()

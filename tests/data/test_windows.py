@@ -22,8 +22,9 @@ def readings(steps=40, who=("x", "y")):
 
 
 def load(source, windows=None, **data):
-    return load_federation({"source": source, "task": "forecast", "windows": {**WINDOWS, **(windows or {})},
-                            "partition": {"kind": "by_key", "key": "series"}, "test": 0.2, "client_test": 0.2, **data}, 0)
+    plain = {"partition": {"kind": "by_key", "key": "series"}, "test": 0.2, "client_test": 0.2}
+    return load_federation({"source": source, "task": "forecast", "windows": {**WINDOWS, **(windows or {})}, **plain,
+                            **data}, 0)
 
 
 def steps_of(row):
@@ -54,7 +55,8 @@ def test_what_standardizes_is_of_before_any_test(tmp_path):
 
 def test_readings_of_one_time_are_averaged_in_order_and_gaps_take_the_value_before(tmp_path):
     rows = [{"who": "x", "day": d, "hour": h, "a": v, "b": ""} for d, h, v in [
-        (10, 1, "30"), (9, 5, "8"), (9, 6, "12"), (11, 1, ""), (12, 1, "NA"), (12, 2, "50"), (13, 1, "60"), (14, 1, "")]]
+        (10, 1, "30"), (9, 5, "8"), (9, 6, "12"), (11, 1, ""), (12, 1, "NA"), (12, 2, "50"), (13, 1, "60"),
+        (14, 1, "")]]
     rows[0]["b"] = "1"
     fed = load(written(tmp_path, rows), {"time": ["day"], "past": 4}, test=0.0, client_test=0.0)
     [row] = fed.clients["x"].train
@@ -64,7 +66,7 @@ def test_readings_of_one_time_are_averaged_in_order_and_gaps_take_the_value_befo
 
 
 @pytest.mark.parametrize("rows, windows, why", [
-    ([{"who": "x", "t": t, "a": "tall", "b": 1} for t in range(9)], {}, "row 1 .*'a' is 'tall'; a reading must be a fin"),
+    ([{"who": "x", "t": t, "a": "tall", "b": 1} for t in range(9)], {}, "row 1 .*'a' is 'tall'; a reading must be"),
     (readings(4), {}, "series 'x' has 4 steps, and a window takes data.windows.past \\+ horizon = 5"),
     (readings(9), {"of": ["a", "c"]}, "no field 'c'"),
     ([{"who": "x", "t": t, "a": None, "b": 1} for t in range(9)], {}, "no reading of 'a' at all")])
@@ -75,13 +77,16 @@ def test_what_cannot_be_a_series_is_refused(rows, windows, why, tmp_path):
 
 def test_windows_and_made_sources_only_where_they_mean_something(tmp_path):
     source = written(tmp_path, readings())
-    with pytest.raises(RecipeError, match="data.windows: data.task is 'regression'"):
+    with pytest.raises(RecipeError, match=r"data\.windows: data\.task is 'regression'"):
         load(source, task="regression")
-    with pytest.raises(RecipeError, match="data.simulated: data.source is"):
+    with pytest.raises(RecipeError, match=r"data\.simulated: data\.source is"):
         load(source, simulated={"stations": 2})
+    for wrong, why in (({"target": "c"}, "target = 'c' is none of"), ({"of": ["a", "a"]}, "names 'a' twice")):
+        with pytest.raises(RecipeError, match=why):
+            load(source, wrong)
     with pytest.raises(RecipeError, match="'sim:station' is unknown; did you mean 'stations'"):
         load("sim:station")
-    with pytest.raises(RecipeError, match="data.simulated.*station.*unknown key"):
+    with pytest.raises(RecipeError, match=r"data\.simulated.*station.*unknown key"):
         load("sim:stations", simulated={"station": 2})
 
 

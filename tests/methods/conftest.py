@@ -151,7 +151,8 @@ def begin(name: str, *, engine: str = "vectorized", dtype: torch.dtype = torch.f
           **knobs: Any) -> Run:
     """A method on the tiny federation, before its first round."""
     knobs_of_space = {"rank": 4} if space == "lora" else {}
-    reader = None if task == "image_text" or task in applications.NETS else tokenizer()  # whose rows are tokens from the start
+    bare = task == "image_text" or task in applications.NETS  # whose rows are tensors from the start
+    reader = None if bare else tokenizer()
     model = Model(net_for(task, dtype).to(PLACE), reader, task,
                   make_space(space, **(knobs_of_space | (space_knobs or {}))), labels=LABELS.get(task, ()),
                   fast_kernels=False)

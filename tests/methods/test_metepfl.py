@@ -30,7 +30,8 @@ def test_first_the_encoder_is_trained_and_then_prompts_alone(begin, gap):
 
 def test_what_a_graph_makes_of_prompts():
     prompts = [{"p": torch.tensor([float(i), 2.0 * i], dtype=torch.float64)} for i in (0, 1, 5)]
-    flat = lambda graph: [p["p"].tolist() for p in smoothed(prompts, make_method("metepfl", graph=graph).weights, 2, 0.2)]  # noqa: E731
+    method = lambda graph: make_method("metepfl", graph=graph).weights  # noqa: E731
+    flat = lambda graph: [p["p"].tolist() for p in smoothed(prompts, method(graph), 2, 0.2)]  # noqa: E731
     assert flat("none") == [pytest.approx(p["p"].tolist()) for p in prompts]
     assert flat("mean") == [pytest.approx([0.8 * 2 + 0.2 * i, 0.8 * 4 + 0.4 * i]) for i in (0, 1, 5)]
     near = flat("similarity")

@@ -26,6 +26,14 @@ class Simulated(Knobs):
         """Equal knobs and seed give equal rows."""
         raise NotImplementedError
 
+    def public(self, seed: int) -> Sequence[Table]:
+        """Rows that are nobody's (`data.public: sim:NAME`)."""
+        raise RecipeError(f"data.public: the simulated source '{type(self).__name__.lower()}' makes no public rows")
+
+    def test(self, seed: int) -> Sequence[Table]:
+        """Rows of a global test apart (`data.test: sim:NAME`)."""
+        raise RecipeError(f"data.test: the simulated source '{type(self).__name__.lower()}' makes no test apart")
+
 
 @functools.cache
 def kinds() -> dict[str, type[Simulated]]:
@@ -35,15 +43,18 @@ def kinds() -> dict[str, type[Simulated]]:
     found = {}
     for info in pkgutil.iter_modules(room.__path__):
         module = importlib.import_module(f"{room.__name__}.{info.name}")
-        found |= {info.name: c for _, c in inspect.getmembers(module, inspect.isclass)
-                  if issubclass(c, Simulated) and c.__module__ == module.__name__ and c is not Simulated}
+        own = [c for _, c in inspect.getmembers(module, inspect.isclass)
+               if issubclass(c, Simulated) and c.__module__ == module.__name__ and c is not Simulated]
+        found |= dict.fromkeys([info.name] * len(own), *own)
     return found
 
 
-def simulated_tables(source: str, knobs: Mapping[str, Any] | None, seed: int) -> list[Table]:
-    """The tables of `sim:NAME`; an unknown name or knob is refused with the nearest one."""
+def simulated_tables(source: str, knobs: Mapping[str, Any] | None, seed: int, part: str = "source") -> list[Table]:
+    """The tables of `sim:NAME`, or its `public` or `test` ones; an unknown name or knob is refused with the nearest
+    one."""
     name = source.removeprefix(PREFIX)
     if name not in kinds():
-        raise RecipeError(f"data.source = {source!r} is unknown{nearest(name, kinds()) or '.'} Allowed: "
+        raise RecipeError(f"data.{part} = {source!r} is unknown{nearest(name, kinds()) or '.'} Allowed: "
                           f"{', '.join(PREFIX + n for n in kinds())}")
-    return list(kinds()[name].make(dict(knobs or {}), "data.simulated").tables(seed))
+    made = kinds()[name].make(dict(knobs or {}), "data.simulated")
+    return list({"source": made.tables, "public": made.public, "test": made.test}[part](seed))

@@ -1,4 +1,4 @@
-"""Weather stations on a map: seasons and days of their climate, fronts that pass over neighbors, noise that lasts."""
+"""Weather stations on a map: seasons and days of a climate, fronts that pass over neighbors, and noise that lasts."""
 
 from __future__ import annotations
 

@@ -22,27 +22,28 @@ from fedllm.models.series import ENCODER, PROMPT
 
 @dataclass(frozen=True)
 class MetePFL(Method):
-    """First the encoder (FedAvg of masked imputation), then P_i: own prompts, pulled to p_i* and to the global prompt."""
+    """First the encoder (FedAvg of masked imputation), then own prompts P_i, pulled to p_i* and to the global one."""
 
     card = Card(
         title="MetePFL: prompt federated learning for weather forecasting",
         paper="Chen, Long, Shen, Jiang, Prompt Federated Learning for Weather Forecasting, IJCAI 2023, "
               "arXiv 2301.09152",
         topic="prompt learning: applications",
-        sends="first the encoder's weights either way; then up a client's prompts and head, H (V + 4) numbers, and down "
-              "its own smoothed ones and the global ones",
+        sends="first the encoder's weights either way; then up a client's prompts and head, H (V + 4) numbers, and "
+              "down its own smoothed ones and the global ones",
         needs="data.task: forecast, model.name: series, space full",
         claim=Claim("twelve stations of three climates: prompts smoothed over the graph of similar prompts err less "
                     "(MAE) than one mean prompt for all", rig="stations", metric="mae", baseline="metepfl",
-                    relative="ratio", holds="<", threshold=1.0, against={"knobs": {"graph": "mean", "self_weight": 0.0}}),
+                    relative="ratio", holds="<", threshold=1.0,
+                    against={"knobs": {"graph": "mean", "self_weight": 0.0}}),
         also={
             "alone": Claim("and less than prompts that each station trains alone", rig="stations", metric="mae",
                            baseline="metepfl", relative="ratio", holds="<", threshold=1.0,
                            against={"knobs": {"graph": "none", "pull_own": 0.0, "pull_shared": 0.0}}),
             "persistence": Claim("it errs less than persistence", rig="stations", metric="over_persistence",
                                  holds="<", threshold=1.0),
-            "linear_ar": Claim("a linear AR that each station fits to its own past errs less still: what lasts at these "
-                               "stations is an AR(2)", rig="stations", metric="over_linear_ar", holds=">",
+            "linear_ar": Claim("a linear AR that each station fits to its own past errs less still: what lasts at "
+                               "these stations is an AR(2)", rig="stations", metric="over_linear_ar", holds=">",
                                threshold=1.0),
             "bytes": Claim("a round of prompts sends less than 1/100 of what a round of an encoder of width 128 and "
                            "depth 4 does", rig="stations_bytes", metric="of_encoder", holds="<", threshold=0.01,
@@ -106,8 +107,9 @@ class MetePFL(Method):
     @on_client(reduce=Mean(), gives="encoder: some, n: rows, loss?: number")
     def fill(self, msg: Payload, client: Client) -> Payload:
         rng, rows = client.rng("metepfl"), client.tokens
-        masks = spans(rng, len(rows), len(rows[0].ids), rows[0].parts["past"].shape[1], self.mask_ratio, self.mask_length)
-        fitted = client.fit({**part(msg, "encoder"), **part(msg, "prompt")}, objective=Impute(), side={"mask": list(masks)},
+        steps, variables = len(rows[0].ids), rows[0].parts["past"].shape[1]
+        masks = list(spans(rng, len(rows), steps, variables, self.mask_ratio, self.mask_length))
+        fitted = client.fit({**part(msg, "encoder"), **part(msg, "prompt")}, objective=Impute(), side={"mask": masks},
                             freeze=(f"{PROMPT}*",))
         return pack(encoder={n: t for n, t in fitted.theta.items() if n.startswith(ENCODER)}, n=client.n,
                     loss=fitted.loss)
