@@ -17,7 +17,7 @@ from fedllm.methods._own import Own, own
 from fedllm.methods._written import few_shots, grouped, need_label, need_variety, one_line, said_by
 from fedllm.privacy.by_row import booked, private_fits, spent_by
 
-LR = {"local.lr": (1e-3, 3e-3, 1e-2)}
+LR, FREE = {"local.lr": (1e-3, 3e-3, 1e-2)}, {"knobs": {"target_epsilon": None}}
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,18 @@ class FDKT(Own):
               "2024, arXiv 2405.14212",
         topic="transfer", kinds=("text",),
         sends="up, once: texts with labels, made under example-level DP; down, once: texts with labels; no weights",
-        needs="task classification; a `generator` at clients and a `writer` at the server (or an endpoint) among the "
-              "recipe's `models`; clients that remember; any `models`",
+        needs="task classification; among the recipe's `models` a `generator` for clients, a `writer` (or endpoint) "
+              "for the server; clients that remember; any `models`",
         claim=Claim("at epsilon 8 clients are right more often than when each trains alone for as many steps",
                     rig="transferred", metric="accuracy", baseline="local_only", relative="difference", holds=">",
                     threshold=0.0, grid=LR),
-        also={"free": Claim("and without privacy", rig="transferred", metric="accuracy", baseline="local_only",
-                            relative="difference", holds=">", threshold=0.0, grid=LR,
-                            options={"knobs": {"target_epsilon": None}}),
+        also={"free": Claim("and without privacy", rig="transferred", metric="accuracy", baseline="local_only", grid=LR,
+                            relative="difference", holds=">", threshold=0.0, options=FREE),
+              "canary": Claim("a row planted once is none of 1000 texts of an overfitted generator at epsilon 3",
+                              rig="generated_canary", metric="leaked", holds="<=", threshold=0.0),
+              "leak": Claim("which it is more often without privacy", rig="generated_canary", metric="leaked",
+                            baseline="fdkt", relative="difference", holds="<", threshold=0.0,
+                            against=FREE),
               "epsilon": Claim("what is booked is no more than the target", rig="transferred", metric="over",
                                holds="<=", threshold=0.0, kind="exact")},
         evidence="Authors' code read by the dossier: DP-SGD of a generator, epsilon 3, groups by k-means, few-shot "
@@ -63,7 +67,7 @@ class FDKT(Own):
     shown: int = knob(4, "examples in front of it", ge=1)
     weight: float = knob(0.5, "of a made text's loss beside a row's", ge=0, le=1)
     temperature: float = knob(1.0, "of writing", gt=0)
-    max_new_tokens: int = knob(48, "longest text", ge=1)
+    max_new_tokens: int = knob(48, "longest text, in tokens", ge=1)
     least_new: float = knob(0.25, "least share of texts that are new and not empty, or none leaves", ge=0, le=1)
     embed: str = knob("auto", "groups by 'minilm', 'tfidf' or 'auto' (whichever is installed)",
                       options=("auto", "minilm", "tfidf"))
@@ -75,8 +79,8 @@ class FDKT(Own):
 
     def check(self, model: Any) -> None:
         if model.task != "classification":
-            raise CompositionError(f"method 'fdkt' and data.task = {model.task!r} do not fit together: it makes texts "
-                                   "of labels; use data.task = 'classification'")
+            raise CompositionError(f"method 'fdkt' and data.task = {model.task!r} do not fit together; use data.task = "
+                                   "'classification', since it makes texts of labels")
 
     def asks_for(self):
         return (self.generator,)
@@ -116,8 +120,8 @@ class FDKT(Own):
         said = gen.generate([self.prompt.format(label=labels[y]) for y in of], theta,
                             max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         new = need_variety(self.generator, said, self.least_new)  # of what it wrote alone, and of no private row
-        return {"texts": [said[i] for i in new], "of": [of[i] for i in new], "rows": booked(client),
-                "delta": float(delta)}
+        wrote = {"texts": [said[i] for i in new], "of": [of[i] for i in new]}
+        return {**wrote, "rows": booked(client), "delta": float(delta)}
 
     @on_server
     def write(self, msg, client):
@@ -133,8 +137,8 @@ class FDKT(Own):
     @on_client(gives="loss?: number")
     def local(self, msg, client):
         made = client.encode([{"text": t, "label": y} for t, y in zip(msg["texts"], msg["of"], strict=True)])
-        fitted = client.fit(own(client), on=[*client.tokens, *made], objective="weighted",
-                            side={"weight": [1.0] * client.n + [self.weight] * len(made)})
+        w = [1.0] * client.n + [self.weight] * len(made)
+        fitted = client.fit(own(client), on=[*client.tokens, *made], objective="weighted", side={"weight": w})
         client.memory["theta"] = fitted.theta
         return {"loss": fitted.loss} if self.target_epsilon is None else {}  # a loss would be a release without noise
 
