@@ -47,7 +47,7 @@ def test_fdkt_says_what_it_spent(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     made = {"name": "embedded", "task": "generation"}
     result = fedllm.run({
-        "model": "embedded", "models": {"generator": made, "writer": made}, "rounds": 1, "local": SMALL,
+        "model": "embedded", "models": {"generator": made, "writer": made}, "rounds": 2, "local": SMALL,
         "method": {"name": "fdkt", "texts": 2, "more": 1, "generator_steps": 3, "max_new_tokens": 6, "embed": "tfidf",
                    "target_epsilon": 4.0, "least_new": 0.0},
         "evaluate": {"clients": True, "samples": 0},
