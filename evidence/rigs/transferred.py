@@ -30,7 +30,10 @@ def transferred(method: str, seed: int, *, knobs: Mapping[str, Any] | None = Non
     told = {"target_epsilon": 8.0, "texts": 12, "more": 1, "shown": 2, "max_new_tokens": LENGTH, "generator_steps": 60,
             "embed": "tfidf", "seed": seed, "temperature": 0.8, **(knobs or {})}
     run = Trial(method, world, told if ours else dict(knobs or {})).rounds(rounds)
-    out = {"accuracy": float(np.mean([s["accuracy"] for s in run.scores("global").values()])), **run.work()}
+    work = run.work()
+    if ours:
+        run.rounds(1)  # the first was the generators' alone
+    out = {"accuracy": float(np.mean([s["accuracy"] for s in run.scores("global").values()])), **work}
     if ours and (said := run.method.statement(run.state)):
         out["over"] = max(said["clients"].values()) - told["target_epsilon"]
     return out

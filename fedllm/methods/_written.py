@@ -44,6 +44,14 @@ def need_variety(name: str, texts: Sequence[str], least: float) -> list[int]:
     return fresh
 
 
+def fresh(name: str, texts: Sequence[str], least: float) -> tuple[list[int], str]:
+    """The same, and "", or no places and the reason: for whoever must say something in any case."""
+    try:
+        return need_variety(name, texts, least), ""
+    except Withheld as error:
+        return [], str(error)
+
+
 def need_label(method: str, prompt: str) -> None:
     """RecipeError for a prompt that does not say of which label a text is wanted."""
     if "{label}" not in prompt or prompt.format(label="") == prompt:

@@ -33,10 +33,11 @@ def booked(client: Any) -> list[list[Any]]:
 
 
 def spent_by(books: Mapping[str, Sequence[Sequence[Any]]], deltas: Mapping[str, float], seeded: bool, owner: str,
-             ) -> dict[str, Any]:
+             silent: Sequence[str]) -> dict[str, Any]:
     """A statement of what each client's fits spent; the run's epsilon is the largest: they hold other rows."""
     each = {c: Ledger({"releases": [list(r) for r in rows]}).epsilon(deltas[c]) for c, rows in sorted(books.items())}
     void = [f"{owner}.seed is set, so whoever knows the recipe can take the noise off"] if seeded else []
+    void += [f"client '{c}' was asked without telling what it released" for c in silent]
     return {"layer": owner, "unit": "example", "epsilon": float("inf") if void else max(each.values(), default=0.0),
             "delta": max(deltas.values(), default=0.0), "clients": each, "adjacency": "one training row more or less",
             "sampling": "poisson", "void": void,

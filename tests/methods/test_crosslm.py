@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fedllm.core.errors import EndpointError, QuorumError, RecipeError, Withheld
+from fedllm.core.errors import CompositionError, EndpointError, QuorumError, RecipeError, Withheld
+from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.local.objectives.rewarded import Rewarded
 from fedllm.methods._written import graded, need_variety
@@ -107,18 +109,56 @@ class Slow(BaseHTTPRequestHandler):
         pass
 
 
+class Ready(Slow):
+    """Says three words, another each time, to whoever asks for a label."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["prompt"] in ("one:", "two:", "three:") and asked["max_tokens"] == 4
+        body = json.dumps({"choices": [{"text": f" w1 w2 w{asked['seed'] % 50}"}],
+                           "usage": {"prompt_tokens": 2, "completion_tokens": 3}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
 @pytest.fixture
-def silent():
-    server = HTTPServer(("127.0.0.1", 0), Slow)
-    server.gone = threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.gone.set()
-    server.shutdown()
+def serving():
+    """Addresses of servers, each with its handler."""
+    made = []
+
+    def start(handler):
+        made.append(server := ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        server.gone = threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/v1"
+
+    yield start
+    for server in made:
+        server.gone.set()
+        server.shutdown()
+        server.server_close()
 
 
-def test_a_writer_that_does_not_answer_ends_the_run_and_nothing_leaves(begin, silent):
-    run = begun(begin, reinforce=False)
+def test_an_endpoint_writes_and_is_paid(begin, serving):
+    ledger, url = ModelUsage({"writer": (1.0, 3.0)}), serving(Ready)
+    run = begun(begin, reinforce=False, accept=0.0, layers=(ledger,))
+    run.world.models = Shelf({"writer": lambda: Endpoint(url, timeout=5.0, retries=0, logprobs=False)})
+    states = [ledger.init()]
+    run.engine.begin(0)
+    state = drive(run.method.round(run.state, run.world.infos()), run.engine, (ledger,), states)
+    assert len(state["texts"]) == 6 and all(t.startswith(" w1 w2 w") for t in state["texts"])
+    said = ledger.report(states[0])["writer"]
+    assert said == {"calls": 6, "prompt_tokens": 12, "completion_tokens": 18, "cost": pytest.approx(66e-6)}
+    run = begun(begin)
+    run.world.models = Shelf({"writer": lambda: Endpoint(url, timeout=5.0, retries=0, logprobs=False)})
+    with pytest.raises(CompositionError, match=r"models.writer cannot be trained, which method.reinforce wants"):
+        run.go(1)
+
+
+def test_a_writer_that_does_not_answer_ends_the_run_and_nothing_leaves(begin, serving):
+    run, silent = begun(begin, reinforce=False), serving(Slow)
     run.world.models = Shelf({"writer": lambda: Endpoint(silent, timeout=0.2, retries=0, backoff=0.0)})
     with pytest.raises(EndpointError, match=r"model 'local': no answer within 0.2 s"):
         run.go(1)
@@ -130,8 +170,6 @@ def test_what_the_writer_cost_stands_in_the_ledger(begin):
     ledger = ModelUsage({"writer": (1.0, 3.0)})
     run = begin("crosslm", task="classification", layers=(ledger,), **KNOBS)
     states = [ledger.init()]
-    from fedllm.core.program import drive
-
     run.engine.begin(0)
     drive(run.method.round(run.state, run.world.infos()), run.engine, (ledger,), states)
     said = ledger.report(states[0])["writer"]

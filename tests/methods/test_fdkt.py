@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from opacus.accountants import PRVAccountant
 
-from fedllm.core.client import SERVER
+from fedllm.core.client import SERVER, Profile
 from fedllm.core.errors import QuorumError, RecipeError
 from fedllm.local.requests import Fit
 from fedllm.methods._written import few_shots, grouped, one_line
@@ -21,7 +23,7 @@ def begun(begin, **knobs):
 
 
 def watched(run):
-    """(the run after a round, the requests of its fits by model)."""
+    """The requests of two rounds' fits."""
     fits, kept = [], type(run.engine).work
 
     def work(self, job, submit):
@@ -32,7 +34,7 @@ def watched(run):
 
     type(run.engine).work = work
     try:
-        run.go(1)
+        run.go(2)
     finally:
         type(run.engine).work = kept
     return fits
@@ -80,18 +82,40 @@ def test_as_many_texts_of_each_label_leave_whoever_sends(begin):
 
     type(run.engine).cross = cross
     try:
-        run.go(2)
+        run.go(3)
     finally:
         type(run.engine).cross = kept
     assert len(sent) == 4  # once, and not again in the second round
     assert all(max(np.bincount(of, minlength=3)) <= 2 for of in sent)
 
 
-def test_a_generator_that_repeats_itself_sends_nothing(begin):
-    run = begun(begin, least_new=1.0, temperature=1e-6)
-    with pytest.raises(QuorumError, match=r"models.generator repeats itself"):
+def test_a_generator_that_repeats_itself_sends_nothing_and_what_it_spent_stands(begin):
+    run = begun(begin, least_new=1.0, temperature=1e-6, seed=None).go(2)
+    said = run.method.report(run.state)
+    assert said["texts"] == 0 and set(said["withheld"]) == {"c0", "c1", "c2", "c3"}
+    assert all("models.generator repeats itself" in why for why in said["withheld"].values())
+    told = run.method.statement(run.state)
+    assert set(told["clients"]) == set(said["withheld"]) and 2.5 < told["epsilon"] <= 3.0
+    assert [len(run.engine.memory[c]["dp_sgd"]["releases"]) for c in said["withheld"]] == [1] * 4  # once, and not again
+
+
+def test_a_writer_that_repeats_itself_is_no_round_and_nobody_spends_again(begin):
+    """What the generators wrote and spent was another round's, which counts."""
+    run = begun(begin, seed=None).go(1)
+    spent = run.method.statement(run.state)
+    run.method = make_method("fdkt", **{**KNOBS, "least_new": 1.0, "temperature": 1e-6, "seed": None})
+    run.engine.stack = (run.method,)
+    with pytest.raises(QuorumError, match=r"models.writer repeats itself"):
         run.go(1)
-    assert run.up() == 0
+    run.engine.abandon()
+    assert run.method.statement(run.state) == spent and run.state["stage"] == "write"
+
+
+def test_who_was_asked_and_is_silent_takes_the_promise_away(begin):
+    run = begun(begin, seed=None)
+    run.engine.infos["c1"] = replace(run.engine.infos["c1"], profile=Profile(availability=1e-12))
+    run.go(1)
+    assert run.method.statement(run.state)["void"] == ["client 'c1' was asked without telling what it released"]
 
 
 def test_groups_cover_all_texts_and_are_as_many_as_said():

@@ -14,16 +14,16 @@ from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.rng import seed_of
 from fedllm.methods._own import Own, own
-from fedllm.methods._written import few_shots, grouped, need_label, need_variety, one_line, said_by
+from fedllm.methods._written import few_shots, fresh, grouped, need_label, need_variety, one_line, said_by
 from fedllm.privacy.by_row import booked, private_fits, spent_by
 
-LR = {"local.lr": (1e-3, 3e-3, 1e-2)}
+LR, FREE = {"local.lr": (1e-3, 3e-3, 1e-2)}, {"knobs": {"target_epsilon": None}}
 
 
 @dataclass(frozen=True)
 class FDKT(Own):
-    """Once: a generator is trained with DP-SGD, and what it writes, as much of each label, leaves; the server groups it
-    and has its model go on from examples of a group. From then on a client learns its own rows and those."""
+    """First a generator is trained with DP-SGD, and what it writes, as much of each label, leaves; then the server has
+    its model go on from examples of a group of it, and from there on clients learn their own rows and those."""
 
     card = Card(
         title="FDKT: federated domain-specific knowledge transfer with synthetic data",
@@ -31,19 +31,22 @@ class FDKT(Own):
               "2024, arXiv 2405.14212",
         topic="transfer", kinds=("text",),
         sends="up, once: texts with labels, made under example-level DP; down, once: texts with labels; no weights",
-        needs="task classification; a `generator` at clients and a `writer` at the server (or an endpoint) among the "
-              "recipe's `models`; clients that remember; any `models`",
+        needs="task classification; a `generator` for clients and a `writer` (or endpoint) for the server among the "
+              "`models`, of which clients may hold any; clients that remember",
         claim=Claim("at epsilon 8 clients are right more often than when each trains alone for as many steps",
                     rig="transferred", metric="accuracy", baseline="local_only", relative="difference", holds=">",
                     threshold=0.0, grid=LR),
-        also={"free": Claim("and without privacy", rig="transferred", metric="accuracy", baseline="local_only",
-                            relative="difference", holds=">", threshold=0.0, grid=LR,
-                            options={"knobs": {"target_epsilon": None}}),
+        also={"free": Claim("and without privacy", rig="transferred", metric="accuracy", baseline="local_only", grid=LR,
+                            relative="difference", holds=">", threshold=0.0, options=FREE),
+              "canary": Claim("a row planted once is none of 1000 texts of an overfitted generator at epsilon 3",
+                              rig="generated_canary", metric="leaked", holds="<=", threshold=0.0),
+              "leak": Claim("which it is more often without privacy", rig="generated_canary", metric="leaked",
+                            baseline="fdkt", relative="difference", holds="<", threshold=0.0, against=FREE),
               "epsilon": Claim("what is booked is no more than the target", rig="transferred", metric="over",
                                holds="<=", threshold=0.0, kind="exact")},
         evidence="Authors' code read by the dossier: DP-SGD of a generator, epsilon 3, groups by k-means, few-shot "
-                 "prompts. Ours: texts of a label are one more than none whoever asks, so that counts tell nothing; "
-                 "the large model is not asked first which texts are good.",
+                 "prompts. Ours: as many texts of each label whoever sends, so that counts tell nothing; the large "
+                 "model does not choose among them; generators have a round of their own, which nothing repeats.",
     )
     trial = Trial({"texts": 2, "more": 1, "max_new_tokens": 4, "generator_steps": 1, "least_new": 0.0, "seed": 0,
                    "embed": "tfidf"}, task="classification", rounding="texts are sampled",
@@ -63,20 +66,15 @@ class FDKT(Own):
     shown: int = knob(4, "examples in front of it", ge=1)
     weight: float = knob(0.5, "of a made text's loss beside a row's", ge=0, le=1)
     temperature: float = knob(1.0, "of writing", gt=0)
-    max_new_tokens: int = knob(48, "longest text", ge=1)
+    max_new_tokens: int = knob(48, "longest text, in tokens", ge=1)
     least_new: float = knob(0.25, "least share of texts that are new and not empty, or none leaves", ge=0, le=1)
-    embed: str = knob("auto", "groups by 'minilm', 'tfidf' or 'auto' (whichever is installed)",
-                      options=("auto", "minilm", "tfidf"))
+    embed: str = knob("auto", "groups by this; auto: by whichever is installed", options=("auto", "minilm", "tfidf"))
     seed: int | None = knob(None, "seeds noise and batches for tests, which voids the claim; null: from the OS")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        need_label("FDKT", self.prompt)
-
     def check(self, model: Any) -> None:
+        need_label("FDKT", self.prompt)
         if model.task != "classification":
-            raise CompositionError(f"method 'fdkt' and data.task = {model.task!r} do not fit together: it makes texts "
-                                   "of labels; use data.task = 'classification'")
+            raise CompositionError(f"method 'fdkt' makes texts of labels, and data.task is {model.task!r}")
 
     def asks_for(self):
         return (self.generator,)
@@ -86,16 +84,21 @@ class FDKT(Own):
 
     def init(self, model: Any) -> State:
         self.check(model)
-        return {"labels": list(model.labels), "texts": [], "of": [], "books": {}, "deltas": {}}
+        return {"labels": list(model.labels), "texts": [], "of": [], "books": {}, "deltas": {}, "stage": "invent",
+                "open": [], "whys": {}}
 
     def round(self, state: State, clients) -> Program:
-        if not state["texts"]:
-            out = yield Ask(self.invent, {c.id: {} for c in clients})
+        """One thing that may not be repeated a round: what the generators spent is in the state before all else."""
+        if state["stage"] == "invent":
+            out = yield Ask(self.invent, {c.id: {} for c in clients}, quorum=0)
             told = {n: [x for c in out for x in out[c][n]] for n in ("texts", "of")}
-            books = {c: [list(r) for r in out[c]["rows"]] for c in out}
-            wrote = (yield Ask(self.write, {SERVER: {**told, "labels": state["labels"]}}))[SERVER]
-            state = {**state, "texts": wrote["texts"], "of": wrote["of"], "books": {**state["books"], **books},
-                     "deltas": {**state["deltas"], **{c: out[c]["delta"] for c in out}}}
+            silent = [c.id for c in clients if c.id not in out]  # they may have spent it all the same
+            return {**state, **told, "stage": "write" if told["texts"] else "learn" if out else "invent",
+                    "books": {c: [list(r) for r in out[c]["rows"]] for c in out}, "open": [*state["open"], *silent],
+                    **{n: {c: out[c][n[:-1]] for c in out} for n in ("deltas", "whys")}}
+        if state["stage"] == "write":
+            wrote = (yield Ask(self.write, {SERVER: {n: state[n] for n in ("texts", "of", "labels")}}))[SERVER]
+            state = {**state, "texts": wrote["texts"], "of": wrote["of"], "stage": "learn"}
         yield Ask(self.local, {c.id: {"texts": state["texts"], "of": state["of"]} for c in clients})
         return state
 
@@ -103,30 +106,29 @@ class FDKT(Own):
         need(len(reply["texts"]) == len(reply["of"]) and all(isinstance(y, int) and y >= 0 for y in reply["of"]),
              "'of' is no label for each of 'texts'")
 
-    @on_client(gives="texts: texts, of: numbers, rows: layout, delta: number", fits=fits)
+    @on_client(gives="texts: texts, of: numbers, rows: layout, delta: number, why: code", fits=fits)
     def invent(self, msg, client):
-        gen, labels = client.holding(self.generator), client.model.labels
-        rows = gen.encode([{"prompt": self.prompt.format(label=labels[r["label"]]), "response": r["text"]}
-                           for r in client.data])
+        gen = client.holding(self.generator)
+        leads = [self.prompt.format(label=x) for x in client.model.labels]
+        rows = gen.encode([{"prompt": leads[r["label"]], "response": r["text"]} for r in client.data])
         quiet = nullcontext(0.0) if self.target_epsilon is None else private_fits(
             client, self.generator_steps, self.target_epsilon, self.target_delta, self.clip_norm, self.seed)
         with quiet as delta:
             theta = gen.fit(gen.model.initial(), on=rows, steps=self.generator_steps).theta
-        of = [y for y in range(len(labels)) for _ in range(self.texts)]
-        said = gen.generate([self.prompt.format(label=labels[y]) for y in of], theta,
-                            max_new_tokens=self.max_new_tokens, temperature=self.temperature)
-        new = need_variety(self.generator, said, self.least_new)  # of what it wrote alone, and of no private row
-        return {"texts": [said[i] for i in new], "of": [of[i] for i in new], "rows": booked(client),
-                "delta": float(delta)}
+        of = [y for y in range(len(leads)) for _ in range(self.texts)]
+        said = gen.generate([leads[y] for y in of], theta, max_new_tokens=self.max_new_tokens,
+                            temperature=self.temperature)
+        new, why = fresh(self.generator, said, self.least_new)  # by what it wrote alone, and by no private row
+        wrote = {"texts": [said[i] for i in new], "of": [of[i] for i in new]}
+        return {**wrote, "rows": booked(client), "delta": float(delta), "why": why}  # what was spent leaves at any rate
 
     @on_server
     def write(self, msg, client):
-        texts, of, labels = msg["texts"], msg["of"], msg["labels"]
-        group = grouped(texts, self.cluster_size, self.embed)
-        prompts, meant = few_shots(texts, of, group, [self.prompt.format(label=x) for x in labels], self.more,
-                                   self.shown, client.rng("fdkt"))
-        seed = seed_of(client.model.seed, "fdkt") % 2**31
-        said = [one_line(t) for t in said_by(client, self.writer, prompts, self.max_new_tokens, self.temperature, seed)]
+        leads = [self.prompt.format(label=x) for x in msg["labels"]]
+        group = grouped(msg["texts"], self.cluster_size, self.embed)
+        prompts, meant = few_shots(msg["texts"], msg["of"], group, leads, self.more, self.shown, client.rng("fdkt"))
+        said = [one_line(t) for t in said_by(client, self.writer, prompts, self.max_new_tokens, self.temperature,
+                                             seed_of(client.model.seed, "fdkt") % 2**31)]
         new = need_variety(self.writer, said, self.least_new)
         return {"texts": [said[i] for i in new], "of": [meant[i] for i in new]}
 
@@ -139,8 +141,10 @@ class FDKT(Own):
         return {"loss": fitted.loss} if self.target_epsilon is None else {}  # a loss would be a release without noise
 
     def statement(self, state: State) -> Mapping[str, Any] | None:
-        """The generators' training; null epsilon: nothing is promised."""
-        if self.target_epsilon is None or not state["books"]:
+        if self.target_epsilon is None or not (state["books"] or state["open"]):
             return None
-        return spent_by(state["books"], state["deltas"], self.seed is not None, "fdkt")
+        return spent_by(state["books"], state["deltas"], self.seed is not None, "fdkt", state["open"])
+
+    def report(self, state: State) -> Mapping[str, Any]:
+        return {"texts": len(state["texts"]), "withheld": {c: why for c, why in state["whys"].items() if why}}
 
