@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from fedllm.core.form import aligned, need
-from fedllm.core.payload import Payload
+from fedllm.core.payload import Payload, Tree
 from fedllm.models import retrieval as rt
 from fedllm.models.similar import embedder
 
@@ -76,12 +77,18 @@ def united(entries: Sequence[Entry], alike: float) -> list[Entry]:
     return kept
 
 
+@functools.lru_cache(maxsize=16)
+def _indexed(texts: tuple[str, ...]) -> tuple[Tree, list[str]]:
+    """Entries stay as they are from one question to the next."""
+    return rt.bm25_index(texts)
+
+
 def ranked(query: str, texts: Sequence[str], by: str) -> list[tuple[int, float]]:
     """(index, score) of the texts that share anything with the query, the best first; `by` bm25, tfidf or minilm."""
     if not texts:
         return []
     if by == "bm25":
-        index, known = rt.bm25_index(texts)
+        index, known = _indexed(tuple(texts))
         score = rt.bm25_scores(index, known, len(texts), query)
     else:
         x = embedder(by)[0]([query, *texts])

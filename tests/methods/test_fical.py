@@ -16,7 +16,7 @@ from fedllm.methods import _library as lib
 
 
 def told(seed=0, **knobs):
-    return Trial("fical", World(nobody(), shelf(seed), seed=seed), knobs).rounds(1)
+    return Trial("fical", World(nobody(), shelf(seed), seed=seed), {"by": "bm25", **knobs}).rounds(1)
 
 
 def asked(run, query):
@@ -24,9 +24,9 @@ def asked(run, query):
 
 
 def test_what_entries_are_worth():
-    got = toolbook("fical", 0)
+    got = toolbook("fical", 0, knobs={"by": "bm25"})
     assert got["right"] >= 0.8 and got["permuted"] <= 0.25 and got["secrets"] == 0 and got["bytes"] < 4000
-    assert toolbook("fical", 0, alone=True)["right"] <= 0.4
+    assert toolbook("fical", 0, knobs={"by": "bm25"}, alone=True)["right"] <= 0.4
 
 
 def test_an_entry_has_shared_words_and_the_form_of_a_call():
@@ -75,7 +75,7 @@ def test_a_session_answers_and_bad_rows_are_refused(tmp_path):
     rows = [r for s in shelf(0).clients.values() for r in s.train]
     file = tmp_path / "calls.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    recipe = {"name": "fical", "model": "embedded", "method": "fical", "rounds": 1,
+    recipe = {"name": "fical", "model": "embedded", "method": {"name": "fical", "by": "bm25"}, "rounds": 1,
               "data": {"source": str(file), "test": 0.1, "partition": {"kind": "iid", "clients": 3}}}
     run = fedllm.run(recipe, root=tmp_path)
     assert run.evaluation["global"]["right"] > 0.5 and {"right", "recall"} <= set(run.metrics)

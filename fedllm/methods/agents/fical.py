@@ -53,7 +53,7 @@ class FICAL(Method):
     metrics: ClassVar = {"right": "max", "recall": "max"}
     serves, only_fits, mixes = False, False, "text"
 
-    by: Literal["tfidf", "bm25", "minilm"] = knob("tfidf", "how entries are found", options=("tfidf", "bm25", "minilm"))
+    by: Literal["bm25", "tfidf", "minilm"] = knob("bm25", "how entries are found", options=("bm25", "tfidf", "minilm"))
     top_k: int = knob(3, "entries that are read for a question", ge=1, le=20)
     find: Literal["best", "first"] = knob("best", "read those that fit best, or the first of the list, for comparison",
                                           options=("best", "first"))
