@@ -23,7 +23,7 @@ def test_agents_choose_and_say_so():
     run = begin("fedmrl", warmup=2, explore=0.0, mu_max=0.5).go(4)
     told = run.method.report(run.state)["mu_of_each_client_in_the_last_round"]
     assert set(told) == {"c0", "c1", "c2", "c3"} and all(v in (0, 0.125, 0.25, 0.375, 0.5) for v in told.values())
-    assert len(run.state["past"]) == 3 and run.state["past"][0]["s"].shape == (4, 4)
+    assert list(run.state["past"]) == ["1", "2", "3"] and run.state["past"]["1"]["s"].shape == (4, 4)
     again = begin("fedmrl", warmup=2, explore=0.0, mu_max=0.5).go(4)
     assert again.method.report(again.state) == run.method.report(run.state)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedllm.core.ask import on_client
 from fedllm.core.client import Client
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Payload, add, pack, part, scale, sub
+from fedllm.core.payload import Payload, add, pack, part, sub
 from fedllm.core.rng import numpy_stream
 from fedllm.local.objective import Objective
 from fedllm.local.terms import Proximal
@@ -71,7 +71,7 @@ class FedMRL(Star):
     agent_seed: int = knob(0, "of agents, tries and the map", ge=0)
 
     def init(self, model: Any) -> State:
-        return {"theta": model.initial(), "round": 0, "net": made(self.agent_seed, 4, self.levels), "past": [],
+        return {"theta": model.initial(), "round": 0, "net": made(self.agent_seed, 4, self.levels), "past": {},
                 "seen": {}, "mu": {}, "loss": None}
 
     def round(self, state: State, clients: Sequence[Any]) -> Any:
@@ -111,9 +111,9 @@ class FedMRL(Star):
         share, loss = n / n.sum(), np.array([out[c]["loss"] for c in ids])
         deltas = [part(out[c], "delta") for c in ids]
         weights = share if self.agg == "mean" else self.by_map(state, deltas, share)
-        step = None
+        theta = state["theta"]
         for w, d in zip(weights.tolist(), deltas, strict=True):
-            step = scale(d, w) if step is None else add(step, d, w)
+            theta = add(theta, d, w)
         told = np.stack([[out[c]["entropy"] for c in ids], share, np.exp(-loss), loss], 1)
         seen = {**state["seen"], **{c: torch.from_numpy(row) for c, row in zip(ids, told, strict=True)}}
         past = state["past"]
@@ -121,10 +121,11 @@ class FedMRL(Star):
             was = torch.stack([state["seen"][c] for c in ids])
             done = torch.tensor([state["mu"][c] for c in ids])
             reward = float(np.exp(-loss.mean()) - np.exp(-state["loss"]))
-            past = [*past, {"s": was, "a": done, "r": reward, "after": torch.from_numpy(told)}][-self.replay:]
-        net = taught(state["net"], [Step(p["s"], p["a"], p["r"], p["after"]) for p in past], self.gamma,
+            seen_then = {"s": was, "a": done, "r": reward, "after": torch.from_numpy(told)}
+            past = dict([*past.items(), (str(state["round"]), seen_then)][-self.replay:])
+        net = taught(state["net"], [Step(p["s"], p["a"], p["r"], p["after"]) for p in past.values()], self.gamma,
                      self.agent_lr) if past and self.fixed is None else state["net"]
-        return {**state, "theta": add(state["theta"], step or {}), "round": state["round"] + 1, "net": net,
+        return {**state, "theta": theta, "round": state["round"] + 1, "net": net,
                 "past": past, "seen": seen, "loss": float(loss.mean())}
 
     def by_map(self, state: State, deltas: Sequence[Any], share: np.ndarray) -> np.ndarray:

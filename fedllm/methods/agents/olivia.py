@@ -85,7 +85,8 @@ class Olivia(Method):
 
     @on_client(reduce=Total(), gives="h: tensor, hh: tensor, count: count")
     def look(self, msg: Payload, client: Client) -> Payload:
-        h = states(client, [e.text for e in opened(client, client.data, self.episodes, client.rng("olivia"))])
+        envs = opened(client, client.data, max(self.episodes, self.least), client.rng("olivia"))
+        h = states(client, [e.text for e in envs])
         return {"h": torch.from_numpy(h.sum(0)), "hh": torch.from_numpy((h**2).sum(0)), "count": len(h)}
 
     def fits(self, msg: Payload, reply: Payload) -> None:
