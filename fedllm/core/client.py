@@ -195,6 +195,10 @@ class Client(Protocol):
         `only` keeps those whose columns say this."""
         ...
 
+    def judged(self, said: str, wanted: str) -> float:
+        """How right an answer is, from 0 to 1, by the first metric that the recipe names (`evaluate.metric`)."""
+        ...
+
     def env(self, rng: np.random.Generator, row: Mapping[str, Any] | None = None) -> Any:
         """The client's environment, or that of `row` (`reset`, `step`, ends after `max_steps`; one in words also has
         `text`, `commands` and `say`); `rng` seeds its episodes."""

@@ -129,3 +129,14 @@ def check_same(acc: Payload, reply: Payload, unless: str | None = None) -> None:
             raise PayloadError(f"'{key}' is {type(v).__name__}, which cannot be added up")
         if isinstance(v, Tensor) and v.shape != acc[key].shape:
             raise PayloadError(f"'{key}' has shape {tuple(v.shape)}, the replies before it {tuple(acc[key].shape)}")
+
+
+@dataclass(frozen=True)
+class Total(Sum):
+    """The plain sum of every tensor and number in the replies: statistics that say all they have to as a sum."""
+
+    def lift(self, reply: Payload) -> Payload:
+        return {k: wide(v) for k, v in reply.items()}
+
+    def done(self, total: Payload) -> Payload:
+        return total

@@ -42,6 +42,11 @@ class Federation:
             raise DataError(f"no client may be called '{SERVER}': so the server calls itself, and its rows are "
                             "everybody's; give the client another id")
 
+    @property
+    def acts(self) -> bool:
+        """Whether its rows are environments to act in, and no text."""
+        return self.task == "environment"
+
     def pooled(self) -> list[Row]:
         """All training rows in client order: what `centralized` trains on, and only a simulator may do."""
         return [row for shard in self.clients.values() for row in shard.train]

@@ -57,7 +57,7 @@ from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 from fedllm.models.sealed import Sealed
 from fedllm.models.segments import Segment
-from fedllm.tasks.answers import judges_of, listed
+from fedllm.tasks.answers import judge_of, judges_of, listed
 from fedllm.tasks.choices import FIGURE, options, picked
 
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
@@ -355,6 +355,10 @@ class ClientCall(Holder):
             got = self._ask(Losses(self.id, self.model, theta, base, each))
             found[FIGURE] = sum(picked(got.total, made)) / len(rows)
         return found
+
+    def judged(self, said: str, wanted: str) -> float:
+        """How right an answer is, from 0 to 1, by the first metric that the recipe names (`evaluate.metric`)."""
+        return float(judge_of(listed(self._world.metric)[0])[1](said, wanted))
 
     def env(self, rng: np.random.Generator, row: Mapping[str, Any] | None = None) -> Bounded:
         """The client's environment (of several the first, or that of `row`); its episodes are seeded by `rng`."""

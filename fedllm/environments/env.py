@@ -61,6 +61,10 @@ class InWords:
         """The lines behind the numbers, as they stand now."""
         raise NotImplementedError
 
+    def admissible(self) -> Sequence[bool]:
+        """Which of them may be said."""
+        raise NotImplementedError
+
 
 class Bounded:
     """An environment whose episodes end after `max_steps` at the latest; `cut`: the last one was cut off."""
@@ -96,6 +100,11 @@ class Bounded:
     def commands(self) -> list[str]:
         """The lines behind the numbered actions, as they stand now."""
         return list(self._in_words.commands())
+
+    @property
+    def admissible(self) -> list[bool]:
+        """Which of them may be said: not those that call a tool that is off."""
+        return list(self._in_words.admissible())
 
     @property
     def _in_words(self) -> InWords:

@@ -66,6 +66,10 @@ class Asked:
         """The problem's calls, and to answer with what the last call said."""
         return [*(call(self.found) for call in self.problem.calls), f"answer {self.last}"]
 
+    def admissible(self) -> list[bool]:
+        able = {"answer", *(t.name for t in self.toolbox.allowed)}
+        return [line.partition(" ")[0] in able for line in self.commands()]
+
     def facts(self) -> list[str]:
         """The question's words beside how many values were found and what the last call was."""
         at = f"{len(self.found)} {self.trace[-1][0] if self.trace else ''}"

@@ -57,7 +57,7 @@ def database(path: Path, seconds: float = PATIENCE) -> Tool:
     can be attached, and what takes longer than `seconds` is interrupted."""
 
     def ask(text: str) -> str:
-        at = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=seconds)
+        at = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=seconds)
         try:
             at.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST)
             at.set_authorizer(lambda act, *_: sqlite3.SQLITE_OK if act in READS else sqlite3.SQLITE_DENY)

@@ -97,7 +97,10 @@ def apart(run: Callable[[str], str], argument: str, seconds: float) -> tuple[str
         return "this system has no way to run it in a process of its own", False
     here, there = how.Pipe(duplex=False)
     child = how.Process(target=_tell, args=(there, run, argument), daemon=True)
-    child.start()
+    try:
+        child.start()
+    except (AssertionError, OSError) as error:  # a worker that may have no children, or no process is left
+        return f"it cannot be run in a process of its own here ({error})", False
     there.close()
     try:
         if not here.poll(seconds):

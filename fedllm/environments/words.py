@@ -28,6 +28,10 @@ class Words(Protocol):
         """The lines behind the numbered actions, as they stand now: as many as the scene's `actions`, all along."""
         ...
 
+    def admissible(self) -> Sequence[bool]:
+        """Which of them may be said at all: a tool that is off may not be called, however much is hoped of it."""
+        ...
+
     def facts(self) -> Sequence[str]:
         """What a small policy sees: each falls into one of `width` entries of the observation."""
         ...
@@ -79,6 +83,9 @@ class Numbered(InWords):
 
     def commands(self) -> Sequence[str]:
         return self.words.commands()
+
+    def admissible(self) -> Sequence[bool]:
+        return self.words.admissible()
 
     def seen(self) -> np.ndarray:
         """The facts, one entry each."""

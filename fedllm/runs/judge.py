@@ -125,8 +125,7 @@ def sample_rows(parts: Parts) -> list[int]:
     """Indices of the test rows whose answers are kept: drawn at random, since tests often come in order."""
     world, want = parts.world, parts.recipe.evaluate.samples
     count = len(world.federation.test)
-    acts = world.federation.task == "environment"  # its rows are places, not prompts
-    if acts or not world.model.rules.speaks or not want or not count:
+    if world.federation.acts or not world.model.rules.speaks or not want or not count:
         return []
     return sorted(numpy_stream(world.seed, "samples").choice(count, min(want, count), replace=False).tolist())
 

@@ -30,8 +30,9 @@ def file_rows(recipe: Recipe, file: float | str) -> Sequence[Row]:
 
 def look(parts: Parts) -> list[str]:
     """What is cut, a sentence each; a DataError names the file and row of what the model cannot read."""
-    if parts.world.federation.streamed or overrides(parts.method, "answer") or parts.engine is not None:
-        return []  # rows are read when they are asked for, are no rows to learn from, or lie at sites
+    federation = parts.world.federation
+    if federation.streamed or federation.acts or overrides(parts.method, "answer") or parts.engine is not None:
+        return []  # rows are read when they are asked for, are no text or no rows to learn from, or lie at sites
     return list(_cut(parts.world))
 
 

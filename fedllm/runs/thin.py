@@ -46,7 +46,7 @@ class Thin:
         """As much as the operations allow; the recipe's own batches where they do."""
         world, model = parts.world, parts.world.model
         infos = sorted(world.infos(), key=lambda c: c.n)
-        if not isinstance(model, Model) or model.rules.net == "policy" or not infos:
+        if not isinstance(model, Model) or world.federation.acts or not infos:
             return cls(more=more)
         rows = world.encoded(infos[len(infos) // 2].id, "train")[:TEST_ROWS]
         cost, b = cost_of(model, model.initial()), world.local.batch_size

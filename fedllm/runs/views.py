@@ -49,7 +49,8 @@ def nearest(world: World, having: list[str]) -> dict[str, str]:
     """Each client -> the other client with a part whose training rows' words are the most like its own: the least sum
     of |p_k(word) - p_j(word)|. Only clients with the same model and rank count; empty where rows are no words."""
     clients = {i.id: i.profile for i in world.infos()}
-    if len(clients) > MOST or not isinstance(world.model, Model) or world.model.tokenizer is None:
+    wordless = not isinstance(world.model, Model) or world.model.tokenizer is None or world.federation.acts
+    if len(clients) > MOST or wordless:
         return {}
     ids = {c: np.concatenate([row.ids for row in world.encoded(c, "train")]) for c in clients}
     if any(x.ndim != 1 or x.dtype.kind not in "iu" or not len(x) for x in ids.values()):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client
@@ -15,6 +14,7 @@ from fedllm.core.errors import CompositionError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part, sub
 from fedllm.core.reduce import Mean
+from fedllm.methods._acting import learn, seen_in, tested, worth
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,11 @@ class FedMARL(Star):
         theta = start
         for _ in range(self.updates):
             done = client.rollout(theta, self.episodes, rng=rng)
-            gains = [returns(e.rewards, self.gamma) for e in done]  # G_t = sum_i gamma^i r_(t+i), each [T]
-            seen, g = np.concatenate([e.seen for e in done]), np.concatenate(gains)  # [N, size], [N]
-            advantage = g - self.worth(client, seen)
-            self.learn(client, seen, g)
+            seen, actions, g = seen_in(done, self.gamma)  # [N, size], [N], G_t = sum_i gamma^i r_(t+i) [N]
+            advantage = g - worth(client, seen)
+            learn(client, seen, g, self.critic_lr)
             # theta <- theta + lr mean_t (G_t - V(o_t)) grad log pi(a_t | o_t)
-            theta = client.improve(theta, seen, np.concatenate([e.actions for e in done]), advantage).theta
+            theta = client.improve(theta, seen, actions, advantage).theta
             got += [e.total for e in done]
         if self.share == "nothing":
             client.memory["theta"] = theta
@@ -89,17 +88,6 @@ class FedMARL(Star):
         """The policy that this client acts by."""
         return part(msg, "theta") or client.memory.get("theta") or client.model.initial()
 
-    def worth(self, client: Client, seen: np.ndarray) -> np.ndarray:
-        """V(o) = v . o, [N]; for one-hot observations a table."""
-        v = client.memory.get("critic", torch.zeros(seen.shape[1], dtype=torch.float64))
-        return seen.astype(np.float64) @ v.numpy()
-
-    def learn(self, client: Client, seen: np.ndarray, g: np.ndarray) -> None:
-        """v <- v + lr (sum_t (G_t - V(o_t)) o_t) / (sum_t o_t^2), entry by entry."""
-        v = client.memory.get("critic", torch.zeros(seen.shape[1], dtype=torch.float64))
-        error, o = g - self.worth(client, seen), seen.astype(np.float64)
-        client.memory["critic"] = v + self.critic_lr * torch.from_numpy((o.T @ error) / np.maximum(1, (o * o).sum(0)))
-
     def merge(self, state: State, out) -> State:
         return state if self.share == "nothing" else {**state, "theta": add(state["theta"], part(out.value, "delta"))}
 
@@ -109,17 +97,4 @@ class FedMARL(Star):
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
         """Mean return in each environment, over the same episodes at every test, and how many were cut off."""
-        rows = client.held_out(msg["on"])
-        if not rows:
-            return {"n": 0}
-        done = client.rollout(self.own(msg, client), self.test_episodes, on=rows)
-        return {"n": len(done), "return": float(np.mean([e.total for e in done])),
-                "cut": float(np.mean([e.cut for e in done]))}
-
-
-def returns(rewards: np.ndarray, gamma: float) -> np.ndarray:
-    """G_t = r_t + gamma G_(t+1), from the end."""
-    out, g = np.zeros(len(rewards)), 0.0
-    for t in range(len(rewards) - 1, -1, -1):
-        g = out[t] = rewards[t] + gamma * g
-    return out
+        return tested(client, self.own(msg, client), client.held_out(msg["on"]), self.test_episodes)
