@@ -43,6 +43,9 @@ def check_training(model: Any, local: LocalSpec, method: Method, layers: Any = (
         whole = model.space.draws and not model.ways.sites  # trainables are put into the weights: no input to drop of
         if model.name == POLICY or model.rules.net == "dual" or not model.ways.uneven or whole:
             raise CompositionError(f"{draws}: {name} shows no rows of tokens to draw for; leave it out")
+    if local.order == "stream" and (private := next((x for x in layers if x.by_example), None)):
+        raise CompositionError(f"local.order = 'stream' and layer '{type(private).__name__}' do not fit together: it "
+                               "draws each batch at random, for the privacy of rows; leave one out")
     if local.packing:
         check_packing(model)
 
