@@ -24,6 +24,7 @@ from fedllm.federation.guard import SiteGuard
 from fedllm.federation.identity import TOLD, identity_of, keep_identity
 from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.memory import DiskMemory
+from fedllm.federation.network import close
 from fedllm.federation.public import site_rows
 from fedllm.federation.settings import SiteSettings
 from fedllm.local.groupable import check_group
@@ -32,6 +33,7 @@ from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.models.endpoint import Endpoint
 from fedllm.models.load import lasting
+from fedllm.models.model import Model
 from fedllm.runs.build import bound, compose, make_layers, make_recipe_space, need_public, recipe_model
 from fedllm.runs.models import check_held, check_names, need_named, shelves
 from fedllm.runs.profiles import make_profiles
@@ -127,8 +129,14 @@ def _processes(recipe: Recipe, model: Any, local: LocalSpec, held: str | None, s
     check_group(model, settings.processes, local)
     from fedllm.local.group import Group
 
-    make = functools.partial(twin, recipe, model.task, model.labels, model.device.type)
+    make = functools.partial(_twin, settings, recipe, model.task, model.labels, model.device.type)
     return Group(make, model, settings.processes, settings.threads)
+
+
+def _twin(settings: SiteSettings, *told: Any) -> Model:
+    """The run's model in a process that trains with others, which reaches no more of the network than this one."""
+    close(settings)
+    return twin(*told)
 
 
 def _local(recipe: Recipe, federation: Federation, settings: SiteSettings) -> LocalSpec:
