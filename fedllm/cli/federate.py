@@ -104,7 +104,10 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
          policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
                                                           "docs/federation.md.")] = None,
          text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = False,
-         threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1, as_json: Json = False) -> None:
+         threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1,
+         processes: Annotated[int, typer.Option(min=1, max=64, help="Processes that train together here, each with its "
+                                                                    "shard of the model.")] = 1,
+         as_json: Json = False) -> None:
     """Take part in a federation with this machine's data, until stopped."""
     from fedllm.federation.flower.join import is_flower_kit, join_flower
     from fedllm.federation.nvflare.join import join as take_part
@@ -122,7 +125,7 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
             put({"joining": address, "data": str(data)})
         console.print(f"joining {address} with the rows of {data}; Ctrl-C ends it", markup=False, highlight=False)
         take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
-                  threads=threads, model=model, endpoint={"url": endpoint} if endpoint else None,
+                  threads=threads, processes=processes, model=model, endpoint={"url": endpoint} if endpoint else None,
                   public=str(public) if public else None,
                   profile={k: v for k, v in (("rank", rank), ("shares", shares)) if v is not None})
     except FedLLMError as error:

@@ -18,6 +18,7 @@ from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream, seed_of
 from fedllm.data.encode import Encoded, batches
 from fedllm.data.federation import Row
+from fedllm.data.order import PLACE, onward
 from fedllm.engines.holder import Holder
 from fedllm.engines.world import World
 from fedllm.environments.env import Bounded
@@ -204,8 +205,11 @@ class ClientCall(Holder):
         most = count or spec.count(len(rows))
         each = sum(lengths) + sum(len(e.ids) for v in beside.values() for e in v if isinstance(e, Encoded))
         self._bounds.work(most, each * most * spec.lot // max(1, len(rows)))
-        plan = batches(lengths, spec.lot, self.rng("batches"), shared, steps=count,
-                       epochs=None if count else spec.epochs)
+        if spec.order == "stream" and on is None:
+            plan = self._onward(len(rows), spec.lot, most)
+        else:
+            plan = batches(lengths, spec.lot, self.rng("batches"), shared, steps=count,
+                           epochs=None if count else spec.epochs)
         self._stepped += len(plan)
         draws = spec.neftune is not None or self.model.space.draws
         noise = int(self.rng("noise").integers(2**62)) if draws else None
@@ -218,8 +222,18 @@ class ClientCall(Holder):
         self._open_rows()
         self._bounds.work(steps)
         spec, rows = self._world.local, self._encoded("train")
+        if spec.order == "stream":
+            return self._onward(len(rows), spec.lot, steps)
         shared = numpy_stream(self._world.seed, self.round, "batch order")
         return batches([len(e.ids) for e in rows], spec.lot, self.rng("batches"), shared, steps=steps)
+
+    def _onward(self, rows: int, lot: int, steps: int) -> list[np.ndarray]:
+        """So many batches from where the last ones that counted ended."""
+        def order(epoch: int) -> np.ndarray:
+            return numpy_stream(self._world.seed, self.id, PLACE, epoch).permutation(rows)
+
+        plan, self.memory[PLACE] = onward(rows, lot, steps, self.memory.get(PLACE), order)
+        return plan
 
     def loss(self, theta: Tree, rows: Sequence[int] | None = None, *, base: Tree | None = None) -> float:
         """Mean loss per target on these training rows (None: all of them)."""

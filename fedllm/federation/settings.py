@@ -151,6 +151,8 @@ class SiteSettings(Spec):
     """What the model computes on here: auto (the first CUDA card, or else the CPU), cpu, cuda, or cuda:N."""
     threads: int = Field(default=1, ge=1)
     """Threads of the model; another number rounds another way."""
+    processes: int = Field(default=1, ge=1, le=64)
+    """Processes of this machine that train together, each with its shard of the model; nobody else hears of it."""
 
     @classmethod
     def read(cls, path: Path) -> SiteSettings:

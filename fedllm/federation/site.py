@@ -25,17 +25,21 @@ from fedllm.federation.guard import SiteGuard
 from fedllm.federation.identity import TOLD, identity_of, keep_identity
 from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.memory import DiskMemory
+from fedllm.federation.network import close
 from fedllm.federation.public import site_rows
 from fedllm.federation.settings import SiteSettings
+from fedllm.local.groupable import check_group
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.models.endpoint import Endpoint
 from fedllm.models.load import lasting
+from fedllm.models.model import Model
 from fedllm.runs.build import bound, compose, make_layers, make_recipe_space, need_public, recipe_model
 from fedllm.runs.models import check_held, check_names, need_named, shelves
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
+from fedllm.runs.spread import twin
 from fedllm.runs.store import private_folder
 from fedllm.runs.training import check_training
 from fedllm.runs.used import NOTE
@@ -111,9 +115,30 @@ def _world(recipe: Recipe, method: Any, federation: Federation, profiles: Mappin
         check_held(recipe, method, name, model)
     check_training(model, local, method)
     e = recipe.evaluate
-    return World(model, federation, local, recipe.seed, profiles, Limits(batch_tokens=recipe.engine.step_tokens),
+    limits = Limits(batch_tokens=recipe.engine.step_tokens, group=_processes(recipe, model, local, name, settings))
+    return World(model, federation, local, recipe.seed, profiles, limits,
                  e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, None, named, held,
                  metric=e.metric)
+
+
+def _processes(recipe: Recipe, model: Any, local: LocalSpec, held: str | None, settings: SiteSettings) -> Any:
+    """The processes that train together at this site; None: one alone does."""
+    if settings.processes == 1:
+        return None
+    if held is not None:
+        raise Refused("composition", f"processes = {settings.processes} and model = {held!r}: the processes hold the "
+                                     "run's main model")
+    check_group(model, settings.processes, local)
+    from fedllm.local.group import Group
+
+    make = functools.partial(_twin, settings, recipe, model.task, model.labels, model.device.type)
+    return Group(make, model, settings.processes, settings.threads)
+
+
+def _twin(settings: SiteSettings, *told: Any) -> Model:
+    """The run's model in a process that trains with others, which reaches no more of the network than this one."""
+    close(settings)
+    return twin(*told)
 
 
 def _local(recipe: Recipe, federation: Federation, settings: SiteSettings) -> LocalSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,14 @@ from fedllm.spaces.space import stack_lanes, take_lane, tree_to
 
 
 def run_fits(requests: Sequence[Fit], limits: Limits) -> list[Fitted]:
-    """Train every request; those that fit into one step together run together."""
+    """Train every request; those that fit into one step together run together, or all a client's processes on one."""
+    if limits.group is not None:
+        return limits.group.run(requests, limits)
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].plan))  # who ends first sits last
     done: dict[int, Fitted] = {}
     for lot in _lots([requests[i] for i in order], limits):
-        for request, fitted in zip(lot, _train(lot, limits), strict=True):
-            done[id(request)] = fitted
+        for request, made in zip(lot, _train(lot, limits), strict=True):
+            done[id(request)] = made
     return [done[id(r)] for r in requests]
 
 
@@ -65,7 +67,7 @@ def _train(lot: Sequence[Fit], limits: Limits) -> list[Fitted]:
     model, spec, freeze = lot[0].model, lot[0].spec, lot[0].freeze
     stacked = tree_to(stack_lanes([r.theta for r in lot]), model.device)
     base = lot[0].base and tree_to(lot[0].base, model.device)
-    frozen = {n: t for n, t in stacked.items() if any(fnmatch.fnmatch(n, f) for f in freeze)}
+    frozen = {n: stacked[n] for n in freezes(stacked, freeze)}
     params = {n: t.detach().clone().requires_grad_() for n, t in stacked.items() if n not in frozen}
     terms = [(t, tree_to(stack_lanes([r.terms[j].tensors for r in lot]), model.device))
              for j, t in enumerate(lot[0].terms)]
@@ -93,6 +95,11 @@ def _train(lot: Sequence[Fit], limits: Limits) -> list[Fitted]:
     return _ended(lot, range(live), params, frozen, optimizer, losses, lr_sum) + results
 
 
+def freezes(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The trainables that a fit leaves as they are."""
+    return [n for n in names if any(fnmatch.fnmatch(n, f) for f in patterns)]
+
+
 def _ended(lot: Sequence[Fit], lanes: range, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor],
            optimizer: torch.optim.Optimizer, losses: Tensor, lr_sum: float) -> list[Fitted]:
     """What these lanes have come to: one copy to host memory for all of them, and none where they are there."""
@@ -104,7 +111,7 @@ def _ended(lot: Sequence[Fit], lanes: range, params: Mapping[str, Tensor], froze
         if r.moments is not False:
             steps = len(r.plan) + (int(r.moments["step"]) if r.moments else 0)
             own = moments.moments_of(optimizer, params, k, r.theta, steps)
-        out.append(_fitted(r, take_lane(home, i, r.theta), told[i], lr_sum, own))
+        out.append(fitted(r, take_lane(home, i, r.theta), told[i], lr_sum, own))
     return out
 
 
@@ -129,7 +136,7 @@ def _descend(lot: Sequence[Fit], step: int, base: Mapping[str, Tensor] | None, p
     with model.using(trees, base, params | frozen), checkpointed(model, spec.checkpointing):
         for i in range(parts):
             rows: Any
-            rows, sides = zip(*(_part(r, _slice(r.plan[step], i, parts, spec)) for r in lot), strict=True)
+            rows, sides = zip(*(_part(r, slice_of(r.plan[step], i, parts, spec)) for r in lot), strict=True)
             if spec.packing:
                 rows = _packed(rows, objective)
             with noisy(model, [r.noise for r in lot], (step, i), list(map(len, rows)), spec.neftune):
@@ -160,7 +167,8 @@ def _part(r: Fit, at: np.ndarray) -> tuple[list[Encoded], Side]:
     return [r.rows[i] for i in at], taken(r.side, at)
 
 
-def _slice(at: np.ndarray, i: int, parts: int, spec: LocalSpec) -> np.ndarray:
+def slice_of(at: np.ndarray, i: int, parts: int, spec: LocalSpec) -> np.ndarray:
+    """The rows of part `i` of a step."""
     return at if parts == 1 else at[i * spec.batch_size : (i + 1) * spec.batch_size]
 
 
@@ -193,7 +201,8 @@ def _shrink(params: dict[str, Tensor], optimizer: torch.optim.Optimizer, live: i
     return kept, fresh
 
 
-def _fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float, own: Kept) -> Fitted:
+def fitted(r: Fit, theta: dict[str, Tensor], loss: Tensor, lr_sum: float, own: Kept) -> Fitted:
+    """What a fit tells of itself; `loss` is summed over its steps."""
     if r.private:  # whom its batches drew is a secret, so their size is told as expected
         return Fitted(theta, 0.0, len(r.plan), round(r.private.batch * len(r.plan)), 0, lr_sum, own)
     if not r.plan:  # no step was asked for

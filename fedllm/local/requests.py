@@ -44,6 +44,8 @@ class Limits:
     """Called before each training step; raises when the work is of no use any longer."""
     did: Callable[[int, int], None] = unseen
     """Told after each training step how many clients made it, and on how many tokens together."""
+    group: Any = None
+    """The processes that train a client together (`local/group.py`); None: this one alone."""
 
     def learned(self, model: Any) -> int:
         """Tokens of a training step."""

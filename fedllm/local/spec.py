@@ -29,6 +29,10 @@ class LocalSpec(Knobs):
     weight_decay: float = knob(0.0, "decoupled for adamw, added to the gradient otherwise", ge=0)
     beta1: float = knob(0.9, "Adam's first decay", ge=0, lt=1)
     beta2: float = knob(0.999, "Adam's second decay", ge=0, lt=1)
+    order: Literal["shuffled", "stream"] = knob(
+        "shuffled", "how rows are dealt into batches: shuffled, anew in each round, short rows with short; stream, "
+                    "each round going on where the last that counted ended, so that an epoch has each row exactly once",
+        options=("shuffled", "stream"))
     clip_norm: float | None = knob(None, "clip each client's gradient to this L2 norm; None: never", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = knob("constant", "learning rate within the round",
                                                              options=("constant", "linear", "cosine"))

@@ -52,7 +52,8 @@ def beside(parts: Parts, folder: RunFolder) -> Beside | None:
     recipe = parts.recipe
     spare = len(os.sched_getaffinity(0)) - recipe.engine.threads
     left = set(recipe.evaluate.baselines) - set(baselines(folder))
-    simulated = recipe.engine.kind in ("in_process", "vectorized") and parts.engine is None
+    simulated = recipe.engine.kind in ("in_process", "vectorized") and parts.engine is None and (
+        recipe.engine.processes == 1)
     on_cpu = torch.device(parts.world.model.device).type == "cpu"
     return Beside(folder.path) if left and spare > 0 and simulated and on_cpu else None
 

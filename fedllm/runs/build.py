@@ -37,7 +37,7 @@ from fedllm.runs.metrics import check_metrics
 from fedllm.runs.models import check_models, check_names, shelves, space_of
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe
-from fedllm.runs.training import check_training
+from fedllm.runs.training import check_processes, check_training
 from fedllm.runs.used import usage_of
 from fedllm.selectors.registry import make_selector
 from fedllm.selectors.uniform import Uniform
@@ -108,6 +108,7 @@ def build(recipe: Recipe) -> Parts:
     check_deadlines(recipe, method, world)
     check_models(recipe, method, world)
     check_training(world.model, local, method, layers)
+    check_processes(recipe, world.model, local, layers)
     method.check_work(local, recipe.rounds)
     tests = bool(federation.test) or (recipe.evaluate.clients and any(s.test for s in _shards(federation)))
     check_best(recipe.evaluate, tests)

@@ -253,8 +253,19 @@ class EngineSpec(Spec):
     allow, training, testing and generating each by its own need, and never more than 16384."""
     threads: Annotated[int, Field(ge=1, le=4096)] = 1
     """Threads of one operation on the CPU. The last bits of a result depend on it, so the recipe says it."""
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that train each client together, each with its shard of the model (FSDP2) and its share of a batch's
+    rows, beside the run's own (kind in_process; a site of a federation says its own: `fedllm join --processes`)."""
     loopback: bool = False
     """Turn every message into bytes and back, as a network would."""
+
+    @model_validator(mode="after")
+    def _one_client_at_a_time(self) -> EngineSpec:
+        if self.processes > 1 and self.kind != "in_process":
+            raise ValueError(f"processes = {self.processes}: several processes train one client at a time, and kind is "
+                             f"'{self.kind}'; allowed is kind in_process (a site of a federation says its own: `fedllm "
+                             "join --processes`)")
+        return self
 
     @property
     def step_tokens(self) -> int | None:

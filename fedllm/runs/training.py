@@ -6,11 +6,13 @@ from typing import Any
 
 from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.method import Method
+from fedllm.local.groupable import check_group
 from fedllm.local.packing import check_packing
 from fedllm.local.spec import LocalSpec
 from fedllm.models.checkpointing import layers_of
 from fedllm.models.model import Model
 from fedllm.models.policy import POLICY
+from fedllm.runs.recipe import Recipe
 
 FASTEST = 0.1
 """A learning rate of adam above this is hardly meant: it moves every weight by as much in each step."""
@@ -41,8 +43,26 @@ def check_training(model: Any, local: LocalSpec, method: Method, layers: Any = (
         whole = model.space.draws and not model.ways.sites  # trainables are put into the weights: no input to drop of
         if model.name == POLICY or model.rules.net == "dual" or not model.ways.uneven or whole:
             raise CompositionError(f"{draws}: {name} shows no rows of tokens to draw for; leave it out")
+    if local.order == "stream" and (private := next((x for x in layers if x.by_example), None)):
+        raise CompositionError(f"local.order = 'stream' and layer '{type(private).__name__}' do not fit together: it "
+                               "draws each batch at random, for the privacy of rows; leave one out")
     if local.packing:
         check_packing(model)
+
+
+def check_processes(recipe: Recipe, model: Any, local: LocalSpec, layers: Any) -> None:
+    """CompositionError for what several processes cannot train together (`engine.processes`)."""
+    size = recipe.engine.processes
+    if size == 1:
+        return
+    check_group(model, size, local)
+    if private := next((x for x in layers if x.by_example), None):
+        raise CompositionError(f"engine.processes = {size} and layer '{type(private).__name__}' do not fit together: "
+                               "single examples' gradients are clipped, and the processes see sums alone; leave one "
+                               "out")
+    if recipe.clients.models:
+        raise CompositionError(f"engine.processes = {size} and clients.models do not fit together: the processes hold "
+                               "the main model alone; leave one out")
 
 
 def _keeps_keys(model: Model) -> bool:
