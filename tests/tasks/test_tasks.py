@@ -18,8 +18,8 @@ from fedllm.tasks.task import How
 from fedllm.tasks.tokens import spans
 from tests.conftest import WORDS, word_tokenizer
 
-IDS = ("classification", "documents", "environment", "forecast", "generation", "image_text", "masked_words", "next_item",
-       "pairs", "preference", "regression", "tokens")
+IDS = ("classification", "documents", "environment", "forecast", "generation", "image_text", "masked_words",
+       "next_item", "pairs", "preference", "regression", "tokens")
 
 
 def rows_of(task, count=48):
