@@ -60,7 +60,8 @@ def test_a_row_passes_once_and_is_what_its_reading_makes_it():
         model.losses(collate([again[:9]], model.pad, model.device))
     assert sum(seen) == 70
     same = model.read(rows())
-    assert all(np.array_equal(a.parts[part_of(model)], b.parts[part_of(model)]) for a, b in zip(read, same, strict=True))
+    name = part_of(model)
+    assert all(np.array_equal(a.parts[name], b.parts[name]) for a, b in zip(read, same, strict=True))
 
 
 def test_where_something_below_moves_rows_pass_each_time():
