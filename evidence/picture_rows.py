@@ -48,7 +48,7 @@ def disjoint(rng: np.random.Generator) -> tuple[Rows, Rows]:
 
 
 def few(rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """Few shots: five clients with a look each and about one picture of each shape in one color; tested in all looks."""
+    """Few shots: five clients with a look each, about one picture of each shape in one color; tested in all looks."""
     classes = PAIRS[8:16]
     return ([r for look in SEEN for r in some(rng, look, classes, look, 2)],
             [r for look in SEEN for r in some(rng, "test", classes, look, 6)])
