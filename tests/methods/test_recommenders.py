@@ -85,6 +85,12 @@ def test_whom_a_client_leans_on():
     assert torch.isfinite(method.weights(torch.zeros(2, 3).double(), torch.tensor([0.0, 90.0]).double(), 100)).all()
 
 
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    """So that no process is started for a rule's sake."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+
+
 def test_a_recipe_of_two_shops_runs_with_its_fields_rules_beside(tmp_path):
     recipe = {"model": {"name": "shop", "width": 8, "depth": 1, "codes": [2, 4], "prompts": 2}, "space": "full",
               "method": {"name": "pfcr", "fed_rounds": 1}, "rounds": 2, "local": {"steps": 2, "batch_size": 8},
