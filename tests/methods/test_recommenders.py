@@ -17,7 +17,8 @@ from tests.methods.conftest import tried
 
 @pytest.mark.parametrize("epsilon, bits", [(None, 8), (2.0, 3), (0.3, 1)])
 def test_the_codec_is_unbiased(epsilon, bits):
-    x, rng = torch.tensor([-0.12, -0.05, 0.0, 0.031, 0.12], dtype=torch.float64).repeat(40_000, 1), np.random.default_rng(0)
+    x = torch.tensor([-0.12, -0.05, 0.0, 0.031, 0.12], dtype=torch.float64).repeat(40_000, 1)
+    rng = np.random.default_rng(0)
     told = decoded(coded(x, 0.12, bits, epsilon, rng), 0.12, bits, epsilon)
     error = told.std(0) / math.sqrt(len(told))
     assert ((told.mean(0) - x[0]).abs() <= 3.5 * error + 1e-9).all()
