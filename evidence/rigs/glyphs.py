@@ -22,9 +22,10 @@ from fedllm.spaces import make_space
 @functools.lru_cache(maxsize=8)
 def federation(seed: int, clients: int = 6, rows: int = 96, skew: float = 2.0) -> Any:
     """Two clients of each kind; a third of a client's rows are its test."""
+    simulated = {"clients": clients, "rows": rows, "skew": skew, "noise": 0.3}
     return load_federation({"source": "sim:glyphs", "public": "sim:glyphs", "test": "sim:glyphs", "task": "pairs",
-                            "simulated": {"clients": clients, "rows": rows, "skew": skew, "noise": 0.3}, "labels": list(SHAPES),
-                            "partition": {"kind": "by_key", "key": "client"}, "client_test": 0.34}, seed)
+                            "simulated": simulated, "labels": list(SHAPES), "client_test": 0.34,
+                            "partition": {"kind": "by_key", "key": "client"}}, seed)
 
 
 def world_of(seed: int, space: str, local: Mapping[str, Any], depth: int = 1, **knobs: Any) -> World:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedllm.core.method import Claim
 from fedllm.methods.registry import METHODS, method_class, source_of
-from fedllm.report.facts import compared, duration, label, mean_metric, number, shown
+from fedllm.report.facts import compared, duration, label, mean_metric, number, rules, shown
 from fedllm.runs.plan import Plan
 from fedllm.runs.progress import size
 from fedllm.runs.rehearse import Proposal
@@ -89,7 +89,8 @@ def client_table(result: Result) -> Table:
     columns = [("before", (e.get("before") or {}).get("clients", {})),
                ("local only", (e.get("baselines", {}).get("local_only") or {}).get("clients", {})),
                ("federated", e.get("clients", {})),
-               ("centralized", (e.get("baselines", {}).get("centralized") or {}).get("clients", {}))]
+               ("centralized", (e.get("baselines", {}).get("centralized") or {}).get("clients", {})),
+               *((name.replace("_", " "), rule["clients"]) for name, rule in rules(result).items())]
     columns = [(name, m) for name, m in columns if m]
     metrics = shown(result.metrics, *(m for _, c in columns for m in c.values()))
     table = Table(title="each client on rows of its own", title_justify="left", title_style="bold")

@@ -44,8 +44,9 @@ def testing(facts: Facts, baselines: Mapping[str, Any], own: Mapping[str, str]) 
     figure = go.Figure(go.Scatter(x=[e["round"] for e in points], y=[e["global"].get(name) for e in points],
                                   mode="lines+markers", name="federated", line={"color": BLUE, "width": 2.5},
                                   marker={"size": 7}))
-    for (key, text), color in zip((("local_only", "local only"), ("centralized", "centralized")), (AMBER, GREEN),
-                                  strict=True):
+    colors = {"local_only": AMBER, "centralized": GREEN}
+    for key in (*colors, *(name for name in baselines if name not in colors)):
+        text, color = key.replace("_", " "), colors.get(key, GRAY)
         if (value := ((baselines.get(key) or {}).get("global") or {}).get(name)) is not None:
             side = "bottom right" if falls(name, own) else "bottom left"  # where the curve is not
             figure.add_hline(y=value, line={"color": color, "dash": "dash", "width": 2}, annotation_text=text,

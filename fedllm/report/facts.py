@@ -101,7 +101,14 @@ def comparison(result: Result) -> list[tuple[str, Mapping[str, Any] | None, Mapp
     rows.append((f"federated ({result.method})", e.get("global"), e.get("clients", {})))
     if (pooled := baselines.get("centralized")) is not None:
         rows.append(("centralized", pooled["global"], pooled["clients"]))
-    return rows
+    return rows + [(name.replace("_", " "), rule["global"], rule["clients"])
+                   for name, rule in rules(result).items()]
+
+
+def rules(result: Result) -> dict[str, Mapping[str, Any]]:
+    """The evaluations of rules without a model, which stand among the baselines."""
+    return {name: e for name, e in result.evaluation.get("baselines", {}).items()
+            if name not in ("local_only", "centralized")}
 
 
 def views(result: Result) -> dict[str, Mapping[str, Mapping[str, Any]]]:

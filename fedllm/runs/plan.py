@@ -20,6 +20,7 @@ from fedllm.models.model import Model
 from fedllm.runs.build import Parts, build, make_facts
 from fedllm.runs.course import Course, draw_cohort
 from fedllm.runs.judge import Judge
+from fedllm.runs.made import rules_in
 from fedllm.runs.meter import Meter
 from fedllm.runs.progress import log as progress
 from fedllm.runs.recipe import Recipe, load_recipe
@@ -139,7 +140,7 @@ def plan_parts(parts: Parts) -> Plan:
     spent = probed.warm_up + recipe.rounds * (probed.seconds * share + PER_ROUND_OVERHEAD)
     spent += first_seconds + (tests - 1) * test_seconds
     extra = sum(_baseline_seconds(small, name, steps, thin) * share * recipe.rounds + test_seconds
-                for name in recipe.evaluate.baselines)
+                for name in recipe.evaluate.baselines if not rules_in([name]))
     peak = round(PEAK * meter.peak()) if thin.batch is None else meter.peak() + thin.missing
     sent = summed(total)
     rows = {c.id: c.n for c in parts.world.infos()}

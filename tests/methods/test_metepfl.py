@@ -89,13 +89,17 @@ RECIPE = {"model": {"name": "series", "width": 8, "depth": 1}, "space": "full", 
           "evaluate": {"baselines": ["persistence", "linear_ar"]}}
 
 
-def test_a_recipe_runs_with_its_fields_rules_beside(tmp_path):
+def test_a_recipe_runs_with_its_fields_rules_beside(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # no process of its own for two rules
     result = fedllm.run(RECIPE, root=tmp_path)
     got = result.evaluation["baselines"]
     assert set(got) == {"persistence", "linear_ar"} and set(got["linear_ar"]["clients"]) == {"station-00", "station-01"}
     assert result.evaluation["global"]["mae"] > 0 and got["persistence"]["global"]["rmse"] > 0
     assert (tmp_path / "run" / "model" / "series.safetensors").is_file()
-    assert "persistence" in result.report_path.read_text()
+    report, card = result.report_path.read_text(), (tmp_path / "run" / "model_card.md").read_text()
+    assert "persistence" in report and "| linear ar |" in card and "the recipe beside it says how it is built" in card
+    plan = fedllm.plan(RECIPE)
+    assert plan.seconds_baselines == 0
 
 
 @pytest.mark.parametrize("change, why", [

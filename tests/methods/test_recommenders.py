@@ -17,7 +17,8 @@ from tests.methods.conftest import tried
 
 @pytest.mark.parametrize("epsilon, bits", [(None, 8), (2.0, 3), (0.3, 1)])
 def test_the_codec_is_unbiased(epsilon, bits):
-    x, rng = torch.tensor([-0.12, -0.05, 0.0, 0.031, 0.12]).double().repeat(40_000, 1), np.random.default_rng(0)
+    x = torch.tensor([-0.12, -0.05, 0.0, 0.031, 0.12], dtype=torch.float64).repeat(40_000, 1)
+    rng = np.random.default_rng(0)
     told = decoded(coded(x, 0.12, bits, epsilon, rng), 0.12, bits, epsilon)
     error = told.std(0) / math.sqrt(len(told))
     assert ((told.mean(0) - x[0]).abs() <= 3.5 * error + 1e-9).all()
@@ -83,6 +84,12 @@ def test_whom_a_client_leans_on():
     equal = method.weights(torch.ones(3, 4).double(), torch.ones(3).double(), 5)
     assert torch.allclose(equal, equal[0, 0] * torch.eye(3).double() + (1 - torch.eye(3).double()) * equal[0, 1])
     assert torch.isfinite(method.weights(torch.zeros(2, 3).double(), torch.tensor([0.0, 90.0]).double(), 100)).all()
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    """So that no process is started for a rule's sake."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
 
 
 def test_a_recipe_of_two_shops_runs_with_its_fields_rules_beside(tmp_path):

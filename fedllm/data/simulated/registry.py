@@ -40,7 +40,7 @@ def kinds() -> dict[str, type[Simulated]]:
     """Every simulated source by name."""
     import fedllm.data.simulated as room
 
-    found = {}
+    found: dict[str, type[Simulated]] = {}
     for info in pkgutil.iter_modules(room.__path__):
         module = importlib.import_module(f"{room.__name__}.{info.name}")
         own = [c for _, c in inspect.getmembers(module, inspect.isclass)

@@ -59,7 +59,7 @@ class PFCR(Method):
     )
     trial = Trial({"fed_rounds": 1}, {"name": "full"}, task="next_item",
                   rounding="what is sent is rounded to 256 levels by a coin")
-    serves, only_fits = False, False
+    serves = False
 
     fed_rounds: int = knob(10, "rounds of the table; all later ones train each shop's prompts, and nothing is sent",
                            ge=1)
