@@ -95,7 +95,7 @@ def _after(m: Any, world: World, rounds: int, memory: dict[str, Any]) -> Mapping
     for client, kept in engine.memory.items():
         memory.setdefault(client, {}).update(kept)
         if (whole := memory[client].get(f"states/{depth_of(world.model)}")) is not None:
-            memory[client] |= {f"states/{n}": whole[:, :n] for n in (2, 4)}  # what the blocks before it give is the same
+            memory[client] |= {f"states/{n}": whole[:, :n] for n in (2, 4)}  # of the same blocks
 
     def tested() -> Any:  # of the probe the adapter's output is still 0, so that its exits are its linear map
         out = yield Ask(m.curve, {SERVER: pack(theta=state["theta"], on="global")})
