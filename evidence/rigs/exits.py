@@ -58,7 +58,7 @@ def encoder() -> Any:
     return load_model("minilm", "classification", make_space("head"), labels=tuple(SITES))
 
 
-def exits(method: str, seed: int, *, per_client: int = 24, tests: int = 96, rounds: int = 5, lr: float = 0.01
+def exits(method: str, seed: int, *, per_client: int = 24, tests: int = 80, rounds: int = 5, lr: float = 0.01
           ) -> dict[str, float]:
     """Accuracy at `full` depth and of the `probe`; `early_accuracy` and `share_of_blocks` of answers that end where
     they are sure; `mixed`: the same after rounds with clients of 2, 4 and 6 blocks. With their differences, and the
@@ -94,6 +94,8 @@ def _after(m: Any, world: World, rounds: int, memory: dict[str, Any]) -> Mapping
         engine.commit()
     for client, kept in engine.memory.items():
         memory.setdefault(client, {}).update(kept)
+        if (whole := memory[client].get(f"states/{depth_of(world.model)}")) is not None:
+            memory[client] |= {f"states/{n}": whole[:, :n] for n in (2, 4)}  # of the same blocks
 
     def tested() -> Any:  # of the probe the adapter's output is still 0, so that its exits are its linear map
         out = yield Ask(m.curve, {SERVER: pack(theta=state["theta"], on="global")})

@@ -46,7 +46,7 @@ class AnytimeFL(Exiting):
     metrics: ClassVar = {"accuracy": "max", "early_accuracy": "max", "share_of_blocks": "min"}
     serves, only_fits = False, False
     depths: tuple[int, ...] = knob((), "blocks that clients run, dealt in the order of their names; (): all of them")
-    width: int = knob(32, "w, of the adapter's attention", ge=1)
+    width: int = knob(8, "w, of the adapter's attention", ge=1)
     exit_weights: Literal["uniform", "linear"] = knob("uniform", "how exits weigh in the loss: alike, or by depth",
                                                       options=("uniform", "linear"))
 
