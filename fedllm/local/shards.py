@@ -195,15 +195,19 @@ class Shards:
                 own = part[self.rank :: self.size]
                 total, count = self._sums(work, own if len(own) else part[:1])
                 weight = float(len(own) > 0)  # whoever has no row of it runs one for the others, which counts nothing
-                (total.sum() * weight).backward()
                 figures[:2] += torch.stack([total.detach().sum(), count.sum()]).double() * weight
-        dist.all_reduce(figures)
+                if parts == 1:  # the mean itself, as in one process: parts in fp32 see gradients of the same size
+                    dist.all_reduce(figures)
+                    weight /= max(1.0, float(figures[1]))
+                (total.sum() * weight).backward()
+        if parts > 1:
+            dist.all_reduce(figures)
         loss, targets, halt_all = figures.tolist()
         if halt_all:
             return None
         self._gather(params)
         for p in params.values():
-            if p.grad is not None:
+            if parts > 1 and p.grad is not None:
                 p.grad.div_(max(1.0, targets))
         return loss / max(1.0, targets)
 

@@ -1,5 +1,6 @@
 """Several processes train one client: what comes out is what one process gives, and nothing hangs when one dies."""
 
+import copy
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedllm
 from fedllm.core.errors import CompositionError, RecipeError, RunError, Withheld
 from fedllm.local.fit import run_fits
 from fedllm.local.objectives.registry import make_objective
@@ -17,8 +19,8 @@ from fedllm.local.requests import Fit, Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Linear, Proximal
 from fedllm.runs.build import build
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
-from fedllm.runs.run import begin
 from fedllm.runs.spread import together
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
@@ -38,7 +40,9 @@ def recipe(tmp_path_factory, tiny_llama_folder):
 
 
 def parts_of(recipe, **overrides):
-    return build(load_recipe(recipe, overrides))
+    dotted = {key: value for key, value in overrides.items() if "." in key}
+    plain = {**recipe, **{k: v for k, v in overrides.items() if k not in dotted}}
+    return build(load_recipe(copy.deepcopy(plain), dotted))
 
 
 def request(parts, sizes=(6, 5, 1, 6), **more):
@@ -151,10 +155,8 @@ def test_small_trainables_lie_whole_over_a_base_in_shards(recipe, space):
 def test_a_run_ends_in_the_same_model(recipe, method, tmp_path):
     ends = {}
     for n in (1, 2):
-        result = begin({**recipe, "method": method}, tmp_path / str(n), {"engine.processes": n}, lambda *told: None)
-        ends[n] = result
-    from fedllm.runs.folder import RunFolder
-
+        engine = {"kind": "in_process", "processes": n}
+        ends[n] = fedllm.run({**recipe, "method": method, "engine": engine}, root=tmp_path / str(n))
     one, two = (RunFolder.open(ends[n].folder).load()[1]["state"]["theta"] for n in (1, 2))
     assert max(float((one[n].double() - two[n].double()).abs().max()) for n in one) < 1e-6
     assert one.keys() == two.keys() and ends[1].bytes == ends[2].bytes
