@@ -45,8 +45,8 @@ class FDKT(Own):
         evidence="Authors' code read by the dossier: epsilon 3, k-means, few-shot prompts. Ours: as many texts of each "
                  "label whoever sends; the large model does not choose among them; generators have their own round.",
     )
-    trial = Trial({"texts": 2, "more": 1, "max_new_tokens": 4, "generator_steps": 1, "least_new": 0.0, "seed": 0,
-                   "embed": "tfidf"}, task="classification", rounding="texts are sampled",
+    trial = Trial({"texts": 2, "more": 1, "max_new_tokens": 4, "generator_steps": 1, "least_new": 0.0, "embed": "tfidf",
+                   "target_epsilon": None}, task="classification", rounding="texts are sampled",
                   models={"generator": "generation", "writer": "generation"})
     serves, mixes, only_fits = False, "models", False
 
