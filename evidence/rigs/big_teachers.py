@@ -107,9 +107,11 @@ def world_words(seed: int) -> np.ndarray:
 
 def taught(seed: int, what: str, labels: int) -> Model:
     """A large encoder that was schooled in this."""
-    made = net(seed + 1, labels, 2)
-    made.load_state_dict(schooled(seed, what, labels))
-    return Model(made, None, "classification", make_space("head"), labels=CLASSES[:labels], seed=seed)
+    made, known = net(seed + 1, labels, 2), schooled(seed, what, labels)
+    made.load_state_dict(known)
+    model = Model(made, None, "classification", make_space("head"), labels=CLASSES[:labels], seed=seed)
+    model.start = {n: t for n, t in known.items() if n.startswith("classifier.")}  # a model's head begins anew
+    return model
 
 
 def spec_of(local: Mapping[str, Any] | None, steps: int) -> LocalSpec:

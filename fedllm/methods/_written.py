@@ -52,10 +52,16 @@ def fresh(name: str, texts: Sequence[str], least: float) -> tuple[list[int], str
         return [], str(error)
 
 
-def need_label(method: str, prompt: str) -> None:
-    """RecipeError for a prompt that does not say of which label a text is wanted."""
-    if "{label}" not in prompt or prompt.format(label="") == prompt:
-        raise RecipeError(f"{method}.prompt = {prompt!r} is not allowed; it must name {{label}}")
+def need_parts(owner: str, name: str, text: str, *parts: str) -> None:
+    """RecipeError for a template that lacks one of these parts, or has others."""
+    try:
+        said = text.format(**{p: "\0" for p in parts})
+        whole = all("{" + p + "}" in text for p in parts) and "\0" in said
+    except (KeyError, ValueError, IndexError, AttributeError):
+        whole = False
+    if not whole:
+        raise RecipeError(f"{owner}.{name} = {text!r:.200} is not allowed; it must name "
+                          f"{' and '.join('{' + p + '}' for p in parts)}, and nothing else in braces")
 
 
 def graded(told: Sequence[Tensor]) -> list[float]:

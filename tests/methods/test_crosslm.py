@@ -181,3 +181,6 @@ def test_what_the_writer_cost_stands_in_the_ledger(begin):
 def test_a_prompt_without_the_label_is_refused():
     with pytest.raises(RecipeError, match=r"CrossLM.prompt = 'write' is not allowed; it must name \{label\}"):
         make_method("crosslm", prompt="write")
+    for odd in ("{label} {other}", "{label", "{label:d}", "{label} {0}"):
+        with pytest.raises(RecipeError, match=r"nothing else in braces"):
+            make_method("crosslm", prompt=odd)

@@ -9,17 +9,21 @@ import pytest
 from opacus.accountants import PRVAccountant
 
 from fedllm.core.client import SERVER, Profile
-from fedllm.core.errors import QuorumError, RecipeError
+from fedllm.core.errors import CompositionError, PayloadError, QuorumError, RecipeError
 from fedllm.local.requests import Fit
 from fedllm.methods._written import few_shots, grouped, one_line
 from fedllm.methods.registry import make_method
+from fedllm.models.endpoint import Completion
+from fedllm.models.shelf import Shelf
+from fedllm.wire.edge_energy import EdgeEnergy
 
 KNOBS = {"texts": 2, "more": 1, "max_new_tokens": 4, "generator_steps": 5, "least_new": 0.0, "seed": 0,
          "embed": "tfidf"}
 
 
 def begun(begin, **knobs):
-    return begin("fdkt", engine="in_process", task="classification", **{**KNOBS, **knobs})
+    """Clients of one size: noise for a target is worked out once, which takes a second or two."""
+    return begin("fdkt", engine="in_process", task="classification", sizes=(8, 8, 8, 8), **{**KNOBS, **knobs})
 
 
 def watched(run):
@@ -56,7 +60,7 @@ def test_what_is_spent_is_no_more_than_the_target_and_as_opacus_counts_it(begin)
     assert max(said["clients"].values()) == said["epsilon"] <= 3.0 and not said["void"]
     for c in run.world.infos():
         [[z, sampling, rate, _, steps]] = run.engine.memory[c.id]["dp_sgd"]["releases"]
-        assert (sampling, rate, steps) == (("poisson", 4 / c.n, 5) if c.n > 4 else ("none", 1.0, 5))
+        assert (sampling, rate, steps) == ("poisson", 0.5, 5)
         theirs = PRVAccountant()
         theirs.history = [(z, rate, steps)]
         assert said["clients"][c.id] == pytest.approx(theirs.get_epsilon(1e-5, eps_error=1e-3), abs=1e-2)
@@ -99,12 +103,19 @@ def test_a_generator_that_repeats_itself_sends_nothing_and_what_it_spent_stands(
     assert [len(run.engine.memory[c]["dp_sgd"]["releases"]) for c in said["withheld"]] == [1] * 4  # once, and not again
 
 
+class Parrot:
+    """A writer that says the same to all."""
+
+    def complete(self, prompts, max_new_tokens, temperature=0.0, seed=0):
+        return [Completion("well", None, 1, 1) for _ in prompts]
+
+
 def test_a_writer_that_repeats_itself_is_no_round_and_nobody_spends_again(begin):
     """What the generators wrote and spent was another round's, which counts."""
-    run = begun(begin, seed=None).go(1)
-    spent = run.method.statement(run.state)
-    run.method = make_method("fdkt", **{**KNOBS, "least_new": 1.0, "temperature": 1e-6, "seed": None})
-    run.engine.stack = (run.method,)
+    run = begun(begin, seed=None, least_new=0.2)
+    named = run.world.models
+    run.world.models = Shelf({"generator": lambda: named["generator"], "writer": Parrot})
+    spent = run.go(1).method.statement(run.state)
     with pytest.raises(QuorumError, match=r"models.writer repeats itself"):
         run.go(1)
     run.engine.abandon()
@@ -133,6 +144,22 @@ def test_examples_are_of_the_text_s_own_group_and_label():
     assert prompts[0] == "zero: a0\nzero:" and prompts[2] == "zero: b0\nzero:"
     assert sorted(prompts[1].splitlines()) == ["one:", "one: a1", "one: c1"] and prompts[1].endswith("\none:")
     assert one_line("\n \n x y \nz") == "x y" and one_line("  ") == ""
+
+
+@pytest.mark.parametrize("bad", [{"of": [0, 7]}, {"of": [0]}, {"delta": 2.0}, {"rows": [[1.0, "much", 1.0, 0, 3]]},
+                                 {"rows": [[1.0, "poisson", 0.5, 0, 3]], "delta": 0.0}])
+def test_a_reply_that_is_none_is_refused(bad):
+    good = {"texts": ["a", "b"], "of": [0, 2], "rows": [[1.0, "poisson", 0.5, 0, 3]], "delta": 1e-5, "why": ""}
+    make_method("fdkt").fits({"classes": 3}, good)
+    with pytest.raises(PayloadError):
+        make_method("fdkt").fits({"classes": 3}, {**good, **bad})
+
+
+def test_a_meter_beside_it_is_refused(begin):
+    """It tells how many tokens a client's rows have."""
+    with pytest.raises(CompositionError, match=r"'fdkt' with target_epsilon = 3 and 'EdgeEnergy' do not fit together"):
+        make_method("fdkt").check_layers([EdgeEnergy()])
+    make_method("fdkt", target_epsilon=None).check_layers([EdgeEnergy()])
 
 
 def test_a_delta_that_protects_nobody_is_refused(begin):

@@ -19,7 +19,7 @@ from fedllm.local.objectives.rewarded import Rewarded
 from fedllm.local.objectives.weighted import Weighted
 from fedllm.methods._knowledge import knows
 from fedllm.methods._own import Own, own
-from fedllm.methods._written import graded, meant, need_label, need_variety, said_by
+from fedllm.methods._written import graded, meant, need_parts, need_variety, said_by
 from fedllm.models.model import Model
 
 LR = {"local.lr": (1e-3, 3e-3, 1e-2)}
@@ -73,7 +73,7 @@ class CrossLM(Own):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        need_label("CrossLM", self.prompt)
+        need_parts("CrossLM", "prompt", self.prompt, "label")
 
     def check(self, model: Any) -> None:
         if model.task != "classification":

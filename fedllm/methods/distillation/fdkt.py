@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +12,8 @@ from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.rng import seed_of
 from fedllm.methods._own import Own, own
-from fedllm.methods._written import few_shots, fresh, grouped, need_label, need_variety, one_line, said_by
-from fedllm.privacy.by_row import booked, private_fits, spent_by
+from fedllm.methods._written import few_shots, fresh, grouped, need_parts, need_variety, one_line, said_by
+from fedllm.privacy.by_row import booked, need_book, need_silence, private_fits, spent_by
 
 LR, FREE = {"local.lr": (1e-3, 3e-3, 1e-2)}, {"knobs": {"target_epsilon": None}}
 
@@ -44,12 +42,11 @@ class FDKT(Own):
                             baseline="fdkt", relative="difference", holds="<", threshold=0.0, against=FREE),
               "epsilon": Claim("what is booked is no more than the target", rig="transferred", metric="over",
                                holds="<=", threshold=0.0, kind="exact")},
-        evidence="Authors' code read by the dossier: DP-SGD of a generator, epsilon 3, groups by k-means, few-shot "
-                 "prompts. Ours: as many texts of each label whoever sends, so that counts tell nothing; the large "
-                 "model does not choose among them; generators have a round of their own, which nothing repeats.",
+        evidence="Authors' code read by the dossier: epsilon 3, k-means, few-shot prompts. Ours: as many texts of each "
+                 "label whoever sends; the large model does not choose among them; generators have their own round.",
     )
-    trial = Trial({"texts": 2, "more": 1, "max_new_tokens": 4, "generator_steps": 1, "least_new": 0.0, "seed": 0,
-                   "embed": "tfidf"}, task="classification", rounding="texts are sampled",
+    trial = Trial({"texts": 2, "more": 1, "max_new_tokens": 4, "generator_steps": 1, "least_new": 0.0, "embed": "tfidf",
+                   "target_epsilon": None}, task="classification", rounding="texts are sampled",
                   models={"generator": "generation", "writer": "generation"})
     serves, mixes, only_fits = False, "models", False
 
@@ -72,9 +69,12 @@ class FDKT(Own):
     seed: int | None = knob(None, "seeds noise and batches for tests, which voids the claim; null: from the OS")
 
     def check(self, model: Any) -> None:
-        need_label("FDKT", self.prompt)
+        need_parts("FDKT", "prompt", self.prompt, "label")
         if model.task != "classification":
             raise CompositionError(f"method 'fdkt' makes texts of labels, and data.task is {model.task!r}")
+
+    def check_layers(self, layers):
+        need_silence(layers, "fdkt", self.target_epsilon)
 
     def asks_for(self):
         return (self.generator,)
@@ -90,7 +90,7 @@ class FDKT(Own):
     def round(self, state: State, clients) -> Program:
         """One thing that may not be repeated a round: what the generators spent is in the state before all else."""
         if state["stage"] == "invent":
-            out = yield Ask(self.invent, {c.id: {} for c in clients}, quorum=0)
+            out = yield Ask(self.invent, {c.id: {"classes": len(state["labels"])} for c in clients}, quorum=0)
             told = {n: [x for c in out for x in out[c][n]] for n in ("texts", "of")}
             silent = [c.id for c in clients if c.id not in out]  # they may have spent it all the same
             return {**state, **told, "stage": "write" if told["texts"] else "learn" if out else "invent",
@@ -103,17 +103,17 @@ class FDKT(Own):
         return state
 
     def fits(self, msg: Any, reply: Any) -> None:
-        need(len(reply["texts"]) == len(reply["of"]) and all(isinstance(y, int) and y >= 0 for y in reply["of"]),
-             "'of' is no label for each of 'texts'")
+        need_book(reply)
+        need(len(reply["texts"]) == len(reply["of"]) and all(
+            isinstance(y, int) and 0 <= y < msg["classes"] for y in reply["of"]), "'of' is not a label for each text")
 
     @on_client(gives="texts: texts, of: numbers, rows: layout, delta: number, why: code", fits=fits)
     def invent(self, msg, client):
         gen = client.holding(self.generator)
         leads = [self.prompt.format(label=x) for x in client.model.labels]
         rows = gen.encode([{"prompt": leads[r["label"]], "response": r["text"]} for r in client.data])
-        quiet = nullcontext(0.0) if self.target_epsilon is None else private_fits(
-            client, self.generator_steps, self.target_epsilon, self.target_delta, self.clip_norm, self.seed)
-        with quiet as delta:
+        with private_fits(client, self.generator_steps, self.target_epsilon, self.target_delta, self.clip_norm,
+                          self.seed) as delta:
             theta = gen.fit(gen.model.initial(), on=rows, steps=self.generator_steps).theta
         of = [y for y in range(len(leads)) for _ in range(self.texts)]
         said = gen.generate([leads[y] for y in of], theta, max_new_tokens=self.max_new_tokens,
@@ -140,11 +140,11 @@ class FDKT(Own):
         client.memory["theta"] = fitted.theta
         return {"loss": fitted.loss} if self.target_epsilon is None else {}  # a loss would be a release without noise
 
-    def statement(self, state: State) -> Mapping[str, Any] | None:
-        if self.target_epsilon is None or not (state["books"] or state["open"]):
-            return None
-        return spent_by(state["books"], state["deltas"], self.seed is not None, "fdkt", state["open"])
+    def statement(self, state: State) -> Any:
+        books, unknown = state["books"], state["open"]
+        silent = self.target_epsilon is None or not (books or unknown)
+        return None if silent else spent_by(books, state["deltas"], self.seed is not None, "fdkt", unknown)
 
-    def report(self, state: State) -> Mapping[str, Any]:
+    def report(self, state: State) -> Any:
         return {"texts": len(state["texts"]), "withheld": {c: why for c, why in state["whys"].items() if why}}
 

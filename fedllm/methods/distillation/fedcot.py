@@ -11,12 +11,12 @@ import numpy as np
 
 from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER
-from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.errors import CompositionError
 from fedllm.core.form import aligned
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.rng import numpy_stream
 from fedllm.methods._own import Own, own
-from fedllm.methods._written import need_variety, said_by
+from fedllm.methods._written import need_parts, need_variety, said_by
 from fedllm.privacy.word_noise import WordNoise
 
 LR = {"local.lr": (1e-3, 3e-3, 1e-2)}
@@ -68,10 +68,8 @@ class FedCoT(Own):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, parts in (("ask", ("{question}",)), ("mend", ("{question}", "{rationale}"))):
-            if any(p not in getattr(self, name) for p in parts):
-                raise RecipeError(f"FedCoT.{name} = {getattr(self, name)!r} is not allowed; it must name "
-                                  f"{' and '.join(parts)}")
+        need_parts("FedCoT", "ask", self.ask, "question")
+        need_parts("FedCoT", "mend", self.mend, "question", "rationale")
 
     def check(self, model: Any) -> None:
         if model.task != "generation":

@@ -10,7 +10,7 @@ import torch
 
 from fedllm.core.ask import Ask, Program, on_server
 from fedllm.core.client import SERVER
-from fedllm.core.errors import CompositionError, RecipeError, Withheld
+from fedllm.core.errors import CompositionError, Withheld
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import pack, part
 from fedllm.core.rng import numpy_stream, torch_stream
@@ -18,7 +18,7 @@ from fedllm.local.objectives.composed import Composed
 from fedllm.local.objectives.distill import teacher_logits
 from fedllm.local.objectives.features import Features, maps, pooled
 from fedllm.methods._averaged import Averaged
-from fedllm.methods._written import balanced, named, said_by
+from fedllm.methods._written import balanced, named, need_parts, said_by
 from fedllm.models.encoder import HeadedEncoder
 from fedllm.models.model import Model
 
@@ -69,8 +69,7 @@ class MLLMFL(Averaged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "{text}" not in self.prompt:
-            raise RecipeError(f"MLLMFL.prompt = {self.prompt!r} is not allowed; it must name {{text}}")
+        need_parts("MLLMFL", "prompt", self.prompt, "text", "labels")
 
     def check(self, model: Any) -> None:
         if model.task != "classification":
