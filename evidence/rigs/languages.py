@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from evidence.rigs.edge import word_tokenizer
 from evidence.rigs.topics import CLASSES, VOCAB, documents, pretrained, topics
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded
-from fedllm.data.federation import Federation, Shard
+from fedllm.data.federation import Federation, Row, Shard
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
 from fedllm.models.model import Model
@@ -26,13 +26,14 @@ FEW = 2
 """The language with few rows."""
 
 
-def translated(seed: int, language: int, rows: list[Encoded]) -> list[Encoded]:
-    """The rows with the language's own words in the place of those that it does not share."""
+def translated(seed: int, language: int, rows: list[Encoded]) -> list[Row]:
+    """The rows as text, with the language's own words in the place of those that it does not share."""
     rng = numpy_stream(seed, "language", language)
     own = np.arange(VOCAB)
     apart = rng.permutation(np.arange(20, VOCAB))[: round((1 - SHARED[language]) * (VOCAB - 20))]
     own[apart] = rng.permutation(apart)
-    return [replace(row, ids=own[row.ids].astype(np.int32)) for row in rows]
+    return [{"text": " ".join(f"w{i}" for i in own[row.ids]), "label": row.labels, "lang": f"language-{language}"}
+            for row in rows]
 
 
 def federation(seed: int, rows: int = 120) -> Federation:
@@ -42,7 +43,7 @@ def federation(seed: int, rows: int = 120) -> Federation:
     for j in range(len(SHARED)):
         n = rows // 10 if j == FEW else rows
         made = translated(seed, j, documents(rng, words, rng.integers(0, len(CLASSES), n + 150), 0.35))
-        shards[f"language-{j}"] = Shard(made[:n], made[n:])  # type: ignore[arg-type]
+        shards[f"language-{j}"] = Shard(made[:n], made[n:])
     return Federation(shards, [], "classification", CLASSES)
 
 
@@ -58,8 +59,8 @@ def languages(method: str, seed: int, *, space: Mapping[str, Any] | None = None,
 
     def trial(name: str) -> Trial:
         own = dict(space or {"name": "streams", "of": {"prompt": {"name": "p_tuning", "length": 8}, "head": "head"}})
-        model = Model(pretrained(seed), None, "classification", make_space(own.pop("name"), **own), labels=CLASSES,
-                      seed=seed)
+        made = make_space(own.pop("name"), **own)
+        model = Model(pretrained(seed), word_tokenizer(), "classification", made, labels=CLASSES, seed=seed)
         spec = LocalSpec(**{"optimizer": "adamw", "lr": 1e-2, "steps": 10, "batch_size": 16, **(local or {})})
         world = World(model, federation(seed), spec, seed)
         return Trial(name, world, dict(knobs or {}) if name == method else {}).rounds(rounds)

@@ -114,11 +114,12 @@ class Client(Protocol):
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Any] = (),
             steps: int | None = None, on: Sequence[Any] | None = None, objective: Any = None,
-            side: Mapping[str, Sequence[Any]] | None = None, moments: Any = False) -> Any:
+            side: Mapping[str, Sequence[Any]] | None = None, moments: Any = False, rate: float = 1.0) -> Any:
         """Train `theta` on the client's rows (or `on` others) as `training` says; returns a `Fitted`.
 
         `objective` (local/objectives/) takes the place of the task's own loss, `side` holds what it needs beside each
         row. `moments=client.memory.get("adam")` goes on with an optimizer's state; `Fitted.moments` is the next one.
+        The learning rate is `rate` times the recipe's.
         """
         ...
 

@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -186,12 +187,13 @@ class ClientCall(Holder):
 
     def fit(self, theta: Tree, *, base: Tree | None = None, freeze: Sequence[str] = (), terms: Sequence[Term] = (),
             steps: int | None = None, on: Sequence[Row] | None = None, objective: Objective | str | None = None,
-            side: Side | None = None, moments: Tree | Literal[False] | None = False) -> Fitted:
+            side: Side | None = None, moments: Tree | Literal[False] | None = False, rate: float = 1.0) -> Fitted:
         """Train on the client's rows (or `on` others) as the recipe's `local` says; names that match a pattern in
         `freeze` stay. `objective` (with its `side`, an entry a row) takes the place of the task's own loss; with
-        `moments` (None at first) the optimizer goes on where it was."""
+        `moments` (None at first) the optimizer goes on where it was; `rate` is so many times the recipe's own."""
         rows = self._encoded("train") if on is None else self._world.tokenized(on, model=self.model)
         spec = self._local(self.n or len(rows))
+        spec = spec if rate == 1 else replace(spec, lr=spec.lr * rate)
         goal = make_objective(objective) if isinstance(objective, str) else objective or Task()
         check_side(goal, side or {}, len(rows))
         beside = {n: self._world.tokenized(v, True, self.model) if len(v) and isinstance(v[0], Mapping) else v

@@ -38,9 +38,14 @@ def words_of(client: Client, verbalizer: Sequence[str]) -> tuple[int, ...]:
     return tuple(found)
 
 
+def first_word(row: Any) -> int:
+    """The token that a row's answer begins with; -1 where nothing is learned of it."""
+    return next((int(t) for t in row.labels if t >= 0), -1)
+
+
 def one_hot(row: Any, words: Sequence[int]) -> np.ndarray:
     """[C]; DataError for an answer that begins with none of the words."""
-    first = next((int(t) for t in row.labels if t >= 0), -1)
+    first = first_word(row)
     if first not in words:
         raise DataError(f"a labelled row's answer begins with token {first}, which is none of method.verbalizer's "
                         f"{list(words)}")
@@ -55,3 +60,18 @@ def label_accuracy(client: Client, theta: Tree, on: str, verbalizer: Sequence[st
     words = words_of(client, verbalizer)
     z, y = client.measure(theta, rows, Said(words)), np.array([one_hot(row, words).argmax() for row in rows])
     return {"label_accuracy": float((z.argmax(1) == y).mean())}
+
+
+def surest(p: np.ndarray, count: int, limit: float = 0.0, balanced: bool = False) -> list[int]:
+    """At most so many rows of p [rows, C], the surest first, none below `limit`; `balanced`: of each label that is said
+    to be the likeliest as many as of the others, or fewer where there are no more."""
+    sure, said = p.max(1), p.argmax(1)
+    best = [int(i) for i in np.argsort(-sure, kind="stable") if sure[i] >= limit]
+    if not balanced:
+        return best[:count]
+    each, taken, out = max(1, count // p.shape[1]), np.zeros(p.shape[1], int), []
+    for i in best:
+        if taken[said[i]] < each:
+            taken[said[i]] += 1
+            out.append(i)
+    return out[:count]

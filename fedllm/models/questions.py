@@ -145,3 +145,13 @@ def vote(thoughts: Sequence[Thought], tiebreak: Literal["logprob", "first"] = "f
         tied.sort(key=lambda a: -support[a])  # stable: equals stay in the order asked
     won = next(t for t in cast if t.answer == tied[0])
     return Voted(question, won.answer, won.rationale, count[won.answer] / len(thoughts), tuple(thoughts))
+
+
+def stated(said: str, pattern: str) -> str | None:
+    """The answer that a text states in so many words: the pattern's first filled group where it matches last.
+
+    None where it states none. It is never guessed, as `parse` does: a number in passing is no answer.
+    """
+    found = [next((g for g in m.groups() if g), None) for m in re.finditer(pattern, said)]
+    last = found[-1] if found else None
+    return None if last is None else plain(last) if NUMBER.fullmatch(last) else one_line(last).lower()

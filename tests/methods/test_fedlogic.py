@@ -11,11 +11,17 @@ import torch
 from fedllm.cli.serve_model import serving
 from fedllm.core.errors import BudgetSpent, CompositionError, PayloadError
 from fedllm.core.program import drive
+from fedllm.data.federation import Federation, Shard
+from fedllm.engines import InProcess
+from fedllm.engines.world import World
 from fedllm.local.forward import run_losses
 from fedllm.local.requests import Limits, Losses
 from fedllm.local.text import LocalText
 from fedllm.methods.inference.fedlogic import floored, posterior, ruled
 from fedllm.methods.registry import make_method
+from fedllm.models.endpoint import Endpoint
+from fedllm.models.load import load_model
+from fedllm.spaces import make_space
 
 RULES = ("w1", "w2 w3", "w4", "w5 w6 w7")
 HERE = {"rules": RULES, "space": "soft_prompt", "space_knobs": {"length": 2}}
@@ -91,3 +97,26 @@ def test_what_cannot_be_is_refused(begin):
     for q in ([0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [1.5, -0.5, 0.0, 0.0]):
         with pytest.raises(PayloadError, match="is no distribution over 4 rules"):
             run.method.likely({"prior": run.state["prior"]}, {"q": torch.tensor(q)})
+
+
+@pytest.mark.slow
+def test_smollm2_behind_an_endpoint_chooses_a_rule_and_votes_on_wordings():
+    """Both inference protocols on a real language model that they reach by text alone."""
+    model = load_model("smollm2", "generation", make_space("soft_prompt", length=2))
+    rows = [{"prompt": f"Q: What is {a} plus {b}?\nA:", "response": str(a + b)} for a, b in ((2, 3), (4, 1))]
+    rules = ("Answer with one number and nothing else.", "Write a poem about the sea.")
+    with serving(LocalText(model), "smollm2") as server:
+        fed = Federation({c: Shard(rows, rows[:1]) for c in ("c0", "c1")}, (), "generation")
+        method = make_method("fedlogic", endpoint=server.base_url, endpoint_model="smollm2", rules=rules, tau=0.1,
+                             max_new_tokens=4)
+        world = World(model, fed)
+        engine = InProcess((method,), world)
+        state = drive(method.round(method.init(model), world.infos()), engine)
+        told = method.report(state)
+        assert told["queries"]["calls"] == 2 * 2 * 2 and sum(told["prior"].values()) == pytest.approx(1)
+        far = Endpoint(server.base_url, "smollm2")
+        asked = World(far, Federation({c: Shard([{"prompt": q, "response": ""}]) for c, q in (
+            ("c0", "What is 2 plus 3?"), ("c1", "How much is 2 and 3?"))}, (), "generation"))
+        voter = make_method("fed_sp_sc", embed="tfidf", max_new_tokens=16, similarity_threshold=-1.0)
+        got = drive(voter.answer("What is 2 plus 3?", asked.infos(), "c0"), InProcess((voter,), asked))
+    assert len(got.thoughts) == 2 and got.cost["completion_tokens"] > 0
