@@ -21,8 +21,8 @@ def write_page(rows: Rows, missing: Rows, folder: Path) -> None:
              "of the seeds, their standard deviation, and how many there were. `shared`: the clients make the noise",
              "under `secagg`, and no server is trusted; `central`: the server adds it; `local`: each client hides its",
              "own sum. Of whole clients: seven rows each. Rates and clip of the head at example level were chosen on",
-             "SST-2's test rows, those of clients by `fedllm plan --propose` on a tenth of its training rows; nothing else",
-             "was tuned.", ""]
+             "SST-2's test rows, those of clients by `fedllm plan --propose` on a tenth of its training rows; nothing",
+             "else was tuned.", ""]
     for data in dict.fromkeys(r["data"] for r in rows):
         mine = series([r for r in rows if r["data"] == data])
         (folder / f"frontier-{data}.svg").write_text(picture(mine))
