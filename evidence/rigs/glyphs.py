@@ -13,6 +13,7 @@ from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.program import drive
 from fedllm.data.load import load_federation
 from fedllm.data.simulated.glyphs import SHAPES
+from fedllm.engines.client import server_info
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec
 from fedllm.models.made import Made, make_net
@@ -41,8 +42,8 @@ def glyphs(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, ro
     `accuracy`: the mean over clients on their own last rows."""
     torch.set_num_threads(1)
     trial = Trial(method, world_of(seed, "full", {"lr": lr}), {"server_steps": 10, **(knobs or {})}).rounds(rounds)
-    test = trial.world.federation.test
-    return {"r1": drive(trial.method.examine(trial.state, trial.world.infos(), test), trial.engine)["r1"],
+    served = drive(trial.method.evaluate(trial.state, [server_info()], "global"), trial.engine)
+    return {"r1": next(iter(served.values()))["r1"],
             "accuracy": float(np.mean([s["accuracy"] for s in trial.scores("local").values()])), **trial.work()}
 
 

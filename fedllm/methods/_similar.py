@@ -11,14 +11,15 @@ from fedllm.core.payload import Tree
 
 
 def flat(trees: Sequence[Tree]) -> Tensor:
-    """Each tree as one vector [N, D], fp64."""
-    return torch.stack([torch.cat([t.flatten().double() for t in tree.values()]) for tree in trees])
+    """Each tree as one vector [N, D], fp64, by the order of its names and not of its reply."""
+    return torch.stack([torch.cat([tree[n].flatten().double() for n in sorted(tree)]) for tree in trees])
 
 
 def unflat(rows: Tensor, like: Sequence[Tree]) -> list[Tree]:
     """Vectors [N, D] as trees of these shapes and types."""
-    sizes = [t.numel() for t in like[0].values()]
-    return [{n: x.view_as(t).to(t.dtype) for (n, t), x in zip(tree.items(), row.split(sizes), strict=True)}
+    names = sorted(like[0])
+    sizes = [like[0][n].numel() for n in names]
+    return [{n: x.view_as(tree[n]).to(tree[n].dtype) for n, x in zip(names, row.split(sizes), strict=True)}
             for tree, row in zip(like, rows, strict=True)]
 
 

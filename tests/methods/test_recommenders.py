@@ -76,6 +76,8 @@ def test_whom_a_client_leans_on():
     order = [2, 0, 3, 1]
     again = method.mixed([trees[i] for i in order], [losses[i] for i in order], 3)
     assert all(torch.allclose(again[k]["w"], mixed[i]["w"], atol=1e-12) for k, i in enumerate(order))
+    two = [{"a": torch.ones(2), "b": torch.zeros(3)}, {"b": torch.zeros(3), "a": torch.ones(2)}]
+    assert all(torch.equal(t["a"], torch.ones(2)) for t in method.mixed(two, [1.0, 1.0], 0))  # by name, in any order
     w = method.weights(flat(trees), torch.tensor(losses).double(), 0)
     cos = torch.nn.functional.cosine_similarity(trees[0]["w"], trees[1]["w"], dim=0)
     share = torch.tensor(losses).double().div(0.05).softmax(0)

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client, ClientInfo
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, add, pack, part, sub
 from fedllm.methods._similar import flat, unflat
+
+MOST = 1e4
+"""No mean cross-entropy is larger."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,10 @@ class FELLRec(Method):
         s = (s * a[:, None]).fill_diagonal_(1.0)
         return s / s.sum(1, keepdim=True)
 
-    @on_client(gives="theta: tree, n: rows, loss?: number")
+    def sound(self, msg: Payload, reply: Payload) -> None:
+        need(0 <= reply.get("loss", 0.0) <= MOST, f"'loss' is {reply.get('loss')}, allowed is 0 to {MOST:g}")
+
+    @on_client(gives="theta: tree, n: rows, loss?: number", fits=sound)
     def local(self, msg: Payload, client: Client) -> Payload:
         fitted = client.fit(part(msg, "theta"))
         return pack(theta=fitted.theta, n=client.n, loss=fitted.loss)

@@ -105,19 +105,6 @@ class CreamFL(Method):
         return pack(theta=client.fit(part(msg, "theta"), on=rows, steps=self.server_steps, objective=goal,
                                      side={**side, "known": [float(known)] * len(rows)}).theta)
 
-    def examine(self, state: State, clients: Any, rows: Sequence[Any]) -> Program:
-        [got] = (yield Ask(self.retrieve, {SERVER: pack(theta=state["theta"])}, quorum=1)).values()
-        return {"r1": got["r1"]}
-
-    @on_server
-    def retrieve(self, msg: Payload, client: Client) -> Payload:
-        """How often the nearest caption of a picture of the global test says what the picture's own does."""
-        rows = client.encode(client.held_out("global"))
-        i, t = np.split(client.measure(part(msg, "theta"), rows, features), 2, axis=1)
-        found = (i @ t.T).argmax(1)
-        return {"r1": float(np.mean([np.array_equal(rows[a].parts["words"], rows[b].parts["words"])
-                                     for a, b in enumerate(found)]))}
-
     def evaluate(self, state: State, clients: Any, on: str) -> Program:
         """Each client by its own model; the server by its."""
         return (yield Ask(self.score, {c.id: pack(theta=state["theta"] if c.id == SERVER else None, on=on)
@@ -125,7 +112,20 @@ class CreamFL(Method):
 
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
-        return client.score(part(msg, "theta") or client.memory.get("theta") or client.model.initial(), on=msg["on"])
+        theta = part(msg, "theta") or client.memory.get("theta") or client.model.initial()
+        got = client.score(theta, on=msg["on"])
+        return {**got, **recall(client, theta, msg["on"])} if client.id == SERVER and got["n"] else got
+
+
+def recall(client: Client, theta: Tree, on: str) -> dict[str, float]:
+    """How often the nearest caption of a picture says what the picture's own does; nothing where rows lack either."""
+    rows = client.encode(client.held_out(on))
+    if not {"pixels", "words"} <= rows[0].parts.keys():
+        return {}
+    i, t = np.split(client.measure(theta, rows, features), 2, axis=1)
+    found = (i @ t.T).argmax(1)
+    return {"r1": float(np.mean([np.array_equal(rows[a].parts["words"], rows[b].parts["words"])
+                                 for a, b in enumerate(found)]))}
 
 
 def looked(client: Client, theta: Tree, modalities: Sequence[str]) -> dict[str, Tensor]:

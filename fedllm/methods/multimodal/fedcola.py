@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER, Client
+from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 from fedllm.methods._modalities import KINDS, PARTS, kind_of, need_pairs, of_kind
@@ -86,11 +87,20 @@ class FedCola(Method):
         """Whether all clients of its modality average this weight."""
         return name.startswith(("image.blocks.", "text.blocks.")) and any(x in name for x in NAMED[self.shared])
 
-    @on_client(gives="kind: name")
+    def known(self, msg: Payload, reply: Payload) -> None:
+        need(reply["kind"] in KINDS, f"'kind' is {reply['kind']!r:.40}, allowed are {', '.join(KINDS)}")
+
+    def its_own(self, msg: Payload, reply: Payload) -> None:
+        got, told = part(reply, "theta"), part(msg, "theta")
+        need(got.keys() == told.keys(), "'theta' is not of the weights that this client was told")
+        odd = next((n for n, t in got.items() if t.shape != told[n].shape), None)
+        need(odd is None, f"'theta/{odd}' is not of the shape that this client was told")
+
+    @on_client(gives="kind: name", fits=known)
     def tell(self, msg: Payload, client: Client) -> Payload:
         return {"kind": kind_of(client)}
 
-    @on_client(gives="theta: tree, n: rows, loss?: number")
+    @on_client(gives="theta: tree, n: rows, loss?: number", fits=its_own)
     def local(self, msg: Payload, client: Client) -> Payload:
         """Plain training; s and W learn, W_aux rests. What is sent is W + s W_aux."""
         theta, aux = part(msg, "theta"), part(msg, "aux")
