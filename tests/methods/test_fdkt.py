@@ -54,6 +54,7 @@ def test_the_generators_training_alone_is_private(begin):
     assert all(len(r.plan) == 5 for r in fits if r.model is gen)
 
 
+@pytest.mark.slow  # opacus at 1e-3 takes seconds
 def test_what_is_spent_is_no_more_than_the_target_and_as_opacus_counts_it(begin):
     run = begun(begin, seed=None).go(2)
     said = run.method.statement(run.state)
