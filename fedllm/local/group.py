@@ -181,6 +181,8 @@ class Group:
                     raise RunError(f"process {rank + 1} of {self.size} of this client failed: {value}")
                 if kind == "step" and rank == 0:
                     limits.did(1, next(steps, 0))
+                if kind == "ready":
+                    staff.ready.add(rank)
                 if kind == wanted:
                     said[rank] = value
             if time.monotonic() - heard > self.patience:
@@ -195,8 +197,9 @@ class Group:
         gone = [(i, p.exitcode) for i, p in enumerate(staff.processes) if p.exitcode is not None]
         rank, code = next(((i, c) for i, c in gone if c), gone[0] if gone else (0, None))
         how = f"was killed by signal {-code}" if code and code < 0 else f"ended with {code}"
+        hint = f" ({SCRIPT})" if code and code > 0 and rank not in staff.ready else ""
         return f"process {rank + 1} of {self.size} of this client {how} while it was needed; the fit is lost, and " \
-               f"the next one begins with new processes ({SCRIPT})"
+               f"the next one begins with new processes{hint}"
 
     def _halt(self, staff: Staff, broken: bool) -> None:
         """The fit is of no use any longer: it ends after the present step, or its processes do."""

@@ -28,7 +28,7 @@ from fedllm.local.packing import packed
 from fedllm.local.spec import LocalSpec
 from fedllm.local.terms import Term
 from fedllm.models.checkpointing import checkpointed, layers_of
-from fedllm.models.kernels import give_back_freed_memory, products
+from fedllm.models.kernels import keep_no_freed_memory, products
 from fedllm.models.model import Model
 from fedllm.spaces.full import Full
 
@@ -125,7 +125,7 @@ class Shards:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         self.weights = dict(model.net.named_parameters()) if self.whole else {}
-        give_back_freed_memory()
+        keep_no_freed_memory()
 
     def mine(self, full: Tensor) -> Tensor:
         """This process's shard of a tensor of the trainables [1, n / size, ...]: rows along the first dimension."""

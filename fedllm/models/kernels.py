@@ -104,6 +104,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 64 << 20)
 
 
+def keep_no_freed_memory() -> None:
+    """Let this process hand back whatever it frees of a megabyte and more at once, where the C library is glibc: for
+    those that are several so that each is small."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 1 << 20)
+        libc.mallopt(mmap_threshold, 1 << 20)
+    give_back_freed_memory()
+
+
 def give_back_freed_memory() -> None:
     """Free what only refers to itself, and hand freed pages back to the system where the C library is glibc.
 

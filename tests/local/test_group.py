@@ -121,7 +121,7 @@ def test_two_processes_train_all_weights_as_one_does_and_a_dead_one_is_named(rec
 @pytest.mark.parametrize(("overrides", "kind", "why"), [
     ({"engine.kind": "vectorized"}, RecipeError, "several processes train one client at a time"),
     ({"engine.processes": 65}, RecipeError, "processes"),
-    ({"space": {"name": "bias"}}, CompositionError, r"engine\.processes = 2: space 'bias' reads the base's weights"),
+    ({"space": {"name": "ia3"}}, CompositionError, r"engine\.processes = 2: space 'ia3' reads the base's weights"),
     ({"space": {"name": "lora", "dropout": 0.1}}, CompositionError, "drawn for a whole batch"),
     ({"local.neftune": 5.0}, CompositionError, "drawn for a whole batch"),
     ({"model.dtype": "bfloat16"}, CompositionError, "never in less than fp32"),

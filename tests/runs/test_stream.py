@@ -38,15 +38,17 @@ ClientCall._onward = onward
 
 @pytest.fixture
 def recipe(tmp_path, tiny_llama_folder):
-    for k, (client, n) in enumerate(ROWS.items()):
+    for k, (client, n) in enumerate({**ROWS, "test": 3}.items()):  # tests take no row of the clients'
         rows = [{"prompt": " ".join(["red", "cat", "one", "dog"][(i + j) % 4] for j in range(1 + i % 5)),
                  "response": ["yes", "no", "word"][(i + k) % 3]} for i in range(n)]
         (tmp_path / "rows").mkdir(exist_ok=True)
-        (tmp_path / "rows" / f"{client}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        folder = tmp_path / "rows" if client in ROWS else tmp_path
+        (folder / f"{client}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return {"name": "stream", "model": {"name": tiny_llama_folder}, "method": "fedavg",
             "space": {"name": "lora", "rank": 2}, "rounds": ROUNDS,
             "local": {"steps": STEPS, "batch_size": LOT, "order": "stream", "optimizer": "sgd", "lr": 0.05},
-            "data": {"source": str(tmp_path / "rows"), "partition": {"kind": "per_file"}, "client_test": 0.0},
+            "data": {"source": str(tmp_path / "rows"), "partition": {"kind": "per_file"}, "client_test": 0.0,
+                     "test": str(tmp_path / "test.jsonl")},
             "evaluate": {"exact_match": False, "samples": 0}, "engine": "in_process"}
 
 
