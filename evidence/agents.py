@@ -86,13 +86,11 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [HEAD]
     for metric, title in (("return", "At home: each client's own environment"),
                           ("elsewhere", "In everybody's environments")):
-        lines += [f"## {title}", "", "| task | agent | alone | pooled | federated | federated above alone |",
-                  "|---|---|---|---|---|---|"]
+        lines += [f"## {title}", "", COLUMNS, "|---|---|---|---|---|---|"]
         lines += [_line(at, r["task"], r["agent"], metric) for r in rows if metric in r and r["arm"] == "federated"]
         lines += [""]
     if said := [_line(at, r["task"], r["agent"], "right") for r in rows if "right" in r and r["arm"] == "federated"]:
-        lines += ["## Agents that share text", "", "| task | agent | alone | pooled | federated | federated above alone |",
-                  "|---|---|---|---|---|---|", *said]
+        lines += ["## Agents that share text", "", COLUMNS, "|---|---|---|---|---|---|", *said]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -106,6 +104,7 @@ def _line(at: Mapping[Any, Mapping[str, Any]], task: str, agent: str, metric: st
     return f"| {task} | `{agent}` | {' | '.join(said)} | {wins} |"
 
 
+COLUMNS = "| task | agent | alone | pooled | federated | federated above alone |"
 HEAD = """# Agents alone, pooled and federated
 
 Written by `python -m evidence.agents`. Four clients in environments in words (docs/rooms/environments.md), each with
