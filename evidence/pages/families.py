@@ -26,7 +26,7 @@ SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
     "fedpeft": (2, 1, MINILM),
     "fedpetuning": (2, 1, MINILM),
     "fedtune_bench": (2, 1, MINILM),
-    "vision_language": (2, 1, ()),
+    "vision_language": (1, 1, ()),
     "profit": (3, 1, ("data.office.test_rows=30", "local.steps=5")),
 }
 """Name -> seeds, tuning seeds, and keys of the recipe that differ from the family's own."""
