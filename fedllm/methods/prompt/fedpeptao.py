@@ -50,8 +50,8 @@ class FedPepTAO(Method):
                              options={**HERE, "rounds": 1, "knobs": {"layer_ratio": 0.5}})},
         evidence="Authors' code read for the dossier. Ours: states are averaged over a text's words before they are "
                  "compared (texts differ in length), Hessian products are differences of gradients, one global v for "
-                 "all (the release hands one v from client to client). Own values for layers that are not chosen are "
-                 "not kept.",
+                 "all (the release hands one v from client to client). Other layers' own values are not kept. Over 10 "
+                 "seeds here the top half is 0.10 less accurate than the bottom half (95 %: 0.24 to -0.09), open.",
     )
     only_fits = False
     reads_rates = True

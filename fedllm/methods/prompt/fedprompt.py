@@ -46,7 +46,8 @@ class FedPrompt(Star):
                              baseline="fedavg", relative="ratio", holds="<=", threshold=0.01, kind="exact",
                              options={"rounds": 1}, against={"space": {"name": "full"}})},
         evidence="Abstract and summaries; no code of the authors was found. A causal model's next word stands for the "
-                 "mask's. Its privacy by noise and its poisoned clients are the layers dp_sgd and att_backdoor.",
+                 "mask's. Its privacy by noise and its poisoned clients are the layers dp_sgd and att_backdoor. Over "
+                 "10 seeds it is 0.043 below pooled tuning (95 %: 0.026 to 0.064): open.",
     )
     trial = Trial({"verbalizer": tuple(f"w{i}" for i in range(60))}, {"name": "soft_prompt", "length": 4},
                   far={"method.verbalizer": ["A", "B"], "data.fields": {"response": "letter"}})
