@@ -26,12 +26,8 @@ SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
     "fedpeft": (2, 1, MINILM),
     "fedpetuning": (2, 1, MINILM),
     "fedtune_bench": (2, 1, MINILM),
-<<<<<<< HEAD
     "vision_language": (1, 1, ()),
-    "profit": (3, 1, ("data.office.test_rows=30", "local.steps=5")),
-=======
     "profit": (1, 1, ("data.office.test_rows=30", "local.steps=5")),
->>>>>>> w/prompts
 }
 """Name -> seeds, tuning seeds, and keys of the recipe that differ from the family's own."""
 
