@@ -20,8 +20,9 @@ from evidence.rigs.topics import CLASSES, cache_dir, pretrained, topic_federatio
 from evidence.rigs.trials import Trial
 from fedllm.core.payload import Tree
 from fedllm.data.federation import Federation, Shard
-from fedllm.data.load import DataSpec, load_federation
+from fedllm.data.load import load_federation
 from fedllm.data.office import ANSWER_MARK, office_federation
+from fedllm.data.section import DataSpec
 from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from fedllm.core.errors import RecipeError
-from fedllm.data.load import DataSpec
+from fedllm.data.section import DataSpec
 from fedllm.data.spec import Spec
 from fedllm.runs.complaints import check_values, complaints, edit, fill, read_yaml
 from fedllm.runs.device import Device

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedllm.core.errors import DataError, RecipeError
-from fedllm.data.load import DataSpec, OfficeSpec, load_federation
+from fedllm.data.load import load_federation
+from fedllm.data.section import DataSpec, OfficeSpec
 from fedllm.data.sources import resolve
 
 QA = {"fields": {"prompt": "question", "response": "answer"}}

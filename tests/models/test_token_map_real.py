@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.core.client import Profile
 from fedllm.core.program import drive
-from fedllm.data.load import DataSpec, load_federation
+from fedllm.data.load import load_federation
+from fedllm.data.section import DataSpec
 from fedllm.engines.in_process import InProcess
 from fedllm.engines.world import World
 from fedllm.local.spec import LocalSpec

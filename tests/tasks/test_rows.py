@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.encode import encode_rows
-from fedllm.data.load import DataSpec, load_federation
+from fedllm.data.load import load_federation
+from fedllm.data.section import DataSpec
 from fedllm.models.load import resolve
 from fedllm.runs.recipe import load_recipe
 from fedllm.tasks.row import IGNORE
