@@ -128,8 +128,8 @@ class Poisoner(Malicious, ABC):
                                    "together: it poisons rows of the tasks generation and classification")
         if isinstance(request, Fit) and request.side:
             raise CompositionError(f"layer '{type(self).__name__}' and objective '{request.objective.name}' do not fit "
-                                   "together: labels that stand beside the rows would stay as they were, and the attack "
-                                   "would seem to fail; use a method that learns from rows alone (fedavg, fedprompt)")
+                                   "together: labels that stand beside the rows would stay as they were, and the "
+                                   "attack would seem to fail; use a method that learns from rows alone (fedavg)")
         return replace(request, rows=self.poison(request.rows, client))
 
     def forge(self, msg: Payload, client: Any, call: Callable[[Payload], Payload], marked: Payload) -> Payload:

@@ -230,3 +230,17 @@ def test_a_recipe_that_cannot_hold_is_refused_before_it_runs(layers, says):
               "layers": layers, "rounds": 1}
     with pytest.raises((RecipeError, CompositionError), match=says):
         build(load_recipe(recipe))
+
+
+def test_rows_are_not_poisoned_where_their_labels_stand_beside_them():
+    from fedllm.local.objectives.verbalized import Verbalized
+    from fedllm.local.requests import Fit
+    from fedllm.local.spec import LocalSpec
+
+    layer = AttLabelFlip()
+    model = SimpleNamespace(task="classification", labels=("a", "b"))
+    rows = [Encoded(np.array([1, 2], np.int32), 0, 1)]
+    fit = Fit("c0", model, {}, None, rows, [np.array([0])], LocalSpec(), objective=Verbalized(),
+              side={"q": [[1.0, 0.0]]})
+    with pytest.raises(CompositionError, match="objective 'verbalized' do not fit together: labels that stand beside"):
+        layer.poisoned(fit, SimpleNamespace(id="c0", model=model))
