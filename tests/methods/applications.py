@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.models.made import Made, make_net
-from fedllm.spaces import make_space
+from fedllm.core.rng import torch_stream
+from fedllm.models.made import NETS as NETWORKS
+from fedllm.models.made import Made
 from fedllm.tasks.row import Encoded
 
 PAST, HORIZON, VARIABLES = 5, 5, 3
@@ -48,7 +49,7 @@ def kept(rows: list[Encoded], part: str) -> list[Encoded]:
 
 def net_of(name: str, **by: Any) -> Any:
     """The network alone, 8 wide and one block deep."""
-    return make_net(name, Made(8, 1, **by), make_space("full")).net
+    return NETWORKS[name][1](Made(8, 1, **by), torch_stream(0, name))
 
 
 ROWS = {"forecast": windows, "next_item": histories, "pairs": pairs}
