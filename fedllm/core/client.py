@@ -15,11 +15,6 @@ SERVER = "__global__"
 (only methods that say `simulation_only` train on those)."""
 
 
-SHARES = ("snippets", "ids", "scores", "counts")
-"""What a site answers a query with: ids, scores and the beginnings of texts; no text; scores of documents by number;
-how many of its documents are how close to the query, with the noise of differential privacy, and nothing else."""
-
-
 @dataclass(frozen=True)
 class Query:
     """What a client function spends (`client.spend`) to answer one query: a site counts it, and may refuse."""
@@ -51,7 +46,7 @@ class Profile:
     modality: str = "text"
     privacy: str | None = None
     shares: str | None = None
-    """What its answers to a query hold, of `SHARES`; None: snippets."""
+    """What its answers to a query hold, of `core.shares.SHARES`; None: snippets."""
     domain: str | None = None
     """Where its rows come from, in a word (a look, a scanner): clients of one domain share what a method keeps for it.
     None: a domain of its own."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from fedllm.core.client import SHARES
 from fedllm.core.errors import RecipeError
+from fedllm.core.shares import SHARES
 from fedllm.data.spec import Spec
 from fedllm.runs.device import Device
 
