@@ -34,6 +34,8 @@ QUESTIONS = ("who signs an invoice", "when does the ward open", "where do buses 
              "when are appeals heard", "ሰላም የት ነው")
 QUICK = Patience(answer=20.0, probe=0.2, every=0.05, grace=0.3, opening=60.0, revive=0.1)
 WAIT = 0.2
+GATE = {"copies": "report", "encoder": "off"}
+"""Sending passages is what these sites are there for."""
 
 
 class Line:
@@ -42,7 +44,8 @@ class Line:
     def __init__(self, folder, **settings):
         self.state, self.boots, self.hosts = dict.fromkeys(DOCS, "here"), {}, {}
         self.settings = {s: SiteSettings(data=str(folder / "data" / s), store=str(folder / "store" / s),
-                                         **{"text_leaves": True, "models": [str(folder)], **settings.get(s, {})})
+                                         **{"text_leaves": True, "gate": GATE, "models": [str(folder)],
+                                            **settings.get(s, {})})
                          for s in DOCS}
         for site in DOCS:
             self.start(site)
@@ -74,7 +77,7 @@ def far(tmp_path, tiny_bert_folder):
     def make(then, settings=None, **knobs):
         spec = {"name": "rag", "model": tiny_bert_folder, "method": {"name": "fed_rag", "wait": WAIT, **knobs},
                 "rounds": 1, "data": {"source": str(tmp_path / "data"), "task": "documents"},
-                "evaluate": {"clients": False}, "engine": "in_process"}
+                "layers": [{"name": "responsible_gate", **GATE}], "evaluate": {"clients": False}, "engine": "in_process"}
         line = Line(tmp_path, **{s: {"models": [tiny_bert_folder], **(settings or {}).get(s, {})} for s in DOCS})
         folder = tmp_path / "far"
         if not folder.exists():

@@ -144,10 +144,12 @@ def test_a_received_folder_runs_no_code(tmp_path, done):
 TAKES_A_RUN = {"resume": (), "replay": (), "report": (), "export": ("--merge",), "chat": (), "ask": ("Who?",),
                "serve": ("--federation", "."), "status": (), "logs": (), "stop": (), "audit run": (),
                "audit verify": (), "audit seal": ("--key", "k"), "evaluate": ("--data", "rows.jsonl"),
-               "track": ("--to", "tensorboard"), "judge": ("base", "--data", "rows.jsonl", "--endpoint",
-                                                           "http://127.0.0.1:9/v1", "--model", "m")}
+               "track": ("--to", "tensorboard"), "compliance": (), "origin": ("--nobody", "rows.jsonl"),
+               "judge": ("base", "--data", "rows.jsonl", "--endpoint", "http://127.0.0.1:9/v1", "--model", "m")}
+BEFORE = {"origin": ("rows.jsonl",)}
+"""What stands before the run's folder."""
 TAKES_NONE = {"run", "plan", "compare", "advise", "dashboard", "methods", "recipe", "group", "demo", "bench", "claims",
-              "join", "keys new", "keys add", "keys suspend", "keys restore", "keys revoke", "audit key"}
+              "schema", "join", "keys new", "keys add", "keys suspend", "keys restore", "keys revoke", "audit key"}
 """All commands: with a run's folder, and without one."""
 
 
@@ -167,6 +169,7 @@ def test_every_command_is_known_to_take_a_run_or_none():
 def test_no_command_runs_what_a_received_folder_names(tmp_path, done, monkeypatch, key, value, ended):
     folder = copied(done, tmp_path / "r")
     code = inspect.getsource(fedavg).replace("class FedAvg(", "class Evil(")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     (tmp_path / "evil.py").write_text(f"{code}\nopen({str(tmp_path / 'ran')!r}, 'w')\ndef judge(said, wanted): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -177,7 +180,7 @@ def test_no_command_runs_what_a_received_folder_names(tmp_path, done, monkeypatc
         (folder / "result.json").unlink()
     said = {}
     for words, more in TAKES_A_RUN.items():
-        got = CliRunner().invoke(app, [*words.split(), str(folder), *more])
+        got = CliRunner().invoke(app, [*words.split(), *BEFORE.get(words, ()), str(folder), *more])
         said[words] = f"{got.output} {got.exception}"
         assert not (tmp_path / "ran").exists() and "evil" not in sys.modules, words
     refused = [w for w, text in said.items() if "--trust-remote-code" in text]

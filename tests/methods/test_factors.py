@@ -212,7 +212,6 @@ def test_fedask_deploys_the_mean_product_though_only_b_is_trained(begin):
     mean = {p: sum(n[c] / sum(n.values()) * each[c][p] for c in each) for p in each["c0"]}
     assert off(update(space, theta), mean) < 1e-12
     assert any(not torch.equal(theta[k], x) for k, x in start.items() if "lora_A" in k)  # and yet A moved
-    assert all(not m for m in run.engine.memory.values())  # nothing stays for the next round
 
 
 def test_fedask_sends_two_sketches(begin):

@@ -56,6 +56,7 @@ class FedMRL(Star):
                  "That losses end less far apart is open here (3 % less).",
     )
     trial = Trial({"warmup": 1}, silent="agents look at everybody's states, and the map at everybody's weights")
+    only_fits = False
 
     mu_max: float = knob(1.0, "largest proximal weight; 0: none", ge=0)
     levels: int = knob(5, "values of mu from 0 to mu_max, among which agents choose", ge=2, le=64)

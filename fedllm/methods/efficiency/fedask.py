@@ -11,7 +11,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Payload, add, pack, part, sub
+from fedllm.core.payload import Payload, Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.core.rng import torch_stream
 from fedllm.methods._factors import need_lora, split_heads
@@ -44,9 +44,7 @@ class FedASK(Star):
                  "as here; a direction that the mean product lacks (all of them before anything is learned) keeps a "
                  "row of A with B = 0 there, so that it can still be learned.",
     )
-    trial = Trial(rounding="the signs of an SVD are free",
-                  silent="both sketches must be of the same clients, so one that falls silent between them costs the "
-                         "round")
+    trial = Trial(rounding="the signs of an SVD are free")
 
     sketch: int | None = knob(None, "columns s of a sketch; None: the space's rank, which is exact", ge=1)
 
@@ -63,8 +61,14 @@ class FedASK(Star):
     def round(self, state: State, clients) -> Program:
         theta = state["theta"]
         first = yield Ask(self.local, {c.id: pack(theta=theta) for c in clients})
-        q = {path: torch.linalg.qr(y.double()).Q.to(y) for path, y in part(first.value, "y").items()}
-        second = yield Ask(self.project, {c: pack(q=q) for c in first.answered}, quorum=1.0)
+        y, there = part(first.value, "y"), first.answered
+        while True:  # both sketches must be of the same clients: whoever is silent in between is left out of both
+            q = {path: torch.linalg.qr(x.double()).Q.to(x) for path, x in y.items()}
+            second = yield Ask(self.project, {c: pack(q=q) for c in there})
+            if set(second.answered) == set(there):
+                break
+            again = yield Ask(self.sketch_again, {c: {} for c in second.answered})
+            y, there = part(again.value, "y"), again.answered
         new = dict(theta)
         for path, p in part(second.value, "p").items():  # (sum_k p_k P_k)^T = U S V^T; B = Q U S^1/2, A = S^1/2 V^T
             b_name, a_name = names_of(path)
@@ -77,13 +81,21 @@ class FedASK(Star):
         theta = part(msg, "theta")
         fitted = client.fit(theta, freeze=["*." + A])
         client.memory["theta"] = {n: x for n, x in fitted.theta.items() if ".lora_" in n}
-        y = {path: b @ (a @ self.omega(client.model, path, a)) for path, (b, a) in factors(fitted.theta).items()}
         heads = sub(split_heads(fitted.theta), split_heads(theta))
-        return pack(y=y, heads=heads, n=client.n, loss=fitted.loss)
+        return pack(y=self.sketched(client), heads=heads, n=client.n, loss=fitted.loss)
+
+    @on_client(reduce=Mean(), gives="y: tensors, n: rows")
+    def sketch_again(self, msg: Payload, client: Any) -> Payload:
+        return pack(y=self.sketched(client), n=client.n)
+
+    def sketched(self, client: Any) -> Tree:
+        """B_k (A Omega) of each module."""
+        mine = factors(client.memory["theta"])
+        return {path: b @ (a @ self.omega(client.model, path, a)) for path, (b, a) in mine.items()}
 
     @on_client(reduce=Mean(), gives="p: tensors, n: rows")
     def project(self, msg: Payload, client: Any) -> Payload:
-        q, mine = part(msg, "q"), factors(client.memory.pop("theta"))
+        q, mine = part(msg, "q"), factors(client.memory["theta"])
         return pack(p={path: a.mT @ (b.mT @ q[path]) for path, (b, a) in mine.items()}, n=client.n)
 
     def omega(self, model: Any, path: str, a: Tensor) -> Tensor:

@@ -52,7 +52,6 @@ class SynthWarmstart(WarmStart):
                  "rows for copies (four to seven of 120 are left), and the start with them.",
     )
     trial = Trial({"warm_steps": 0})
-    only_fits = False
     n_syn: int = knob(50, "synthetic rows of each client", ge=1)
     generator_steps: int = knob(100, "steps in which a client's generator learns its rows", ge=1)
     temperature: float = knob(1.0, "of sampling", gt=0)
@@ -66,6 +65,11 @@ class SynthWarmstart(WarmStart):
             assert Frame(self.template).marks
         except ValueError as error:
             raise RecipeError(f"SynthWarmstart.template = {self.template!r} is not allowed; {error}") from None
+
+    @property
+    def only_fits(self) -> bool:  # type: ignore[override]
+        """A generator reads its client's rows; without a start from synthetic ones there is none."""
+        return self.warm_steps == 0
 
     def check(self, model: Any) -> None:
         need_generation("SynthWarmstart", model)
