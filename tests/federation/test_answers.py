@@ -77,7 +77,8 @@ def far(tmp_path, tiny_bert_folder):
     def make(then, settings=None, **knobs):
         spec = {"name": "rag", "model": tiny_bert_folder, "method": {"name": "fed_rag", "wait": WAIT, **knobs},
                 "rounds": 1, "data": {"source": str(tmp_path / "data"), "task": "documents"},
-                "layers": [{"name": "responsible_gate", **GATE}], "evaluate": {"clients": False}, "engine": "in_process"}
+                "layers": [{"name": "responsible_gate", **GATE}], "evaluate": {"clients": False},
+                "engine": "in_process"}
         line = Line(tmp_path, **{s: {"models": [tiny_bert_folder], **(settings or {}).get(s, {})} for s in DOCS})
         folder = tmp_path / "far"
         if not folder.exists():

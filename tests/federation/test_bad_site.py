@@ -92,7 +92,7 @@ class Spoiled(InProcess):
 
 def live(name):
     """Whether its questions depend on who came when, or on secrets that live for a round: all clients then work."""
-    return registry.method_class(name).by_arrival or name in ("gossip", "swarm_search")
+    return registry.method_class(name).by_arrival or name in ("fedask", "gossip", "swarm_search")
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if live(n)])

@@ -124,7 +124,9 @@ class FICAL(Method):
     def examine(self, state: State, clients: Sequence[Any], rows: Sequence[Any]) -> Program:
         """The clients' mean on the global test."""
         got = [r for r in (yield from self.evaluate(state, clients, "global")).values() if r["n"]]
-        return {m: float(np.mean([r[m] for r in got])) if got else 0.0 for m in self.metrics}
+        if not got:
+            return dict.fromkeys(self.metrics, 0.0)
+        return {m: float(np.mean([r[m] for r in got])) for m in got[0] if m != "n"}
 
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
