@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from fedllm.core.errors import RunError
 from fedllm.engines.far.sites import Patience
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import new_federation
@@ -181,7 +182,11 @@ class Loopback:
     @contextlib.contextmanager
     def settings(self, site: str, **changed: Any) -> Iterator[None]:
         """The organisation edits its settings; they hold for the next run."""
-        path = self.keys.kit(site) / "local" / SETTINGS
+        path, until = self.keys.kit(site) / "local" / SETTINGS, time.monotonic() + 60
+        while not path.exists():  # `join` writes it, and may just have begun
+            if time.monotonic() > until:
+                raise RunError(f"{site} has written no settings in a minute; its log is {self.folder / f'{site}.log'}")
+            time.sleep(0.1)
         before = path.read_text()
         path.write_text(json.dumps({**json.loads(before), **changed}))
         try:
