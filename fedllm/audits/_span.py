@@ -23,8 +23,9 @@ ATTENTION = re.compile(r"(?:q_proj|k_proj|v_proj|qkv_proj|c_attn|query_key_value
 """Modules that read a block's normed input itself: what comes later in a block mixes it with other places."""
 CHUNK = 2048
 EPS = 2.0**-23
-STEP = 20.0
-"""From one singular value to the next: what stands out of noise (or of the rounding of a secure sum)."""
+STEP, CHANCE = 20.0, 1e-3
+"""From one singular value to the next: what stands out of noise (or of the rounding of a secure sum), and how often
+noise alone may make such a step."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,20 @@ def basis(rows: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
     _, s, v = torch.linalg.svd(rows, full_matrices=False)
     floor = max(float(s.max()) * 2e-6, 2 * rounding * (rows.shape[0] ** 0.5 + rows.shape[1] ** 0.5))
     rank = int((s > floor).sum())
-    if rank == rows.shape[1] > 1 and float(max(steps := s[:-1] / s[1:].clamp(min=1e-300))) >= STEP:
-        rank = int(steps.argmax()) + 1
+    if rank == rows.shape[1] > 1:
+        beyond = s[:-1] / s[1:].clamp(min=1e-300) / steps_of_noise(*rows.shape)
+        rank = int(beyond.argmax()) + 1 if float(beyond.max()) >= 1 else rank
     return v[:rank].T, float(s[rank] / s[rank - 1]) if 0 < rank < len(s) else 0.0
+
+
+def steps_of_noise(n: int, d: int) -> Tensor:
+    """What a step after 1, 2, ... directions of n >= d rows must come to, so that noise alone makes it once in 1,000.
+
+    To have rank k to within t, a Gaussian matrix must lie near the matrices of rank k, which are (n - k)(d - k)
+    dimensions fewer: a chance of about t^((n - k)(d - k)). The last direction of a square one goes with t itself.
+    """
+    k = torch.arange(1, d, dtype=torch.float64)
+    return ((2 / CHANCE) ** (1 / ((n - k) * (d - k)))).clamp(min=STEP)
 
 
 class _Enough(Exception):
