@@ -160,10 +160,10 @@ class DPSGD(Knobs, Layer):
         if self.noise != "local":
             return (yield from _shared.server(self, ask, state))
         known, name = state.setdefault("trains", {}), f"{type(ask.fn.__self__).__name__}.{ask.fn.__name__}"
-        if known.get(name) != 0:  # a function that has never trained yet costs nothing; clients hold to that (_private)
-            for c in ask.msgs:
+        for c in ask.msgs:
+            if known.get(name) != 0:  # what never trained is foreseen to cost nothing; clients hold to it (_private)
                 self._afford(c, state)
-                state["open"][c] = state["open"].get(c, 0) + 1  # paid even if the round fails and memories roll back
+            state["open"][c] = state["open"].get(c, 0) + 1  # paid even if the round fails and memories are rolled back
         out = yield ask
         books = yield Ask(self.account, {c: {} for c in out.answered}, quorum=1)
         for c, reply in books.items():

@@ -8,20 +8,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.ask import on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError, DataError
-from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Payload, Tree, add, pack, part, sub
+from fedllm.core.method import Card, Claim, Trial, knob
+from fedllm.core.payload import Payload, Tree
 from fedllm.core.reduce import Mean
 from fedllm.local.objectives.grpo import GRPO, TokenLogs
 from fedllm.methods._groups import advantages
+from fedllm.methods._policies import Policies
 
 RIG = {"rig": "verifiable", "metric": "right", "grid": {"local.lr": (1e-3, 3e-3)}}
 
 
 @dataclass(frozen=True)
-class FedGRPO(Star):
+class FedGRPO(Policies):
     """The mean of trainables that clients improve by GRPO on rewards that a program gives (the recipe's metric)."""
 
     card = Card(
@@ -60,12 +61,6 @@ class FedGRPO(Star):
                                           options=("rows", "gain"))
     floor: float = knob(0.1, "gain: least share of a client's weight", gt=0, le=1)
     memory: float = knob(0.8, "gain: how much of the average reward is the past's", ge=0, lt=1)
-    share: Literal["policy", "nothing"] = knob("policy", "nothing: each client keeps its own policy, for comparison",
-                                               options=("policy", "nothing"))
-
-    @property
-    def serves(self) -> bool:  # type: ignore[override]
-        return self.share == "policy"
 
     def check(self, model: Any) -> None:
         if model.task != "generation":
@@ -76,9 +71,6 @@ class FedGRPO(Star):
         if found := next((c for c, some in rows.items() if any("messages" in row for row in some)), None):
             raise DataError(f"method 'fed_grpo' answers prompts, and client '{found}' has rows of several turns "
                             "(messages); give prompt and response")
-
-    def down(self, state: State, client) -> Payload:
-        return pack(theta=state["theta"]) if self.serves else {"alone": True}
 
     @on_client(reduce=Mean(), gives="delta?: tree, n: rows, reward: number")
     def local(self, msg: Payload, client: Client) -> Payload:
@@ -92,15 +84,8 @@ class FedGRPO(Star):
         # min -1/|y| sum_t min(rho_t A, clip(rho_t) A) + beta KL(pi || ref)
         theta = client.fit(start, on=rows, objective=GRPO(self.clip, self.beta),
                            side={"advantage": a.tolist(), "old": list(old), "ref": list(ref)}).theta
-        if not self.serves:
-            client.memory["theta"] = theta
-            return {"n": client.n, "reward": float(rewards.mean())}
-        return pack(delta=sub(theta, start), n=client.n * self.weight(client, float(rewards.mean())),
+        return self.told(client, start, theta, n=client.n * self.weight(client, float(rewards.mean())),
                     reward=float(rewards.mean()))
-
-    def own(self, msg: Payload, client: Client) -> Tree:
-        """The policy that this client acts by."""
-        return part(msg, "theta") or client.memory.get("theta") or client.model.initial()
 
     def sampled(self, client: Client, theta: Tree) -> tuple[list[Any], np.ndarray]:
         """Rows of sampled answers, group after group, and what each is worth [prompts, answers]."""
@@ -120,12 +105,6 @@ class FedGRPO(Star):
         past = client.memory.get("past", reward)
         client.memory["past"] = self.memory * past + (1 - self.memory) * reward
         return min(1.0, max(self.floor, (reward - past) / (abs(past) + 1e-6)))
-
-    def merge(self, state: State, out: Any) -> State:
-        return {**state, "theta": add(state["theta"], part(out.value, "delta"))} if self.serves else state
-
-    def evaluate(self, state: State, clients: Sequence[Any], on: str) -> Program:
-        return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:

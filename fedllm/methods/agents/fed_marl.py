@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.ask import on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Payload, add, pack, part, sub
+from fedllm.core.method import Card, Claim, Trial, knob
+from fedllm.core.payload import Payload
 from fedllm.core.reduce import Mean
 from fedllm.methods._acting import learn, seen_in, tested, worth
+from fedllm.methods._policies import Policies
 
 
 @dataclass(frozen=True)
-class FedMARL(Star):
+class FedMARL(Policies):
     """The mean of policies that clients improve by REINFORCE, with a critic that stays at the client.
 
     A critic says what a place is worth under ONE client's rewards and walls; averaged it would be wrong for all.
@@ -52,20 +52,11 @@ class FedMARL(Star):
     gamma: float = knob(0.97, "discount", ge=0, lt=1)
     critic_lr: float = knob(0.3, "how far the critic moves to what was seen", gt=0, le=1)
     test_episodes: int = knob(20, "in each environment, to test", ge=1)
-    share: Literal["policy", "nothing"] = knob("policy", "nothing: each client keeps its own policy, for comparison",
-                                               options=("policy", "nothing"))
-
-    @property
-    def serves(self) -> bool:  # type: ignore[override]
-        return self.share == "policy"
 
     def check(self, model: Any) -> None:
         if model.task != "environment":
             raise CompositionError(f"method 'fed_marl' acts in environments and data.task = {model.task!r} gives rows, "
                                    "so they do not fit together; data.source = 'env:gridworld' works")
-
-    def down(self, state: State, client) -> Payload:
-        return pack(theta=state["theta"]) if self.share == "policy" else {"alone": True}
 
     @on_client(reduce=Mean(by="uniform"), gives="delta?: tree, n: rows, mean_return: number")
     def local(self, msg: Payload, client: Client) -> Payload:
@@ -79,20 +70,7 @@ class FedMARL(Star):
             # theta <- theta + lr mean_t (G_t - V(o_t)) grad log pi(a_t | o_t)
             theta = client.improve(theta, seen, actions, advantage).theta
             got += [e.total for e in done]
-        if self.share == "nothing":
-            client.memory["theta"] = theta
-            return {"n": client.n, "mean_return": float(np.mean(got))}
-        return pack(delta=sub(theta, start), n=client.n, mean_return=float(np.mean(got)))
-
-    def own(self, msg: Payload, client: Client) -> dict:
-        """The policy that this client acts by."""
-        return part(msg, "theta") or client.memory.get("theta") or client.model.initial()
-
-    def merge(self, state: State, out) -> State:
-        return state if self.share == "nothing" else {**state, "theta": add(state["theta"], part(out.value, "delta"))}
-
-    def evaluate(self, state: State, clients: Sequence[Any], on: str) -> Program:
-        return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
+        return self.told(client, start, theta, n=client.n, mean_return=float(np.mean(got)))
 
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:

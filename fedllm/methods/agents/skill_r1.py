@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.ask import on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Payload, Tree, add, pack, part, sub
+from fedllm.core.method import Card, Claim, Trial, knob
+from fedllm.core.payload import Payload
 from fedllm.core.reduce import Mean
 from fedllm.methods._acting import tested
+from fedllm.methods._policies import Policies
 
 RIG = {"rig": "tool_worlds", "relative": "difference", "holds": ">", "threshold": 0.0, "baseline": "skill_r1",
        "grid": {"lr": (20.0, 60.0)}}
@@ -22,7 +23,7 @@ WORLD = {"env": "playbook", "rounds": 30, "told": {"max_steps": 9}}
 
 
 @dataclass(frozen=True)
-class SkillR1(Star):
+class SkillR1(Policies):
     """The mean of writers that clients improve by the advantages of a skill among its group and of a generation over
     the one before.
 
@@ -58,12 +59,6 @@ class SkillR1(Star):
     gamma: float = knob(1.0, "how much of later generations counts", gt=0, le=1)
     tasks: int = knob(1, "tasks of a round in each of a client's environments", ge=1)
     test_episodes: int = knob(20, "in each environment, to test", ge=1)
-    share: Literal["policy", "nothing"] = knob("policy", "nothing: each client keeps its own writer, for comparison",
-                                               options=("policy", "nothing"))
-
-    @property
-    def serves(self) -> bool:  # type: ignore[override]
-        return self.share == "policy"
 
     def check(self, model: Any) -> None:
         if model.task != "environment":
@@ -81,9 +76,6 @@ class SkillR1(Star):
                                    f"choices in each of {short['generations']} generations need "
                                    f"{CHOICES * short['generations']}")
 
-    def down(self, state: State, client: Any) -> Payload:
-        return pack(theta=state["theta"]) if self.serves else {"alone": True}
-
     @on_client(reduce=Mean(by="uniform"), gives="delta?: tree, n: rows, reward: number")
     def local(self, msg: Payload, client: Client) -> Payload:
         start, rng, seen, acts, weights, paid = self.own(msg, client), client.rng("skill_r1"), [], [], [], []
@@ -98,10 +90,7 @@ class SkillR1(Star):
                 paid += [e.total for e in done]
         # theta <- theta + eta mean A grad log pi(choice | task, skills before)
         theta = client.improve(start, np.concatenate(seen), np.concatenate(acts), np.concatenate(weights)).theta
-        if not self.serves:
-            client.memory["theta"] = theta
-            return {"n": client.n, "reward": float(np.mean(paid))}
-        return pack(delta=sub(theta, start), n=client.n, reward=float(np.mean(paid)))
+        return self.told(client, start, theta, n=client.n, reward=float(np.mean(paid)))
 
     def advantages(self, rewards: np.ndarray) -> np.ndarray:
         """A = gamma^(g-1) (r_gi - mean_i r_g + inter (mean r_g - mean r_(g-1))), for every choice of a skill.
@@ -113,16 +102,6 @@ class SkillR1(Star):
         gain = np.diff(mean, prepend=mean[:1])  # A_inter(1) = 0
         a = (r - mean + self.inter * gain) * self.gamma ** np.arange(len(mean))
         return np.repeat(a, CHOICES, 1)
-
-    def own(self, msg: Payload, client: Client) -> Tree:
-        """The writer that this client writes with."""
-        return part(msg, "theta") or client.memory.get("theta") or client.model.initial()
-
-    def merge(self, state: State, out: Any) -> State:
-        return {**state, "theta": add(state["theta"], part(out.value, "delta"))} if self.serves else state
-
-    def evaluate(self, state: State, clients: Sequence[Any], on: str) -> Program:
-        return (yield Ask(self.score, {c.id: {**self.down(state, c), "on": on} for c in clients}))
 
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:
