@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.core.ask import Ask, Program, on_client, on_server
+from fedllm.core.ask import Ask, Program, on_server
 from fedllm.core.client import SERVER
-from fedllm.core.method import Star, State, knob
-from fedllm.core.payload import Payload, add, pack, part, sub
-from fedllm.core.reduce import Mean
+from fedllm.core.method import State, knob
+from fedllm.core.payload import Payload, pack, part
 from fedllm.gate.made import read
+from fedllm.methods._averaged import Averaged
 
 
 @dataclass(frozen=True)
-class WarmStart(Star):
+class WarmStart(Averaged):
     """Before its first round it has rows gathered, and the server trains on them; then it is FedAvg."""
 
     warm_steps: int = knob(100, "steps of the server on these rows, before the first round; 0: none, FedAvg", ge=0)
@@ -42,15 +42,6 @@ class WarmStart(Star):
         rows = plain(msg["rows"])
         fitted = client.fit(part(msg, "theta"), on=rows, steps=self.warm_steps)
         return pack(theta=fitted.theta, loss=fitted.loss)
-
-    @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
-    def local(self, msg: Payload, client: Any) -> Payload:
-        w = part(msg, "theta")
-        fitted = client.fit(w)
-        return pack(delta=sub(fitted.theta, w), n=client.n, loss=fitted.loss)
-
-    def merge(self, state: State, out: Any) -> State:
-        return {**state, "theta": add(state["theta"], part(out.value, "delta"))}
 
     def report(self, state: State) -> dict[str, Any] | None:
         return {"warm_rows": state["rows"]} if state["rows"] else None

@@ -81,3 +81,12 @@ def test_without_claims_it_is_fedavg_and_what_does_not_fit_is_refused():
     bare.world.federation.public[:] = bare.world.federation.public[:1]
     with pytest.raises(DataError, match="different answers"):
         bare.go(1)
+
+
+def test_a_client_that_lost_its_rows_says_so_and_is_sent_them_again():
+    run = begin("sycophancy_synth", engine="in_process", rho=0.5, **KNOBS).go(1)
+    run.engine.memory["c0"] = {}
+    run.go(1)
+    assert "c0" not in run.state["told"] and "c1" in run.state["told"]
+    run.go(1)
+    assert "c0" in run.state["told"] and run.engine.memory["c0"]["handed"]

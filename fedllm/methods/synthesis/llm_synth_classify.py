@@ -9,22 +9,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedllm.core.ask import Ask, Program, on_client, on_server
-from fedllm.core.client import SERVER
+from fedllm.core.ask import on_client, on_server
 from fedllm.core.errors import CompositionError, DataError, RecipeError
-from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Payload, add, pack, part, sub
+from fedllm.core.method import Card, Claim, State, Trial, knob
+from fedllm.core.payload import Payload, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.gate.copies import distinct
 from fedllm.gate.made import made, read
+from fedllm.methods._averaged import Handed
 from fedllm.models.similar import embedder
 
-NEIGHBORS, MEMORY = 5, "synthetic"
+NEIGHBORS = 5
 MISSING = {"rig": "missing_labels", "metric": "worst_recall", "relative": "difference"}
 
 
 @dataclass(frozen=True)
-class LLMSynthClassify(Star):
+class LLMSynthClassify(Handed):
     """Asked for each label in turn, in several styles, zero-shot or with a few public rows as examples, the model
     writes `n_per_label` texts; what says a text again, or has neighbors of another label, is left out.
     """
@@ -86,19 +86,13 @@ class LLMSynthClassify(Star):
     def init(self, model: Any) -> State:
         return {"theta": model.initial(), "rows": [], "told": [], "cosine": 0.0}
 
-    def round(self, state: State, clients: Any) -> Program:
-        if self.n_per_label and not state["rows"]:
-            out = yield Ask(self.written, {SERVER: {}})
-            state = {**state, **out[SERVER]}
-        fresh = {c.id: [] if c.id in state["told"] else state["rows"] for c in clients}
-        out = yield Ask(self.local, {c: pack(theta=state["theta"], rows=rows) for c, rows in fresh.items()})
-        return {**state, "theta": add(state["theta"], part(out.value, "delta")),
-                "told": sorted({*state["told"], *out.answered})}
+    def making(self, state: State) -> Payload | None:
+        return {} if self.n_per_label else None
 
     @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Any) -> Payload:
         w = part(msg, "theta")
-        rows = [read(t)[0] for t in (client.memory.setdefault(MEMORY, list(msg["rows"])) if self.n_per_label else ())]
+        rows = [read(t)[0] for t in (self.handed(msg, client) if self.n_per_label else ())]
         known = {row["label"] for row in client.data}
         extra = [r for r in rows if not (self.only_missing and r["label"] in known)]
         fitted = client.fit(w, on=[*client.data, *extra]) if extra else client.fit(w)

@@ -8,21 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.core.ask import Ask, Program, on_client, on_server
-from fedllm.core.client import SERVER
+from fedllm.core.ask import on_client, on_server
 from fedllm.core.errors import DataError, RecipeError
-from fedllm.core.method import Card, Claim, Star, State, Trial, knob
-from fedllm.core.payload import Payload, add, pack, part, sub
+from fedllm.core.method import Card, Claim, State, Trial, knob
+from fedllm.core.payload import Payload, pack, part, sub
 from fedllm.core.reduce import Mean
+from fedllm.methods._averaged import Handed
 from fedllm.methods._opinions import AGREE, DISAGREE, NAMES, Wording, claims_of, told
 from fedllm.methods._rewrite import need_generation
 
-MEMORY = "opinions"
 FLIPS = {"rig": "opinions", "relative": "difference", "baseline": "fedavg", "grid": {"local.lr": (1e-3, 3e-3)}}
 
 
 @dataclass(frozen=True)
-class SycophancySynth(Star):
+class SycophancySynth(Handed):
     """The server makes `n` claims of public rows, leaves out those that its model answers wrongly when nobody gives an
     opinion, and sends them once; clients mix a share `rho` of them into their training. Otherwise FedAvg.
     """
@@ -72,19 +71,13 @@ class SycophancySynth(Star):
     def init(self, model: Any) -> State:
         return {"theta": model.initial(), "rows": [], "told": [], "wrong": 0}
 
-    def round(self, state: State, clients: Any) -> Program:
-        if self.n and not state["rows"]:
-            out = yield Ask(self.written, {SERVER: pack(theta=state["theta"])})
-            state = {**state, **out[SERVER]}
-        fresh = {c.id: [] if c.id in state["told"] else state["rows"] for c in clients}
-        out = yield Ask(self.local, {c: pack(theta=state["theta"], rows=rows) for c, rows in fresh.items()})
-        return {**state, "theta": add(state["theta"], part(out.value, "delta")),
-                "told": sorted({*state["told"], *out.answered})}
+    def making(self, state: State) -> Payload | None:
+        return pack(theta=state["theta"]) if self.n else None
 
     @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Any) -> Payload:
         w, own = part(msg, "theta"), client.data
-        flat = client.memory.setdefault(MEMORY, list(msg["rows"])) if self.n else []
+        flat = self.handed(msg, client) if self.n else []
         rows = [{"prompt": p, "response": r} for p, r in zip(flat[::2], flat[1::2], strict=True)]
         many = min(len(rows), round(self.rho / (1 - self.rho) * len(own)))
         some = [rows[i] for i in client.rng("opinions").choice(len(rows), many, replace=False)] if many else []
