@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from evidence.rigs.topics import CLASSES, LENGTH, VOCAB, WORDS, backbone, cache_dir, encoder, topics
+from evidence.rigs.topics import CLASSES, LENGTH, VOCAB, WORDS, backbone, cache_dir, encoder, keep, topics
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded
@@ -92,12 +91,7 @@ def schooled(seed: int, what: str, labels: int, steps: int = 150) -> dict[str, t
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    weights = {n: t.detach().contiguous() for n, t in made.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(weights, partial)
-    partial.replace(path)
-    return weights
+    return keep(path, made.state_dict())
 
 
 def world_words(seed: int) -> np.ndarray:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
-from evidence.rigs.topics import cache_dir
+from evidence.rigs.topics import cache_dir, keep
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import Encoded
@@ -76,12 +75,8 @@ def world_of(seed: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    weights = {n: p.detach().contiguous() for n, p in clip.state_dict().items() if "position_ids" not in n}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(weights, partial)
-    partial.replace(path)  # whole or not at all, also with several processes at once
-    return kinds, weights
+    return kinds, keep(path, {
+        n: p.detach().contiguous() for n, p in clip.state_dict().items() if "position_ids" not in n})
 
 
 def picture_world(seed: int, space: str, cached: bool = True, steps: int = 5) -> World:

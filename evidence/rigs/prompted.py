@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evidence.rigs.topics import cache_dir
+from evidence.rigs.topics import cache_dir, keep
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import encode_rows
@@ -78,12 +77,7 @@ def pretrained(seed: int, known: int, depth: int = 2, steps: int = 250) -> dict[
     spec = LocalSpec(lr=3e-3, steps=steps, batch_size=32, schedule="cosine", clip_norm=1.0)
     plan = [rng.choice(len(coded), 32, replace=False) for _ in range(steps)]
     theta = run_fits([Fit("pretraining", model, model.initial(), None, coded, plan, spec)], Limits())[0].theta
-    made = {n: t.contiguous().clone() for n, t in theta.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(made, partial)
-    partial.replace(path)
-    return made
+    return keep(path, theta)
 
 
 def started(seed: int, known: int, space: Any, depth: int = 2) -> Model:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evidence.rigs.prompted import KINDS, WORDS, kinds_of_words
-from evidence.rigs.topics import cache_dir
+from evidence.rigs.topics import cache_dir, keep
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.attacks.att_backdoor import AttBackdoor
 from fedllm.core.layer import Facts, Layer
@@ -93,12 +92,7 @@ def pretrained(seed: int, depth: int = 2, steps: int = 400) -> dict[str, torch.T
     spec = LocalSpec(lr=4e-3, steps=steps, batch_size=48, schedule="cosine", clip_norm=1.0)
     plan = [rng.choice(n, 48, replace=False) for _ in range(steps)]
     theta = run_fits([Fit("pretraining", model, model.initial(), None, coded, plan, spec)], Limits())[0].theta
-    made = {k: t.contiguous().clone() for k, t in theta.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(made, partial)
-    partial.replace(path)
-    return made
+    return keep(path, theta)
 
 
 def started(seed: int, space: Space, depth: int = 2) -> Model:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from fedllm.core.rng import numpy_stream
@@ -66,6 +68,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FEDLLM_CACHE", Path(tempfile.gettempdir()) / "fedllm-cache"))
 
 
+def keep(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write them whole or not at all, also with several processes at once; they are given back as they were written."""
+    whole = {n: t.detach().contiguous().clone() for n, t in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    save_file(whole, partial)
+    partial.replace(path)
+    return whole
+
+
 def pretrained(seed: int, steps: int = 700) -> HeadedEncoder:
     """A new network with the seed's pre-trained backbone and a new head; trained once, then read from the cache."""
     net = HeadedEncoder(encoder(), len(CLASSES), "mean")
@@ -99,9 +111,4 @@ def backbone(seed: int, steps: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         net = HeadedEncoder(encoder(), len(words), "mean")
     teach(net, rng, words, steps)
-    weights = {n: t.detach().contiguous() for n, t in net.body.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(weights, partial)
-    partial.replace(path)  # whole or not at all, also with several processes at once
-    return weights
+    return keep(path, net.body.state_dict())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from evidence.rigs.topics import CLASSES, cache_dir, pretrained, topic_federation
+from evidence.rigs.topics import CLASSES, cache_dir, keep, pretrained, topic_federation
 from evidence.rigs.trials import Trial
 from fedllm.core.payload import Tree
 from fedllm.data.federation import Federation, Shard
@@ -86,10 +85,7 @@ class Remembered(nn.Module):
     def save(self) -> None:
         """Keep what was computed for the next process."""
         if self.fresh:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(f".{os.getpid()}")
-            save_file({name.hex(): t for name, t in self.kept.items()}, partial)
-            partial.replace(self.path)
+            keep(self.path, {name.hex(): t for name, t in self.kept.items()})
             self.fresh = False
 
 
@@ -223,12 +219,7 @@ def begun(world: World, path: Path) -> Tree:
     if path.is_file():
         return load_file(path)
     trial = Trial("fedavg", world, {"weighting": "uniform"}).rounds(BEGUN)
-    theta = {n: t.contiguous() for n, t in trial.method.served(trial.state)[0].items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(theta, partial)
-    partial.replace(path)  # whole or not at all, also with several processes at once
-    return theta
+    return keep(path, trial.method.served(trial.state)[0])
 
 
 WORLDS = {"sst2": sst2, "topics": topics, "office": office}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evidence.rigs.topics import cache_dir, encoder
+from evidence.rigs.topics import cache_dir, encoder, keep
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.rng import numpy_stream
 from fedllm.data.encode import encode_rows
@@ -99,12 +98,7 @@ def learned(seed: int, net: LlamaForCausalLM, tok: Any, words: np.ndarray) -> Ma
     spec = LocalSpec(lr=5e-3, steps=250, batch_size=32, schedule="cosine", clip_norm=1.0)
     plan = [rng.choice(len(coded), 32, replace=False) for _ in range(250)]
     theta = run_fits([Fit("before", model, model.initial(), None, coded, plan, spec)], Limits())[0].theta
-    made = {n: t.contiguous().clone() for n, t in theta.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(made, partial)
-    partial.replace(path)
-    return made
+    return keep(path, theta)
 
 
 def shown(model: Model, theta: Mapping[str, torch.Tensor], seed: int) -> float:
