@@ -129,7 +129,8 @@ class _Stage:
         public, ids = list(parts.world.federation.public), list(parts.world.federation.clients)
         order = numpy_stream(parts.recipe.seed, "rehearse").permutation(len(public))
         held = round(TESTED * len(public))
-        self.test, train = [public[i] for i in order[:held]], [public[i] for i in order[held:]]
+        train: Sequence[Any] = [public[i] for i in order[held:]]
+        self.test: Sequence[Any] = [public[i] for i in order[:held]]
         self.rows = len(train)
         self.real = {c.id: c.n for c in parts.world.infos()}
         self.there = sum(self.real.values()) / len(self.real)
@@ -142,7 +143,7 @@ class _Stage:
             raise RecipeError(f"data.public gives {len(public)} rows; settings are proposed from {most} public rows or "
                               "more of the same task: a file, or in a simulation a fraction of the rows")
         if parts.world.model.settled:  # their states serve all rehearsals
-            self.test, train = parts.world.tokenized(self.test, True), parts.world.tokenized(train)  # type: ignore[assignment]
+            self.test, train = parts.world.tokenized(self.test, True), parts.world.tokenized(train)
         self.shards = {c: Shard(train[i::count]) for i, c in enumerate(ids[:count])}
         self.metric = "accuracy" if parts.world.federation.labels else "loss"
 
