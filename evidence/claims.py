@@ -30,8 +30,8 @@ from evidence.pages.verdicts import figure_text, write_table
 from evidence.rigs.topics import cache_dir
 from evidence.verdict import RELATIVE, fingerprint, judge, measured_on, same_work, tuned_on
 from fedllm.audits.registry import audit_classes
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import FedLLMError, RecipeError
-from fedllm.core.method import Card, Claim
 from fedllm.methods.registry import METHODS, source_of
 from fedllm.runs.layers import layer_classes
 from fedllm.selectors.registry import selector_classes

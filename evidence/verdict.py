@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedllm.comparisons.chance import LEAST, LEVEL, TINY, interval_and_p
+from fedllm.core.card import Claim
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import Claim
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from fedllm.comparisons.compare import compare
     from fedllm.comparisons.told import Comparison
     from fedllm.core.ask import Ask, Replies, on_client
+    from fedllm.core.card import Card, Claim, Trial
     from fedllm.core.client import Client, ClientInfo, Profile
+    from fedllm.core.knobs import knob
     from fedllm.core.layer import Layer
-    from fedllm.core.method import Card, Claim, Method, Star, Trial, knob
+    from fedllm.core.method import Method, Star
     from fedllm.core.program import drive
     from fedllm.core.reduce import Mean, Reducer, Sum
     from fedllm.data.federation import Federation, Shard

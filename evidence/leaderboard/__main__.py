@@ -21,7 +21,7 @@ from evidence.leaderboard.page import write_pages
 from evidence.leaderboard.worlds import WORLDS, World
 from fedllm.comparisons.pool import pool
 from fedllm.core.errors import FedLLMError, RecipeError, RunError
-from fedllm.core.method import hint_of
+from fedllm.core.knobs import hint_of
 from fedllm.methods.registry import METHODS
 from fedllm.runs.result import Result
 

@@ -21,7 +21,7 @@ from fedllm.comparisons.design import Cell
 from fedllm.comparisons.pool import Pool, pool
 from fedllm.comparisons.weighed import worth
 from fedllm.core.errors import RunError
-from fedllm.core.method import hint_of
+from fedllm.core.knobs import hint_of
 from fedllm.methods.registry import METHODS
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.result import Result

@@ -27,7 +27,7 @@ from evidence.claims import Entry, claimed
 from evidence.pages.verdicts import figure_text, interval_text
 from fedllm.audits.registry import audit_classes
 from fedllm.cli.tables import allowed
-from fedllm.core.method import Card
+from fedllm.core.card import Card
 from fedllm.methods.registry import METHODS
 from fedllm.runs.layers import layer_classes
 from fedllm.selectors.registry import selector_classes

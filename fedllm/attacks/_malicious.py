@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Program
 from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload, Tree
 from fedllm.core.reduce import wide
 from fedllm.core.rng import numpy_stream

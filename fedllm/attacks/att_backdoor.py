@@ -10,9 +10,10 @@ import numpy as np
 
 from fedllm.attacks._malicious import Poisoner, change_of, with_change
 from fedllm.core.ask import Ask
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import RecipeError
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Facts
-from fedllm.core.method import Card, Claim, knob
 from fedllm.core.payload import Payload, norm, scale
 from fedllm.data.encode import IGNORE, Encoded
 from fedllm.local.requests import Fit

@@ -12,7 +12,8 @@ import torch
 
 from fedllm.attacks._malicious import Malicious, change_of, start_of, with_change
 from fedllm.core.ask import Ask, Program
-from fedllm.core.method import Card, Claim, knob
+from fedllm.core.card import Card, Claim
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Payload, Tree, norm, scale
 from fedllm.core.program import Fold
 from fedllm.defenses._robust import Every

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from fedllm.attacks.att_backdoor import AttBackdoor
 from fedllm.core.ask import Ask, Program, on_server
+from fedllm.core.card import Card, Claim
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, DataError
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Card, Claim, Knobs, knob
 from fedllm.core.payload import Payload, Tree, add, pack, part, sub, zeros_like
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.attacks._malicious import Malicious, change_of, start_of, with_change
 from fedllm.core.ask import Ask
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Payload, Tree
 from fedllm.local.requests import Fit
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedllm.attacks._malicious import Poisoner
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.data.encode import IGNORE, Encoded
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedllm.audits.att_gradient_inversion import loss_of
-from fedllm.core.method import Card, Claim, Knobs, knob
+from fedllm.core.card import Card, Claim
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.rng import torch_stream
 from fedllm.models.model import HeadedEncoder
 

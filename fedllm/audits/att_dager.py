@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from fedllm.audits._span import Span, clearest, inputs_at, passing, spans
-from fedllm.core.method import Card, Claim, Knobs, knob
+from fedllm.core.card import Card, Claim
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.payload import Tree
 from fedllm.models.model import Model
 

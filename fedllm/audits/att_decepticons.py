@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from fedllm.core.ask import Ask
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import ModelError
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Card, Claim, Knobs, knob
 from fedllm.core.payload import Tree, pack, part
 from fedllm.core.rng import torch_stream
 

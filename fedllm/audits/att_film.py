@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.core.method import Card, Claim, Knobs, knob
+from fedllm.core.card import Card, Claim
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.payload import Tree
 from fedllm.data.encode import Encoded
 from fedllm.local.requests import Limits

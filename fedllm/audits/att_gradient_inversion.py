@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import ModelError, RecipeError
-from fedllm.core.method import Card, Claim, Knobs, knob
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.models.model import HeadedEncoder

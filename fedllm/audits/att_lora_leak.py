@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from fedllm.audits._span import BLOCK, spans
 from fedllm.audits._span import passing as far_of
-from fedllm.core.method import Card, Claim, Knobs, knob
+from fedllm.core.card import Card, Claim
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.payload import Tree
 from fedllm.models.model import Model
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from fedllm.audits.membership import row_scores
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import DataError
-from fedllm.core.method import Card, Claim, Knobs, knob
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.payload import Tree
 from fedllm.data.encode import Encoded
 from fedllm.local.requests import Limits

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedllm.core.method import Card, Claim, Knobs, knob
+from fedllm.core.card import Card, Claim
+from fedllm.core.knobs import Knobs, knob
 
 DP1 = {"epsilon": 1.0}
 

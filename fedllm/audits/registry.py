@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fedllm.core.card import Card
 from fedllm.core.found import Room
+from fedllm.core.knobs import Knobs
 from fedllm.core.layer import Layer
-from fedllm.core.method import Card, Knobs
 
 AUDITS: Room[Knobs] = Room("audits", lambda kind: not issubclass(kind, Layer) and isinstance(
     kind.__dict__.get("card"), Card), "fedllm.audits", "fedllm.attacks", "fedllm.defenses")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from fedllm.core.method import Claim
+from fedllm.core.card import Claim
 from fedllm.methods.registry import METHODS, method_class, source_of
 from fedllm.report.facts import compared, duration, label, mean_metric, number, rules, shown
 from fedllm.runs.plan import Plan

@@ -11,7 +11,7 @@ from typing import Any
 from fedllm.comparisons.axes import named, slug, words
 from fedllm.comparisons.family import Family, FamilySetting, read_family
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import hint_of
+from fedllm.core.knobs import hint_of
 from fedllm.methods.registry import METHODS, method_class
 from fedllm.runs.recipe import Recipe, load_recipe, read_recipe
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import Knobs, knob
+from fedllm.core.knobs import Knobs, knob
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from fedllm.core.ask import Ask, Program
-from fedllm.core.method import Card
+from fedllm.core.card import Card
 from fedllm.core.payload import Payload
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from fedllm.core.ask import ClientId, Program
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import CompositionError
+from fedllm.core.knobs import Knobs
 from fedllm.core.layer import Layer
-from fedllm.core.method import Knobs, Method, State
+from fedllm.core.method import Method, State
 
 
 @dataclass(frozen=True)

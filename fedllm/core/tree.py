@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import Knobs, knob
+from fedllm.core.knobs import Knobs, knob
 
 Node = Sequence[Any]
 """A server: the ids of its own clients (text) and the servers below it (nodes), in any order. It may be empty."""

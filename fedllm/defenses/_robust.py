@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.errors import CompositionError, FedLLMError, QuorumError, RecipeError
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload, Tree, alike
 from fedllm.core.reduce import Mean, Sum, wide
 

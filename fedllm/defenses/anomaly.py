@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from fedllm.core.method import Card, Claim, knob
+from fedllm.core.card import Card, Claim
+from fedllm.core.knobs import knob
 from fedllm.defenses._robust import Robust, Rows, Verdict, distances
 from fedllm.defenses.krum import krum_scores
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.rng import numpy_stream
 from fedllm.defenses._robust import Robust, Rows, Verdict
 from fedllm.defenses.median import median

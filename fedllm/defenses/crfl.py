@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Program
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Facts
-from fedllm.core.method import knob
 from fedllm.core.payload import Tree, norm, part
 from fedllm.core.rng import torch_stream
 from fedllm.data.encode import Encoded

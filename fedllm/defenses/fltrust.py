@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_server
+from fedllm.core.card import Card, Claim
 from fedllm.core.client import SERVER
 from fedllm.core.errors import DataError, QuorumError
-from fedllm.core.method import Card, Claim, knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Payload, pack, part, sub
 from fedllm.defenses._robust import Robust, Rows, Verdict
 

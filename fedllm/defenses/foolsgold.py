@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.defenses._robust import Robust, Rows, Verdict
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import QuorumError
-from fedllm.core.method import Card, Claim, knob
+from fedllm.core.knobs import knob
 from fedllm.defenses._robust import Rows, Tolerant, Verdict, distances
 
 PLANTED = {"knobs": {"f": 1, "keep": None}, "rounds": 16,

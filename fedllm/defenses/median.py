@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import PayloadError
-from fedllm.core.method import Card, Claim
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import check_same, wide
 from fedllm.defenses._robust import Robust, Rows, Verdict

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fedllm.core.errors import RecipeError
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Facts
-from fedllm.core.method import knob
 from fedllm.defenses._robust import Robust, Rows, Verdict
 
 

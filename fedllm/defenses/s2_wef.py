@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Program
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import part
 from fedllm.core.rng import torch_stream
 from fedllm.defenses._robust import Robust, Rows, Verdict

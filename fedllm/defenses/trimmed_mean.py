@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.defenses._robust import Robust, Rows, Verdict
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import Withheld
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload, part
 from fedllm.models.known_by import base_digest
 

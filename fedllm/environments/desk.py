@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.rng import numpy_stream
 from fedllm.environments.env import layout
 from fedllm.environments.problems import Asked, Call, Problem, wordings

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from fedllm.core.errors import RunError
-from fedllm.core.method import Knobs, knob
+from fedllm.core.knobs import Knobs, knob
 
 Step = tuple[np.ndarray, float, bool]
 """(observation fp32 [size], reward, whether the episode has ended)."""

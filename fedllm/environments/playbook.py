@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.rng import numpy_stream
 from fedllm.environments.env import Scene, Step, layout
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.environments.env import layout
 from fedllm.environments.problems import Asked, Problem, wordings
 from fedllm.environments.reading import calculator

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.environments.env import InWords, Scene, Step
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import CompositionError, DataError
-from fedllm.core.method import Knobs
+from fedllm.core.knobs import Knobs
 from fedllm.data.encode import Encoded
 from fedllm.models.batch import Batch, collate
 from fedllm.models.kernels import fast

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import Knobs, knob
+from fedllm.core.knobs import Knobs, knob
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from fedllm.core.errors import EndpointError, RecipeError
-from fedllm.core.method import Knobs, knob
+from fedllm.core.knobs import Knobs, knob
 
 SEEDS = 2**63
 LONGEST_PAUSE = 30.0  # seconds between two attempts

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedllm.core.ask import Replies
 from fedllm.core.errors import QuorumError, RecipeError
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import digest
 from fedllm.core.reduce import Lifted
 from fedllm.core.sums import is_control, must_lift, need_sums

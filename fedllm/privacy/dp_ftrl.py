@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, ClientId
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import QuorumError, RecipeError
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
-from fedllm.core.method import Card, Claim, Knobs, knob
 from fedllm.core.payload import Tree, digest
 from fedllm.core.reduce import Lifted
 from fedllm.core.sums import is_control, must_lift, need_sums

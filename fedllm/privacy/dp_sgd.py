@@ -13,8 +13,8 @@ import torch
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.form import MOST, need
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.rng import numpy_stream, torch_stream
 from fedllm.core.sums import WHOLE, is_control, need_sums
 from fedllm.local.private import Private

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from fedllm.core.ask import Ask, Program
+from fedllm.core.card import Card, Claim
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, Withheld
 from fedllm.core.form import TEXT
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Card, Claim, Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.core.rng import numpy_stream
 from fedllm.gate.verdict import told

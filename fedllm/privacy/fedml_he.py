@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import CompositionError, PayloadError
 from fedllm.core.form import Form, need
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Algebra
-from fedllm.core.method import Card, Claim, knob
 from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import wide
 from fedllm.core.rng import torch_stream

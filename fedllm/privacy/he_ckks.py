@@ -17,8 +17,8 @@ from torch import Tensor
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError, QuorumError, Withheld
 from fedllm.core.form import Form, aligned, need
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import wide
 from fedllm.core.sums import is_control, must_lift, need_sums, without

@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from fedllm.core.ask import Ask, Program
+from fedllm.core.card import Card, Claim
 from fedllm.core.client import SERVER
 from fedllm.core.errors import PayloadError, RecipeError, Withheld
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Layer
-from fedllm.core.method import Card, Claim, Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.gate.copies import Limits, Private
 from fedllm.gate.copies import fields as texts_of

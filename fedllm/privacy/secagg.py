@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from fedllm.core.ask import on_client
 from fedllm.core.errors import CompositionError, PayloadError, RecipeError, Withheld
 from fedllm.core.form import aligned, need
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.sums import LEAST, is_control, must_lift, need_sums, without
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import encode, fraction_bits, mask_, within

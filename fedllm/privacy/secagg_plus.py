@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedllm.core.errors import CompositionError
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Facts
-from fedllm.core.method import knob
 from fedllm.privacy.secagg import SecAgg
 
 

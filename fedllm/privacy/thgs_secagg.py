@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import PayloadError
 from fedllm.core.form import Form
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Algebra, Facts
-from fedllm.core.method import Card, Claim, knob
 from fedllm.core.payload import Payload, alike
 from fedllm.core.reduce import Lifted, Mean, wide
 from fedllm.core.sums import is_control, must_lift, without

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import hint_of
+from fedllm.core.knobs import hint_of
 from fedllm.data.strict import half_character
 
 SHORT = {"model": "name", "data": "source", "method": "name", "space": "name", "engine": "kind",

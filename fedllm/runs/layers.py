@@ -8,8 +8,8 @@ from typing import Any
 
 from fedllm.core.errors import RecipeError
 from fedllm.core.found import Room
+from fedllm.core.knobs import Knobs
 from fedllm.core.layer import Layer
-from fedllm.core.method import Knobs
 
 LAYERS: Room[Layer] = Room("layers", lambda kind: issubclass(kind, Layer) and not inspect.isabstract(kind),
                            "fedllm.privacy", "fedllm.wire", "fedllm.attacks", "fedllm.defenses")

@@ -12,7 +12,7 @@ import numpy as np
 from fedllm.core.client import Profile
 from fedllm.core.energy import DEVICES, LINKS, Link, device_of, link_of
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import check_knob
+from fedllm.core.knobs import check_knob
 from fedllm.core.rng import numpy_stream
 from fedllm.core.shares import SHARES
 from fedllm.runs.recipe import EnergySpec, Recipe

@@ -10,8 +10,8 @@ import numpy as np
 
 from fedllm.core.ask import Ask, Program
 from fedllm.core.form import KINDS
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Algebra
-from fedllm.core.method import knob
 from fedllm.core.payload import Payload
 from fedllm.core.select import Selector
 from fedllm.local.requests import Fit

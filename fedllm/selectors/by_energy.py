@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedllm.core.ask import Ask, Program
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import CompositionError
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Card, Claim, knob
 from fedllm.core.select import Selector, Turn
 from fedllm.wire.edge_energy import EdgeEnergy, heard, joules_of
 

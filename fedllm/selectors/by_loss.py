@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedllm.core.method import Card, Claim
+from fedllm.core.card import Card, Claim
 from fedllm.core.select import Turn
 from fedllm.selectors._hearing import Hearing
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedllm.core.method import Card, Claim
+from fedllm.core.card import Card, Claim
 from fedllm.core.select import Selector, Turn
 
 

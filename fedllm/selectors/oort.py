@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedllm.core.card import Card, Claim
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import CompositionError
+from fedllm.core.knobs import knob
 from fedllm.core.layer import Facts, Layer
-from fedllm.core.method import Card, Claim, knob
 from fedllm.core.select import Turn
 from fedllm.selectors._hearing import Hearing
 

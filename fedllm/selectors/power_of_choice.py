@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.method import Card, Claim, knob
+from fedllm.core.card import Card, Claim
+from fedllm.core.knobs import knob
 from fedllm.core.payload import pack, part
 from fedllm.core.select import Selector, Turn
 

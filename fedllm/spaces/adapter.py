@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fedllm.core.errors import ModelError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.params import saved_params
 from fedllm.spaces.space import Space, Stack, patch

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.spaces.params import Params
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.core.errors import ModelError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.space import Space, Stack
 

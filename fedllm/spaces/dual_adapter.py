@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree, pack
 from fedllm.spaces.adapter import Adapter
 from fedllm.spaces.space import Stack

@@ -11,7 +11,7 @@ from peft import IA3Config
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.params import saved_params
 from fedllm.spaces.space import CAUSAL, PEFT, Space, Stack, find_linears, linear_size, patch, set_params

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.core.errors import ModelError, RecipeError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.dropout import dropped
 from fedllm.spaces.magnitude import MAGNITUDE, turned, weight_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.lora import LoRA, factors, names_of
 from fedllm.spaces.params import saved_params, with_ties

@@ -11,7 +11,7 @@ import torch
 from peft import PromptTuningConfig
 from torch import Tensor, nn
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.soft_prompt import NAME, SoftPrompt
 from fedllm.spaces.space import Prompt, Space, Stack

@@ -12,7 +12,7 @@ from peft import PrefixTuningConfig
 from torch import nn
 
 from fedllm.core.errors import ModelError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.space import CAUSAL, Prompt, Space, Stack
 

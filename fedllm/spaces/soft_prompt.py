@@ -10,7 +10,7 @@ import torch
 from peft import PromptTuningConfig
 from torch import nn
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.space import CAUSAL, Prompt, Space, Stack
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.core.errors import ModelError
-from fedllm.core.method import Knobs
+from fedllm.core.knobs import Knobs
 from fedllm.core.payload import Tree
 
 CAUSAL = ("generation", "preference")

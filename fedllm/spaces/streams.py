@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.core.errors import ModelError, RecipeError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree, pack, part
 from fedllm.spaces.registry import SPACES
 from fedllm.spaces.space import Prompt, Space, Stack

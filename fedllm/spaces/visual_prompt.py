@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedllm.core.errors import DataError, ModelError, RecipeError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.class_prompt import STD, seeing
 from fedllm.spaces.space import Space, Stack

@@ -12,8 +12,8 @@ from torch import Tensor
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError
 from fedllm.core.form import Form
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload, pack, part
 from fedllm.core.reduce import Lifted, Sum, wide
 from fedllm.core.rng import torch_stream

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import PayloadError
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.wire.codec import DTYPES, NAMES
 

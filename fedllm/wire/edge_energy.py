@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 
 from fedllm.core.ask import Ask, Program, Replies
+from fedllm.core.card import Card, Claim
 from fedllm.core.energy import DEVICES, LINKS, device_of, link_of
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Card, Claim, Knobs, knob
 from fedllm.core.payload import Payload
 from fedllm.local import power
 from fedllm.local.flops import Work, steps_of, work_of

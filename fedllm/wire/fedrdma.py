@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, on_client
+from fedllm.core.card import Card, Claim
 from fedllm.core.errors import PayloadError, QuorumError
 from fedllm.core.form import Form, aligned, need
+from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Layer
-from fedllm.core.method import Card, Claim, Knobs, knob
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.sums import without
 from fedllm.wire import codec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.rng import numpy_stream
 from fedllm.data.simulated.registry import Simulated
 from fedllm.data.sources import Table

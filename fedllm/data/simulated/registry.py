@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedllm.core.errors import RecipeError
-from fedllm.core.method import Knobs
+from fedllm.core.knobs import Knobs
 from fedllm.data.sources import Table
 from fedllm.tasks.row import nearest
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.local.objective import Objective
 from fedllm.models.batch import IGNORE, Batch
 from fedllm.models.model import Model

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.payload import digest
 from fedllm.local.objective import Objective
 from fedllm.models.batch import IGNORE, Batch

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.local.objective import Objective
 from fedllm.local.objectives.top_words import divergence
 from fedllm.models.batch import Batch

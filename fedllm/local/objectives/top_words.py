@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedllm.core.errors import DataError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.local.objective import Objective
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model

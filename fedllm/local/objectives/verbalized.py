@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.local.objective import Objective
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model
