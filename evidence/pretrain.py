@@ -32,7 +32,7 @@ from fedllm.data.encode import Encoded
 from fedllm.data.federation import Federation, Shard
 from fedllm.data.office import pretraining_rows
 from fedllm.data.sources import resolve
-from fedllm.engines.client import carry_out
+from fedllm.engines.carry import carry_out
 from fedllm.engines.world import World
 from fedllm.local.requests import Losses
 from fedllm.local.spec import LocalSpec

@@ -12,7 +12,7 @@ from evidence.rigs.time import Race
 from evidence.rigs.trials import Metrics, Trial, _chain, _tiny_llama
 from fedllm.core.client import Fleet, Profile
 from fedllm.core.payload import Tree
-from fedllm.engines.client import carry_out
+from fedllm.engines.carry import carry_out
 from fedllm.engines.world import World
 from fedllm.local.requests import Losses
 from fedllm.local.spec import LocalSpec

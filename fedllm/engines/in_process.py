@@ -17,7 +17,9 @@ from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
-from fedllm.engines.client import ClientCall, Session, carry_out, server_info
+from fedllm.engines.call import Session
+from fedllm.engines.carry import carry_out
+from fedllm.engines.client import ClientCall, server_info
 from fedllm.engines.clock import BOOK, Clock
 from fedllm.engines.job import Job
 from fedllm.engines.world import World, method_on

@@ -17,7 +17,7 @@ from fedllm.core.errors import FedLLMError, RunError
 from fedllm.core.payload import Payload
 from fedllm.core.program import Fold
 from fedllm.core.record import Record
-from fedllm.engines.client import carry_out
+from fedllm.engines.carry import carry_out
 from fedllm.engines.in_process import InProcess
 from fedllm.engines.job import Job
 from fedllm.engines.parcel import Parcel, unwrap, wrap

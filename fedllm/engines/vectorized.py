@@ -15,7 +15,7 @@ from greenlet import greenlet
 
 from fedllm.core.errors import ClientError, FedLLMError
 from fedllm.core.payload import Payload
-from fedllm.engines.client import carry_out
+from fedllm.engines.carry import carry_out
 from fedllm.engines.in_process import InProcess
 from fedllm.engines.job import Job
 from fedllm.local.requests import Request

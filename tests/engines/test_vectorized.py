@@ -15,7 +15,7 @@ from fedllm.core.program import drive
 from fedllm.core.reduce import Mean
 from fedllm.data.federation import Federation, Shard
 from fedllm.engines import InProcess, Vectorized
-from fedllm.engines.client import RUNNERS
+from fedllm.engines.carry import RUNNERS
 from fedllm.engines.world import World
 from fedllm.local.requests import Fit, Limits
 from fedllm.local.spec import LocalSpec

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm.engines.client import ClientCall, carry_out
+from fedllm.engines.carry import carry_out
+from fedllm.engines.client import ClientCall
 from fedllm.local.objectives.grpo import GRPO, TokenLogs
 from fedllm.methods._groups import advantages
 from tests.methods.conftest import begin

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from fedllm.core.errors import CompositionError, DataError, FedLLMError, RecipeError
 from fedllm.core.payload import sub
 from fedllm.data.encode import Encoded
-from fedllm.engines.client import ClientCall, carry_out
+from fedllm.engines.carry import carry_out
+from fedllm.engines.client import ClientCall
 from fedllm.local.fit import run_fits
 from fedllm.local.flops import steps_of, work_of
 from fedllm.local.forward import run_losses, run_measures

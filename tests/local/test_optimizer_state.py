@@ -11,7 +11,8 @@ import torch
 import fedllm
 from fedllm.core.errors import CompositionError, PayloadError, RecipeError
 from fedllm.core.payload import Kept, pack, sub
-from fedllm.engines.client import ClientCall, carry_out
+from fedllm.engines.carry import carry_out
+from fedllm.engines.client import ClientCall
 from fedllm.local.fit import run_fits
 from fedllm.local.requests import Fit, Limits
 from fedllm.local.spec import InRun, LocalSpec

@@ -45,19 +45,19 @@ def test_centralized_does_as_much_work_as_all_clients(begin):
 
 
 def watched(answers, jobs, run, seen):
-    from fedllm.engines import client
+    from fedllm.engines import carry
 
-    before = client.RUNNERS[client.Fit]
+    before = carry.RUNNERS[carry.Fit]
 
     def runner(requests, limits):
         seen["steps"] = len(requests[0].plan)
         return before(requests, limits)
 
-    client.RUNNERS[client.Fit] = runner
+    carry.RUNNERS[carry.Fit] = runner
     try:
         yield from answers(jobs)
     finally:
-        client.RUNNERS[client.Fit] = before
+        carry.RUNNERS[carry.Fit] = before
 
 
 def test_one_client_is_plain_local_training(begin, gap):

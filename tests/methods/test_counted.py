@@ -16,7 +16,7 @@ from fedllm.core.payload import pack, part
 from fedllm.core.program import drive
 from fedllm.core.reduce import Mean
 from fedllm.engines import InProcess
-from fedllm.engines.client import RUNNERS
+from fedllm.engines.carry import RUNNERS
 from fedllm.local.flops import Work, steps_of, work_of
 from fedllm.local.requests import Booked
 from fedllm.methods.registry import METHODS, method_class

@@ -8,7 +8,8 @@ from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError
 from fedllm.core.payload import pack, part
 from fedllm.core.program import serve
-from fedllm.engines.client import ClientCall, carry_out, server_info
+from fedllm.engines.carry import carry_out
+from fedllm.engines.client import ClientCall, server_info
 from fedllm.local.forward import run_probes
 from fedllm.local.requests import Probe
 from fedllm.methods.registry import make_method

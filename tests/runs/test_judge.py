@@ -55,7 +55,7 @@ def test_that_score_is_the_served_models(name):
     run = begin(name, **METHODS[name]).go(1)
     theta, base = run.method.served(run.state)
     plain = run.world.model
-    from fedllm.engines.client import carry_out
+    from fedllm.engines.carry import carry_out
     from fedllm.local.requests import Limits, Losses
 
     rows = run.world.encoded(SERVER, "test")

@@ -14,7 +14,8 @@ import pytest
 import fedllm
 from fedllm.core.errors import CompositionError
 from fedllm.data.order import PLACE, onward
-from fedllm.engines.client import RUNNERS, ClientCall
+from fedllm.engines.carry import RUNNERS
+from fedllm.engines.client import ClientCall
 from fedllm.local.requests import Fit
 from fedllm.runs.build import build
 from fedllm.runs.folder import RunFolder

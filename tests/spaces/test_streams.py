@@ -138,7 +138,8 @@ def test_what_each_client_is_tested_with():
         engine.memory = run.engine.memory
         got[use] = drive(method.evaluate(run.state, run.world.infos(), "local"), engine)["c1"]["loss"]
     model, memory = run.world.model, run.engine.memory["c1"]["tau"]
-    from fedllm.engines.client import ClientCall, carry_out
+    from fedllm.engines.carry import carry_out
+    from fedllm.engines.client import ClientCall
 
     call = ClientCall(run.world.infos()[1], run.world, {}, 0, "x.score", 0,
                       lambda r: carry_out([r], run.world.limits)[0])

@@ -95,14 +95,14 @@ def test_padding_is_no_token():
     from fedllm.local.requests import Fit
 
     def watched(jobs):
-        from fedllm.engines import client
+        from fedllm.engines import carry
 
-        before = client.RUNNERS[Fit]
-        client.RUNNERS[Fit] = lambda requests, limits: seen.extend(requests) or before(requests, limits)
+        before = carry.RUNNERS[Fit]
+        carry.RUNNERS[Fit] = lambda requests, limits: seen.extend(requests) or before(requests, limits)
         try:
             yield from fit(jobs)
         finally:
-            client.RUNNERS[Fit] = before
+            carry.RUNNERS[Fit] = before
 
     made.engine.answers = watched
     made.rounds(1)

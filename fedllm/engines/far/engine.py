@@ -19,7 +19,7 @@ from fedllm.core.client import SERVER
 from fedllm.core.errors import PayloadError, plain
 from fedllm.core.payload import Payload
 from fedllm.core.record import Record
-from fedllm.engines.client import carry_out
+from fedllm.engines.carry import carry_out
 from fedllm.engines.clock import Clock
 from fedllm.engines.far.door import Door
 from fedllm.engines.far.real_time import RealTime

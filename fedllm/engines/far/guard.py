@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload
-from fedllm.engines.client import Bounds
+from fedllm.engines.call import Bounds
 from fedllm.engines.far.leaving import Words
 from fedllm.engines.far.sites import Body
 

@@ -20,7 +20,9 @@ from fedllm.core.layer import Layer
 from fedllm.core.method import Method
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
-from fedllm.engines.client import ClientCall, Session, carry_out
+from fedllm.engines.call import Session
+from fedllm.engines.carry import carry_out
+from fedllm.engines.client import ClientCall
 from fedllm.engines.far.guard import Gate, Guard, Question
 from fedllm.engines.far.leaving import Words, texts
 from fedllm.engines.far.pieces import PIECE_OPS, Pieces
