@@ -26,6 +26,7 @@ from evidence.drills.soak import soak as soaked
 from evidence.drills.soak import steady
 from evidence.pages import federation as federation_page
 from fedllm.api import run as simulate
+from fedllm.core.card import Trial
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.line import SLOWEST
@@ -50,12 +51,15 @@ BIG = 2_500_000_000
 def tried(rig: Any, method: str) -> dict[str, Any]:
     """The rig's recipe for a method, with what the method says it is tried with."""
     trial = method_class(method).trial
-    data = dict(TASKS[trial.task])
-    if make_method(method, **trial.knobs).public_at():
+    data, made = dict(TASKS[trial.task]), make_method(method, **trial.knobs)
+    if made.public_at():
         data["public"] = str(rig.folder / "public.jsonl")
     clients = {"clients": {"ranks": list(trial.ranks)}} if trial.ranks else {}
     local = {"local": {"steps": 2, "batch_size": 4, **trial.local}} if trial.local else {}
-    spec = rig.recipe(method, knobs=trial.knobs, data=data, space=dict(trial.space), **local, **clients)
+    named = {name: {"name": rig.model, "task": trial.models.get(name, "generation"), "space": {"name": "lora"}}
+             for name in (*made.asks_for(), *made.server_asks_for())}
+    spec = rig.recipe(method, knobs=trial.knobs, data=data, space=dict(trial.space), **local, **clients,
+                      **({"models": named} if named else {}))
     for key, value in trial.far.items():
         edit(spec, key, value)
     return spec
@@ -69,7 +73,7 @@ def digests(out: Path = OUT, only: Sequence[str] = ()) -> None:
 
 
 def _digest(rig: Loopback, method: str) -> dict[str, Any]:
-    if apart := method_class(method).trial.apart:
+    if apart := _apart(method_class(method).trial):
         return {"same": None, "why": f"not tried on these rows: {apart}"}
     spec = tried(rig, method)
     if make_method(**spec["method"]).simulation_only:
@@ -92,6 +96,11 @@ def _digest(rig: Loopback, method: str) -> dict[str, Any]:
             "clients_same": bool(mine) and mine == theirs,
             "bytes_same": far.bytes == here.bytes, "up": far.bytes["up"], "down": far.bytes["down"],
             "model_loads": sorted({s["loads"] for s in loads.values()}), "seconds": round(far.seconds, 1)}
+
+
+def _apart(trial: Trial) -> str:
+    """Why a method cannot be tried on the rig's rows; empty where it can."""
+    return trial.apart or ("" if trial.task in TASKS else f"they have none of the task {trial.task}")
 
 
 def faults(out: Path = OUT, only: Sequence[str] = ()) -> None:

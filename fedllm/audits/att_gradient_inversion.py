@@ -19,6 +19,7 @@ from fedllm.core.knobs import Knobs, knob
 from fedllm.core.payload import Tree
 from fedllm.core.rng import torch_stream
 from fedllm.models.model import HeadedEncoder
+from fedllm.spaces.twice import twice
 
 Prior = Callable[[Tensor], float]
 """Token ids [rows, length] -> mean negative log-likelihood of a token in public text."""
@@ -219,7 +220,8 @@ def loss_of(net: HeadedEncoder, weights: Mapping[str, Tensor], embeds: Tensor, l
     """Mean cross-entropy of rows given by their input embeddings [rows, length, hidden]."""
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     body = {n.removeprefix("body."): w for n, w in weights.items() if n.startswith("body.")}
-    h = functional_call(net.body, body, (), {"inputs_embeds": embeds, "attention_mask": mask}).last_hidden_state
+    with twice():
+        h = functional_call(net.body, body, (), {"inputs_embeds": embeds, "attention_mask": mask}).last_hidden_state
     z = F.linear(net.pool(h, mask), weights["classifier.weight"], weights["classifier.bias"])
     return F.cross_entropy(z, torch.tensor(list(labels)))
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedllm.core.payload import Tree
 from fedllm.models.model import Model
 from fedllm.spaces.space import tree_to
+from fedllm.spaces.twice import twice
 
 
 def replayed(model: Model, theta: Mapping[str, Tensor], x: Tensor, y: Tensor, log_a: Tensor, steps: int,
@@ -23,7 +23,7 @@ def replayed(model: Model, theta: Mapping[str, Tensor], x: Tensor, y: Tensor, lo
     x, y, log_a = (t.to(there) for t in (x, y, log_a))
     mask, wanted = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), y.softmax(-1)
     for _ in range(steps):
-        with model.using([w]), sdpa_kernel([SDPBackend.MATH]):  # the one kernel with second derivatives
+        with model.using([w]), twice():
             z = model.outputs(x, mask)  # [M, C]
             loss = -(wanted * z.log_softmax(-1)).sum(-1).mean()
         slopes = torch.autograd.grad(loss, list(w.values()), create_graph=graph, allow_unused=True)

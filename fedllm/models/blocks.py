@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from fedllm.models.heads import body_of
+from fedllm.spaces.twice import wanted
 
 SHORT = 256
 """Up to this length plain attention beats the CPU's flash kernel, whose backward is slow."""
@@ -110,7 +112,7 @@ def _attentions(net: nn.Module) -> Iterator[nn.Module]:
 
 def _quick_norm(m: Any, slow: Callable) -> Callable:
     def forward(x: Tensor, *more: Any, **named: Any) -> Tensor:
-        return slow(x, *more, **named) if more or named else RmsNorm.apply(x, m.weight, m.variance_epsilon)
+        return slow(x, *more, **named) if more or named or wanted() else RmsNorm.apply(x, m.weight, m.variance_epsilon)
 
     return forward
 
@@ -121,7 +123,7 @@ def _quick_attention(m: Any, slow: Callable) -> Callable:
         x, turns = hidden_states, position_embeddings
         if cache is not None and turns is not None and _readable(m, x, turns, attention_mask):
             return m.o_proj(_read(m, x, turns, attention_mask, cache)), None
-        odd = attention_mask is not None or cache is not None or turns is None or x.device.type != "cpu"
+        odd = attention_mask is not None or cache is not None or turns is None or x.device.type != "cpu" or wanted()
         if odd or x.shape[1] > SHORT or turns[0].shape[-1] != m.head_dim:
             return slow(hidden_states, position_embeddings=turns, attention_mask=attention_mask, cache=cache, **kwargs)
         cos, sin = (t.to(x.dtype).unsqueeze(1) for t in turns)  # [1, 1, T, h]
@@ -134,6 +136,8 @@ def _quick_mlp(m: Any, slow: Callable) -> Callable:
     gate, up, down = m.gate_proj, m.up_proj, m.down_proj
 
     def forward(x: Tensor) -> Tensor:
+        if wanted():
+            return slow(x)
         if not all(_bare(linear) for linear in (gate, up, down)):  # adapters, or weights that are trained
             return down(SwiGlu.apply(gate(x), up(x)))
         return GatedMlp.apply(x, gate.weight, up.weight, down.weight)
@@ -156,6 +160,7 @@ class SwiGlu(torch.autograd.Function):
         return F.silu(g).mul_(u)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
         g, u = ctx.saved_tensors
         return torch.ops.aten.silu_backward(d * u, g), F.silu(g).mul_(d)
@@ -173,6 +178,7 @@ class GatedMlp(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
         g, u, gate, up, down = ctx.saved_tensors
         dx = torch.empty_like(d, memory_format=torch.contiguous_format)
@@ -201,6 +207,7 @@ class RmsNorm(torch.autograd.Function):
         return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d: Tensor) -> tuple[Tensor, None, None]:
         # dx = r (w d) - x r^3 mean(x w d)
         x, weight, scale = ctx.saved_tensors
@@ -230,6 +237,7 @@ class CausalAttention(torch.autograd.Function):
         return _flat(torch.bmm(p, v), t, groups)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p, cos, sin = ctx.saved_tensors
         t, h = ctx.rows, cos.shape[-1]

@@ -33,6 +33,7 @@ from fedllm.models.settled import is_settled, part_of, with_states
 from fedllm.models.shop import ShopNet
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
+from fedllm.spaces.twice import wanted
 from fedllm.tasks.registry import task_of
 from fedllm.tasks.row import IGNORE
 from fedllm.tasks.task import Task, wide
@@ -221,7 +222,7 @@ class Model:
         """Cross-entropy [M] of the words `y` [M] through the head at h[rows, cols]."""
         if self.head is not None and self.head.trained(self.stack.tensors):  # a stacked head wants all rows together
             return piecewise_losses(self, h, rows, cols, y)
-        if self.head is not None and self.head.plain and self.ways.fused:
+        if self.head is not None and self.head.plain and self.ways.fused and not wanted():
             head = self.net.get_output_embeddings()
             return frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
         at = torch.arange(len(y), device=y.device)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.core.errors import ModelError, RecipeError
@@ -23,6 +24,7 @@ from fedllm.spaces.params import saved_params, with_ties
 from fedllm.spaces.principal import principal, with_start, without_start
 from fedllm.spaces.space import CAUSAL, PEFT, Space, Stack, find_linears, linear_size, patch, set_params
 from fedllm.spaces.stacked import install_params
+from fedllm.spaces.twice import wanted
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def _adapted(frozen: Any, path: str, module: nn.Module, stack: Stack, space: LoR
             scale = scale[0] if one else torch.tensor(scale, dtype=x.dtype, device=x.device)[:, None, None]
             if space.init == "pissa" and seen is x:
                 a, b = with_start(a, b, module, scale)
-            if plain and drift is None and stack.quick and seen is x and not space.dora:
+            if plain and drift is None and stack.quick and seen is x and not space.dora and not wanted():
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 return Adapted.apply(x, weight, module.bias, a, b, scale)
         y = frozen(x) if drift is None else frozen(x) + F.linear(x, drift.to(x.dtype))
@@ -279,6 +281,7 @@ class Adapted(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
         lanes, weight, a, b, ht = ctx.saved_tensors
         wide = d.reshape(len(a), -1, d.shape[-1])  # [K, N, o]

@@ -50,7 +50,7 @@ class Dense(Method):
     )
     trial = Trial({"epochs": 1, "g_steps": 2, "distill_steps": 2, "batch": 4, "length": 4, "words": 16},
                   task="classification", rounding="which texts are best is a choice",
-                  silent="the server's draws go on over rounds")
+                  silent="the server's draws go on over rounds", far={"rounds": 1})
     mixes, only_fits = "models", False
 
     epochs: int = knob(20, "times that texts are made up", ge=1)

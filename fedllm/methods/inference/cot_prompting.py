@@ -44,7 +44,7 @@ class CoTPrompting(Asking):
                  "here has: the claim is the honest small form. An example is scored by itself, not in company.",
     )
     trial = Trial({"max_new_tokens": 6, "candidates": 3, "validation": 1, "answer_pattern": r"(w\d+)"},
-                  far={"rounds": 1})
+                  far={"rounds": 1, "method.answer_pattern": r"(\w+)"})
     mode: Literal["cot", "standard", "zero_shot_cot"] = knob(
         "cot", "examples with their rationales, examples with answers alone, or none and an invitation to think",
         options=("cot", "standard", "zero_shot_cot"))

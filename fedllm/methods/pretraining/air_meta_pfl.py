@@ -51,7 +51,7 @@ class AirMetaPFL(Star):
         evidence="From the abstract and a dossier; the scaling is reconstructed: channels are inverted, a sender in a "
                  "fade below `gain_threshold` is silent, and the noise is set against the summed signal.",
     )
-    trial = Trial({"outer_lr": 0.5}, local={"steps": 2})
+    trial = Trial({"outer_lr": 0.5}, local={"steps": 2}, far={"local.optimizer": "sgd"})
     only_fits = False
     outer_lr: float = knob(1.0, "eta of the server", gt=0)
     query: float = knob(0.5, "share of a client's rows that its meta-gradient is taken on", gt=0, lt=1)
