@@ -27,7 +27,7 @@ from fedllm.runs.build import build
 from fedllm.runs.progress import Lines
 from fedllm.runs.recipe import load_recipe, read_recipe
 from fedllm.runs.rows import look
-from fedllm.runs.run import begin, go_on
+from fedllm.runs.started import begin, go_on
 from fedllm.runs.watch import end_with
 
 

@@ -25,9 +25,10 @@ from fedllm.runs.received import received, trusted
 from fedllm.runs.recipe import Recipe, Stage, armed, load_recipe, read_recipe
 from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import look
-from fedllm.runs.run import Publish, say_name
-from fedllm.runs.run import begin as begin_run
-from fedllm.runs.run import go_on as go_on_run
+from fedllm.runs.standing import Publish
+from fedllm.runs.started import begin as begin_run
+from fedllm.runs.started import go_on as go_on_run
+from fedllm.runs.started import say_name
 
 FILE = "stages.json"
 WHOLE = ("name", "stages", "plugins", "track", "versions")
