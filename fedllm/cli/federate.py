@@ -88,7 +88,7 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
 
 @app.command()
 def join(address: Annotated[str, typer.Argument(help="host:port of the coordinator.")],
-         data: Annotated[Path, typer.Option("--data", help="File or folder with this site's rows; they never leave.")],
+         data: Annotated[Path, typer.Option("--data", help="File or folder with this site's rows, which never leave; or env:NAME.")],
          kit: Annotated[Path, typer.Option("--kit", help="Startup kit that the coordinator sent.")] = Path("kit"),
          allow: Annotated[list[str] | None, typer.Option(help="Method that may run here (repeat); default: all "
                                                               "installed.")] = None,
@@ -111,12 +111,13 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
     """Take part in a federation with this machine's data, until stopped."""
     from fedllm.federation.flower.join import is_flower_kit, join_flower
     from fedllm.federation.nvflare.join import join as take_part
+    from fedllm.federation.settings import SCENE
     from fedllm.methods.registry import METHODS
     from fedllm.tasks.row import nearest
 
     take_part = join_flower if is_flower_kit(kit) else take_part
     try:
-        if not data.exists():
+        if not data.exists() and not str(data).startswith(SCENE):
             raise DataError(f"--data {str(data)!r}: no such file or folder (looked in {Path.cwd()})", file=str(data))
         if unknown := [m for m in allow or () if m not in METHODS]:
             raise RecipeError(f"--allow {unknown[0]!r} is no method{nearest(unknown[0], METHODS) or '.'} `fedllm "
