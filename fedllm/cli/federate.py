@@ -88,7 +88,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
 
 @app.command()
 def join(address: Annotated[str, typer.Argument(help="host:port of the coordinator.")],
-         data: Annotated[Path, typer.Option("--data", help="File or folder with this site's rows, which never leave; or env:NAME.")],
+         data: Annotated[Path, typer.Option("--data", help="File or folder with this site's rows, which never leave; "
+                                                            "or env:NAME.")],
          kit: Annotated[Path, typer.Option("--kit", help="Startup kit that the coordinator sent.")] = Path("kit"),
          allow: Annotated[list[str] | None, typer.Option(help="Method that may run here (repeat); default: all "
                                                               "installed.")] = None,

@@ -43,7 +43,7 @@ class EnvironmentSpec(Spec):
 def scene_rows(source: str, spec: EnvironmentSpec | None, seed: int) -> list[dict[str, Any]]:
     """Each client's environment, as a row."""
     given = spec or EnvironmentSpec()
-    rules = {key: getattr(given, key) for key in Rules.keys()}
+    rules = {key: getattr(given, key) for key in Rules.names()}
     return dealt(source.removeprefix(SCENE), given.model_extra or {}, given.clients, given.max_steps, seed, **rules)
 
 

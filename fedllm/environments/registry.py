@@ -90,6 +90,6 @@ def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, see
 
 def bounded(row: Mapping[str, Any], rng: np.random.Generator) -> Bounded:
     """The environment of a row."""
-    knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps", *Rules.keys())}
-    rules = Rules.make({k: row[k] for k in Rules.keys() if k in row})
+    knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps", *Rules.names())}
+    rules = Rules.make({k: row[k] for k in Rules.names() if k in row})
     return Bounded(make_scene(row["environment"], knobs), int(row["max_steps"]), rng, rules)

@@ -36,7 +36,7 @@ class Rules:
     """A file so written, which answers in the place of the tools."""
 
     @classmethod
-    def keys(cls) -> tuple[str, ...]:
+    def names(cls) -> tuple[str, ...]:
         """The names of the rules."""
         return tuple(f.name for f in fields(cls))
 

@@ -115,8 +115,8 @@ class Player:
         key = (self.who, self.box.seed, self.box.made, tool, argument)
         found = self.tape.answers.get(key)
         if not found:
-            raise RunError(f"data.environment.replay = '{self.tape.path}' has no answer of {tool!r} to {argument[:80]!r} "
-                           "at this place: the run took another way than the one that was recorded")
+            raise RunError(f"data.environment.replay = '{self.tape.path}' has no answer of {tool!r} to "
+                           f"{argument[:80]!r} at this place: the run took another way than the one that was recorded")
         said = found[min(self.tape.asked[key], len(found) - 1)]
         self.tape.asked[key] += 1
         if not said.ok:

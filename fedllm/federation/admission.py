@@ -23,8 +23,8 @@ SHAPES = ("task", "fields", "template", "labels", "split", "subset")
 HUB = "huggingface.co"
 OWN_MODELS = (*OWN, *BUILT)
 NOT_SENT = ("source", "test", "public", "partition", "office", "environment")
-"""Keys of `data` that a coordinator keeps to itself, and of which a site takes none from anybody: an environment's tools
-may be a command, which a site runs where its own settings name it alone."""
+"""Keys of `data` that a coordinator keeps to itself, and of which a site takes none from anybody: an environment's
+tools may be a command, which a site runs where its own settings name it alone."""
 
 
 def same_versions(theirs: Mapping[str, str], settings: SiteSettings) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.core.errors import RecipeError
-from fedllm.core.shares import SHARES
 from fedllm.data.spec import Spec
+from fedllm.federation.declared import Declared
 from fedllm.runs.device import Device
 
 if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it loads no model code
@@ -25,27 +23,6 @@ if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it 
 SETTINGS = "fedllm.json"
 SCENE = "env:"
 """How `data` begins where a site has an environment in the place of rows."""
-PROFILE = ("rank", "memory_bytes", "bandwidth", "speed", "availability", "latency", "dropout", "device", "link",
-           "modality", "privacy", "shares", "domain")
-"""What `core.client.Profile` has; which model a site holds its `model` says."""
-WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
-
-
-def _declared(values: dict[str, Any]) -> dict[str, Any]:
-    """What a site declares leaves it: known names, numbers, and single words."""
-    for key, value in values.items():
-        if key not in PROFILE:
-            raise ValueError(f"profile.{key} is unknown; allowed are {', '.join(PROFILE)}")
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        if not (value is None or number or (isinstance(value, str) and WORD.fullmatch(value))):
-            raise ValueError(f"profile.{key} = {value!r}: it leaves this site; allowed is a number from 0, or a word")
-    if values.get("shares") not in (None, *SHARES):
-        raise ValueError(f"profile.shares = {values['shares']!r} is not allowed; it must be one of {list(SHARES)}")
-    return values
-
-
-Declared = Annotated[dict[str, Any], AfterValidator(_declared)]
-
 
 class EndpointSetting(BaseModel):
     """A model behind an OpenAI-compatible API that this site's own rows may be sent to."""
