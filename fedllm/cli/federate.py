@@ -88,7 +88,8 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
 
 @app.command()
 def join(address: Annotated[str, typer.Argument(help="host:port of the coordinator.")],
-         data: Annotated[Path, typer.Option("--data", help="File or folder with this site's rows; they never leave.")],
+         data: Annotated[Path, typer.Option("--data", help="File or folder with this site's rows, which never leave; "
+                                                            "or env:NAME.")],
          kit: Annotated[Path, typer.Option("--kit", help="Startup kit that the coordinator sent.")] = Path("kit"),
          allow: Annotated[list[str] | None, typer.Option(help="Method that may run here (repeat); default: all "
                                                               "installed.")] = None,
@@ -109,14 +110,16 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
                                                                     "shard of the model.")] = 1,
          as_json: Json = False) -> None:
     """Take part in a federation with this machine's data, until stopped."""
+    from fedllm.federation.academy.join import is_academy_kit, join_academy
     from fedllm.federation.flower.join import is_flower_kit, join_flower
     from fedllm.federation.nvflare.join import join as take_part
+    from fedllm.federation.settings import SCENE
     from fedllm.methods.registry import METHODS
     from fedllm.tasks.row import nearest
 
-    take_part = join_flower if is_flower_kit(kit) else take_part
+    take_part = join_flower if is_flower_kit(kit) else join_academy if is_academy_kit(kit) else take_part
     try:
-        if not data.exists():
+        if not data.exists() and not str(data).startswith(SCENE):
             raise DataError(f"--data {str(data)!r}: no such file or folder (looked in {Path.cwd()})", file=str(data))
         if unknown := [m for m in allow or () if m not in METHODS]:
             raise RecipeError(f"--allow {unknown[0]!r} is no method{nearest(unknown[0], METHODS) or '.'} `fedllm "
@@ -190,19 +193,21 @@ def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait
 def new(sites: Annotated[list[str], typer.Argument(help="Names of the sites.")], federation: Folder = HERE,
         host: Annotated[str, typer.Option(help="Name under which sites reach the coordinator.")] = "localhost",
         port: Annotated[int, typer.Option(help="Its port.")] = 8002,
-        engine: Annotated[str, typer.Option(help="flare (NVFlare) or flower.")] = "flare",
+        engine: Annotated[str, typer.Option(help="flare (NVFlare), flower, or academy.")] = "flare",
         as_json: Json = False) -> None:
     """Make a CA, the coordinator's kit and a kit for each site; send each site its own."""
+    from fedllm.federation.academy.keys import new_academy_federation
     from fedllm.federation.flower.keys import new_flower_federation
     from fedllm.federation.nvflare.keys import new_federation
 
+    makers = {"flare": new_federation, "flower": new_flower_federation, "academy": new_academy_federation}
     try:
-        if engine not in ("flare", "flower"):
-            raise RecipeError(f"--engine {engine!r}: allowed are flare and flower")
-        made: Any = (new_flower_federation if engine == "flower" else new_federation)(federation, sites, host, port)
+        if engine not in makers:
+            raise RecipeError(f"--engine {engine!r}: allowed are {', '.join(makers)}")
+        made: Any = makers[engine](federation, sites, host, port)
     except FedLLMError as error:
         raise _refuse(error) from None
-    secret = made.folder / ("server" if engine == "flower" else "ca")
+    secret = made.folder / ("ca" if engine == "flare" else "server")
     if as_json:
         return put({"kits": str(made.folder / "kits"), "secret": str(secret)})
     console.print(f"kits are in {made.folder / 'kits'}; give each site its own, and keep {secret} secret")
@@ -212,11 +217,14 @@ def new(sites: Annotated[list[str], typer.Argument(help="Names of the sites.")],
 def add(sites: Annotated[list[str], typer.Argument(help="Names of further sites.")], federation: Folder = HERE,
         as_json: Json = False) -> None:
     """Kits for further sites, signed by the same CA; the coordinator need not be restarted."""
-    from fedllm.federation.flower.keys import add_flower_sites, is_flower
+    from fedllm.federation.academy.keys import add_academy_sites
+    from fedllm.federation.flower.keys import add_flower_sites
+    from fedllm.federation.keyring import made_for
     from fedllm.federation.nvflare.keys import add_sites
 
+    adders = {"flower": add_flower_sites, "academy": add_academy_sites}
     try:
-        made: Any = (add_flower_sites if is_flower(federation) else add_sites)(federation, sites)
+        made: Any = adders.get(made_for(federation), add_sites)(federation, sites)
     except FedLLMError as error:
         raise _refuse(error) from None
     if as_json:
@@ -241,13 +249,12 @@ def restore(site: str, federation: Folder = HERE, as_json: Json = False) -> None
 @keys.command("revoke")
 def revoke(site: str, federation: Folder = HERE, as_json: Json = False) -> None:
     """This site never joins again: it is refused from now on, its kit is deleted, its name is not given again."""
-    from fedllm.federation.flower.keys import is_flower, revoke_flower_site
     from fedllm.federation.nvflare import serve as federate
     from fedllm.federation.nvflare.keys import revoke_site
 
     try:
-        if is_flower(federation):
-            revoke_flower_site(federation, site)
+        if (own := _keyring(federation)) is not None:
+            own.revoke(site)
         elif not federate.suspend_if_running(revoke_site(federation, site), site):
             console.print("the coordinator is not running; it will refuse the site from its next start on")
     except FedLLMError as error:
@@ -260,14 +267,23 @@ def _told(site: str, state: str, as_json: bool) -> None:
         put({"site": site, "state": state})
 
 
+def _keyring(federation: Path) -> Any:
+    """The keys of a federation whose file says at once who is barred; None where NVFlare's server is told."""
+    from fedllm.federation.academy.keys import AcademyFederation
+    from fedllm.federation.flower.keys import FlowerFederation
+    from fedllm.federation.keyring import made_for
+
+    made = {"flower": FlowerFederation, "academy": AcademyFederation}.get(made_for(federation))
+    return made and made(federation.resolve())
+
+
 def _change(what: str, site: str, federation: Path) -> None:
-    from fedllm.federation.flower.keys import is_flower, restore_flower_site, suspend_flower_site
     from fedllm.federation.nvflare import serve as federate
     from fedllm.federation.nvflare.keys import Federation
 
     try:
-        if is_flower(federation):
-            {"suspend": suspend_flower_site, "restore": restore_flower_site}[what](federation, site)
+        if (own := _keyring(federation)) is not None:
+            {"suspend": own.suspend, "restore": own.restore}[what](site)
         else:
             {"suspend": federate.suspend, "restore": federate.restore}[what](Federation(federation.resolve()), site)
     except FedLLMError as error:

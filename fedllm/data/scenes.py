@@ -10,6 +10,8 @@ from fedllm.data.federation import Federation, Shard
 from fedllm.data.spec import Spec
 from fedllm.environments.registry import MAX_STEPS, dealt
 from fedllm.environments.registry import PREFIX as SCENE
+from fedllm.environments.rules import Rules
+from fedllm.environments.toolbox import PATIENCE
 
 
 class EnvironmentSpec(Spec):
@@ -23,13 +25,26 @@ class EnvironmentSpec(Spec):
     """Longest episode: what has not ended by then is cut off, and counted as cut."""
     may: list[Literal["write", "network"]] = Field(default_factory=list)
     """What tools may do beside reading, at every client: such a tool is off unless it is named here."""
+    mcp: Literal["builtin"] | list[str] | None = None
+    """Where tools come from: builtin (fedllm's own MCP server, a process over stdio), or the command of an MCP server
+    as a list of words ({db}, {files} and {layout} are filled in). None: this process has them. Never sent to a site."""
+    seconds: Annotated[float, Field(gt=0, le=600)] = PATIENCE
+    """Seconds that a call of a tool may take."""
+    calls: Annotated[int, Field(ge=1)] | None = None
+    """Calls of tools in an episode, at most; None: as many as `max_steps` lets through."""
+    characters: Annotated[int, Field(ge=1)] | None = None
+    """Characters of all answers of tools in an episode, at most."""
+    record: str | None = None
+    """A file that every call and its answer are written to, for `replay`."""
+    replay: str | None = None
+    """A file so written: it answers in the place of the tools, and no server is begun."""
 
 
 def scene_rows(source: str, spec: EnvironmentSpec | None, seed: int) -> list[dict[str, Any]]:
     """Each client's environment, as a row."""
     given = spec or EnvironmentSpec()
-    return dealt(source.removeprefix(SCENE), given.model_extra or {}, given.clients, given.max_steps, seed,
-                 given.may)
+    rules = {key: getattr(given, key) for key in Rules.names()}
+    return dealt(source.removeprefix(SCENE), given.model_extra or {}, given.clients, given.max_steps, seed, **rules)
 
 
 def environments(source: str, spec: EnvironmentSpec, seed: int) -> Federation:

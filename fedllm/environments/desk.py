@@ -16,7 +16,7 @@ from fedllm.core.rng import numpy_stream
 from fedllm.environments.env import layout
 from fedllm.environments.problems import Asked, Call, Problem, wordings
 from fedllm.environments.reading import calculator, database, files
-from fedllm.environments.toolbox import Toolbox
+from fedllm.environments.rules import NONE
 from fedllm.environments.words import WordScene, width
 
 NAMES = ("kim", "lee", "noor", "otto", "pia", "ravi", "sue", "tom")
@@ -45,10 +45,12 @@ class Desk(WordScene):
     layout: int = layout
     actions, tools = 2 * len(DIALECTS) + 4, True
 
-    def told(self, may=()) -> Asked:
+    def told(self, rules=NONE) -> Asked:
         """Where tools may write, each environment has files of its own; they are gone when it is."""
-        room = made(self) if "write" in may else _shared(replace(self, own=0, cost=0.0, width=256))
-        box = Toolbox([database(Path(room.name) / "desk.db"), *files(Path(room.name) / "files"), calculator()], may)
+        room = made(self) if "write" in rules.may else _shared(replace(self, own=0, cost=0.0, width=256))
+        db, folder = Path(room.name) / "desk.db", Path(room.name) / "files"
+        box = rules.box([database(db, rules.seconds), *files(folder), calculator()], self, db=db, files=folder,
+                        layout=self.layout)
         asked = Asked(functools.partial(self.problem, self.amounts(), self.towns()), box, self.cost)
         asked.keeps = room
         return asked

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedllm.core.errors import RunError
 from fedllm.core.knobs import Knobs, knob
+from fedllm.environments.rules import NONE, Rules
 
 Step = tuple[np.ndarray, float, bool]
 """(observation fp32 [size], reward, whether the episode has ended)."""
@@ -38,8 +39,8 @@ class Scene(Knobs):
         """A fresh environment with these parameters."""
         raise NotImplementedError
 
-    def open(self, may: Sequence[str] = ()) -> Env:
-        """The same under a site's policy: what its tools, if it has any, may do beside reading."""
+    def open(self, rules: Rules = NONE) -> Env:
+        """The same under a site's rules for its tools, if it has any."""
         return self.env()
 
 
@@ -69,9 +70,9 @@ class InWords:
 class Bounded:
     """An environment whose episodes end after `max_steps` at the latest; `cut`: the last one was cut off."""
 
-    def __init__(self, scene: Scene, max_steps: int, rng: np.random.Generator, may: Sequence[str] = ()) -> None:
-        """`rng` gives the seeds of episodes that are reset without one; `may` is the site's policy for tools."""
-        self.scene, self.max_steps, self.rng, self._env = scene, max_steps, rng, scene.open(may)
+    def __init__(self, scene: Scene, max_steps: int, rng: np.random.Generator, rules: Rules = NONE) -> None:
+        """`rng` gives the seeds of episodes that are reset without one; `rules` are the site's for tools."""
+        self.scene, self.max_steps, self.rng, self._env = scene, max_steps, rng, scene.open(rules)
         self.steps, self.cut, self._over = 0, False, True
 
     def reset(self, seed: int | None = None) -> np.ndarray:

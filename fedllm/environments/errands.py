@@ -9,6 +9,7 @@ import numpy as np
 from fedllm.core.knobs import knob
 from fedllm.core.rng import numpy_stream
 from fedllm.environments.env import layout
+from fedllm.environments.rules import NONE
 from fedllm.environments.words import WordScene, width
 
 ROOMS = ("hall", "kitchen", "cellar", "study", "attic", "garden", "pantry", "workshop", "library")
@@ -29,7 +30,7 @@ class Errands(WordScene):
     layout: int = layout
     actions = len(LINES)
 
-    def told(self, may=()) -> House:
+    def told(self, rules=NONE) -> House:
         return House(self)
 
     def plan(self) -> list[str]:

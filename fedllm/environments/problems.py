@@ -44,6 +44,7 @@ class Asked:
     def reset(self, seed: int) -> str:
         self.problem, self.found, self.last = self.draw(np.random.default_rng(seed)), list[str](), "nothing"
         self.trace: list[tuple[str, Called]] = []
+        self.toolbox.begin(seed)
         return self.problem.text
 
     def step(self, line: str) -> tuple[str, float, bool]:

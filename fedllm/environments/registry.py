@@ -15,10 +15,10 @@ import numpy as np
 
 from fedllm.core.errors import RecipeError
 from fedllm.environments.env import Bounded, Scene
-from fedllm.environments.toolbox import checked_policy
+from fedllm.environments.rules import Rules
 from fedllm.environments.words import WordScene
 
-ROOM = ("env", "registry", "words", "toolbox", "reading", "problems")
+ROOM = ("env", "registry", "words", "toolbox", "reading", "problems", "rules", "served", "serving", "tape")
 PREFIX = "env:"
 """Of a source that is an environment: `data.source: env:gridworld`."""
 MAX_STEPS = 100
@@ -61,24 +61,25 @@ def tools(name: str) -> bool:
     return issubclass(kind, WordScene) and kind.tools
 
 
-def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, seed: int,
-          may: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One row for each client: the environment's name, all its parameters, and what its tools may do beside reading.
+def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, seed: int, **rules: Any
+          ) -> list[dict[str, Any]]:
+    """One row for each client: the environment's name, all its parameters, and the `Rules` of its tools.
 
     A list of values is dealt to the clients in order and over again. Without `layout`, each client has one of its own.
     RecipeError where the clients' observations or actions would differ in number, since they share a policy.
     """
     if bad := [k for k, v in knobs.items() if isinstance(v, list) and not v]:
         raise RecipeError(f"data.environment.{bad[0]} = []: allowed is a value, or a list of them to deal out")
-    policy = checked_policy(may)
-    if policy and not tools(name):
-        raise RecipeError(f"data.environment.may = {list(policy)}: '{PREFIX}{name}' has no tools; leave it out")
+    held = Rules.make(rules).told()
+    if held and not tools(name):
+        key, value = next(iter(held.items()))
+        raise RecipeError(f"data.environment.{key} = {value}: '{PREFIX}{name}' has no tools; leave it out")
     rows, sizes = [], {}
     for i in range(clients):
         mine = {k: v[i % len(v)] if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in knobs.items()}
         scene = make_scene(name, {"layout": seed * clients + i, **mine})
         sizes.setdefault((scene.size, scene.actions), i)
-        rows.append({"environment": name, "max_steps": max_steps, **({"may": list(policy)} if policy else {}),
+        rows.append({"environment": name, "max_steps": max_steps, **held,
                      **{f.name: getattr(scene, f.name) for f in fields(scene)}})  # type: ignore[arg-type]
     if len(sizes) > 1:
         (a, i), (b, j) = list(sizes.items())[:2]
@@ -89,5 +90,6 @@ def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, see
 
 def bounded(row: Mapping[str, Any], rng: np.random.Generator) -> Bounded:
     """The environment of a row."""
-    knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps", "may")}
-    return Bounded(make_scene(row["environment"], knobs), int(row["max_steps"]), rng, row.get("may", ()))
+    knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps", *Rules.names())}
+    rules = Rules.make({k: row[k] for k in Rules.names() if k in row})
+    return Bounded(make_scene(row["environment"], knobs), int(row["max_steps"]), rng, rules)

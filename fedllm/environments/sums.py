@@ -10,7 +10,7 @@ from fedllm.core.knobs import knob
 from fedllm.environments.env import layout
 from fedllm.environments.problems import Asked, Problem, wordings
 from fedllm.environments.reading import calculator
-from fedllm.environments.toolbox import Toolbox
+from fedllm.environments.rules import NONE
 from fedllm.environments.words import WordScene, width
 
 KINDS = {
@@ -37,8 +37,8 @@ class Sums(WordScene):
     layout: int = layout
     actions, tools = len(SIGNS) + 1, True
 
-    def told(self, may=()) -> Asked:
-        return Asked(self.problem, Toolbox([calculator()], may), self.cost)
+    def told(self, rules=NONE) -> Asked:
+        return Asked(self.problem, rules.box([calculator()], self, layout=self.layout), self.cost)
 
     def problem(self, rng: np.random.Generator) -> Problem:
         """One question; a quotient comes out even."""

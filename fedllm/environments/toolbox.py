@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.core.errors import RecipeError
+from fedllm.core.errors import RecipeError, RunError
 
 EFFECTS = ("write", "network")
 """What a tool may do beside reading what is here; each is off unless the site's policy names it."""
@@ -37,6 +37,10 @@ class Tool:
             raise RecipeError(f"tool '{self.name}' does {sorted(odd)}; allowed are {', '.join(EFFECTS)}")
 
 
+class Told(Exception):
+    """A tool's own word on why it failed, which an agent reads as it stands."""
+
+
 @dataclass(frozen=True)
 class Called:
     """What came of a call; where it is not `ok`, `text` says why in one sentence."""
@@ -58,10 +62,19 @@ class Toolbox:
     failed, and goes on."""
 
     def __init__(self, tools: Sequence[Tool], may: Sequence[str] = (), seconds: float = PATIENCE,
-                 longest: int = LONGEST) -> None:
-        """`may`: what tools may do beside reading. RecipeError for a policy that names no effect."""
+                 longest: int = LONGEST, calls: int | None = None, characters: int | None = None,
+                 heard: Callable[[int, int, str, str, Called], None] = lambda *_: None) -> None:
+        """`may`: what tools may do beside reading; `calls` and `characters` of all answers are budgets of an episode;
+        `heard` is told every call: seed, place in the episode, tool, argument, answer. RecipeError for a policy that
+        names no effect."""
         self.tools: Mapping[str, Tool] = {t.name: t for t in tools}
         self.may, self.seconds, self.longest = checked_policy(may), seconds, longest
+        self.calls, self.characters, self.heard = calls, characters, heard
+        self.begin(0)
+
+    def begin(self, seed: int) -> None:
+        """An episode begins, with budgets of its own."""
+        self.seed, self.made, self.read = seed, 0, 0
 
     @property
     def allowed(self) -> list[Tool]:
@@ -75,16 +88,33 @@ class Toolbox:
             return Called(f"there is no tool '{name[:40]}'; there are {', '.join(t.name for t in self.allowed)}", False)
         if off := [e for e in tool.does if e not in self.may]:
             return Called(f"tool '{name}' is off: it may {' and '.join(off)}, which this site does not allow", False)
-        got = _answer(tool.run, argument) if tool.ends else apart(tool.run, argument, self.seconds)
+        if self.calls is not None and self.made >= self.calls:
+            return Called(f"tool '{name}' is not called: the {self.calls} calls of this episode are made", False)
+        if self.characters is not None and self.read >= self.characters:
+            return Called(f"tool '{name}' is not called: the {self.characters} characters of answers of this episode "
+                          "are read", False)
+        said = self._called(tool, argument)
+        self.heard(self.seed, self.made, name, argument, said)
+        self.made, self.read = self.made + 1, self.read + len(said.text)
+        return said
+
+    def _called(self, tool: Tool, argument: str) -> Called:
+        got = answer(tool.run, argument) if tool.ends else apart(tool.run, argument, self.seconds)
         if got is None:
-            return Called(f"tool '{name}' did not end within {self.seconds:g} s", False)
+            got = f"it did not end within {self.seconds:g} s", False
         text, ok = got
-        return Called(text[: self.longest] if ok else f"tool '{name}' failed: {text[:200]}", ok)
+        left = self.longest if self.characters is None else min(self.longest, self.characters - self.read)
+        return Called((text if ok else f"tool '{tool.name}' failed: {text[:200]}")[:left], ok)
 
 
-def _answer(run: Callable[[str], str], argument: str) -> tuple[str, bool]:
+def answer(run: Callable[[str], str], argument: str) -> tuple[str, bool]:
+    """What the tool says, and whether it did not fail."""
     try:
         return str(run(argument)), True
+    except Told as error:
+        return str(error), False
+    except RunError:  # the environment breaks its word: that is no answer, and the run ends
+        raise
     except Exception as error:  # whatever a tool raises is its answer
         return f"{type(error).__name__}: {error}", False
 
@@ -119,5 +149,5 @@ def apart(run: Callable[[str], str], argument: str, seconds: float) -> tuple[str
 
 def _tell(pipe: Any, run: Callable[[str], str], argument: str) -> None:
     with contextlib.suppress(OSError):
-        text, ok = _answer(run, argument)
+        text, ok = answer(run, argument)
         pipe.send_bytes(json.dumps([text[: 1 << 20], ok]).encode())

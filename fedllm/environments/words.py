@@ -11,6 +11,7 @@ import numpy as np
 
 from fedllm.core.knobs import knob
 from fedllm.environments.env import InWords, Scene, Step
+from fedllm.environments.rules import NONE, Rules
 
 
 class Words(Protocol):
@@ -41,19 +42,19 @@ class WordScene(Scene):
     """A scene in words. By numbers it is an environment like any other: action i is the line `commands()[i]`."""
 
     tools: ClassVar[bool] = False
-    """Whether its lines call tools, over which a site's policy (`may`) stands."""
+    """Whether its lines call tools, over which a site's rules stand."""
     width: int
 
     @property
     def size(self) -> int:  # type: ignore[override]
         return self.width
 
-    def told(self, may: Sequence[str] = ()) -> Words:
-        """A fresh environment in words, whose tools may do so much beside reading."""
+    def told(self, rules: Rules = NONE) -> Words:
+        """A fresh environment in words, whose tools these rules hold."""
         raise NotImplementedError
 
-    def open(self, may: Sequence[str] = ()) -> Numbered:
-        return Numbered(self, self.told(may))
+    def open(self, rules: Rules = NONE) -> Numbered:
+        return Numbered(self, self.told(rules))
 
     def env(self) -> Numbered:
         return self.open()

@@ -22,7 +22,9 @@ SHAPES = ("task", "fields", "template", "labels", "split", "subset")
 """Keys of `data` that say how this site's rows are read."""
 HUB = "huggingface.co"
 OWN_MODELS = (*OWN, *BUILT)
-NOT_SENT = ("source", "test", "public", "partition", "office")
+NOT_SENT = ("source", "test", "public", "partition", "office", "environment")
+"""Keys of `data` that a coordinator keeps to itself, and of which a site takes none from anybody: an environment's
+tools may be a command, which a site runs where its own settings name it alone."""
 
 
 def same_versions(theirs: Mapping[str, str], settings: SiteSettings) -> None:
@@ -43,8 +45,9 @@ def admitted(raw: Mapping[str, Any], settings: SiteSettings) -> Recipe:
            "models": _own_endpoints(raw.get("models") or {}, settings),
            "layers": [_own_keys(layer, settings) for layer in raw.get("layers", ())]}
     data = {k: v for k, v in raw["data"].items() if k not in NOT_SENT}
-    recipe = read_recipe({**raw, "data": {**data, "source": settings.data, "test": 0.0,
-                                          "partition": {"kind": "per_file"}}})
+    own = {"environment": settings.own_environment()} if settings.acts else {
+        "test": 0.0, "partition": {"kind": "per_file"}}
+    recipe = read_recipe({**raw, "data": {**data, "source": settings.data, **own}})
     _method(recipe.method.name, settings)
     for name in listed(recipe.evaluate.metric):  # no function has been looked for yet
         if name.startswith(CALL) and name.removeprefix(CALL) not in settings.metrics:

@@ -20,6 +20,7 @@ from fedllm.engines.far.engine import Flare
 from fedllm.engines.far.reasons import Refused, sentence
 from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence, Sites
 from fedllm.engines.world import World
+from fedllm.federation.admission import NOT_SENT
 from fedllm.federation.answering import Answering
 from fedllm.federation.gated import GATE
 from fedllm.federation.identity import TOLD, differing, identity_of, keep_identity
@@ -190,10 +191,11 @@ def strangers(said: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def for_sites(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what is the coordinator's alone: where its own rows lie, its plugin files, its baselines, and
-    the model that it keeps to itself when sites get another, and models that it alone asks."""
+    """The recipe without what is the coordinator's alone: where its own rows lie, its environments and their tools, its
+    plugin files, its baselines, and the model that it keeps to itself when sites get another, and models that it alone
+    asks."""
     raw = recipe.model_dump(mode="json")
-    raw["data"] = {k: v for k, v in raw["data"].items() if k not in ("source", "test", "public", "partition", "office")}
+    raw["data"] = {k: v for k, v in raw["data"].items() if k not in NOT_SENT}
     raw["model"] |= {"name": recipe.model.at_clients or recipe.model.name, "at_clients": None}
     method = make_method(recipe.method.name, **recipe.method.knobs)
     for name in set(method.server_asks_for()) - set(method.asks_for()):
@@ -221,8 +223,9 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     infos = {s: ClientInfo(s, int(said[s]["n"]), site_profile(recipe, s, sites, said[s]["profile"]))
              for s in sorted(said)}
     check_cohort(recipe, method, list(infos))
-    federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, file_rows(recipe, recipe.data.test),
-                            recipe.data.task, tuple(labels[0]), file_rows(recipe, recipe.data.public))
+    task = "environment" if recipe.data.acts else recipe.data.task
+    federation = Federation({s: Shard((), (), {"site": s}) for s in infos}, file_rows(recipe, recipe.data.test), task,
+                            tuple(labels[0]), file_rows(recipe, recipe.data.public))
     space, _ = make_recipe_space(recipe)
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels)

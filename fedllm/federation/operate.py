@@ -22,6 +22,7 @@ import psutil
 
 from fedllm.core.errors import RunError, plain
 from fedllm.core.record import is_test
+from fedllm.federation.academy.keys import KIT as ACADEMY_KIT
 from fedllm.federation.flower.keys import KIT
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import read_recipe
@@ -221,6 +222,8 @@ def log_lines(path: Path, last: int) -> list[str]:
         kept = [line for line in _tail(path / "events.jsonl") if '"kind":"wire"' not in line[:40]]
         return kept[-last:]
     if (path / "startup").is_dir():
+        return _tail(path / "process.log")[-last:]
+    if (path / ACADEMY_KIT).exists():
         return _tail(path / "process.log")[-last:]
     if (path / KIT).exists():
         logs = {log: _tail(path / log)[-last:] for log in ("supernode.log", "process.log")}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.core.errors import RecipeError
-from fedllm.core.shares import SHARES
 from fedllm.data.spec import Spec
+from fedllm.federation.declared import Declared
 from fedllm.runs.device import Device
 
 if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it loads no model code
@@ -23,27 +21,8 @@ if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it 
     from fedllm.engines.far.reasons import Refused
 
 SETTINGS = "fedllm.json"
-PROFILE = ("rank", "memory_bytes", "bandwidth", "speed", "availability", "latency", "dropout", "device", "link",
-           "modality", "privacy", "shares", "domain")
-"""What `core.client.Profile` has; which model a site holds its `model` says."""
-WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
-
-
-def _declared(values: dict[str, Any]) -> dict[str, Any]:
-    """What a site declares leaves it: known names, numbers, and single words."""
-    for key, value in values.items():
-        if key not in PROFILE:
-            raise ValueError(f"profile.{key} is unknown; allowed are {', '.join(PROFILE)}")
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        if not (value is None or number or (isinstance(value, str) and WORD.fullmatch(value))):
-            raise ValueError(f"profile.{key} = {value!r}: it leaves this site; allowed is a number from 0, or a word")
-    if values.get("shares") not in (None, *SHARES):
-        raise ValueError(f"profile.shares = {values['shares']!r} is not allowed; it must be one of {list(SHARES)}")
-    return values
-
-
-Declared = Annotated[dict[str, Any], AfterValidator(_declared)]
-
+SCENE = "env:"
+"""How `data` begins where a site has an environment in the place of rows."""
 
 class EndpointSetting(BaseModel):
     """A model behind an OpenAI-compatible API that this site's own rows may be sent to."""
@@ -64,7 +43,7 @@ class SiteSettings(Spec):
     model_config = ConfigDict(strict=False)
 
     data: str
-    """A file or folder with this site's rows."""
+    """A file or folder with this site's rows; or env:NAME, an environment in their place."""
     store: str
     """Folder for what the client remembers between rounds and runs."""
     methods: list[str] | None = None
@@ -73,6 +52,9 @@ class SiteSettings(Spec):
     """Folders that models and adapters may be read from; embedded models need none."""
     hosts: list[str] = Field(default_factory=list)
     """Hosts that this site's work may reach beside its coordinator: `huggingface.co` for Hub ids, an endpoint's."""
+    environment: dict[str, Any] = Field(default_factory=dict)
+    """This site's own environment, where `data` is env:NAME: its parameters, `max_steps`, and the rules of its tools
+    (`may`, `mcp`, `seconds`, `calls`, `characters`, `record`, `replay`). A coordinator's are never used."""
     keys: str | None = None
     """This site's own folder of identity keys, for layers that use them (secagg, ring_all_reduce). None: none."""
     endpoint: EndpointSetting | None = None
@@ -180,9 +162,12 @@ class SiteSettings(Spec):
         if address != target:
             raise RecipeError(f"address {address!r}: the kit {kit} was made for {target!r}")
         here = {k: str(Path(v).resolve()) for k in ("model", "public") if (v := settings.get(k)) and Path(v).exists()}
-        mine = cls.make({"data": str(Path(data).resolve()), "store": str(Path(store or kit / "memory").resolve()),
+        where = str(data) if str(data).startswith(SCENE) else str(Path(data).resolve())
+        mine = cls.make({"data": where, "store": str(Path(store or kit / "memory").resolve()),
                          "methods": None if methods is None else list(methods),
                          "models": [str(Path(m).resolve()) for m in models], **settings, **here}, policy)
+        if mine.environment:
+            mine.own_environment()
         if mine.gate or mine.gate_detector:
             from fedllm.federation.gated import demanded
 
@@ -191,6 +176,25 @@ class SiteSettings(Spec):
         with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(json.dumps(mine.model_dump(), indent=2))
         fresh.replace(kit / "local" / SETTINGS)
+
+    @property
+    def acts(self) -> bool:
+        """Whether this site has an environment in the place of rows."""
+        return self.data.startswith(SCENE)
+
+    def own_environment(self) -> dict[str, Any]:
+        """The environment as a recipe has it, of one client; RecipeError names what is not allowed."""
+        from fedllm.data.scenes import EnvironmentSpec, scene_rows
+
+        if not self.acts:
+            raise RecipeError(f"environment = {self.environment}: data = {self.data!r} are rows; allowed with it is "
+                              f"{SCENE}NAME")
+        try:
+            spec = EnvironmentSpec.model_validate({**self.environment, "clients": 1})
+        except ValidationError as error:
+            raise RecipeError(f"environment: {error}") from None
+        scene_rows(self.data, spec, 0)
+        return spec.model_dump(mode="json")
 
     @property
     def tests(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from fedllm.methods.registry import make_method
 from fedllm.models.endpoint import Endpoint
 from fedllm.models.load import lasting
 from fedllm.models.model import Model
+from fedllm.runs.acting import check_acting
 from fedllm.runs.build import bound, compose, make_layers, make_recipe_space, need_public, recipe_model
 from fedllm.runs.models import check_held, check_names, need_named, shelves
 from fedllm.runs.profiles import make_profiles
@@ -62,6 +64,7 @@ def open_run(head: Head, site: str, settings: SiteSettings) -> tuple[SiteRun, di
     compose(method, layers)
     if why := settings.forbids(recipe, layers, method.noise_of_counts):
         raise why
+    check_acting(recipe, method)
     federation = replace(_own_rows(recipe, site, settings), public=site_rows(head, recipe, settings))
     if "clients" in method.public_at():
         need_public(recipe, method, len(federation.public))
@@ -162,7 +165,13 @@ def site_profile(recipe: Recipe, site: str, sites: Sequence[str], declared: Mapp
 
 
 def _own_rows(recipe: Recipe, site: str, settings: SiteSettings) -> Federation:
-    """This site's rows as one client, held back for its test as the same client's would be in a simulation."""
+    """This site's rows as one client, held back for its test as the same client's would be in a simulation; or its
+    environment, to learn in and to be tested in, whose layout is the site's own where its settings say none."""
+    if settings.acts:
+        found = load_federation(recipe.data, recipe.seed)
+        (row,) = found.pooled()
+        mine = {**row, **({} if "layout" in settings.environment else {"layout": zlib.crc32(site.encode())})}
+        return replace(found, clients={site: Shard([mine], [mine], {"environment": row["environment"]})}, test=())
     if not Path(settings.data).exists():
         raise Refused("no_data", settings.data)
     if "labels" in task_of(recipe.data.task).takes and not recipe.data.labels:

@@ -48,7 +48,7 @@ from fedllm.trackers.registry import installed
 from fedllm.wire.edge_energy import EdgeEnergy
 
 T = TypeVar("T")
-FAR = ("flare", "flower")
+FAR = ("flare", "flower", "academy")
 """Engines whose clients are other organisations."""
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 

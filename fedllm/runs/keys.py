@@ -54,7 +54,8 @@ def _keys(model: type[BaseModel], path: str) -> Iterator[tuple[str, str, str, st
     for name, field in model.model_fields.items():
         here = f"{path}.{name}" if path else name
         inner = _section(field.annotation)
-        if inner is not None and "extra" in inner.model_config and inner.model_config["extra"] == "forbid":
+        named = inner is not None and "name" in inner.model_fields  # a name with knobs, which stand elsewhere
+        if inner is not None and (inner.model_config.get("extra") == "forbid" or not named):
             doc = field.description or (inner.__doc__ or "").strip().splitlines()[0]
             many = f"{here}.N" if _holds_many(field.annotation) else here
             yield here, "section", "", doc

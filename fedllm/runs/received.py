@@ -45,6 +45,10 @@ def wants(recipe: Recipe, named: set[str]) -> Iterator[str]:
         if plugin.file not in named:
             yield (f"plugins.{i}.file = {plugin.file!r}, which is Python code that would run on this machine (--plugin "
                    "FILE says where it lies here, and that it may)")
+    if isinstance(tools := recipe.data.environment and recipe.data.environment.mcp, list):
+        yield f"data.environment.mcp = {tools}, a command that would be run on this machine"
+    if recipe.data.environment and (tape := recipe.data.environment.record):
+        yield f"data.environment.record = {tape!r}, a file of this machine that would be written"
     for name in (n for n in listed(recipe.evaluate.metric) if n.startswith(CALL)):
         yield (f"evaluate.metric = {name!r}, which calls a function of this machine with the model's "
                "text")

@@ -241,9 +241,9 @@ class EnergySpec(Spec):
 class EngineSpec(Spec):
     """How client work is run."""
 
-    kind: Literal["in_process", "vectorized", "ray", "flare", "flower"] = "vectorized"
+    kind: Literal["in_process", "vectorized", "ray", "flare", "flower", "academy"] = "vectorized"
     """One client at a time, many in one forward and backward, many on each worker of a Ray cluster; for
-    `fedllm serve` the engine of a real federation: flare (NVFlare) or flower."""
+    `fedllm serve` the engine of a real federation: flare (NVFlare), flower or academy (Academy's agents)."""
     workers: Annotated[int, Field(ge=1, le=4096)] = 2
     """Workers of the Ray cluster (kind ray): each holds the model and has `threads` cores."""
     address: str | None = None

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import runpy
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
 
 MAIN = "FEDLLM_MAIN"
 """In the environment of NVFlare's job processes: the number of the main process that began them."""
@@ -31,6 +35,12 @@ def end_with_main() -> None:
     """In a job process: it ends with its main process (which NVFlare looks for too, but then may hang in its end)."""
     if main := os.environ.get(MAIN):
         end_with(int(main))
+
+
+def begun(words: Sequence[str], log: IO[bytes], cwd: Path | None = None, **env: str) -> subprocess.Popen[bytes]:
+    """A module's command line as a process that ends with this one, however this one ends."""
+    return subprocess.Popen([sys.executable, "-m", "fedllm.runs.watch", str(os.getpid()), *words], stdout=log,
+                            stderr=log, cwd=cwd, env={**os.environ, **env, "MALLOC_ARENA_MAX": "4"})
 
 
 def main() -> None:

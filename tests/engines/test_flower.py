@@ -22,16 +22,14 @@ if importlib.util.find_spec("flwr") is None:
 from fedllm.api import run
 from fedllm.cli.main import app
 from fedllm.core.errors import FedLLMError, PayloadError, RecipeError, RunError
+from fedllm.engines.far.desk import Desk
 from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
 from fedllm.federation.flower import internals, wire
-from fedllm.federation.flower.desk import Desk
 from fedllm.federation.flower.join import join_flower
 from fedllm.federation.flower.keys import (
     FlowerFederation,
     add_flower_sites,
     new_flower_federation,
-    restore_flower_site,
-    suspend_flower_site,
 )
 from fedllm.federation.flower.link import FlowerLink
 from fedllm.federation.flower.loopback import flower_loopback
@@ -271,7 +269,7 @@ def test_a_suspended_site_may_come_back_and_a_revoked_one_may_not(tmp_path):
     with pytest.raises(RecipeError, match="not taken or revoked"):
         add_flower_sites(made.folder, ["site-b"])
     with pytest.raises(RecipeError, match=r"'site-b' is no site of .*; it has site-a"):
-        suspend_flower_site(made.folder, "site-b")
+        made.suspend("site-b")
 
 
 def test_keys_are_private_and_what_is_wrong_is_said(tmp_path):
@@ -400,9 +398,9 @@ def test_a_site_is_suspended_and_restored_while_a_run_goes_on(rig):
 
     def bar():
         folder = until(lambda: next((p for p in (rig.folder / "far").glob("barred*") if events(p, "round")), None))
-        suspend_flower_site(rig.keys.folder, "site-c")
+        rig.keys.suspend("site-c")
         until(lambda: "site-c" in missing(folder), 60)
-        restore_flower_site(rig.keys.folder, "site-c")
+        rig.keys.restore("site-c")
 
     trouble, start = beside(bar)
     start()

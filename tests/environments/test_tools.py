@@ -10,13 +10,14 @@ from fedllm.core.errors import RecipeError, RunError
 from fedllm.environments.env import Bounded
 from fedllm.environments.reading import reckon
 from fedllm.environments.registry import bounded, dealt, make_scene
+from fedllm.environments.rules import Rules
 from fedllm.environments.toolbox import Tool, Toolbox, apart
 
 RNG = np.random.default_rng
 
 
 def env(name, max_steps=20, may=(), seed=0, **knobs):
-    made = Bounded(make_scene(name, knobs), max_steps, RNG(0), may)
+    made = Bounded(make_scene(name, knobs), max_steps, RNG(0), Rules(may))
     made.reset(seed)
     return made
 
@@ -132,7 +133,7 @@ def test_no_call_outlasts_its_time():
 
     box = Toolbox([Tool("wait", "", forever), Tool("die", "", lambda _: __import__("os")._exit(3)),
                    Tool("talk", "", lambda _: "x" * 10**6), Tool("fail", "", lambda _: [][1])], seconds=0.3)
-    assert box.call("wait", "").text == "tool 'wait' did not end within 0.3 s"
+    assert box.call("wait", "").text == "tool 'wait' failed: it did not end within 0.3 s"
     assert "ended without an answer" in box.call("die", "").text and not box.call("die", "").ok
     assert len(box.call("talk", "").text) == box.longest
     assert box.call("fail", "").text == "tool 'fail' failed: IndexError: list index out of range"

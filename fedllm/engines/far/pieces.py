@@ -62,8 +62,9 @@ class Parcel:
 class Pieces:
     """A site's side: what the server has sent so far, and what it has yet to fetch."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, size: int | None = None) -> None:
+        """`size` are the bytes of a piece (None: `PIECE`); both ends must have the same."""
+        self.size, self._lock = size or PIECE, threading.Lock()
         self._coming, self._going = OrderedDict[str, Parcel](), OrderedDict[str, memoryview]()
 
     def serve(self, head: Head, body: Body) -> tuple[dict[str, Any], Body]:
@@ -71,12 +72,12 @@ class Pieces:
         token, op = str(head["token"]), head["op"]
         if op == "piece_get":
             data, at = self._find(self._going, token), int(head["at"])
-            piece = data[at : at + PIECE]
+            piece = data[at : at + self.size]
             return {"crc": zlib.crc32(piece)}, piece
         if op == "pieces_begin":
             return {"here": sorted(self._begin(token, int(head["length"])).here)}, b""
         parcel, at = self._find(self._coming, token), int(head["at"])
-        whole = not at % PIECE and 0 <= at < len(parcel.data) and len(body) == min(PIECE, len(parcel.data) - at)
+        whole = not at % self.size and 0 <= at < len(parcel.data) and len(body) == min(self.size, len(parcel.data) - at)
         if not whole or zlib.crc32(body) != head["crc"]:
             return {"again": at}, b""
         parcel.data[at : at + len(body)] = body
@@ -89,7 +90,7 @@ class Pieces:
         if "pieces" not in head:
             return body
         parcel = self._find(self._coming, str(head["pieces"]))
-        if len(parcel.here) * PIECE < len(parcel.data):
+        if len(parcel.here) * self.size < len(parcel.data):
             raise PayloadError(f"{len(parcel.here)} pieces of a body of {len(parcel.data)} bytes are here, not all")
         with self._lock:
             self._coming.pop(str(head["pieces"]), None)
@@ -97,7 +98,7 @@ class Pieces:
 
     def given(self, head: Head, said: dict[str, Any], body: Body) -> tuple[dict[str, Any], Body]:
         """A long reply is left here to be fetched, if the asker fetches."""
-        if len(body) <= PIECE or FETCHES not in head:
+        if len(body) <= self.size or FETCHES not in head:
             return said, body
         token = uuid.uuid4().hex
         with self._lock:
@@ -127,8 +128,8 @@ class Pieces:
 class InPieces:
     """A `Link` over another one that carries long bodies in pieces, both ways."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, link: Link, size: int | None = None) -> None:
+        self.link, self.size = link, size or PIECE
 
     def revive(self, site: str) -> None:
         self.link.revive(site)
@@ -139,9 +140,9 @@ class InPieces:
 
         A reply longer than the `most` bytes of the envelope is not fetched: `oversized` says so in its place.
         """
-        trip = _Trip(self.link, site, time.monotonic() + seconds, over)
+        trip = _Trip(self.link, site, time.monotonic() + seconds, over, self.size)
         head = {**head, FETCHES: True}
-        if len(body) > PIECE:
+        if len(body) > self.size:
             token = "-".join(str(head[k]) for k in ("attempt", "phase", "visit") if k in head) or uuid.uuid4().hex
             trip.send(token, memoryview(body))
             got, reply = trip.ask({**head, "pieces": token}, b"")
@@ -150,7 +151,7 @@ class InPieces:
         if "pieces" not in got:
             return got, reply
         length, most = int(got["length"]), int(head.get("most", LONGEST))
-        if not PIECE < length <= most:
+        if not self.size < length <= most:
             return {**got, "oversized": f"{length} bytes, allowed are {most}"}, b""
         return got, trip.fetch(str(got["pieces"]), length)
 
@@ -163,6 +164,7 @@ class _Trip:
     site: str
     ends: float
     over: threading.Event | None
+    size: int
 
     def ask(self, head: Head, body: Body) -> tuple[Head, Body]:
         left = self.ends - time.monotonic()
@@ -173,7 +175,8 @@ class _Trip:
     def send(self, token: str, body: memoryview) -> None:
         """Those pieces that the site does not have yet: all of them, unless an attempt before this one broke off."""
         here = set(self._said({"op": "pieces_begin", "token": token, "length": len(body)})[0]["here"])
-        self._each([at for at in range(0, len(body), PIECE) if at not in here], lambda at: self._piece(token, at, body))
+        left = [at for at in range(0, len(body), self.size) if at not in here]
+        self._each(left, lambda at: self._piece(token, at, body))
 
     def fetch(self, token: str, length: int) -> memoryview:
         """The reply, each piece copied to its place."""
@@ -181,16 +184,16 @@ class _Trip:
 
         def one(at: int) -> bool:
             said, piece = self._said({"op": "piece_get", "token": token, "at": at})
-            if len(piece) != min(PIECE, length - at) or zlib.crc32(piece) != said["crc"]:
+            if len(piece) != min(self.size, length - at) or zlib.crc32(piece) != said["crc"]:
                 return False
             out[at : at + len(piece)] = piece
             return True
 
-        self._each(range(0, length, PIECE), one)
+        self._each(range(0, length, self.size), one)
         return out
 
     def _piece(self, token: str, at: int, body: memoryview) -> bool:
-        piece = body[at : at + PIECE]
+        piece = body[at : at + self.size]
         said, _ = self._said({"op": "piece_put", "token": token, "at": at, "crc": zlib.crc32(piece)}, piece)
         return "got" in said
 
@@ -207,7 +210,7 @@ class _Trip:
             if not any(work(at) for _ in range(TRIES)):
                 raise Silence(f"the piece from byte {at} arrived damaged {TRIES} times")
 
-        pool = ThreadPoolExecutor(AT_ONCE if len(places) * PIECE < HEAVY else FEW, thread_name_prefix="flare-piece")
+        pool = ThreadPoolExecutor(AT_ONCE if len(places) * self.size < HEAVY else FEW, thread_name_prefix="flare-piece")
         try:
             for done in [pool.submit(tried, at) for at in places]:
                 done.result()

@@ -196,13 +196,14 @@ class SiteHost:
     """Answers everything that the server may say to a site's process; no message ever raises."""
 
     def __init__(self, open_run: Callable[[Head], tuple[SiteRun, dict[str, Any]]],
-                 tell: Callable[..., None] = lambda what, **fields: None) -> None:
+                 tell: Callable[..., None] = lambda what, **fields: None, piece: int | None = None) -> None:
         """`open_run` makes the run that a message describes (what came with it is under `body`), or raises FedLLMError
-        with the reason to refuse it. `tell` is for whoever runs this site: what is asked and what becomes of it."""
+        with the reason to refuse it. `tell` is for whoever runs this site: what is asked and what becomes of it;
+        `piece` are the bytes of a piece of a long body."""
         self.open_run, self.tell = open_run, tell
         self.run: SiteRun | None = None
         self.loads = 0
-        self.pieces = Pieces()
+        self.pieces = Pieces(piece)
         self._lock = threading.Lock()
         self._opened: str | None = None
         self._said: dict[str, Any] = {}

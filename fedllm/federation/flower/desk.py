@@ -10,78 +10,20 @@ import contextlib
 import json
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import FedLLMError, PayloadError
-from fedllm.engines.far.site import BOOT, Said, SiteHost, SiteRun
+from fedllm.engines.far.desk import Desk
 from fedllm.federation.flower.internals import fab, hasten_pulls, inside, keep_alive, runtime
 from fedllm.federation.flower.keys import KIT
-from fedllm.federation.flower.wire import Head, from_record, read, to_record
+from fedllm.federation.flower.wire import from_record, read, to_record
 
 log = logging.getLogger(__name__)
-HOLD = 2.0
-"""Seconds for which a message is held until its work is done; then the answer is `pending`, which is a sign of life."""
 POLL = 0.02
 LONG = 64 << 20
 """Bytes from which a task's transfer may outlast Flower's patience without heartbeats."""
-KEPT = 4
-"""Pieces of work whose answers wait to be fetched; the oldest is one that nobody waits for."""
-
-
-OpenRun = Callable[[Head], tuple[SiteRun, dict[str, Any]]]
-
-
-class Desk:
-    """A site's host, for a line that must not be held: work goes on while `pending` is said."""
-
-    def __init__(self, open_run: OpenRun, hold: float = HOLD, tell: Callable[..., None] = lambda what, **_: None
-                 ) -> None:
-        self.open_run, self.hold, self.tell = open_run, hold, tell
-        self.host, self.run = SiteHost(open_run, tell), ""
-        self.work: dict[str, Future[Said]] = {}
-
-    def answer(self, head: Head, body: Any) -> Said:
-        """The host's answer if it comes soon, or `pending`; `fetch` asks for it again."""
-        op, ticket = head.get("op"), str(head.get("ticket"))
-        if op == "probe":
-            return self.host.answer(head, body)
-        if op != "fetch":
-            self._begin(ticket, head, body)
-        if ticket not in self.work:
-            return {"unknown": True, "boot": BOOT}, b""
-        try:
-            answer = self.work[ticket].result(self.hold)
-        except NotYet:
-            return {"pending": True, "boot": BOOT}, b""
-        del self.work[ticket]
-        return answer
-
-    def _begin(self, ticket: str, head: Head, body: Any) -> None:
-        done: Future[Said] = Future()
-        self.work[ticket] = done
-        if head.get("op") == "open" and self.run not in ("", str(head.get("run"))):
-            self.host = SiteHost(self.open_run, self.tell)  # a run of its own, which finds nothing of the one before
-        if head.get("op") == "open":
-            self.run = str(head.get("run"))
-        host = self.host
-        while len(self.work) > KEPT:
-            del self.work[next(iter(self.work))]
-
-        def run() -> None:
-            try:
-                done.set_result(host.answer(head, body))
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=run, name="desk-work", daemon=True).start()
-
-
 def attend(desk: Desk, address: str, secret: bytes) -> None:
     """Take tasks until this process is ended; the SuperNode's end is for `join` to notice."""
     own = inside()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import secrets
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from fedllm.federation.flower.wire import QUIET, read
 from fedllm.federation.process import end_tree, no_proxy, stoppable
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.watching import SiteWatch
+from fedllm.runs.watch import begun
 
 log = logging.getLogger(__name__)
 PAUSE = 2.0
@@ -61,9 +60,8 @@ def join_flower(address: str, data: str | Path, *, kit: str | Path, methods: Seq
 
 
 def watched(words: Sequence[str], log: IO[bytes], cwd: Path | None = None) -> subprocess.Popen[bytes]:
-    """A module's command line as a process that ends with this one, however this one ends."""
-    return subprocess.Popen([sys.executable, "-m", "fedllm.runs.watch", str(os.getpid()), *words], stdout=log,
-                            stderr=log, cwd=cwd, env={**os.environ, **QUIET, "MALLOC_ARENA_MAX": "4"})
+    """A process of Flower's that ends with this one, however this one ends."""
+    return begun(words, log, cwd, **QUIET)
 
 
 @contextlib.contextmanager

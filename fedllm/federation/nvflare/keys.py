@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fedllm.core.errors import FedLLMError, RecipeError
+from fedllm.federation.keyring import NAMES
 from fedllm.runs.audit_key import AUDIT_KEY, AUDIT_PUB, make_key
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,9 @@ class Federation:
             spec = yaml.safe_load((self.folder / "federation.yaml").read_text())
         except OSError:
             raise RecipeError(f"{self.folder} holds no federation; make one with `fedllm keys new`") from None
-        if spec.get("engine") == "flower":
-            raise RecipeError(f"{self.folder} holds keys for Flower, and the recipe's engine is not; say "
-                              "engine.kind=flower, or make others with `fedllm keys new`")
+        if (other := spec.get("engine", "flare")) != "flare":
+            raise RecipeError(f"{self.folder} holds keys for {NAMES[other]}, and the recipe's engine is not; say "
+                              f"engine.kind={other}, or make others with `fedllm keys new`")
         return spec
 
     def kit(self, name: str) -> Path:
