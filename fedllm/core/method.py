@@ -62,6 +62,10 @@ class Method(Knobs):
     """What its clients must hold: rows, environments that a small policy acts in, or such in words, which a language
     model reads."""
 
+    answers_for_clients: ClassVar[bool] = False
+    """Whether it answers questions and `evaluate` still tests clients on their own rows: by what all answer together.
+    """
+
     metrics: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
     """The method's own metrics, by name, with the direction that is better: what `score` and `examine` return beside,
     or in place of, loss, accuracy and exact match."""

@@ -14,6 +14,7 @@ import numpy as np
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.core.rng import numpy_stream
 from fedllm.data.cluster import Embed
+from fedllm.data.entities import kept_back
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.grouped import PREFIX, grouped_clients
 from fedllm.data.meant import alike, near_ids, odd_labels, twice, unread
@@ -237,12 +238,20 @@ def _kept_back(spec: DataSpec, rows: _Rows, which: np.ndarray, fraction: float, 
     return _held_back(which, fraction, rng)
 
 
+def of_client(spec: DataSpec, rows: _Rows, part: np.ndarray, seed: int, client: str) -> tuple[np.ndarray, np.ndarray]:
+    """(kept back to test, left to learn from) of a client's rows; things' parts by what they are parts of."""
+    if spec.entity is not None:
+        out, left = kept_back(rows.take(part).lean, spec.client_test, seed)
+        return part[out], part[left]
+    fraction = spec.client_test if len(part) >= HOLD_BACK_FROM else 0.0
+    return _kept_back(spec, rows, part, fraction, numpy_stream(seed, "data.client_test", client))
+
+
 def _clients(spec: DataSpec, rows: _Rows, labels: tuple[str, ...], seed: int, embed: Embed | None) -> dict[str, Shard]:
     parts = partitioner(spec.partition).split(rows.wide, numpy_stream(seed, "data.partition"), embed=embed)
     shards = {}
     for client, part in parts.items():
-        fraction = spec.client_test if len(part) >= HOLD_BACK_FROM else 0.0
-        test, train = _kept_back(spec, rows, np.array(part), fraction, numpy_stream(seed, "data.client_test", client))
+        test, train = of_client(spec, rows, np.array(part), seed, client)
         kinds = Counter(task_of(spec.task).kind(row, labels) for row in rows.take(train).lean)
         info: dict[str, Any] = {"partition": spec.partition.get("kind", "iid")}
         if set(kinds) != {None}:

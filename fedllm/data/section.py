@@ -84,6 +84,9 @@ class DataSpec(Spec):
     """How rows are shared out: `kind` (iid, dirichlet, shards, quantity, by_key, per_file, by_cluster) and knobs."""
     client_test: Fraction = 0.1
     """Fraction that a client with 10 rows or more keeps back for its own test."""
+    entity: str | None = None
+    """The column that names the thing of which a row is a part, where clients hold different parts of the same things
+    (rows keep it as `id`). `client_test` is then a share of things, whose parts every client keeps back."""
     passages: Annotated[int, Field(ge=10)] = PASSAGE
     """Most words of a document that is indexed as one; a longer one is cut. Only with `task: documents`, where text and
     Markdown files are read whole, and PDF files page by page."""
@@ -115,6 +118,15 @@ class DataSpec(Spec):
         if not isinstance(values, Mapping) or values.get("task") != DOCUMENTS_TASK:
             return values
         return {"test": 0.0, "client_test": 0.0, **values}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_are_kept_back_where_they_are(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not isinstance(values.get("entity"), str):
+            return values
+        fields = values.get("fields", {})
+        return {"test": 0.0, **values, "fields": {"id": values["entity"], **fields} if isinstance(fields, Mapping)
+                else fields}
 
     @property
     def made(self) -> bool:
@@ -175,6 +187,8 @@ class DataSpec(Spec):
             raise ValueError(f"data.windows: data.task is {self.task!r}; allowed with windows is 'forecast'")
         if self.sequences is not None and self.task != "next_item":
             raise ValueError(f"data.sequences: data.task is {self.task!r}; allowed with sequences is 'next_item'")
+        if self.entity is not None:
+            self._of_parts(self.entity)
         if self.simulated is not None and not self.made:
             raise ValueError(f"data.simulated: data.source is {self.source!r}; allowed with these knobs is 'sim:NAME'")
         for other in {"template", "labels"} - set(task_of(self.task).takes):
@@ -185,6 +199,18 @@ class DataSpec(Spec):
                 raise ValueError(f"data.office: data.source is {self.source!r}; allowed with these knobs is 'office'")
             return self
         return self._alone("office", "the office makes its own rows, clients and tests; its knobs")
+
+    def _of_parts(self, entity: str) -> None:
+        """ValueError where rows that are parts of things cannot be shared out so."""
+        if self.fields["id"] != entity:
+            raise ValueError(f"data.fields.id = {self.fields['id']!r}: data.entity = {entity!r} is the id; allowed is "
+                             "one of the two")
+        if isinstance(self.test, float) and self.test:
+            raise ValueError(f"data.test = {self.test}: with data.entity a thing's parts stay with their owners, and "
+                             "no row is everybody's; allowed is 0.0 (data.client_test is a share of things)")
+        if self.windows is not None or self.sequences is not None or str(self.source).startswith("grouped:"):
+            raise ValueError("data.entity: allowed with rows as they are, and not with windows, sequences or a grouped "
+                             "source")
 
     def _alone(self, section: str, why: str) -> DataSpec:
         """This spec, if all but its source and this section is left as it is."""

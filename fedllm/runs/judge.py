@@ -42,7 +42,7 @@ class Judge:
         """`global`: metrics on the global test (None without one); `clients`: each client's on its own rows."""
         self.engine.memory = dict(memory)
         out: dict[str, Any] = {"global": self._global(state, round), "clients": {}}
-        if self.parts.recipe.evaluate.clients and not self.answering:
+        if self.parts.recipe.evaluate.clients and (not self.answering or self.method.answers_for_clients):
             out["clients"] = self._each(state, "local", round)
         return out
 

@@ -52,8 +52,8 @@ def rows(rnd: random.Random, n: int) -> list[dict[str, str]]:
 
 
 def labelled(rnd: random.Random, n: int) -> list[dict[str, Any]]:
-    """Texts with one of three labels."""
-    return [{"text": words(rnd, 3, 8), "label": rnd.randrange(3)} for _ in range(n)]
+    """Texts with one of three labels; rows of one id at several clients are parts of one thing."""
+    return [{"text": words(rnd, 3, 8), "label": rnd.randrange(3), "id": f"x{i}"} for i in range(n)]
 
 
 def preferred(rnd: random.Random, n: int) -> list[dict[str, str]]:
