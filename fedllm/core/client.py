@@ -225,6 +225,11 @@ class Client(Protocol):
         """This very client with the model of this name for its own: its requests go there, its rows are read so."""
         ...
 
+    def having(self, model: Any) -> Client:
+        """This very client with a model that it has made of what it holds (an emulator, with blocks that it was sent).
+        """
+        ...
+
     def spend(self, release: Any, count: int = 1) -> None:
         """For layers: so many noisy releases (`privacy.accountant.Release`) are about to leave. A site of a real
         federation books them in its own ledger, or refuses."""

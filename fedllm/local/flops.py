@@ -68,7 +68,13 @@ class Cost:
 
 
 def steps_of(request: Request, batch_size: int) -> float:
-    """A request's work in local steps: those of a fit, and for other work its rows by the batch."""
+    """A request's work in local steps of the whole model: those of a fit, and for other work its rows by the batch. In
+    an emulator of a share of its blocks a step takes that share."""
+    share = request.model.share if isinstance(request.model, Model) and not isinstance(request, Booked) else 1.0
+    return share * _steps(request, batch_size)
+
+
+def _steps(request: Request, batch_size: int) -> float:
     if isinstance(request, Booked):
         return request.steps
     if isinstance(request, Fit):  # what goes beside a row passes through the model too

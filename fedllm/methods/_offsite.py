@@ -46,6 +46,27 @@ class Merged:
         return self.weight * sum_lanes(out)
 
 
+def held_to(space: Any, a: Tree, weight: float) -> list[Any]:
+    """The term weight * ||merge(A) - merge(A_t)||^2 over A, which is `a` at the start; none for a weight of 0."""
+    if weight and isinstance(space, LoRA):
+        s = space.scale(next(iter(factors(a).values()))[1].shape[0])
+        return [Merged(weight * s * s, a)]
+    return [Proximal(2 * weight, a)] if weight else []
+
+
+def brought_closer(client: Any, thin: Model, a: Tree, plugged: Tree, e: Tree, top: int, steps: int, lr: float,
+                   gamma: float) -> tuple[Tree, float]:
+    """E trained on public rows so that the emulator `thin` with A (`a`; in the whole model `plugged`) says what the
+    whole model does, where the middle ends `top` blocks before the last and at the head; with the mean loss."""
+    ends = [len(blocks_of(m.net)) - top for m in (client.model, thin)]
+    teacher = View(client.model, plugged, ends[0])
+    spec = replace(client.training, lr=lr, optimizer="adamw", momentum=0.0)
+    rng = client.rng("alignment")
+    plan = batches([len(r.ids) for r in client.public], spec.lot, rng, rng, steps=steps)
+    client.book(**align_work(teacher, thin, e, client.public, plan))
+    return align(teacher, View(thin, {**e, **a}, ends[1]), e, client.public, plan, spec, gamma)
+
+
 @dataclass(frozen=True)
 class Offsite(Method):
     """The last `adapter_layers` blocks are A and are trained by clients; the emulator E stands for all before them.
@@ -127,12 +148,7 @@ class Offsite(Method):
     def local(self, msg: Payload, client: Any) -> Payload:
         moving, e = part(msg, "A"), part(msg, "E")
         a = self.split(client.model)[0] | moving
-        terms: list[Any] = []
-        if self.lambda_c and isinstance(client.model.space, LoRA):
-            s = client.model.space.scale(next(iter(factors(a).values()))[1].shape[0])
-            terms = [Merged(self.lambda_c * s * s, a)]
-        elif self.lambda_c:
-            terms = [Proximal(2 * self.lambda_c, a)]
+        terms = held_to(client.model.space, a, self.lambda_c)
         # min L(A, E) + lambda_c sum ||merge(A) - merge(A_t)||^2 over A
         fitted = client.fit({**e, **a}, freeze=[*e, *(a.keys() - moving.keys())], terms=terms)
         return pack(delta=sub({n: fitted.theta[n] for n in moving}, moving), n=client.n, loss=fitted.loss)
@@ -151,14 +167,8 @@ class Offsite(Method):
             raise DataError(f"method '{type(self).__name__}' aligns its emulator on public rows and the data has none; "
                             "give data.public, or set prealign_steps and align_steps to 0")
         thin = self.at_client(client.model)
-        ends = [len(blocks_of(m.net)) - self.adapter_layers for m in (client.model, thin)]
-        teacher = View(client.model, part(msg, "plugged"), ends[0])
-        a, e = part(msg, "A"), part(msg, "E")
-        spec = replace(client.training, lr=self.align_lr, optimizer="adamw", momentum=0.0)
-        rng = client.rng("alignment")
-        plan = batches([len(r.ids) for r in client.public], spec.lot, rng, rng, steps=msg["steps"])
-        client.book(**align_work(teacher, thin, e, client.public, plan))
-        e, loss = align(teacher, View(thin, {**e, **a}, ends[1]), e, client.public, plan, spec, self.gamma)
+        e, loss = brought_closer(client, thin, part(msg, "A"), part(msg, "plugged"), part(msg, "E"),
+                                 self.adapter_layers, msg["steps"], self.align_lr, self.gamma)
         return pack(E=e, loss=loss)
 
     def moving(self, a: Tree) -> Tree:

@@ -61,6 +61,7 @@ class Model:
         self.rules = task_of(task)
         self.labels, self.seed, self.name = tuple(labels), seed, name
         self.silent = ""  # why it cannot continue texts, where it cannot
+        self.share = 1.0  # how much of the owner's blocks it has: a step takes so much of the whole model's time
         self.said: list[str] = []
         """What its user must know: what is not done as the config has it, and which quicker ways it does not take."""
         self.weights, self.loss = weights, loss
