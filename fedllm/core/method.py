@@ -284,9 +284,9 @@ class Method(Knobs):
     """Whether a site may go on with a run on other rows than it began with: what it made of them is brought up to date.
     """
 
-    learns_from: ClassVar[Literal["rows", "environments", "words"]] = "rows"
-    """What its clients must hold: rows, environments that a small policy acts in, or such in words, which a language
-    model reads."""
+    learns_from: ClassVar[Literal["rows", "environments", "logs", "words"]] = "rows"
+    """What its clients must hold: rows, environments that a small policy acts in, environments in which logs are
+    gathered for a decision transformer, or such in words, which a language model reads."""
 
     metrics: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
     """The method's own metrics, by name, with the direction that is better: what `score` and `examine` return beside,

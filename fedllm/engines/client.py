@@ -23,10 +23,12 @@ from fedllm.data.order import PLACE, onward
 from fedllm.engines.holder import Holder
 from fedllm.engines.world import World
 from fedllm.environments.env import Bounded
-from fedllm.environments.registry import bounded
+from fedllm.environments.registry import bounded, placed
+from fedllm.local.decide import Decide, run_decisions
 from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_embeds, run_logits, run_losses, run_measures, run_outputs, run_probes
 from fedllm.local.generate import prompt_ids, run_generates
+from fedllm.local.logs import Shown
 from fedllm.local.moments import check_moments
 from fedllm.local.objective import Objective, Side, check_side
 from fedllm.local.objectives.registry import make_objective
@@ -65,7 +67,7 @@ from fedllm.tasks.choices import FIGURE, options, picked
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Summed: run_sums, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
     Sensitivity: run_sensitivities, Outputs: run_outputs, Logits: run_logits, Measure: run_measures,
-    Rollout: run_rollouts, Improve: run_improves, Complete: run_completes, Forward: run_forwards,
+    Rollout: run_rollouts, Decide: run_decisions, Improve: run_improves, Complete: run_completes, Forward: run_forwards,
     Backward: run_backwards,
     Booked: lambda requests, limits: [None] * len(requests)}
 
@@ -384,11 +386,16 @@ class ClientCall(Holder):
                 on: Sequence[Mapping[str, Any]] | None = None) -> list[Episode]:
         """So many episodes in the client's environment (in each, where it has several), or in each of those of the rows
         `on`; without `rng` their seeds are the same whoever asks and whenever, for tests."""
-        rows = list(self.data if on is None else on)
-        draw = rng or np.random.default_rng(0)
-        seeds = draw.integers(2**31, size=len(rows) * episodes).tolist()
-        envs = [bounded(row, draw) for row in rows for _ in range(episodes)]
+        envs, seeds = placed(list(self.data if on is None else on), episodes, rng or np.random.default_rng(0))
         return self._ask(Rollout(self.id, self.model, theta, None, envs, seeds, greedy))
+
+    def decide(self, theta: Tree, episodes: int, rows: Sequence[Mapping[str, Any]], shown: Sequence[Shown], *,
+               context: int) -> list[Episode]:
+        """So many episodes in the environment of each row, by a decision transformer that reads its last `context`
+        steps behind that environment's prompt; greedy, and on the seeds on which `rollout` tests."""
+        envs, seeds = placed(rows, episodes, np.random.default_rng(0))
+        fronts = [s for s in shown for _ in range(episodes)]
+        return self._ask(Decide(self.id, self.model, theta, None, envs, seeds, True, fronts, context))
 
     def improve(self, theta: Tree, seen: np.ndarray, actions: np.ndarray, weights: np.ndarray, *,
                 steps: int = 1) -> Fitted:

@@ -62,8 +62,9 @@ def tools(name: str) -> bool:
 
 
 def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, seed: int,
-          may: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One row for each client: the environment's name, all its parameters, and what its tools may do beside reading.
+          may: Sequence[str] = (), held_out: int = 0) -> list[dict[str, Any]]:
+    """One row for each client: the environment's name, all its parameters, and what its tools may do beside reading;
+    then so many of environments that no client has.
 
     A list of values is dealt to the clients in order and over again. Without `layout`, each client has one of its own.
     RecipeError where the clients' observations or actions would differ in number, since they share a policy.
@@ -74,7 +75,7 @@ def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, see
     if policy and not tools(name):
         raise RecipeError(f"data.environment.may = {list(policy)}: '{PREFIX}{name}' has no tools; leave it out")
     rows, sizes = [], {}
-    for i in range(clients):
+    for i in range(clients + held_out):
         mine = {k: v[i % len(v)] if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in knobs.items()}
         scene = make_scene(name, {"layout": seed * clients + i, **mine})
         sizes.setdefault((scene.size, scene.actions), i)
@@ -91,3 +92,10 @@ def bounded(row: Mapping[str, Any], rng: np.random.Generator) -> Bounded:
     """The environment of a row."""
     knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps", "may")}
     return Bounded(make_scene(row["environment"], knobs), int(row["max_steps"]), rng, row.get("may", ()))
+
+
+def placed(rows: Sequence[Mapping[str, Any]], episodes: int, draw: np.random.Generator
+           ) -> tuple[list[Bounded], list[int]]:
+    """So many episodes in the environment of each row: where they take place, and their seeds."""
+    seeds = draw.integers(2**31, size=len(rows) * episodes).tolist()
+    return [bounded(row, draw) for row in rows for _ in range(episodes)], seeds
