@@ -58,9 +58,9 @@ class Method(Knobs):
     """Whether a site may go on with a run on other rows than it began with: what it made of them is brought up to date.
     """
 
-    learns_from: ClassVar[Literal["rows", "environments", "words"]] = "rows"
-    """What its clients must hold: rows, environments that a small policy acts in, or such in words, which a language
-    model reads."""
+    learns_from: ClassVar[Literal["rows", "environments", "logs", "words"]] = "rows"
+    """What its clients must hold: rows, environments that a small policy acts in, environments in which logs are
+    gathered for a decision transformer, or such in words, which a language model reads."""
 
     answers_for_clients: ClassVar[bool] = False
     """Whether it answers questions and `evaluate` still tests clients on their own rows: by what all answer together.

@@ -23,6 +23,8 @@ class EnvironmentSpec(Spec):
     """Number of clients, each with a layout of its own where `layout` is not given."""
     max_steps: Annotated[int, Field(ge=1)] = MAX_STEPS
     """Longest episode: what has not ended by then is cut off, and counted as cut."""
+    held_out: Annotated[int, Field(ge=0)] = 0
+    """Environments that no client has, with layouts of their own: the global test. 0: the test is in all clients'."""
     may: list[Literal["write", "network"]] = Field(default_factory=list)
     """What tools may do beside reading, at every client: such a tool is off unless it is named here."""
     mcp: Literal["builtin"] | list[str] | None = None
@@ -41,14 +43,17 @@ class EnvironmentSpec(Spec):
 
 
 def scene_rows(source: str, spec: EnvironmentSpec | None, seed: int) -> list[dict[str, Any]]:
-    """Each client's environment, as a row."""
+    """Each client's environment, as a row, and then those that no client has."""
     given = spec or EnvironmentSpec()
     rules = {key: getattr(given, key) for key in Rules.names()}
-    return dealt(source.removeprefix(SCENE), given.model_extra or {}, given.clients, given.max_steps, seed, **rules)
+    return dealt(source.removeprefix(SCENE), given.model_extra or {}, given.clients, given.max_steps, seed,
+                 given.held_out, **rules)
 
 
 def environments(source: str, spec: EnvironmentSpec, seed: int) -> Federation:
-    """Each client has one row, its environment, to learn in and to be tested in; the global test is all of them."""
+    """Each client has one row, its environment, to learn in and to be tested in; the global test is all of them, or
+    those that are held out."""
     rows = scene_rows(source, spec, seed)
-    shards = {f"client-{i}": Shard([row], [row], {"environment": row["environment"]}) for i, row in enumerate(rows)}
-    return Federation(shards, rows, "environment")
+    shards = {f"client-{i}": Shard([row], [row], {"environment": row["environment"]})
+              for i, row in enumerate(rows[: spec.clients])}
+    return Federation(shards, rows[spec.clients :] or rows, "environment")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fedllm.core.errors import RunError
+from fedllm.local.decide import Decide, run_decisions
 from fedllm.local.fit import run_fits
 from fedllm.local.forward import run_embeds, run_logits, run_losses, run_measures, run_outputs, run_probes
 from fedllm.local.generate import run_generates
@@ -35,7 +36,7 @@ from fedllm.local.text import run_completes
 RUNNERS: dict[type[Request], Callable[..., list[Any]]] = {
     Fit: run_fits, Summed: run_sums, Losses: run_losses, Probe: run_probes, Generate: run_generates, Embed: run_embeds,
     Sensitivity: run_sensitivities, Outputs: run_outputs, Logits: run_logits, Measure: run_measures,
-    Rollout: run_rollouts, Improve: run_improves, Complete: run_completes, Forward: run_forwards,
+    Rollout: run_rollouts, Decide: run_decisions, Improve: run_improves, Complete: run_completes, Forward: run_forwards,
     Backward: run_backwards,
     Booked: lambda requests, limits: [None] * len(requests)}
 

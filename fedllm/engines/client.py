@@ -12,7 +12,9 @@ from fedllm.core.payload import Tree
 from fedllm.engines.learning import Learning
 from fedllm.engines.reading import Reading
 from fedllm.environments.env import Bounded
-from fedllm.environments.registry import bounded
+from fedllm.environments.registry import bounded, placed
+from fedllm.local.decide import Decide
+from fedllm.local.logs import Shown
 from fedllm.local.policy import Episode, Improve, Rollout
 from fedllm.local.requests import Fitted
 
@@ -28,11 +30,16 @@ class ClientCall(Learning, Reading):
                 on: Sequence[Mapping[str, Any]] | None = None) -> list[Episode]:
         """So many episodes in the client's environment (in each, where it has several), or in each of those of the rows
         `on`; without `rng` their seeds are the same whoever asks and whenever, for tests."""
-        rows = list(self.data if on is None else on)
-        draw = rng or np.random.default_rng(0)
-        seeds = draw.integers(2**31, size=len(rows) * episodes).tolist()
-        envs = [bounded(row, draw) for row in rows for _ in range(episodes)]
+        envs, seeds = placed(list(self.data if on is None else on), episodes, rng or np.random.default_rng(0))
         return self._ask(Rollout(self.id, self.model, theta, None, envs, seeds, greedy))
+
+    def decide(self, theta: Tree, episodes: int, rows: Sequence[Mapping[str, Any]], shown: Sequence[Shown], *,
+               context: int) -> list[Episode]:
+        """So many episodes in the environment of each row, by a decision transformer that reads its last `context`
+        steps behind that environment's prompt; greedy, and on the seeds on which `rollout` tests."""
+        envs, seeds = placed(rows, episodes, np.random.default_rng(0))
+        fronts = [s for s in shown for _ in range(episodes)]
+        return self._ask(Decide(self.id, self.model, theta, None, envs, seeds, True, fronts, context))
 
     def improve(self, theta: Tree, seen: np.ndarray, actions: np.ndarray, weights: np.ndarray, *,
                 steps: int = 1) -> Fitted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -34,6 +34,13 @@ class Scene(Knobs):
     """Length of an observation."""
     actions: ClassVar[int]
     """How many actions there are, numbered from 0."""
+    habits: ClassVar[Mapping[str, Callable[[np.ndarray], int]]] = {}
+    """Ways of acting for which nothing is learned, by name: what is seen -> an action. They fill logs, and what was
+    learned is held against them."""
+
+    def cues(self) -> np.ndarray:
+        """What is known of the place before anything is done there, fp32 [cues]; where nothing is, [0]."""
+        return np.zeros(0, np.float32)
 
     def env(self) -> Env:
         """A fresh environment with these parameters."""

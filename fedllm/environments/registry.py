@@ -61,9 +61,10 @@ def tools(name: str) -> bool:
     return issubclass(kind, WordScene) and kind.tools
 
 
-def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, seed: int, **rules: Any
-          ) -> list[dict[str, Any]]:
-    """One row for each client: the environment's name, all its parameters, and the `Rules` of its tools.
+def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, seed: int, held_out: int = 0,
+          **rules: Any) -> list[dict[str, Any]]:
+    """One row for each client: the environment's name, all its parameters, and the `Rules` of its tools; then so many
+    of environments that no client has.
 
     A list of values is dealt to the clients in order and over again. Without `layout`, each client has one of its own.
     RecipeError where the clients' observations or actions would differ in number, since they share a policy.
@@ -75,7 +76,7 @@ def dealt(name: str, knobs: Mapping[str, Any], clients: int, max_steps: int, see
         key, value = next(iter(held.items()))
         raise RecipeError(f"data.environment.{key} = {value}: '{PREFIX}{name}' has no tools; leave it out")
     rows, sizes = [], {}
-    for i in range(clients):
+    for i in range(clients + held_out):
         mine = {k: v[i % len(v)] if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in knobs.items()}
         scene = make_scene(name, {"layout": seed * clients + i, **mine})
         sizes.setdefault((scene.size, scene.actions), i)
@@ -93,3 +94,10 @@ def bounded(row: Mapping[str, Any], rng: np.random.Generator) -> Bounded:
     knobs = {k: v for k, v in row.items() if k not in ("environment", "max_steps", *Rules.names())}
     rules = Rules.make({k: row[k] for k in Rules.names() if k in row})
     return Bounded(make_scene(row["environment"], knobs), int(row["max_steps"]), rng, rules)
+
+
+def placed(rows: Sequence[Mapping[str, Any]], episodes: int, draw: np.random.Generator
+           ) -> tuple[list[Bounded], list[int]]:
+    """So many episodes in the environment of each row: where they take place, and their seeds."""
+    seeds = draw.integers(2**31, size=len(rows) * episodes).tolist()
+    return [bounded(row, draw) for row in rows for _ in range(episodes)], seeds

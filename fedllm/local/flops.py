@@ -106,7 +106,7 @@ def work_of(request: Request) -> Work:
         new = request.max_new_tokens
         return cost.of([(len(p) + new, new) for p in request.prompts], train=False)
     if isinstance(request, Rollout):
-        return cost.of([(1, 1)] * request.most, train=False)
+        return cost.of([(request.wide, 1)] * request.most, train=False)
     if isinstance(request, Improve):
         return cost.of([(1, 1)] * (request.steps * len(request.actions)), train=True)
     if isinstance(request, Outputs):

@@ -9,7 +9,6 @@ import torch
 from fedllm.core.errors import CompositionError
 from fedllm.local.spec import LocalSpec
 from fedllm.models.model import Model
-from fedllm.models.policy import POLICY
 from fedllm.spaces.full import Full
 
 MANY = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -19,7 +18,7 @@ MANY = ("num_experts", "num_local_experts", "n_routed_experts")
 def check_group(model: Any, size: int, local: LocalSpec | None = None) -> None:
     """CompositionError naming what of a model or of `local` cannot be spread over processes."""
     what = f"engine.processes = {size}: "
-    if not isinstance(model, Model) or model.name == POLICY or model.rules.net == "dual":
+    if not isinstance(model, Model) or model.rules.net in ("policy", "dual"):
         raise CompositionError(f"{what}language models and encoders are trained so, and this is neither; leave it out")
     space, config = model.space, getattr(model.net, "config", None)
     cards = torch.cuda.device_count() if model.device.type == "cuda" else size

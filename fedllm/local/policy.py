@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,11 @@ from fedllm.environments.env import Bounded
 from fedllm.local.requests import Fitted, Limits, Request
 from fedllm.local.spec import LocalSpec
 from fedllm.spaces.space import stack_lanes, take_lane, tree_to
+
+Trace = tuple[np.ndarray, int, float]
+"""A step: what was seen, what was done, what it brought."""
+Reads = Callable[[Any, Tensor, Mapping[int, int], Sequence[Sequence[Trace]]], Tensor]
+"""(model, what is seen [K*E, size], episode -> its row there, what was before in each) -> logits [K*E, actions]."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,13 @@ class Rollout(Request):
         return sum(e.max_steps for e in self.envs)
 
     @property
+    def wide(self) -> int:
+        """Tokens that a step reads."""
+        return 1
+
+    @property
     def reads(self) -> int:
-        return self.most
+        return self.most * self.wide
 
 
 @dataclass(frozen=True)
@@ -69,11 +80,20 @@ class Improve(Request):
 
 def run_rollouts(requests: Sequence[Rollout], limits: Limits) -> list[list[Episode]]:
     """Each request's episodes; at every step all that still go on share a forward."""
+
+    def read(model: Any, x: Tensor, where: Mapping[int, int], traces: Sequence[Sequence[Trace]]) -> Tensor:
+        return logits(model, x)
+
+    return play(requests, limits, read)
+
+
+def play(requests: Sequence[Rollout], limits: Limits, read: Reads) -> list[list[Episode]]:
+    """Each request's episodes by what `read` says of all that still go on."""
     model, k, e = requests[0].model, len(requests), max(len(r.envs) for r in requests)
     at = [(lane, j, env) for lane, r in enumerate(requests) for j, env in enumerate(r.envs)]
     draws = [np.random.default_rng([requests[lane].seeds[j], 1]) for lane, j, _ in at]
     now = [env.reset(requests[lane].seeds[j]) for lane, j, env in at]
-    traces: list[list[tuple[np.ndarray, int, float]]] = [[] for _ in at]
+    traces: list[list[Trace]] = [[] for _ in at]
     live = list(range(len(at)))
     stacked = tree_to(stack_lanes([r.theta for r in requests]), model.device)
     dtype = next(iter(stacked.values())).dtype
@@ -83,7 +103,8 @@ def run_rollouts(requests: Sequence[Rollout], limits: Limits) -> list[list[Episo
         for i in live:
             x[at[i][0], at[i][1]] = now[i]
         with torch.no_grad(), model.using([r.theta for r in requests], requests[0].base, stacked):
-            z = logits(model, torch.from_numpy(x.reshape(k * e, -1)).to(model.device, dtype))
+            z = read(model, torch.from_numpy(x.reshape(k * e, -1)).to(model.device, dtype),
+                     {i: at[i][0] * e + at[i][1] for i in live}, traces)
         p = z.double().softmax(-1).view(k, e, -1).cpu().numpy()
         going = []
         for i in live:

@@ -44,5 +44,9 @@ def tested(client: Client, theta: Tree, rows: Sequence[Any], episodes: int) -> P
     if not rows:
         return {"n": 0}
     done = client.rollout(theta, episodes, on=rows)
-    return {"n": len(done), "return": float(np.mean([e.total for e in done])),
-            "cut": float(np.mean([e.cut for e in done]))}
+    return {"n": len(done), **figures(done)}
+
+
+def figures(done: Sequence[Any]) -> dict[str, float]:
+    """What episodes come to."""
+    return {"return": float(np.mean([e.total for e in done])), "cut": float(np.mean([e.cut for e in done]))}

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedllm.core.errors import RecipeError
 from fedllm.core.rng import torch_stream
+from fedllm.models.decider import DECIDER
 from fedllm.models.load import DTYPES, place_of
 from fedllm.models.model import Model
 from fedllm.models.pairs import GRID, PairNet, Resized
@@ -69,7 +70,7 @@ NETS: Mapping[str, tuple[str, Callable[[Made, torch.Generator], nn.Module]]] = {
 """Name -> the task that it is for, and how it is built."""
 BUILT = ("series", "pairs")
 """Networks of tasks that no model of a folder is for."""
-NAMES = (POLICY, *NETS)
+NAMES = (POLICY, DECIDER, *NETS)
 """Of all models that are built and not loaded."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedllm.methods.registry import make_method
+from fedllm.runs.acting import by_habit
 from fedllm.runs.build import Parts, build
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.judge import run_baseline
@@ -69,10 +70,17 @@ def run_baselines(parts: Parts, folder: RunFolder, progress: Quiet) -> dict[str,
     for name in parts.recipe.evaluate.baselines:
         if name not in done:
             progress.note(f"running {name} for comparison")
-            done[name] = (run_rule(name, parts.world) if rules_in([name]) else
+            done[name] = (ruled(name, parts) if rules_in([name]) else
                           run_baseline(parts, make_method(name), parts.recipe.rounds, progress))
             folder.write_json(FILE, done)
     return done
+
+
+def ruled(name: str, parts: Parts) -> dict[str, Any]:
+    """A rule's evaluation; in environments over as many episodes as the method's own."""
+    if parts.world.federation.acts:
+        return by_habit(name, parts.world, vars(parts.method)["test_episodes"])
+    return run_rule(name, parts.world)
 
 
 class Told(Quiet):

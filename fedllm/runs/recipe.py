@@ -29,7 +29,7 @@ from fedllm.trackers.registry import known
 
 OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
-Rule = Literal["persistence", "linear_ar", "popularity", "item_knn"]
+Rule = Literal["persistence", "linear_ar", "popularity", "item_knn", "random", "equal_share", "proportional"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Pair = Annotated[list[Annotated[int, Field(ge=2, le=4096)]], Field(min_length=2, max_length=2)]
 
@@ -76,12 +76,13 @@ class ModelSpec(Spec):
     """Which model, and how it is held in memory."""
 
     name: str = "embedded"
-    """embedded, minilm, smollm2, a folder saved with save_pretrained, a GGUF file, or a Hub id; policy where clients
-    act in environments, series where they forecast, shop where items are ranked, pairs where pictures and words are."""
+    """embedded, minilm, smollm2, a folder saved with save_pretrained, a GGUF file, or a Hub id; policy or decider
+    where clients act in environments, series where they forecast, shop where items are ranked, pairs where pictures and
+    words are."""
     hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Widths of a policy's hidden layers (name policy); none: one linear map."""
     width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 32
-    """Width of a network that is built (name series, shop or pairs); a head of its attention is 8 wide."""
+    """Width of a network that is built (name series, shop, pairs or decider); a head of its attention is 8 wide."""
     depth: Annotated[int, Field(ge=1, le=64)] = 2
     """Its blocks."""
     codes: Pair = Field(default=[8, 32])
@@ -301,7 +302,8 @@ class EvaluateSpec(Spec):
     baselines: list[Literal["local_only", "centralized"] | Rule] = Field(default_factory=list)
     """Methods to run beside this one on the same work, and rules without a model of the data's task: persistence,
     linear_ar (forecast), popularity, item_knn (next_item). A rule learns from all clients' rows for the
-    global test, and from a client's own for its."""
+    global test, and from a client's own for its. In environments: random, and the environment's own habits
+    (equal_share, proportional of env:edge_vr)."""
     samples: Annotated[int, Field(ge=0)] = 4
     """Test prompts whose answers are kept, before and after."""
     clients: bool = True

@@ -11,7 +11,6 @@ from fedllm.local.packing import check_packing
 from fedllm.local.spec import LocalSpec
 from fedllm.models.checkpointing import layers_of
 from fedllm.models.model import Model
-from fedllm.models.policy import POLICY
 from fedllm.runs.recipe import Recipe
 
 FASTEST = 0.1
@@ -41,7 +40,7 @@ def check_training(model: Any, local: LocalSpec, method: Method, layers: Any = (
             raise CompositionError(f"{draws} and layer '{type(private).__name__}' do not fit together: nothing is "
                                    "drawn where single examples' gradients are clipped; leave one out")
         whole = model.space.draws and not model.ways.sites  # trainables are put into the weights: no input to drop of
-        if model.name == POLICY or model.rules.net == "dual" or not model.ways.uneven or whole:
+        if model.rules.net in ("policy", "dual") or not model.ways.uneven or whole:
             raise CompositionError(f"{draws}: {name} shows no rows of tokens to draw for; leave it out")
     if local.order == "stream" and (private := next((x for x in layers if x.by_example), None)):
         raise CompositionError(f"local.order = 'stream' and layer '{type(private).__name__}' do not fit together: it "
