@@ -20,6 +20,7 @@ from fedllm.local.requests import Embed, Generate, Logits, Losses, Measure, Outp
 from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 from fedllm.tasks.answers import judge_of, judges_of, listed
+from fedllm.tasks.chat import wanted
 from fedllm.tasks.choices import FIGURE, options, picked
 
 
@@ -110,7 +111,8 @@ class Reading(Call):
         found = {}
         if self._world.exact_match:
             said = self._continue([e.prompt for e in encoded], theta, base, self._world.max_new_tokens)
-            found = {name: sum(right(s, r["response"]) for s, r in zip(said, rows, strict=True)) / len(rows)
+            wants = [wanted(row, self.model.tokenizer) for row in rows]
+            found = {name: sum(right(s, want) for s, want in zip(said, wants, strict=True)) / len(rows)
                      for name, right in judges.items()}
         if made:
             each = self._world.tokenized([row for many, _ in made for row in many], True, self.model)

@@ -21,6 +21,7 @@ from fedllm.local.spec import LocalSpec
 from fedllm.runs.recipe import OWN
 from fedllm.runs.rows import file_rows
 from fedllm.tasks.answers import judges_of, listed
+from fedllm.tasks.chat import wanted
 from fedllm.tasks.choices import FIGURE, options, picked
 
 DRAWS = 10_000
@@ -105,8 +106,9 @@ def _figures(run: Trained, arm: Arm, rows: Sequence[Row], told: Sequence[str], n
             sums["accuracy"] = (got.figures[:, 2], got.figures[:, 1])
         return sums, []
     said = arm.say([e.prompt for e in encoded], new)
+    wants = [wanted(row, arm.model.tokenizer) for row in rows]
     for name, right in judges_of(told).items():
-        sums[name] = np.array([right(s, r["response"]) for s, r in zip(said, rows, strict=True)]), one
+        sums[name] = np.array([right(s, want) for s, want in zip(said, wants, strict=True)]), one
     if made := options(rows) if "choice" in told else []:
         each = arm.losses(world.tokenized([row for many, _ in made for row in many], True))
         sums[FIGURE] = np.array(picked(each.total, made)), one

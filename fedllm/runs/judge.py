@@ -22,6 +22,7 @@ from fedllm.runs.course import Course
 from fedllm.runs.metrics import STANDARD
 from fedllm.runs.progress import Quiet
 from fedllm.tasks.answers import judges_of
+from fedllm.tasks.chat import wanted
 
 Metrics = dict[str, Any]
 
@@ -133,9 +134,9 @@ def sample_rows(parts: Parts) -> list[int]:
 def samples(parts: Parts, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
     """Prompt, expected answer, and the answers before and after."""
     test = parts.world.federation.test
-    pairs = zip(sample_rows(parts), before, after, strict=False)
-    return [{"prompt": str(test[i].get("prompt") or test[i].get("messages") or ""), "expected": test[i]["response"],
-             "before": b, "after": a} for i, b, a in pairs]
+    pairs, tokenizer = zip(sample_rows(parts), before, after, strict=False), parts.world.model.tokenizer
+    return [{"prompt": str(test[i].get("prompt") or test[i].get("messages") or ""),
+             "expected": wanted(test[i], tokenizer), "before": b, "after": a} for i, b, a in pairs]
 
 
 def mean_of(metrics: Mapping[str, Metrics]) -> Metrics | None:

@@ -148,6 +148,8 @@ def streamed(doc: Mapping[str, Any]) -> bytes:
 
 def messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
     """The messages of a chat request."""
+    if odd := [name for name in ("tools", "functions") if body.get(name)]:
+        raise Refusal(400, f"'{odd[0]}' is not offered: answers are text")
     given = body.get("messages")
     good = isinstance(given, list) and given and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in given)

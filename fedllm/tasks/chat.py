@@ -11,10 +11,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from fedllm.core.errors import CompositionError, DataError
 from fedllm.tasks.row import Row, as_text, bad_row, is_blank
+from fedllm.tasks.tools import SIGNS, Form, calling, calls_of, check_answers, form_of, left_out
 
 log = logging.getLogger(__name__)
 COLUMNS = ("messages", "conversations", "conversation")
@@ -26,7 +25,8 @@ SPOKEN = ("user", "assistant", "system", "developer", "tool", "function")
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 """Stand around control tokens that somebody wrote (characters for private use), until they are tokens."""
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
+"""Each with role and content; an assistant's may have `tool_calls`, a tool's a `tool_call_id` and a `name`."""
 
 
 def messages_of(row: Row, where: str) -> Turns | None:
@@ -43,7 +43,8 @@ def messages_of(row: Row, where: str) -> Turns | None:
         raise DataError(f"{where}: {column!r} must hold two turns or more and end with the role 'assistant'",
                         kind="chat")
     _check_order(made, f"{where}: {column!r}")
-    if is_blank(made[-1]["content"]):
+    check_answers(made, f"{where}: {column!r}")
+    if is_blank(made[-1]["content"]) and not made[-1].get("tool_calls"):
         raise DataError(f"{where}: the last turn of {column!r} is empty, so that there is nothing to learn",
                         kind="empty")
     return made
@@ -65,21 +66,26 @@ def _check_order(turns: Turns, what: str) -> None:
 
 
 def _keys(turn: Mapping[str, Any]) -> tuple[str, str] | None:
+    if turn.get("tool_calls") and "role" in turn:
+        return "role", "content"  # a turn that calls need not say anything
     return next((pair for pair in (("role", "content"), ("from", "value")) if turn.keys() >= set(pair)), None)
 
 
-def _turn(turn: Mapping[str, Any], where: str) -> dict[str, str]:
+def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     names = _keys(turn)
     assert names
-    role, content = turn[names[0]], turn[names[1]]
+    role, content = turn[names[0]], turn.get(names[1])
     if not isinstance(role, str):
         raise DataError(f"{where}: the {names[0]} is {role!r:.80}; it must be user, assistant or system", kind="chat")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise DataError(f"{where} calls a tool; only text is learned. Write the call into its content, or leave the "
-                        "row out", kind="chat")
-    if content is None:
+    role, calls = ROLES.get(role.lower(), role.lower()), calls_of(turn, where)
+    if calls and role != "assistant":
+        raise DataError(f"{where} is the {role}'s and has 'tool_calls'; the assistant alone calls tools", kind="chat")
+    if content is None and not calls:
         raise DataError(f"{where}: the {names[1]} is null; a turn must hold text", kind="chat")
-    return {"role": ROLES.get(role.lower(), role.lower()), "content": _content(content, where)}
+    made: dict[str, Any] = {"role": role, "content": "" if content is None else _content(content, where)}
+    if role == "tool":
+        made |= {n: as_text(turn[n], n, where) for n in ("tool_call_id", "name") if turn.get(n) is not None}
+    return {**made, "tool_calls": calls} if calls else made
 
 
 def _content(content: Any, where: str) -> str:
@@ -96,26 +102,61 @@ def _content(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def render(tokenizer: Any, turns: Sequence[Mapping[str, str]], row: Row | None = None, i: int = 1, *,
+def render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], row: Row | None = None, i: int = 1, *,
            ask: bool = False) -> str:
-    """The turns as the tokenizer's chat template writes them (`ask`: up to where the assistant speaks), with marks
-    around control tokens that are in the turns themselves. A DataError tells what the template refuses, and where."""
+    """The turns as the tokenizer's chat template writes them (`ask`: up to where the assistant speaks), after the
+    row's tools, with marks around control tokens that are in the turns themselves. A DataError tells what the template
+    refuses, and where."""
     if not tokenizer.chat_template:
         raise CompositionError(f"data.template 'chat' and the tokenizer {tokenizer.name_or_path!r}, which has no chat "
                                "template, do not fit together; 'question_answer' or a format string works")
-    said = [{**t, "content": _marked(t["content"], tokenizer, t["role"] == "assistant")} for t in turns]
+    tools = _marked_all((row or {}).get("tools") or [], tokenizer, False)
+    said = [_marked_turn(t, tokenizer) for t in turns]
+    if any(calling(said)):
+        if (form := _form(tokenizer, bool(tools))) is None:
+            raise bad_row(row or {}, i, f": it calls tools, and the chat template of {tokenizer.name_or_path!r} has "
+                          "no words for 'tool_calls'; take a model whose template has, or leave the row out", "chat")
+        said = [form.put(t) for t in said]
     try:
-        return str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=ask))
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        return _written(tokenizer, said, tools, ask)
+    except SIGNS as error:
         roles = ", ".join(dict.fromkeys(t["role"] for t in turns))
         raise bad_row(row or {}, i, f": the model's chat template refuses these turns (of {roles}): {error}. Leave the "
                       "turn out, or merge it into the next one", "chat") from None
+
+
+def _written(tokenizer: Any, turns: Sequence[Mapping[str, Any]], tools: Sequence[Any], ask: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(list(turns), tools=list(tools) or None, tokenize=False,
+                                             add_generation_prompt=ask))
+
+
+def _form(tokenizer: Any, tools: bool) -> Form | None:
+    """How the template takes calls; it is asked once."""
+    key = id(tokenizer), str(tokenizer.chat_template), tools
+    if _FORMS.get("key") != key:
+        _FORMS.update(key=key, found=form_of(functools.partial(_written, tokenizer), tools))
+    found: Form | None = _FORMS["found"]
+    return found
+
+
+def _all_written(tokenizer: Any, turns: Sequence[Mapping[str, Any]], whole: str, row: Row, i: int) -> None:
+    """A DataError for what the template passes over without a word: a turn, a call, a tool."""
+    tools = list(row.get("tools") or [])
+    here = all(t["content"].strip() in whole for t in turns if t["role"] != "assistant")
+    if here and not tools and not any(calling(turns)):
+        return
+    form = _form(tokenizer, bool(tools)) if any(calling(turns)) else None
+    said = [form.put(t) for t in turns] if form else turns
+    if lost := left_out(functools.partial(_written, tokenizer), said, tools):
+        raise bad_row(row, i, f": the chat template of {tokenizer.name_or_path!r} leaves out {lost}; take it out of "
+                      "the row, or take a model whose template writes it", "chat")
 
 
 def spans(tokenizer: Any, row: Row, i: int, every: bool) -> list[tuple[str, bool]]:
     """The row's text in pieces, and whether each is learned: every assistant turn, or the last."""
     turns = list(row["messages"])
     whole, at = render(tokenizer, turns, row, i), 0
+    _all_written(tokenizer, turns, whole, row, i)
     out: list[tuple[str, bool]] = []
     ends = [k for k, t in enumerate(turns) if t["role"] == "assistant" and k] if every else [len(turns) - 1]
     for k in ends:
@@ -125,12 +166,26 @@ def spans(tokenizer: Any, row: Row, i: int, every: bool) -> list[tuple[str, bool
             if k < len(turns) - 1:
                 _said_once(str(tokenizer.name_or_path))
                 continue  # the template rewrites earlier turns (it drops their reasoning): the last one is learned
+            if turns[k].get("tool_calls"):
+                raise bad_row(row, i, f": the chat template of {tokenizer.name_or_path!r} writes a last turn with a "
+                              "call otherwise than after what is asked of it, so that the call cannot be learned; "
+                              "leave the row out", "chat")
             # What is asked is then not how the answered conversation begins: the turn is plain.
             plain = _marked(turns[-1]["content"], tokenizer, True) + (tokenizer.eos_token or "")
             return [(before, False), (plain, True)]
         out += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
         at = len(after)
     return out
+
+
+def wanted(row: Row, tokenizer: Any) -> str:
+    """The right answer as a model would write it: the row's response, and a call in the template's own words."""
+    turns = row.get("messages")
+    if not turns or not turns[-1].get("tool_calls"):
+        return str(row["response"])
+    text = spans(tokenizer, row, 1, False)[-1][0]
+    ids = pieces(tokenizer, [text], functools.partial(tokenizer, verbose=False))[0]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @functools.cache
@@ -151,6 +206,20 @@ def pieces(tokenizer: Any, texts: Sequence[str], how: Any) -> list[list[int]]:
                     ids += how([part], add_special_tokens=False, **split)["input_ids"][0]
             out[i] = ids
     return out
+
+
+def _marked_turn(turn: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    answer = turn["role"] == "assistant"
+    return {**turn, **{n: _marked_all(turn[n], tokenizer, answer) for n in ("content", "tool_calls") if n in turn}}
+
+
+def _marked_all(value: Any, tokenizer: Any, answer: bool) -> Any:
+    """Every text that a value of JSON holds, names of its parts excepted."""
+    if isinstance(value, str):
+        return _marked(value, tokenizer, answer)
+    if isinstance(value, list | tuple):
+        return [_marked_all(v, tokenizer, answer) for v in value]
+    return {n: _marked_all(v, tokenizer, answer) for n, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _marked(text: str, tokenizer: Any, answer: bool) -> str:
@@ -179,4 +248,5 @@ def _controls(tokenizer: Any) -> tuple[list[str], list[str]]:
 
 
 _KNOWN: dict[str, Any] = {}
-"""Of the tokenizer that was asked last."""
+_FORMS: dict[str, Any] = {}
+"""Both of the tokenizer that was asked last."""

@@ -35,7 +35,8 @@ def _options(row: Row, i: int) -> tuple[list[Row], int]:
 def _with(row: Row, text: str) -> Row:
     """The row with another answer."""
     turns = row.get("messages")
-    return {**row, "response": text, **({"messages": [*turns[:-1], {**turns[-1], "content": text}]} if turns else {})}
+    talk = {"messages": [*turns[:-1], {"role": turns[-1]["role"], "content": text}]} if turns else {}
+    return {**row, "response": text, **talk}
 
 
 def _right(row: Row, said: Sequence[str], i: int) -> int:

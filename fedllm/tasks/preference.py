@@ -16,6 +16,7 @@ from fedllm.tasks.generation import answered, joined, next_words
 from fedllm.tasks.row import IGNORE, Encoded, Placed, Row, bad_row, text_of
 from fedllm.tasks.task import How, Losses, Metric, Shape, Task
 from fedllm.tasks.templates import exchange, template
+from fedllm.tasks.tools import said_in, tools_of
 
 REJECTED = ("rejected_ids", "rejected_mask", "rejected_labels")
 
@@ -80,7 +81,9 @@ def _talks(row: Row, where: str) -> dict[str, Any]:
     if one == two or one[:-1] != two[:-1]:
         why = "are the same, so that nothing is preferred" if one == two else "differ before their last turn"
         raise DataError(f"{where}: 'chosen' and 'rejected' {why}", kind="chat")
-    return {"talks": talks, "prompt": one[-2]["content"], "chosen": one[-1]["content"], "rejected": two[-1]["content"]}
+    tools = tools_of(row, where)
+    return {"talks": talks, "prompt": said_in(one[-2]), "chosen": said_in(one[-1]), "rejected": said_in(two[-1]),
+            **({"tools": tools} if tools else {})}
 
 
 def _role(turn: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.tasks.chat import messages_of
 from fedllm.tasks.row import Row, as_text, is_blank, nearest, value_of
+from fedllm.tasks.tools import said_in, tools_of
 
 Render = Callable[[Row, str], dict[str, Any]]
 """(row, where the row is) -> the row's `prompt` and `response`."""
@@ -95,10 +96,12 @@ def _chat(row: Row, where: str = "row") -> dict[str, Any]:
     if turns is None:
         pair = NAMED["plain"](row, where)
         return {"messages": exchange(row, pair["prompt"], pair["response"], where), **pair}
-    return {"messages": turns, "prompt": turns[-2]["content"], "response": turns[-1]["content"]}
+    tools = tools_of(row, where)
+    return {"messages": turns, "prompt": said_in(turns[-2]), "response": said_in(turns[-1]),
+            **({"tools": tools} if tools else {})}
 
 
-def exchange(row: Row, prompt: str, response: str, where: str) -> list[dict[str, str]]:
+def exchange(row: Row, prompt: str, response: str, where: str) -> list[dict[str, Any]]:
     """One question and its answer as turns, after the row's `system` if it has one."""
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     system = as_text(row.get("system"), "system", where)

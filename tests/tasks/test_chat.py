@@ -66,7 +66,9 @@ def test_every_shape_of_a_conversation_gives_the_same_turns(shape):
 
 @pytest.mark.parametrize("last, why", [
     ({"role": "assistant", "content": None}, "content is null"),
-    ({"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}, "calls a tool"),
+    ({"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}, "call 1 must be"),
+    ({"role": "assistant", "content": "x", "reasoning_content": "hm"}, "'reasoning_content', which is not learned"),
+    ({"role": "assistant", "content": "x", "weight": 0}, "has the weight 0; allowed is 1"),
     ({"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}, "'image_url'; only parts of type"),
     ({"role": "assistant", "content": {"a": 1}}, "an object"),
     ({"role": "assistant", "content": " "}, "last turn .* is empty"),
