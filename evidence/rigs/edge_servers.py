@@ -12,7 +12,8 @@ import torch
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.client import SERVER
 from fedllm.data.scenes import EnvironmentSpec, environments
-from fedllm.engines.client import ClientCall, carry_out, server_info
+from fedllm.engines.carry import carry_out
+from fedllm.engines.client import ClientCall, server_info
 from fedllm.engines.world import World
 from fedllm.environments.registry import bounded, placed
 from fedllm.local.logs import Habit, gathered, habit, lived

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.core.rng import numpy_stream
 from fedllm.environments.env import Scene, Step, layout
 

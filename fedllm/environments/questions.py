@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedllm.core.errors import DataError
-from fedllm.core.method import knob
+from fedllm.core.knobs import knob
 from fedllm.environments.env import layout
 from fedllm.environments.problems import Asked, Problem
 from fedllm.environments.reading import calculator

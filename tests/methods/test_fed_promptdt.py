@@ -11,7 +11,8 @@ from fedllm.core.payload import leaves
 from fedllm.core.program import drive
 from fedllm.data.scenes import EnvironmentSpec, environments
 from fedllm.engines import ENGINES
-from fedllm.engines.client import ClientCall, carry_out, server_info
+from fedllm.engines.carry import carry_out
+from fedllm.engines.client import ClientCall, server_info
 from fedllm.engines.world import World
 from fedllm.environments.registry import bounded
 from fedllm.local.decide import Decide, run_decisions
