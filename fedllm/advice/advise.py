@@ -14,7 +14,8 @@ from fedllm.advice.standing import board, places, rows_for, share_of_bytes, stan
 from fedllm.core.errors import FedLLMError, RecipeError
 from fedllm.methods.asking import Asking
 from fedllm.methods.registry import METHODS, method_class
-from fedllm.runs.build import Parts, build, cohort_size
+from fedllm.runs.build import Parts, build
+from fedllm.runs.fits import cohort_size
 from fedllm.runs.recipe import Recipe, load_recipe, read_recipe
 
 ALONE = ("local_only", "centralized")

@@ -11,9 +11,10 @@ from rich.panel import Panel
 from fedllm.cli.tables import client_table, show_result
 from fedllm.report.facts import duration
 from fedllm.report.report import publish
-from fedllm.runs.build import build, resolved
+from fedllm.runs.build import build
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
+from fedllm.runs.resolved import resolved
 from fedllm.runs.run import Run
 from fedllm.runs.terminal import progress_bars
 

@@ -30,24 +30,14 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.report.report import publish
-from fedllm.runs.build import (
-    Parts,
-    bound,
-    check_cohort,
-    compose,
-    heard_by,
-    make_layers,
-    make_recipe_space,
-    need_public,
-    no_stages,
-    recipe_model,
-    versions,
-)
+from fedllm.runs.build import Parts, bound, heard_by, make_layers, make_recipe_space, recipe_model
+from fedllm.runs.fits import check_cohort, compose, need_public, no_stages
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.models import check_names, need_named, shelves
 from fedllm.runs.profiles import check_profile
 from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import file_rows
 from fedllm.runs.run import Run

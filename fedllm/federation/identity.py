@@ -12,7 +12,7 @@ from fedllm.engines.far.reasons import Refused
 from fedllm.models.endpoint import Endpoint
 from fedllm.models.known_by import base_digest
 from fedllm.models.sealed import opened
-from fedllm.runs.build import versions
+from fedllm.runs.resolved import versions
 from fedllm.runs.store import read_json, write_atomic
 
 IDENTITY = "identity.json"

@@ -15,12 +15,12 @@ from fedllm.federation.coordinator import check_recipe
 from fedllm.federation.process import no_proxy
 from fedllm.runs.asking import need_answers
 from fedllm.runs.audit_key import AUDIT_KEY, make_key
-from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
 from fedllm.runs.follow import following
 from fedllm.runs.progress import Lines
 from fedllm.runs.received import received
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
+from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result, finished
 from fedllm.runs.signature import sign
 

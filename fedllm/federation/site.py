@@ -38,7 +38,8 @@ from fedllm.models.endpoint import Endpoint
 from fedllm.models.load import lasting
 from fedllm.models.model import Model
 from fedllm.runs.acting import check_acting
-from fedllm.runs.build import bound, compose, make_layers, make_recipe_space, need_public, recipe_model
+from fedllm.runs.build import bound, make_layers, make_recipe_space, recipe_model
+from fedllm.runs.fits import compose, need_public
 from fedllm.runs.models import check_held, check_names, need_named, shelves
 from fedllm.runs.profiles import make_profiles
 from fedllm.runs.recipe import Recipe

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,19 +16,28 @@ from fedllm.core.layer import Facts, Layer
 from fedllm.core.method import Method
 from fedllm.core.record import Record
 from fedllm.core.select import Selector
-from fedllm.core.version import VERSION
 from fedllm.data.federation import Federation
 from fedllm.data.load import load_federation
 from fedllm.engines import ENGINES, Vectorized
 from fedllm.engines.world import World
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
-from fedllm.methods.registry import make_method, method_class, modules
-from fedllm.models.load import lasting, load_model, load_tokenizer
+from fedllm.methods.registry import make_method
+from fedllm.models.load import load_model, load_tokenizer
 from fedllm.models.model import Model
-from fedllm.privacy.composition import check_stack
 from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.best import check_best
+from fedllm.runs.fits import (
+    check_cohort,
+    check_deadlines,
+    check_declared,
+    check_ranks,
+    cohort_size,
+    compose,
+    need_public,
+    no_stages,
+    overrides,
+)
 from fedllm.runs.layers import make_layer
 from fedllm.runs.made import check_rules, made_of
 from fedllm.runs.metrics import check_metrics
@@ -50,7 +57,6 @@ from fedllm.wire.edge_energy import EdgeEnergy
 T = TypeVar("T")
 FAR = ("flare", "flower", "academy")
 """Engines whose clients are other organisations."""
-PACKAGES = ("torch", "transformers", "peft", "numpy")
 
 
 @dataclass
@@ -118,43 +124,9 @@ def build(recipe: Recipe) -> Parts:
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
 
 
-def no_stages(recipe: Recipe) -> None:
-    """RecipeError where one run is wanted, and the recipe says several."""
-    if recipe.stages:
-        names = ", ".join(s.name for s in recipe.stages)
-        raise RecipeError(f"stages: this recipe is {len(recipe.stages)} runs ({names}), which `fedllm run` goes "
-                          "through one after another; here one is needed: leave stages out, or name the folder of one")
-
-
 def _shards(federation: Federation) -> Sequence[Any]:
     """The clients' rows; of streamed clients nothing is known before they are read."""
     return () if federation.streamed else list(federation.clients.values())
-
-
-def check_ranks(recipe: Recipe, method: Method) -> None:
-    """RecipeError for declared ranks that the method would not look at."""
-    own = next((c for c, p in recipe.clients.profiles.items() if p.get("rank") is not None), None)
-    if method.reads_ranks or not (recipe.clients.ranks or own):
-        return
-    key, value = ("clients.ranks", recipe.clients.ranks) if recipe.clients.ranks else (
-        f"clients.profiles.{own}.rank", recipe.clients.profiles[str(own)]["rank"])
-    able = [name for name in modules() if method_class(name).reads_ranks]
-    raise RecipeError(f"{key} = {value}: method '{recipe.method.name}' trains the space's own rank at every client, so "
-                      f"it would have no effect; leave it out, or use one of {', '.join(able)}")
-
-
-def check_declared(recipe: Recipe, method: Method, world: World) -> None:
-    """RecipeError for what clients declare or hold that the method cannot work with; a rank above a base's width is
-    found here and not by the client that would train it."""
-    if not world.federation.streamed:
-        method.check_rows(world.federation.labels, {c: s.train for c, s in world.federation.clients.items()})
-    most = max((r for c in world.infos() if (r := c.profile.rank) is not None), default=None)
-    if most is not None and method.reads_ranks:
-        try:
-            world.model.initial(most)
-        except RecipeError as error:
-            where = "clients.ranks" if most in (recipe.clients.ranks or ()) else "clients.profiles"
-            raise RecipeError(f"{where}: {error}") from None
 
 
 def make_layers(recipe: Recipe, named: bool = False) -> tuple[list[Layer], Selector]:
@@ -184,19 +156,6 @@ def energy_meter(recipe: Recipe) -> list[Layer]:
 def heard_by(layers: Sequence[Layer], selector: Selector) -> Selector:
     """The selector as it stands on the stack, bound to the run; one that hears nothing stands nowhere."""
     return next((x for x in layers if isinstance(x, Selector)), selector)
-
-
-def check_deadlines(recipe: Recipe, method: Method, world: World) -> None:
-    """RecipeError for a deadline in which no client of the fleet could make even one step."""
-    if world.fleet is None:
-        return
-    fleet = world.fleet
-    least = min(fleet.compute(c.profile, 1.0) + 2 * c.profile.latency for c in world.infos())
-    own = vars(method).get("deadline")  # some methods have a deadline of their own as a knob
-    for key, value in (("clients.deadline", recipe.clients.deadline), ("method.deadline", own)):
-        if value is not None and value < least:
-            raise RecipeError(f"{key} = {value:g}: no client can make a single step in that time; one takes the "
-                              f"fastest client {least:g} virtual seconds, so allowed is {least:g} and more")
 
 
 def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
@@ -243,14 +202,6 @@ def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] 
                       weights=m.weights, quantize=m.quantize)
 
 
-def need_public(recipe: Recipe, method: Method, rows: int) -> None:
-    """CompositionError when the method works on public rows and there are none."""
-    if not rows and (at := method.public_at()):
-        raise CompositionError(f"method '{recipe.method.name}' works on public rows at the {' and the '.join(at)}, and "
-                               "the data has none; give data.public: a file, or (in a simulation) a fraction to set "
-                               "aside")
-
-
 def make_fleet(recipe: Recipe) -> Fleet | None:
     """What makes time in a simulation; None where time is real."""
     spec = recipe.clients
@@ -273,18 +224,6 @@ def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
     return _part("space", lambda: space_of(recipe.space))
 
 
-def compose(method: Method, layers: list[Layer]) -> None:
-    """Let every layer look at the method; what would be unsound is refused with a CompositionError."""
-    if any(not layer.optional for layer in layers) and overrides(method, "answer") and not overrides(method, "round"):
-        raise CompositionError(f"method '{type(method).__name__}' answers questions and has no rounds, so the layers "
-                               f"{[type(x).__name__ for x in layers]} would never act; leave 'layers' out")
-    reducers = {n: f.__dict__.get("reduce") for n in dir(type(method))
-                if callable(f := getattr(type(method), n)) and getattr(f, "__dict__", {}).get("runs_on_client")
-                and "on_server" not in f.__dict__}
-    check_stack(method, layers, reducers)
-    method.check_layers(layers)
-
-
 def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec,
           guessed: bool = False) -> list[Layer]:
     """The layers, told what the run will be: the noise for a given epsilon follows from it. `guessed`: `rows` may
@@ -302,27 +241,6 @@ def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], loca
 def make_facts(recipe: Recipe, rows: Mapping[str, int], local: LocalSpec) -> Facts:
     """What layers may know of this run."""
     return Facts(rows, cohort_size(recipe.clients.per_round, len(rows)), recipe.rounds, local)
-
-
-def check_cohort(recipe: Recipe, method: Method, clients: Sequence[str]) -> None:
-    """RecipeError or CompositionError where so many clients a round cannot do what the recipe wants of them."""
-    asked = cohort_size(recipe.clients.per_round, len(clients))
-    quorum = recipe.clients.quorum
-    if isinstance(quorum, int) and quorum > asked:
-        raise RecipeError(f"clients.quorum = {quorum} is not allowed with {asked} clients a round (of {len(clients)}): "
-                          f"no round could count; it must be <= {asked}, or a share such as 1.0")
-    method.check_clients(clients, asked)
-
-
-def cohort_size(per_round: int | float, clients: int) -> int:
-    """How many of these clients a round asks; a share is rounded half up, and is one client at least."""
-    return min(per_round, clients) if isinstance(per_round, int) else max(1, int(per_round * clients + 0.5))
-
-
-def overrides(method: Method, name: str) -> bool:
-    """Whether the method's class says more about `name` than `Method` does."""
-    mine = getattr(type(method), name, None)
-    return mine is not None and mine is not Method.__dict__.get(name)
 
 
 def _without_empty(federation: Federation) -> tuple[Federation, dict[str, str]]:
@@ -351,29 +269,3 @@ def _embedder(recipe: Recipe) -> Callable[[Sequence[str]], np.ndarray]:
 
     return embed
 
-
-def resolved(parts: Parts) -> dict[str, Any]:
-    """The recipe with every default written out, and the versions that it ran with."""
-    full = parts.recipe.model_dump()
-    full["method"] = {"name": parts.recipe.method.name, **_plain(parts.method)}
-    start = parts.recipe.space.knobs.get("start_from")
-    full["space"] = {"name": parts.recipe.space.name, **_plain(parts.world.model.space)}
-    if start is not None:
-        full["space"]["start_from"] = start
-    full["local"] = _plain(parts.world.local)
-    if "labels" in parts.world.model.rules.takes:
-        full["data"]["labels"] = list(parts.world.federation.labels)
-    full["model"]["name"] = lasting(parts.recipe.model.name)  # a run is talked to and exported from any folder
-    full["versions"] = {"python": platform.python_version(), **versions()}
-    return full
-
-
-def versions() -> dict[str, str]:
-    """The packages that decide a run's bits. Our own is asked of the code: its distribution has another name."""
-    return {"fedllm": VERSION} | {p: importlib.metadata.version(p) for p in PACKAGES}
-
-
-def _plain(part: Any) -> dict[str, Any]:
-    """A dataclass as what YAML can hold."""
-    values = asdict(part) if is_dataclass(part) and not isinstance(part, type) else {}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -19,7 +19,8 @@ from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
 from fedllm.core.select import Turn
-from fedllm.runs.build import Parts, cohort_size, heard_by
+from fedllm.runs.build import Parts, heard_by
+from fedllm.runs.fits import cohort_size
 from fedllm.runs.recipe import ClientsSpec
 from fedllm.selectors.uniform import Uniform
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fedllm.core.record import is_test
-from fedllm.runs.build import cohort_size
+from fedllm.runs.fits import cohort_size
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.progress import Quiet
 

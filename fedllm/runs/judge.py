@@ -17,8 +17,9 @@ from fedllm.core.rng import numpy_stream
 from fedllm.engines.client import server_info
 from fedllm.local.generate import run_generates
 from fedllm.local.requests import Generate
-from fedllm.runs.build import Parts, overrides
+from fedllm.runs.build import Parts
 from fedllm.runs.course import Course
+from fedllm.runs.fits import overrides
 from fedllm.runs.metrics import STANDARD
 from fedllm.runs.progress import Quiet
 from fedllm.tasks.answers import judges_of

@@ -16,8 +16,9 @@ from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_sgd import DPSGD, LEAST
-from fedllm.runs.build import Parts, bound, build, cohort_size, make_layers
+from fedllm.runs.build import Parts, bound, build, make_layers
 from fedllm.runs.course import Course
+from fedllm.runs.fits import cohort_size
 from fedllm.runs.judge import Judge
 from fedllm.runs.progress import log as progress
 from fedllm.runs.recipe import Named, Recipe, load_recipe

@@ -10,7 +10,8 @@ from fedllm.data.federation import Row
 from fedllm.data.load import load_federation
 from fedllm.engines.world import World
 from fedllm.models.model import Model
-from fedllm.runs.build import Parts, overrides
+from fedllm.runs.build import Parts
+from fedllm.runs.fits import overrides
 from fedllm.runs.recipe import Recipe
 
 MOST = 50_000

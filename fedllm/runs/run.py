@@ -14,7 +14,8 @@ from fedllm.privacy.accountant import BudgetSpent
 from fedllm.runs import judge as judging
 from fedllm.runs.began import write_began
 from fedllm.runs.beside import beside, run_baselines
-from fedllm.runs.build import FAR, cohort_size
+from fedllm.runs.build import FAR
+from fedllm.runs.fits import cohort_size
 from fedllm.runs.products import write_clients, write_served
 from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import look

@@ -14,15 +14,17 @@ from fedllm.core.errors import CompositionError, FedLLMError, RecipeError, RunEr
 from fedllm.methods.registry import make_method
 from fedllm.privacy.accountant import composed
 from fedllm.runs.acting import acts
-from fedllm.runs.build import FAR, build, make_recipe_space, overrides, versions
+from fedllm.runs.build import FAR, build, make_recipe_space
 from fedllm.runs.complaints import edit
 from fedllm.runs.export import export
+from fedllm.runs.fits import overrides
 from fedllm.runs.folder import STAGES, RunFolder
 from fedllm.runs.handed import check_judges, judged
 from fedllm.runs.products import BASE
 from fedllm.runs.progress import Quiet
 from fedllm.runs.received import received, trusted
 from fedllm.runs.recipe import Recipe, Stage, armed, load_recipe, read_recipe
+from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import look
 from fedllm.runs.standing import Publish

@@ -10,12 +10,13 @@ from typing import Any
 
 from fedllm.core.errors import DataError, RunError
 from fedllm.runs.began import from_elsewhere
-from fedllm.runs.build import Parts, build, resolved
+from fedllm.runs.build import Parts, build
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.more import check_layers, grown, write_rounds
 from fedllm.runs.progress import Quiet
 from fedllm.runs.received import received
 from fedllm.runs.recipe import OWN, Recipe, load_recipe
+from fedllm.runs.resolved import resolved
 from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import look
 from fedllm.runs.run import Run

@@ -15,8 +15,9 @@ from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.engines.world import World
 from fedllm.runs.began import same_as_began, stands_on
-from fedllm.runs.build import Parts, build, cohort_size
+from fedllm.runs.build import Parts, build
 from fedllm.runs.course import PATIENCE, in_order, watched
+from fedllm.runs.fits import cohort_size
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.halves import Now, Then
 from fedllm.runs.products import safe, write_clients, write_served

@@ -20,9 +20,10 @@ from fedllm.federation.memory import DiskMemory
 from fedllm.federation.nvflare.serve import ServerGone, _follow
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
-from fedllm.runs.build import build, versions
+from fedllm.runs.build import build
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.recipe import load_recipe
+from fedllm.runs.resolved import versions
 from fedllm.wire import codec
 
 SITES = ("site-a", "site-b", "site-c")

@@ -20,8 +20,9 @@ from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.methods.registry import method_class, modules
 from fedllm.privacy.accountant import Release
-from fedllm.runs.build import make_layers, versions
+from fedllm.runs.build import make_layers
 from fedllm.runs.recipe import load_recipe
+from fedllm.runs.resolved import versions
 from fedllm.wire import codec
 
 SITES = ("site-a", "site-b", "site-c")

@@ -19,7 +19,7 @@ from fedllm.core.program import Fold, drive
 from fedllm.engines.in_process import InProcess
 from fedllm.local.spec import LocalSpec
 from fedllm.methods import registry
-from fedllm.runs.build import compose
+from fedllm.runs.fits import compose
 from fedllm.runs.layers import LAYERS, make_layer
 from fedllm.wire._blame import BROKE
 from tests.bad import finite, made

@@ -19,8 +19,8 @@ from fedllm.federation.coordinator import for_sites
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.methods.baselines.fedavg import FedAvg
-from fedllm.runs.build import versions
 from fedllm.runs.recipe import load_recipe
+from fedllm.runs.resolved import versions
 from fedllm.wire import codec
 
 MARK = "Zoe Quick, HIV positive 7041"

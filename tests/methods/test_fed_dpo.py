@@ -13,7 +13,7 @@ from fedllm.core.errors import CompositionError, DataError
 from fedllm.core.program import drive
 from fedllm.data.load import load_federation
 from fedllm.privacy.dp_sgd import DPSGD
-from fedllm.runs.build import compose
+from fedllm.runs.fits import compose
 
 
 def preferring(begin, **options):

@@ -259,7 +259,7 @@ def test_what_cannot_be_is_refused():
 
 def test_who_learns_from_losses_does_not_go_with_noise():
     from fedllm.privacy.dp_sgd import DPSGD
-    from fedllm.runs.build import compose
+    from fedllm.runs.fits import compose
 
     compose(make_method("fedpeat"), [DPSGD(noise_multiplier=1.0)])
     with pytest.raises(CompositionError, match=r"controller = 'sabppo' and layer 'DPSGD' do not fit.*use 'greedy'"):

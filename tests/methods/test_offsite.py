@@ -231,7 +231,7 @@ def test_dp_offsite_peft_is_refused_without_its_privacy():
     from fedllm.privacy.dp_fedavg import DPFedAvg
     from fedllm.privacy.dp_sgd import DPSGD
     from fedllm.privacy.secagg import SecAgg
-    from fedllm.runs.build import compose
+    from fedllm.runs.fits import compose
 
     method, user = make_method("dp_offsite_peft"), make_method("dp_offsite_peft", dp_level="user")
     with pytest.raises(CompositionError, match=r"dp_level = example and .*SecAgg.* do not fit.*list dp_sgd"):

@@ -5,7 +5,7 @@ import pytest
 from fedllm.core.errors import CompositionError
 from fedllm.methods.registry import METHODS, method_class
 from fedllm.privacy.dp_sgd import DPSGD
-from fedllm.runs.build import compose
+from fedllm.runs.fits import compose
 from tests.methods.conftest import begin, tried
 
 METHODS = [name for name in METHODS if not method_class(name).trial.apart]

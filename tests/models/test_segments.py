@@ -22,7 +22,7 @@ from fedllm.models.batch import Batch, collate
 from fedllm.models.model import Model
 from fedllm.models.segments import segments
 from fedllm.privacy.dp_sgd import DPSGD
-from fedllm.runs.build import compose
+from fedllm.runs.fits import compose
 from fedllm.runs.layers import make_layer
 from fedllm.spaces import make_space
 from tests.methods.conftest import begin, gap, llama, tokenizer

@@ -5,10 +5,11 @@ import os
 import pytest
 
 from fedllm.runs.beside import FILE, Beside, baselines, beside, run_baselines
-from fedllm.runs.build import build, resolved
+from fedllm.runs.build import build
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.progress import Quiet
 from fedllm.runs.recipe import load_recipe
+from fedllm.runs.resolved import resolved
 
 NAMES = ["local_only", "centralized"]
 

@@ -123,7 +123,7 @@ def test_cohorts_depend_on_seed_and_round_alone():
 def test_layers_over_a_method_without_rounds(monkeypatch):
     from fedllm.core.layer import Layer
     from fedllm.core.method import Method
-    from fedllm.runs.build import compose
+    from fedllm.runs.fits import compose
 
     class Answers(Method):
         def answer(self, query, clients):

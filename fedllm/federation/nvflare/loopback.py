@@ -26,9 +26,9 @@ from fedllm.federation.nvflare.keys import new_federation
 from fedllm.federation.process import end_tree
 from fedllm.federation.settings import SETTINGS
 from fedllm.methods.registry import method_class
-from fedllm.runs.build import versions
 from fedllm.runs.folder import RunFolder, fresh_path
 from fedllm.runs.recipe import OWN, load_recipe
+from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result
 
 SITES = ("site-a", "site-b", "site-c")
