@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from fedllm.audits import epsilon as empirical
 from fedllm.audits import membership
+from fedllm.audits.case import Audited, Case, Check
 from fedllm.audits.memorized import continuations, encoder, memorized
 from fedllm.audits.privacy_audit import PrivacyAudit
 from fedllm.core.errors import BudgetSpent, RecipeError, RunError
 from fedllm.core.payload import Tree
 from fedllm.core.rng import numpy_stream
 from fedllm.data import canaries as birds
-from fedllm.data.encode import Encoded
 from fedllm.data.federation import Row, Shard
 from fedllm.runs.began import same_as_began, stands_on
 from fedllm.runs.build import Parts, bound, build
@@ -26,80 +26,11 @@ from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.more import served
 from fedllm.runs.received import received
-from fedllm.runs.recipe import OWN
 from fedllm.runs.result import Result
+from fedllm.runs.sections import OWN
 
 FILE = "audit.json"
 PARTS = ("membership", "canaries", "memorization", "leak")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One figure and its limit."""
-
-    name: str
-    figure: float
-    limit: float
-    says: str
-
-    @property
-    def holds(self) -> bool:
-        return self.figure <= self.limit
-
-
-@dataclass(frozen=True)
-class Audited:
-    """What an audit found."""
-
-    folder: Path
-    checks: Sequence[Check]
-    details: Mapping[str, Any] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    """Parts that this run cannot be audited for, and why."""
-
-    @property
-    def passes(self) -> bool:
-        return all(check.holds for check in self.checks)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values: `pass`, `checks`, `left_out` and every part's details."""
-        return {"pass": self.passes, "checks": [asdict(c) | {"holds": c.holds} for c in self.checks],
-                "left_out": dict(self.left_out), **self.details}
-
-
-@dataclass
-class Case:
-    """A finished run, made again: its parts, and the model that it ended with."""
-
-    folder: RunFolder
-    result: Result
-    parts: Parts
-    theta: Tree
-    base: Tree | None
-    rows: int
-    shadows: int
-    transcript: bool
-
-    @property
-    def recipe(self) -> Any:
-        return self.parts.recipe
-
-    def encoded(self, rows: Sequence[Row]) -> list[Encoded]:
-        return self.parts.world.tokenized(rows)
-
-    def scores(self, rows: Sequence[Row], theta: Tree | None = None, base: Tree | None = None) -> dict[str, np.ndarray]:
-        """Of the final model, or of these trainables."""
-        if theta is None:
-            theta, base = self.theta, self.base
-        world = self.parts.world
-        return membership.row_scores(world.model, theta, base, self.encoded(rows), world.limits)
-
-    def some(self, rows: Sequence[Row], what: str) -> list[Row]:
-        """At most `rows` of them, drawn from the recipe's seed."""
-        if len(rows) <= self.rows:
-            return list(rows)
-        picks = numpy_stream(self.recipe.seed, "audit", what).choice(len(rows), self.rows, replace=False)
-        return [rows[i] for i in sorted(picks)]
 
 
 def audit_run(path: str | Path, *, gates: PrivacyAudit | None = None, only: Sequence[str] = (), shadows: int = 0,

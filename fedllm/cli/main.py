@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fedllm.cli.advise import advise
 from fedllm.cli.ask import ask
 from fedllm.cli.audit import audit
 from fedllm.cli.compare import compare
 from fedllm.cli.compliance import compliance
-from fedllm.cli.consoles import leads_nowhere, stand_open
+from fedllm.cli.consoles import stand_open
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
-from fedllm.cli.guard import err, guarded, quiet, refuse, stopped
+from fedllm.cli.guard import guarded, quiet, refuse, stopped
 from fedllm.cli.judge import judge
+from fedllm.cli.measure import bench, claims
 from fedllm.cli.origin import origin
+from fedllm.cli.outcome import out, show_done, show_made
 from fedllm.cli.said import Json, put
 from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import RecipeError
@@ -39,7 +40,8 @@ app.command()(compliance)
 app.command()(evaluate)
 app.command()(judge)
 app.command()(origin)
-out = Console()
+for tool in (bench, claims):
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tool)
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the run's recipe names: of its "
@@ -71,23 +73,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
             raise RecipeError("--live and --json are two ways to tell the same; take one")
         with live_view() if live else contextlib.nullcontext(JsonLines(sys.stdout) if as_json else None) as shown:
             result = begin(recipe, root, _parsed(overrides, plugin), publish, shown)
-        _shown(result, as_json)
-
-
-def _shown(result: Any, as_json: bool) -> None:
-    """A run that is done is done, whatever the console takes of it."""
-    from fedllm.cli.tables import show_result
-
-    try:
-        if as_json:
-            put({"event": "result", "folder": str(result.folder), **result.as_json()})
-        else:
-            show_result(out, result)
-        sys.stdout.flush()
-    except OSError as error:
-        leads_nowhere()
-        err.print(f"the run is done, and what is said of it cannot be printed ({error.strerror}); it stands in "
-                  f"{result.folder}", markup=False, highlight=False, soft_wrap=True)
+        show_done(result, as_json)
 
 
 @app.command()
@@ -100,7 +86,7 @@ def resume(path: RunPath, overrides: Annotated[list[str] | None, typer.Argument(
     from fedllm.runs.stages import go_on
 
     with stopped(f"`fedllm resume {path}` goes on where the run stood"):
-        _shown(go_on(path, publish, plugins=plugin or (), trust_remote_code=trust_remote_code,
+        show_done(go_on(path, publish, plugins=plugin or (), trust_remote_code=trust_remote_code,
                      overrides=_parsed(overrides), shown=JsonLines(sys.stdout) if as_json else None), as_json)
 
 
@@ -181,15 +167,7 @@ def report(path: RunPath, plugin: Plugins = None, trust_remote_code: Trust = Fal
     """Write report.html and model_card.md afresh from a run's record."""
     from fedllm.report.report import write_report
 
-    _made("report", write_report(path, trust_remote_code, plugin or ()), as_json)
-
-
-def _made(what: str, path: Any, as_json: bool) -> None:
-    """Where what was made lies."""
-    if as_json:
-        put({what: str(path)})
-    else:
-        out.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    show_made("report", write_report(path, trust_remote_code, plugin or ()), as_json)
 
 
 @app.command()
@@ -236,7 +214,7 @@ def export(path: RunPath, merge: Annotated[bool, typer.Option("--merge/--peft", 
     from fedllm.runs.export import export as go
 
     made = go(path, to, merge=merge, gguf=kind if gguf else None, round=round, trust_remote_code=trust_remote_code)
-    _made("model", made, as_json)
+    show_made("model", made, as_json)
 
 
 @app.command()
@@ -296,37 +274,6 @@ def schema(command: Annotated[str | None, typer.Argument(help="A command, as in 
     from fedllm.cli.shapes import schema_of, schemas
 
     put(schemas() if command is None else schema_of(command))
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Measure speed and memory against what others run: [bold]fedllm bench simulation[/bold]."""
-    _tool("bench", context.args)
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def claims(context: typer.Context) -> None:
-    """Run the claim of every method's card, and write docs/results/claims.json."""
-    _tool("claims", context.args)
-
-
-def _tool(name: str, args: list[str]) -> None:
-    """Run a tool with a command line of its own."""
-    import importlib
-
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / "evidence" / "__init__.py").is_file():
-        raise RecipeError(f"`fedllm {name}` measures in a checkout of the project, and this is an installed package "
-                          "without the folder evidence/; clone the project and run it there")
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))
-    try:
-        tool = importlib.import_module(f"evidence.{name}")
-    except ImportError as error:
-        raise RecipeError(f"`fedllm {name}` lacks the package '{error.name}'; pip install 'fedlm[bench]'") from None
-    sys.argv = [f"fedllm {name}", *args]
-    if code := tool.main():
-        raise typer.Exit(code)
 
 
 def _parsed(overrides: list[str] | None, plugins: list[Path] | None = None) -> dict[str, Any]:

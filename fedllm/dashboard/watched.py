@@ -18,7 +18,7 @@ from fedllm.dashboard.spent import Spent
 from fedllm.dashboard.tail import Odd, Tail, read_small
 from fedllm.federation.operate import HELD
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import OWN
+from fedllm.runs.sections import OWN
 from fedllm.runs.story import Story, real
 
 LOCKS = (".lock", HELD)

@@ -11,8 +11,8 @@ from typing import Any
 
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.memory import Held
-from fedllm.data.sources import Table
 from fedllm.data.strict import WHOLE
+from fedllm.data.table import Table
 from fedllm.tasks.row import is_blank
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from fedllm.data.section import DOCUMENTS_TASK, DataSpec, OfficeSpec, checked
 from fedllm.data.sequences import sequenced
 from fedllm.data.simulated.registry import PREFIX as MADE
 from fedllm.data.simulated.registry import simulated_tables
-from fedllm.data.sources import Table, map_fields, read_tables, resolve
+from fedllm.data.sources import map_fields, read_tables, resolve
+from fedllm.data.table import Table
 from fedllm.data.windows import last_of_each, windowed
 from fedllm.tasks.registry import task_of
 from fedllm.tasks.row import Placed

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from fedllm.data.sources import Table
+from fedllm.data.table import Table
 from fedllm.tasks.chat import COLUMNS
 from fedllm.tasks.registry import task_of
 from fedllm.tasks.row import Row, drawn, looks

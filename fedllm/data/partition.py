@@ -22,15 +22,12 @@ from fedllm.core.client import SERVER
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.cluster import Embed, clusters
 from fedllm.data.federation import Row
-from fedllm.tasks.row import as_text, nearest, value_of
+from fedllm.data.parts import Parts, checked_choice, checked_number, enough, groups_of, numbered, sizes
+from fedllm.tasks.row import nearest
 
 FILE = "_file"
-NOBODY = "\0null"
-"""Groups rows whose key is null: a client of their own, and not those whose key reads null."""
 LONGEST_ID = 120
 """Bytes of a client's id."""
-Parts = dict[str, list[int]]
-"""Each client's row indices, in order."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,60 +40,6 @@ class Partitioner(Protocol):
         ...
 
 
-def _number(key: str, value: Any, low: float, *, whole: bool = False, open_low: bool = False) -> None:
-    """Refuses a knob out of range, naming the key, the value and what is allowed."""
-    kind = int if whole else int | float
-    right = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    if not right or value < low or (open_low and value == low):
-        bound = f"above {low}" if open_low else f"from {low} up"
-        raise RecipeError(f"data.partition.{key} = {value!r}: allowed is a {'whole ' if whole else ''}number {bound}")
-
-
-def _choice(key: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        names = ", ".join(allowed)
-        raise RecipeError(f"data.partition.{key} = {value!r}: allowed is one of {names}{nearest(value, allowed)}")
-
-
-def _numbered(parts: Sequence[Sequence[int] | np.ndarray]) -> Parts:
-    """The parts as client-00, client-01, ...; a DataError names one that is empty."""
-    width = max(2, len(str(len(parts) - 1)))
-    named = {f"client-{i:0{width}d}": sorted(int(row) for row in part) for i, part in enumerate(parts)}
-    for name, part in named.items():
-        if not part:
-            raise DataError(f"{name} would have no rows ({sum(map(len, parts))} rows for {len(parts)} clients): "
-                            "ask for fewer clients or for less skew")
-    return named
-
-
-def _enough(rows: Sequence[Row], clients: int, least: int = 1) -> None:
-    """Refuses a split that cannot give each client its least number of rows, naming the first that would go short."""
-    if len(rows) < clients * least:
-        short = len(rows) // least
-        raise DataError(f"client-{short:02d} would have too few rows: {clients} clients with {least} or more each "
-                        f"need {clients * least} rows, and there are {len(rows)}")
-
-
-def _groups(rows: Sequence[Row], by: str | None) -> dict[str, list[int]]:
-    """Row indices by the value of a column (default: `label` where there is one, else `category`)."""
-    by = by or ("label" if rows and "label" in rows[0] else "category")
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        where = f"data.partition by {by!r}: row {i + 1}"
-        value = value_of(row, by, where)
-        groups.setdefault(NOBODY if value is None else as_text(value, by, where), []).append(i)
-    return dict(sorted(groups.items()))
-
-
-def sizes(total: int, weights: np.ndarray, least: int) -> np.ndarray:
-    """Whole sizes that sum to `total`, nearly proportional to `weights` [clients], none below `least`."""
-    share = weights / weights.sum() * (total - least * len(weights))
-    whole = np.floor(share).astype(np.int64)
-    # Largest remainder: the rows lost to rounding go where rounding took most.
-    whole[np.argsort(whole - share, kind="stable")[: total - least * len(weights) - whole.sum()]] += 1
-    return whole + least
-
-
 @dataclass(frozen=True)
 class Numbered:
     """What partitioners share whose clients are made up: client-00, client-01, ..."""
@@ -105,7 +48,7 @@ class Numbered:
 
     def __post_init__(self) -> None:
         """Refuses knobs that are out of range."""
-        _number("clients", self.clients, 1, whole=True)
+        checked_number("clients", self.clients, 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -114,8 +57,8 @@ class Iid(Numbered):
 
     def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
         """Client sizes differ by one row at most."""
-        _enough(rows, self.clients)
-        return _numbered(np.array_split(rng.permutation(len(rows)), self.clients))
+        enough(rows, self.clients)
+        return numbered(np.array_split(rng.permutation(len(rows)), self.clients))
 
 
 @dataclass(frozen=True)
@@ -129,17 +72,17 @@ class Dirichlet(Numbered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number("alpha", self.alpha, 0, open_low=True)
-        _number("min_examples", self.min_examples, 1, whole=True)
+        checked_number("alpha", self.alpha, 0, open_low=True)
+        checked_number("min_examples", self.min_examples, 1, whole=True)
 
     def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
         """Clients below `min_examples` are topped up with random rows of the largest client.
 
         Redrawing until all are large enough, as is often done, may never end.
         """
-        _enough(rows, self.clients, self.min_examples)
+        enough(rows, self.clients, self.min_examples)
         parts: list[list[int]] = [[] for _ in range(self.clients)]
-        for group in _groups(rows, self.by).values():
+        for group in groups_of(rows, self.by).values():
             shares = rng.dirichlet(np.full(self.clients, float(self.alpha)))
             cuts = (np.cumsum(shares)[:-1] * len(group)).astype(np.int64)
             for part, piece in zip(parts, np.split(rng.permutation(group), cuts), strict=True):
@@ -148,7 +91,7 @@ class Dirichlet(Numbered):
             while len(part) < self.min_examples:
                 donor = max(parts, key=len)
                 part.append(donor.pop(int(rng.integers(len(donor)))))
-        return _numbered(parts)
+        return numbered(parts)
 
 
 @dataclass(frozen=True)
@@ -160,11 +103,11 @@ class Shards(Numbered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number("classes", self.classes, 1, whole=True)
+        checked_number("classes", self.classes, 1, whole=True)
 
     def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
         """No client sees more than `classes` classes, and each class is held by someone."""
-        groups = list(_groups(rows, self.by).values())
+        groups = list(groups_of(rows, self.by).values())
         if not len(groups) / self.clients <= self.classes <= len(groups):
             least = math.ceil(len(groups) / self.clients)
             raise RecipeError(f"data.partition.classes = {self.classes}: allowed is {least} to {len(groups)}, since "
@@ -180,7 +123,7 @@ class Shards(Numbered):
         for group, owners in zip(groups, holders, strict=True):
             for client, piece in zip(owners, np.array_split(rng.permutation(group), len(owners)), strict=True):
                 parts[client].extend(piece.tolist())
-        return _numbered(parts)
+        return numbered(parts)
 
 
 @dataclass(frozen=True)
@@ -194,20 +137,20 @@ class Quantity(Numbered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number("skew", self.skew, 0)
-        _number("min_examples", self.min_examples, 1, whole=True)
-        _choice("law", self.law, ("lognormal", "power"))
+        checked_number("skew", self.skew, 0)
+        checked_number("min_examples", self.min_examples, 1, whole=True)
+        checked_choice("law", self.law, ("lognormal", "power"))
 
     def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
         """Which client is large is drawn too."""
-        _enough(rows, self.clients, self.min_examples)
+        enough(rows, self.clients, self.min_examples)
         draws: dict[str, Callable[[int], np.ndarray]] = {
             "lognormal": rng.standard_normal,
             "power": lambda k: -np.log(1.0 + rng.permutation(k)),
         }
         logs = self.skew * draws[self.law](self.clients)
         amounts = sizes(len(rows), np.exp(logs - logs.max()), self.min_examples)
-        return _numbered(np.split(rng.permutation(len(rows)), np.cumsum(amounts)[:-1]))
+        return numbered(np.split(rng.permutation(len(rows)), np.cumsum(amounts)[:-1]))
 
 
 @dataclass(frozen=True)
@@ -220,12 +163,12 @@ class ByKey:
     """What becomes of values with fewer rows: one client `other` of them all, or left out (logged)."""
 
     def __post_init__(self) -> None:
-        _number("min_examples", self.min_examples, 1, whole=True)
-        _choice("small", self.small, ("merge", "drop"))
+        checked_number("min_examples", self.min_examples, 1, whole=True)
+        checked_choice("small", self.small, ("merge", "drop"))
 
     def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
         """Clients stand in the sorted order of their keys. Only `small: drop` leaves rows out."""
-        groups = _groups(rows, self.key)
+        groups = groups_of(rows, self.key)
         kept = {value: part for value, part in groups.items() if len(part) >= self.min_examples}
         small = sorted(i for value, part in groups.items() if value not in kept for i in part)
         if small and self.small == "drop":
@@ -270,10 +213,10 @@ class ByCluster(Numbered):
 
     def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
         """Embeds `text`, or else `prompt`, by TF-IDF and SVD where no `embed` is given."""
-        _enough(rows, self.clients)
+        enough(rows, self.clients)
         texts = [str(row["text"] if "text" in row else row["prompt"]) for row in rows]
         found = clusters(texts, self.clients, rng, embed)
-        return _numbered([np.flatnonzero(found == k).tolist() for k in range(self.clients)])
+        return numbered([np.flatnonzero(found == k).tolist() for k in range(self.clients)])
 
 
 @dataclass(frozen=True)
@@ -290,7 +233,7 @@ class Grouped:
     def __post_init__(self) -> None:
         for name in ("clients", "min_rows", "max_rows"):
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 1, whole=True)
+                checked_number(name, getattr(self, name), 1, whole=True)
 
     def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
         """Not for rows in memory."""
@@ -308,7 +251,7 @@ KINDS: dict[str, type[Any]] = {
 def partitioner(spec: Mapping[str, Any]) -> Partitioner:
     """The partitioner of a recipe's `data.partition`; a RecipeError names an unknown kind, knob or value."""
     kind = str(spec.get("kind", "iid"))
-    _choice("kind", kind, tuple(KINDS))
+    checked_choice("kind", kind, tuple(KINDS))
     known = {field.name: field for field in fields(KINDS[kind])}
     knobs = {key: value for key, value in spec.items() if key != "kind"}
     for key in knobs:

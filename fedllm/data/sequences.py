@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedllm.core.errors import DataError
-from fedllm.data.sources import Table
 from fedllm.data.spec import Spec
+from fedllm.data.table import Table
 from fedllm.data.windows import SERIES, START, ordered
 from fedllm.tasks.row import as_text, value_of
 

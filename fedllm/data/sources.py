@@ -6,40 +6,23 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from fedllm.core.errors import DataError
 from fedllm.data.files import PACKAGE, each_once, files_in, identities, identity, in_package, no_pointer
+from fedllm.data.hub import hub_table, saved_table
 from fedllm.data.memory import Held
 from fedllm.data.strict import bounded, delimited, loads, whole
+from fedllm.data.table import Table
 from fedllm.tasks.row import as_text, nearest, value_of
 
-__all__ = ["Table", "map_fields", "nearest", "read_tables", "resolve", "value_of"]
-Reader = Callable[[Path, Held], "Table"]
+__all__ = ["map_fields", "nearest", "read_tables", "resolve", "value_of"]
+Reader = Callable[[Path, Held], Table]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of one file or dataset, and how an error should speak of them."""
-
-    name: str
-    rows: Sequence[Mapping[str, Any]]
-    lines: Sequence[int] = ()
-    """JSONL, CSV, TSV and text: the line on which each row begins, from 1, since blank lines are skipped."""
-    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Class names by column, where a `datasets` dataset declares them."""
-    path: Path | None = None
-    folder: Path | None = None
-    """Where relative paths in rows begin; None: where the program runs."""
-
-    def where(self, i: int) -> str:
-        """Row `i` (from 0) as an error names it: `notes.jsonl, row 3 (line 5)`."""
-        return f"{self.name}, row {i + 1}" + (f" (line {self.lines[i]})" if self.lines else "")
 
 
 def map_fields(row: Mapping[str, Any], fields: Mapping[str, str | list[str]], where: str) -> dict[str, Any]:
@@ -100,7 +83,7 @@ def read_tables(source: str | Sequence[str], split: str = "train", subset: str |
 def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int, int]], room: Held,
           known: Mapping[str, Reader]) -> list[Table]:
     if source.startswith("hub:"):
-        return [_hub(source.removeprefix("hub:"), split, subset)]
+        return [hub_table(source.removeprefix("hub:"), split, subset)]
     path = resolve(source)
     if path.is_dir():
         return _folder(path, split, but, room, known)
@@ -113,7 +96,7 @@ def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int,
         raise DataError(f"{source!r} is neither a file nor a folder (a pipe, a socket or a device); rows are read from "
                         "files", file=str(path), kind="unreadable")
     if HUB_ID.fullmatch(source) and path.suffix.lower() not in known:
-        return [_hub(source, split, subset)]
+        return [hub_table(source, split, subset)]
     raise DataError(f"{source!r}: no such file or folder (looked in {Path.cwd()}); a dataset of the Hub is written "
                     "'owner/name' or 'hub:name'")
 
@@ -140,7 +123,7 @@ def _folder(path: Path, split: str, but: frozenset[tuple[int, int]], room: Held,
     """A saved `datasets` folder is one table, and so is a folder of pictures, with a folder for each label; any other
     folder is one table for each file with a known extension."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return [_saved(path, split)]
+        return [saved_table(path, split)]
     files = files_in(path, known, but)
     if not files and (pictures := sorted(p for p in path.glob("*/*") if p.suffix.lower() in PICTURES)):
         return [Table(str(path), [{"image": str(p), "label": p.parent.name} for p in pictures])]
@@ -247,52 +230,6 @@ def _text(path: Path, room: Held) -> Table:
         raise DataError(f"{path} holds NUL bytes: it is UTF-16, or damaged; save it as UTF-8", kind="unreadable")
     kept = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     return Table(str(path), [{"text": line} for _, line in kept], [number for number, _ in kept])
-
-
-def _dataset(name: str, data: Any) -> Table:
-    """Class numbers become their names (a name may itself be a number), and pictures stay the files that they are."""
-    from datasets import ClassLabel, Image
-
-    def names(kind: Any, value: Any) -> Any:
-        known = kind.names if isinstance(kind, ClassLabel) else None
-        if known is None:
-            return [names(kind.feature, v) for v in value]
-        return known[value] if isinstance(value, int) and 0 <= value < len(known) else value
-
-    classes: dict[str, tuple[str, ...]] = {}
-    for column, kind in data.features.items():
-        if isinstance(kind, Image):
-            data = data.cast_column(column, Image(decode=False))
-        single = vars(kind).get("feature", kind)  # of a list: what it holds
-        if isinstance(single, ClassLabel):
-            classes[column] = tuple(single.names)
-    rows = [{c: names(data.features[c], v) if c in classes and v is not None else v for c, v in row.items()}
-            for row in data.to_list()]
-    return Table(name, rows, classes=classes)
-
-
-def _saved(path: Path, split: str) -> Table:
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a saved dataset that can be read: {error}") from error
-    if isinstance(data, datasets.DatasetDict):
-        data = value_of(data, split, f"{path}, a dataset of several splits,")
-    return _dataset(str(path), data)
-
-
-def _hub(name: str, split: str, subset: str | None) -> Table:
-    import datasets
-
-    try:
-        return _dataset(name, datasets.load_dataset(name, subset, split=split))
-    except (OSError, ValueError, RuntimeError) as error:
-        # Hub errors run over many lines; the first says what happened.
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"the dataset {name!r} is no local file and could not be reached on the Hub ({cause}); "
-                        "check the id and the connection, or give the path of a local file") from error
 
 
 READERS: dict[str, Reader] = {

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from fedllm.core.errors import DataError
-from fedllm.data.sources import Table
 from fedllm.data.spec import Spec
+from fedllm.data.table import Table
 from fedllm.tasks.row import as_text, value_of
 
 SERIES, START = "series", "start"

@@ -18,8 +18,8 @@ from fedllm.data.load import load_federation
 from fedllm.engines.world import World
 from fedllm.evaluation.trained import Arm, Trained, log
 from fedllm.local.spec import LocalSpec
-from fedllm.runs.recipe import OWN
 from fedllm.runs.rows import file_rows
+from fedllm.runs.sections import OWN
 from fedllm.tasks.answers import judges_of, listed
 from fedllm.tasks.chat import wanted
 from fedllm.tasks.choices import FIGURE, options, picked

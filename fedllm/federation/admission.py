@@ -12,8 +12,9 @@ from fedllm.federation.settings import SiteSettings
 from fedllm.methods.registry import METHODS, method_class
 from fedllm.models.load import OWN
 from fedllm.models.made import NAMES as BUILT
-from fedllm.runs.recipe import NamedModel, Recipe, read_recipe
+from fedllm.runs.recipe import Recipe, read_recipe
 from fedllm.runs.resolved import versions
+from fedllm.runs.sections import NamedModel
 from fedllm.runs.store import private_folder, read_json, write_atomic
 from fedllm.tasks.answers import CALL, judges_of, listed
 

@@ -13,8 +13,8 @@ from fedllm.core.client import Query
 from fedllm.core.payload import Payload
 from fedllm.engines.far.guard import Guard, Question
 from fedllm.engines.far.leaving import Words
+from fedllm.engines.far.line import Body
 from fedllm.engines.far.reasons import Refused
-from fedllm.engines.far.sites import Body
 from fedllm.federation.gated import only_judged
 from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.settings import SiteSettings

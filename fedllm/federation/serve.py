@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import RecipeError
-from fedllm.engines.far.sites import Patience
+from fedllm.engines.far.line import Patience
 from fedllm.federation import operate
 from fedllm.federation.answering import Desk
 from fedllm.federation.coordinator import check_recipe
@@ -19,9 +19,10 @@ from fedllm.runs.folder import RunFolder, fresh_path
 from fedllm.runs.follow import following
 from fedllm.runs.progress import Lines
 from fedllm.runs.received import received
-from fedllm.runs.recipe import OWN, Recipe, load_recipe
+from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result, finished
+from fedllm.runs.sections import OWN
 from fedllm.runs.signature import sign
 
 

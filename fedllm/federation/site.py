@@ -17,9 +17,9 @@ from fedllm.core.rng import numpy_stream
 from fedllm.data.entities import kept_back
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.load import HOLD_BACK_FROM, _held_back, load_federation
+from fedllm.engines.far.line import Head
 from fedllm.engines.far.reasons import Refused
 from fedllm.engines.far.site import SiteRun
-from fedllm.engines.far.sites import Head
 from fedllm.engines.world import World
 from fedllm.federation.admission import admitted, may_load, same_versions
 from fedllm.federation.gated import gated

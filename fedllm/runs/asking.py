@@ -19,7 +19,8 @@ from fedllm.runs.course import Course
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.more import served
 from fedllm.runs.received import received
-from fedllm.runs.recipe import OWN, Recipe, load_recipe
+from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.sections import OWN
 
 PATIENCE = 300.0
 """Seconds that one question, or all rounds before the first, may take."""

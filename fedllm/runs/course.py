@@ -21,7 +21,7 @@ from fedllm.core.rng import numpy_stream
 from fedllm.core.select import Turn
 from fedllm.runs.build import Parts, heard_by
 from fedllm.runs.fits import cohort_size
-from fedllm.runs.recipe import ClientsSpec
+from fedllm.runs.sections import ClientsSpec
 from fedllm.selectors.uniform import Uniform
 
 PATIENCE = 3

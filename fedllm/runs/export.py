@@ -22,8 +22,9 @@ from fedllm.runs.build import build
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.products import BASE, form_of, write_tree
 from fedllm.runs.received import received
-from fedllm.runs.recipe import ModelSpec, load_recipe, read_recipe
+from fedllm.runs.recipe import load_recipe, read_recipe
 from fedllm.runs.result import Result
+from fedllm.runs.sections import ModelSpec
 from fedllm.spaces.registry import make_space
 from fedllm.spaces.space import CAUSAL
 

@@ -9,8 +9,9 @@ from fedllm.core.errors import CompositionError, RecipeError, RunError
 from fedllm.core.method import Method
 from fedllm.methods.registry import make_method, method_class, modules
 from fedllm.models.peft_io import CONFIG, SPACE
-from fedllm.runs.recipe import NamedModel, Recipe, Stage
+from fedllm.runs.recipe import Recipe
 from fedllm.runs.result import Result
+from fedllm.runs.sections import NamedModel, Stage
 
 
 def judged(after: Recipe, before: Recipe, stage: Stage, product: Path | None = None) -> Recipe:

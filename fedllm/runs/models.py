@@ -19,7 +19,8 @@ from fedllm.models.load import OWN, load_model, speaks
 from fedllm.models.model import Model, Task
 from fedllm.models.sealed import Sealed, sealed
 from fedllm.models.shelf import Shelf, unknown
-from fedllm.runs.recipe import Named, NamedModel, Recipe
+from fedllm.runs.recipe import Recipe
+from fedllm.runs.sections import Named, NamedModel
 from fedllm.spaces.registry import SPACES, make_space
 from fedllm.spaces.space import Space
 

@@ -15,7 +15,8 @@ from fedllm.core.errors import RecipeError
 from fedllm.core.knobs import check_knob
 from fedllm.core.rng import numpy_stream
 from fedllm.core.shares import SHARES
-from fedllm.runs.recipe import EnergySpec, Recipe
+from fedllm.runs.recipe import Recipe
+from fedllm.runs.sections import EnergySpec
 
 
 def make_profiles(recipe: Recipe, clients: list[str]) -> dict[str, Profile]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from fedllm.core.errors import RecipeError
 from fedllm.runs.plugins import moved
-from fedllm.runs.recipe import Plugin, Recipe, armed, read_recipe
+from fedllm.runs.recipe import Recipe, armed, read_recipe
+from fedllm.runs.sections import Plugin
 from fedllm.tasks.answers import CALL, listed
 
 

@@ -21,7 +21,8 @@ from fedllm.runs.course import Course
 from fedllm.runs.fits import cohort_size
 from fedllm.runs.judge import Judge
 from fedllm.runs.progress import log as progress
-from fedllm.runs.recipe import Named, Recipe, load_recipe
+from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.sections import Named
 
 TESTED = 0.3
 """Share of the public rows on which the rehearsals are tested."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import RunError
-from fedllm.runs.folder import CHAIN, RunFolder, link
+from fedllm.runs.event_log import CHAIN, link
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.store import read_json
 
 SEALED = ("recipe.yaml", "clients.json", "samples.json", "adapter", "model", "trainables", "clients")

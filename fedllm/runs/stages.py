@@ -23,10 +23,11 @@ from fedllm.runs.handed import check_judges, judged
 from fedllm.runs.products import BASE
 from fedllm.runs.progress import Quiet
 from fedllm.runs.received import received, trusted
-from fedllm.runs.recipe import Recipe, Stage, armed, load_recipe, read_recipe
+from fedllm.runs.recipe import Recipe, armed, load_recipe, read_recipe
 from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import look
+from fedllm.runs.sections import Stage
 from fedllm.runs.standing import Publish
 from fedllm.runs.started import begin as begin_run
 from fedllm.runs.started import go_on as go_on_run

@@ -17,7 +17,8 @@ from fedllm.runs.beside import Beside
 from fedllm.runs.best import Best
 from fedllm.runs.build import Parts
 from fedllm.runs.course import Course
-from fedllm.runs.folder import EventLog, RunFolder
+from fedllm.runs.event_log import EventLog
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.judge import Judge
 from fedllm.runs.meter import Meter
 from fedllm.runs.progress import Quiet

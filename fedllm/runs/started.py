@@ -15,11 +15,12 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runs.more import check_layers, grown, write_rounds
 from fedllm.runs.progress import Quiet
 from fedllm.runs.received import received
-from fedllm.runs.recipe import OWN, Recipe, load_recipe
+from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.resolved import resolved
 from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import look
 from fedllm.runs.run import Run
+from fedllm.runs.sections import OWN
 from fedllm.runs.spread import spread
 from fedllm.runs.standing import Publish
 from fedllm.runs.terminal import progress_bars

@@ -22,7 +22,8 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runs.halves import Now, Then
 from fedllm.runs.products import safe, write_clients, write_served
 from fedllm.runs.received import received
-from fedllm.runs.recipe import OWN, Recipe
+from fedllm.runs.recipe import Recipe
+from fedllm.runs.sections import OWN
 from fedllm.runs.store import read_json, reading
 from fedllm.runs.tape import check_taped
 

@@ -20,7 +20,8 @@ import fedllm
 from fedllm.cli.chat import Speaker, chat
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.local.spec import LocalSpec
-from fedllm.runs.folder import EventLog, RunFolder
+from fedllm.runs.event_log import EventLog
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.keys import page
 from fedllm.runs.products import safe
 from fedllm.runs.progress import Lines, clock

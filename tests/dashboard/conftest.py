@@ -10,7 +10,8 @@ import pytest
 
 from fedllm.core.record import Record
 from fedllm.dashboard.serve import server
-from fedllm.runs.folder import EventLog, RunFolder
+from fedllm.runs.event_log import EventLog
+from fedllm.runs.folder import RunFolder
 
 
 class Run:

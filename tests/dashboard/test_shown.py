@@ -9,7 +9,7 @@ import pytest
 from fedllm.dashboard.shelf import places
 from fedllm.dashboard.tail import Odd, Tail
 from fedllm.privacy.accountant import spent
-from fedllm.runs.folder import EventLog
+from fedllm.runs.event_log import EventLog
 from fedllm.runs.store import freeze
 from tests.dashboard.conftest import Run, runs, whole
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.core.errors import DataError, RecipeError
-from fedllm.data.partition import FILE, KINDS, partitioner, sizes
+from fedllm.data.partition import FILE, KINDS, partitioner
+from fedllm.data.parts import sizes
 
 
 def make_rows(n, classes=4):

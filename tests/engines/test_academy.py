@@ -28,9 +28,10 @@ from fedllm.api import run
 from fedllm.cli.main import app
 from fedllm.core.errors import PayloadError, RecipeError, RunError
 from fedllm.engines.far.desk import Desk
+from fedllm.engines.far.line import Patience, Silence
 from fedllm.engines.far.pieces import InPieces
 from fedllm.engines.far.site import SiteHost
-from fedllm.engines.far.sites import PROTOCOL, Patience, Silence
+from fedllm.engines.far.sites import PROTOCOL
 from fedllm.federation.academy import exchange as mailboxes
 from fedllm.federation.academy.agent import CONFIG, JSON
 from fedllm.federation.academy.join import join_academy
@@ -44,7 +45,8 @@ from fedllm.federation.nvflare.loopback import events, until, write_rows
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import OWN, load_recipe
+from fedllm.runs.recipe import load_recipe
+from fedllm.runs.sections import OWN
 
 SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
 SITES = ("site-a", "site-b")

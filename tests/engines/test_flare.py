@@ -12,12 +12,14 @@ from fedllm.api import run
 from fedllm.core.errors import DidNothing, FedLLMError, PayloadError, RunError
 from fedllm.core.payload import pack
 from fedllm.engines.far.door import Door
+from fedllm.engines.far.line import Patience, Silence
 from fedllm.engines.far.site import SiteHost
-from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
-from fedllm.federation.coordinator import drive_run, for_sites
+from fedllm.engines.far.sites import PROTOCOL, Sites
+from fedllm.federation.coordinator import drive_run
 from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.memory import DiskMemory
 from fedllm.federation.nvflare.serve import ServerGone, _follow
+from fedllm.federation.opening import for_sites
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.runs.build import build

@@ -7,9 +7,10 @@ import pytest
 
 from fedllm.core.errors import PayloadError
 from fedllm.engines.far import pieces as flare_pieces
+from fedllm.engines.far.line import Silence
 from fedllm.engines.far.pieces import HELD, LONGEST, InPieces, Pieces
 from fedllm.engines.far.site import SiteHost
-from fedllm.engines.far.sites import PROTOCOL, Silence
+from fedllm.engines.far.sites import PROTOCOL
 
 
 class Line:

@@ -15,8 +15,9 @@ from fedllm.core.method import Method
 from fedllm.core.payload import digest, pack, part
 from fedllm.core.program import drive
 from fedllm.engines.far.engine import Flare
+from fedllm.engines.far.line import Patience, Silence
 from fedllm.engines.far.site import SiteHost, SiteRun
-from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
+from fedllm.engines.far.sites import PROTOCOL, Sites
 from fedllm.engines.in_process import InProcess
 from fedllm.federation.memory import DiskMemory
 from fedllm.local.fit import run_fits

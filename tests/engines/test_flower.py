@@ -23,7 +23,8 @@ from fedllm.api import run
 from fedllm.cli.main import app
 from fedllm.core.errors import FedLLMError, PayloadError, RecipeError, RunError
 from fedllm.engines.far.desk import Desk
-from fedllm.engines.far.sites import PROTOCOL, Patience, Silence, Sites
+from fedllm.engines.far.line import Patience, Silence
+from fedllm.engines.far.sites import PROTOCOL, Sites
 from fedllm.federation.flower import internals, wire
 from fedllm.federation.flower.join import join_flower
 from fedllm.federation.flower.keys import (

@@ -12,8 +12,8 @@ import pytest
 
 import fedllm
 from fedllm.core.errors import DataError, RecipeError, RunError
+from fedllm.engines.far.line import Patience
 from fedllm.engines.far.site import SiteHost
-from fedllm.engines.far.sites import Patience
 from fedllm.environments import served
 from fedllm.environments.env import Bounded
 from fedllm.environments.registry import dealt, make_scene
@@ -21,7 +21,8 @@ from fedllm.environments.rules import Rules
 from fedllm.environments.served import arguments
 from fedllm.environments.tape import Tape
 from fedllm.federation.admission import admitted
-from fedllm.federation.coordinator import drive_run, for_sites
+from fedllm.federation.coordinator import drive_run
+from fedllm.federation.opening import for_sites
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.runs.acting import acts

@@ -13,9 +13,9 @@ from fedllm.engines.far.leaving import Words
 from fedllm.engines.far.reasons import REASONS
 from fedllm.engines.far.site import SiteHost
 from fedllm.engines.far.sites import PROTOCOL
-from fedllm.federation.coordinator import for_sites
 from fedllm.federation.declared import PROFILE
 from fedllm.federation.ledger import SiteLedger
+from fedllm.federation.opening import for_sites
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.methods.registry import method_class, modules

@@ -10,12 +10,13 @@ import httpx
 import pytest
 
 from fedllm.core.errors import EndpointError, RecipeError, RunError
+from fedllm.engines.far.line import Patience, Silence
 from fedllm.engines.far.site import SiteHost
-from fedllm.engines.far.sites import Patience, Silence
 from fedllm.federation import answering as service
 from fedllm.federation.answering import AskServer, Desk
-from fedllm.federation.coordinator import drive_run, for_sites
+from fedllm.federation.coordinator import drive_run
 from fedllm.federation.ledger import SiteLedger
+from fedllm.federation.opening import for_sites
 from fedllm.federation.serve import may_answer
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run

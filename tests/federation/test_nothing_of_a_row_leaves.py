@@ -15,7 +15,7 @@ from fedllm.engines.far.desk import Desk
 from fedllm.engines.far.reasons import NUMBERS, REASONS, Refused, coded, sentence
 from fedllm.engines.far.site import SiteHost
 from fedllm.engines.far.sites import PROTOCOL
-from fedllm.federation.coordinator import for_sites
+from fedllm.federation.opening import for_sites
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.methods.baselines.fedavg import FedAvg

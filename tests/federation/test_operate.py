@@ -18,7 +18,8 @@ from fedllm.federation.operate import SERVING, Tally, announced, metrics, servin
 from fedllm.federation.settings import SiteSettings
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.layers import make_layer
-from fedllm.runs.recipe import OWN, load_recipe
+from fedllm.runs.recipe import load_recipe
+from fedllm.runs.sections import OWN
 
 WIRE = {"kind": "wire", "round": 0, "phase": "p", "client": "site-a", "direction": "up", "payload": "x", "bytes": 70}
 EVENTS = [

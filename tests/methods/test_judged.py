@@ -21,7 +21,8 @@ from fedllm.models.model import Model
 from fedllm.models.shelf import Shelf
 from fedllm.runs.build import build
 from fedllm.runs.course import Course
-from fedllm.runs.recipe import NamedModel, load_recipe
+from fedllm.runs.recipe import load_recipe
+from fedllm.runs.sections import NamedModel
 from fedllm.spaces import make_space
 from tests.methods.conftest import llama, tokenizer
 from tests.methods.test_fed_dpo import write

@@ -15,7 +15,7 @@ from fedllm.core import found
 from fedllm.core.errors import RecipeError
 from fedllm.engines.far.reasons import Refused
 from fedllm.federation.admission import admitted
-from fedllm.federation.coordinator import for_sites
+from fedllm.federation.opening import for_sites
 from fedllm.federation.settings import SiteSettings
 from fedllm.methods import registry
 from fedllm.methods.baselines import fedavg

@@ -10,7 +10,8 @@ import pytest
 
 import fedllm
 from fedllm.core.errors import RunError
-from fedllm.runs.folder import CHAIN, EventLog, RunFolder, link
+from fedllm.runs.event_log import CHAIN, EventLog, link
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.seal import verify
 from tests.cli.test_cli import call
 

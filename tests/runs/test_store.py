@@ -10,7 +10,8 @@ import torch
 
 from fedllm.core.errors import RunError
 from fedllm.core.payload import digest
-from fedllm.runs.folder import KEEP, EventLog, RunFolder, fresh_path
+from fedllm.runs.event_log import EventLog
+from fedllm.runs.folder import KEEP, RunFolder, fresh_path
 from fedllm.runs.store import Blobs, blobs_in, freeze, thaw, write_atomic
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedllm.core.errors import RecipeError
 from fedllm.core.knobs import Knobs
-from fedllm.data.sources import Table
+from fedllm.data.table import Table
 from fedllm.tasks.row import nearest
 
 PREFIX = "sim:"

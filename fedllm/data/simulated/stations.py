@@ -10,7 +10,7 @@ import numpy as np
 from fedllm.core.knobs import knob
 from fedllm.core.rng import numpy_stream
 from fedllm.data.simulated.registry import Simulated
-from fedllm.data.sources import Table
+from fedllm.data.table import Table
 
 NAMES = ("temperature", "pressure", "humidity", "wind", "radiation", "dew")
 DAY, YEAR = 24, 1200

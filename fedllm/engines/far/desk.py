@@ -8,9 +8,9 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
+from fedllm.engines.far.line import Head
 from fedllm.engines.far.pieces import PIECE_OPS
 from fedllm.engines.far.site import BOOT, Said, SiteHost, SiteRun
-from fedllm.engines.far.sites import Head
 
 HOLD = 2.0
 """Seconds for which a message is held until its work is done; then the answer is `pending`, which is a sign of life."""

@@ -22,9 +22,10 @@ from fedllm.core.record import Record
 from fedllm.engines.carry import carry_out
 from fedllm.engines.clock import Clock
 from fedllm.engines.far.door import Door
+from fedllm.engines.far.line import Body, Head, Silence, Unsent
 from fedllm.engines.far.real_time import RealTime
 from fedllm.engines.far.reasons import sentence
-from fedllm.engines.far.sites import PROTOCOL, Body, Head, Silence, Sites, Unsent
+from fedllm.engines.far.sites import PROTOCOL, Sites
 from fedllm.engines.far.trip import Answer, Bodies, Trip
 from fedllm.engines.in_process import InProcess
 from fedllm.engines.job import Job

@@ -10,7 +10,7 @@ from fedllm.core.layer import Layer
 from fedllm.core.payload import Payload
 from fedllm.engines.call import Bounds
 from fedllm.engines.far.leaving import Words
-from fedllm.engines.far.sites import Body
+from fedllm.engines.far.line import Body
 
 
 @dataclass(frozen=True)

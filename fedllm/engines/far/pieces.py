@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from fedllm.core.errors import PayloadError
+from fedllm.engines.far.line import Body, Head, Link, Silence
 from fedllm.engines.far.reasons import sentence
-from fedllm.engines.far.sites import PROTOCOL, Body, Head, Link, Silence
+from fedllm.engines.far.sites import PROTOCOL
 
 PIECE = 16 << 20
 """Bytes of a piece; what is no longer than that crosses whole."""

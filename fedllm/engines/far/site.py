@@ -25,9 +25,10 @@ from fedllm.engines.carry import carry_out
 from fedllm.engines.client import ClientCall
 from fedllm.engines.far.guard import Gate, Guard, Question
 from fedllm.engines.far.leaving import Words, texts
+from fedllm.engines.far.line import Body, Head
 from fedllm.engines.far.pieces import PIECE_OPS, Pieces
 from fedllm.engines.far.reasons import Refused, coded
-from fedllm.engines.far.sites import PROTOCOL, Body, Head
+from fedllm.engines.far.sites import PROTOCOL
 from fedllm.engines.world import World, method_on
 from fedllm.local.requests import Request
 from fedllm.models.model import Model

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedllm.core.ask import ClientId
 from fedllm.core.payload import Payload
-from fedllm.engines.far.sites import Head
+from fedllm.engines.far.line import Head
 from fedllm.engines.job import Job
 from fedllm.wire import codec
 

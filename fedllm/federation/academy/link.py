@@ -12,7 +12,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from fedllm.core.errors import PayloadError, RunError
-from fedllm.engines.far.sites import PROTOCOL, Barred, Body, Head, Silence
+from fedllm.engines.far.line import Barred, Body, Head, Silence
+from fedllm.engines.far.sites import PROTOCOL
 from fedllm.federation.academy.keys import AcademyFederation, token
 from fedllm.federation.academy.wire import down, seal, trusting, unseal, up
 

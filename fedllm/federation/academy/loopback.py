@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from fedllm.engines.far.sites import Patience
+from fedllm.engines.far.line import Patience
 from fedllm.federation.academy import serve as academy_serve
 from fedllm.federation.academy.keys import new_academy_federation
 from fedllm.federation.nvflare.loopback import SITES, Loopback, joined

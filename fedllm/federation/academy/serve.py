@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedllm.core.errors import RunError
+from fedllm.engines.far.line import Link, Patience, Silence
 from fedllm.engines.far.pieces import InPieces
-from fedllm.engines.far.sites import PROTOCOL, Link, Patience, Silence
+from fedllm.engines.far.sites import PROTOCOL
 from fedllm.federation.academy.keys import AcademyFederation
 from fedllm.federation.academy.link import START, AcademyLink
 from fedllm.federation.academy.wire import SIZE, check_academy

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.core.errors import PayloadError
-from fedllm.engines.far.sites import PROTOCOL, Barred, Silence
+from fedllm.engines.far.line import Barred, Silence
+from fedllm.engines.far.sites import PROTOCOL
 from fedllm.federation.flower.wire import KIND, Head, from_record, to_record
 
 log = logging.getLogger(__name__)

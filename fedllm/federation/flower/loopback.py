@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from fedllm.engines.far.sites import Patience
+from fedllm.engines.far.line import Patience
 from fedllm.federation.flower import serve as flower_serve
 from fedllm.federation.flower.keys import new_flower_federation
 from fedllm.federation.nvflare.loopback import SITES, Loopback, joined

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import RunError
-from fedllm.engines.far.sites import Patience
+from fedllm.engines.far.line import Patience
 from fedllm.federation.coordinator import drive_run
 from fedllm.federation.flower.internals import check_flower, fab, gentle, hasten_pulls, inside, keep_alive, runtime
 from fedllm.federation.flower.join import watched

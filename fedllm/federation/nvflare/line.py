@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 
 from fedllm.core.errors import RunError
-from fedllm.engines.far.sites import PROTOCOL, Link, Sites
+from fedllm.engines.far.line import Link
+from fedllm.engines.far.sites import PROTOCOL, Sites
 from fedllm.runs.folder import RunFolder
 
 NOOPS = 60

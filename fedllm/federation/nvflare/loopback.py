@@ -20,16 +20,17 @@ from typing import Any
 import psutil
 
 from fedllm.core.errors import RunError
-from fedllm.engines.far.sites import Patience
+from fedllm.engines.far.line import Patience
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import new_federation
 from fedllm.federation.process import end_tree
 from fedllm.federation.settings import SETTINGS
 from fedllm.methods.registry import method_class
 from fedllm.runs.folder import RunFolder, fresh_path
-from fedllm.runs.recipe import OWN, load_recipe
+from fedllm.runs.recipe import load_recipe
 from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result
+from fedllm.runs.sections import OWN
 
 SITES = ("site-a", "site-b", "site-c")
 ROWS = (12, 15, 9)

@@ -31,10 +31,10 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import new_cell_message
 
 from fedllm.core.errors import FedLLMError
+from fedllm.engines.far.line import Body, Head, Patience, Silence
 from fedllm.engines.far.pieces import InPieces
 from fedllm.engines.far.reasons import coded
 from fedllm.engines.far.site import SiteHost
-from fedllm.engines.far.sites import Body, Head, Patience, Silence
 from fedllm.federation.answering import Desk, answer_questions
 from fedllm.federation.coordinator import FAILED, NotAllHere, drive_run
 from fedllm.federation.network import close

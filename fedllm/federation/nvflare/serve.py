@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import FedLLMError, RunError
-from fedllm.engines.far.sites import Patience
+from fedllm.engines.far.line import Patience
 from fedllm.federation.answering import ASKING, Desk
 from fedllm.federation.coordinator import FAILED
 from fedllm.federation.nvflare.keys import ADMIN, NODES, Federation
