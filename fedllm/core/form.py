@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,9 @@ MORE = 10
 
 ANY = "*"
 """The part whose name the method does not fix, such as metrics: whatever is named by none of the others."""
+
+
+MARK = re.compile(r"([0-9a-f]{64})?")
 
 
 def _number(v: Any) -> bool:
@@ -74,6 +78,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "texts": ("a list of texts", _all(lambda x: isinstance(x, str))),
     "synthetic": ("a list of synthetic rows as JSON objects", _all(_row)),
     "code": ("a text of the protocol", lambda v: isinstance(v, str)),
+    "mark": ("a SHA-256 in hex, or nothing", lambda v: isinstance(v, str) and bool(MARK.fullmatch(v))),
     "name": ("a name", lambda v: isinstance(v, str) and len(v) <= 256),
     "names": ("a list of names", _all(lambda x: isinstance(x, str) and len(x) <= 256)),
     "mask": ("a tensor of true and false, or of whole numbers", lambda v: _whole(v) or _of_bits(v)),
@@ -86,7 +91,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 """Kind of a part -> what it is in words, and whether a leaf is one. Those in `MANY` stand under `<part>/<name>`.
 
 `text` and `texts` are what people or models wrote, `synthetic` rows that a model wrote (`gate/made.py`); `code`,
-`name`, `names` and `layout` are of the protocol (ids).
+`name`, `names` and `layout` are of the protocol (ids); `mark` is a digest of what a client holds, which is no text.
 `rows` is a count of the client's own rows: at most `MORE` times what it declared when it joined. `summand` is what a
 sum takes.
 """
@@ -239,6 +244,11 @@ def aligned(reply: Payload, names: Sequence[str], count: int | None = None) -> N
     want = next(iter(sizes.values())) if count is None else count
     if odd := [name for name, size in sizes.items() if size != want]:
         raise PayloadError(f"'{odd[0]}' has {sizes[odd[0]]} entries, allowed are {want}")
+
+
+def within(at: Sequence[float], of: Sequence[Any]) -> None:
+    """Places in a list that the client was told."""
+    need(all(i in range(len(of)) for i in at), f"{list(at)[:5]} are no places among {len(of)}")
 
 
 def shaped(name: str, t: Tensor, want: Sequence[int | None]) -> None:

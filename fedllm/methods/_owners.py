@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -37,14 +37,14 @@ class Joint:
     confidence: float = 0.0
 
 
-def mark(name: object) -> str:
-    """What a thing is called between owners: a hash, which whoever knows the name can make as well."""
-    return hashlib.sha256(f"fedllm entity {name}".encode()).hexdigest()[:16]
+def mark(name: object) -> int:
+    """What a thing is called between owners: a hash of 63 bits, which whoever knows the name can make as well."""
+    return int.from_bytes(hashlib.sha256(f"fedllm entity {name}".encode()).digest()[:8], "big") >> 1
 
 
-def places(client: Client, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def places(client: Client, rows: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     """Where each thing's part lies among these rows, by its mark; DataError for a row without an id, or two of one."""
-    out: dict[str, int] = {}
+    out: dict[int, int] = {}
     for i, row in enumerate(rows):
         if (name := row.get("id")) is None:
             raise DataError(f"client '{client.id}': row {i + 1} has no 'id', by which the parts of one thing find each "
@@ -55,7 +55,12 @@ def places(client: Client, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return out
 
 
-def drawn(marks: Sequence[str], count: int, size: int, rng: np.random.Generator) -> list[list[str]]:
+def listed(things: Iterable[int]) -> Tensor:
+    """Marks as they leave an owner: numbers [N], in an order that tells nothing."""
+    return torch.tensor(sorted(things), dtype=torch.int64)
+
+
+def drawn(marks: Sequence[int], count: int, size: int, rng: np.random.Generator) -> list[list[int]]:
     """So many batches of things, each thing once before any comes again."""
     order: list[str] = []
     while len(order) < count * size:
@@ -143,21 +148,21 @@ class Owned(Method):
         if asked := {c: m for c, m in told.items() if m["own"] or m["tell"]}:
             out = yield Ask(self.ready, asked)
             if holder in out and asked[holder]["tell"]:
-                state |= {"ids": out[holder]["ids"]}
+                state |= {"ids": out[holder]["ids"].tolist()}
         if not state["ids"]:
             raise QuorumError(f"client '{holder}' holds the labels, and has not said of what")
         return state
 
     def marks(self, msg: Payload, reply: Payload) -> None:
         need(("ids" in reply) == bool(msg.get("tell", True)), "'ids' are there or lacking")
-        ids = reply.get("ids", [])
-        need(len(set(ids)) == len(ids) and all(len(i) == 16 for i in ids), "'ids' are no marks of things, each once")
+        ids = reply["ids"].tolist() if "ids" in reply else []
+        need(len(set(ids)) == len(ids), "'ids' are no marks of things, each once")
 
-    @on_client(gives="ids?: names, done: count", fits=marks)
+    @on_client(gives="ids?: whole, done: count", fits=marks)
     def ready(self, msg: Payload, client: Client) -> Payload:
         if msg["own"]:
             client.memory["theta"] = client.fit(self.encoder(client)).theta
-        return {"done": 1, **({"ids": sorted(places(client, client.data))} if msg["tell"] else {})}
+        return {"done": 1, **({"ids": listed(places(client, client.data))} if msg["tell"] else {})}
 
     def encoder(self, client: Client) -> Tree:
         """The owner's own trainables, which begin as nobody else's do."""
@@ -221,7 +226,7 @@ class Owned(Method):
             client.memory["theta"], client.memory["inner"] = done.theta, done.moments
         return {"done": 1}
 
-    def asked(self, state: State, clients: Sequence[Any], ids: Sequence[str]) -> Ask:
+    def asked(self, state: State, clients: Sequence[Any], ids: Sequence[int]) -> Ask:
         """Owners' vectors of these things."""
         return Ask(self.show, {c.id: {"ids": list(ids), "d": state["d"]} for c in clients})
 
@@ -229,7 +234,7 @@ class Owned(Method):
         """What the server makes of `count` things of which owners told: z [B, C], the labels' names, how sure."""
         raise NotImplementedError
 
-    def about(self, state: State, clients: Sequence[Any], ids: Sequence[str], any: bool) -> Program:
+    def about(self, state: State, clients: Sequence[Any], ids: Sequence[int], any: bool) -> Program:
         """(what the server makes of these things, who has a part of one)"""
         up = yield Ask(self.tell, {c.id: {"ids": list(ids), "d": state["d"], "any": any} for c in clients})
         return (yield from self.joined(state, up, len(ids))), tuple(c for c in up if bool(up[c]["has"].any()))
@@ -251,15 +256,15 @@ class Owned(Method):
         if on != "local":
             return (yield from self.examine(state, clients, ()))
         holder = state.get("holder") or self.labels_at or min(c.id for c in clients)
-        ids = (yield Ask(self.tests, {holder: {}}))[holder]["ids"]
+        ids = (yield Ask(self.tests, {holder: {}}))[holder]["ids"].tolist()
         if not ids or not state["net"]:
             return {holder: {"n": 0}}
         said, _ = yield from self.about(state, clients, ids, False)
         return (yield Ask(self.score, {holder: {"z": said["z"], "ids": ids}}))
 
-    @on_client(gives="ids: names", fits=marks, test=True)
+    @on_client(gives="ids: whole", fits=marks, test=True)
     def tests(self, msg: Payload, client: Client) -> Payload:
-        return {"ids": sorted(places(client, client.held_out("local")))}
+        return {"ids": listed(places(client, client.held_out("local")))}
 
     @on_client(gives="n: count, *: number", test=True)
     def score(self, msg: Payload, client: Client) -> Payload:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 import fedllm.core
+from fedllm.core.form import MARK
 from fedllm.core.payload import Payload
 from fedllm.wire.codec import NAMES
 
@@ -53,7 +54,7 @@ class Words:
 
     def know(self, text: str) -> bool:
         """Whether this text is one of the words, a name, or a layout (JSON) of such."""
-        if text in self.whole or not text:
+        if text in self.whole or MARK.fullmatch(text):  # a digest says what something is, and not what it says
             return True
         if text[:1] == "[" and not self.unknown_in(_json(text)):
             return True

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER, Client
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.core.method import Card, Claim, State, Trial, knob
@@ -106,7 +106,7 @@ class AnytimeFL(Exiting):
         said = out[SERVER]
         return Told(query, said["label"], said["depth"], said["confidence"])
 
-    @on_client(gives="label: text, depth: count, confidence: number")
+    @on_server
     def infer(self, msg: Payload, client: Client) -> Payload:
         [row] = client.encode([{"text": msg["query"], "label": 0}])
         z, ran = self.walked(client.model, torch.as_tensor(row.ids), part(msg, "theta"))

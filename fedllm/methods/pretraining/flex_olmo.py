@@ -100,7 +100,7 @@ class FlexOlmo(Method):
         odd = sorted(like.keys() ^ expert.keys()) or [n for n, t in expert.items() if list(t.shape) != like[n]]
         need(not odd, f"'expert/{odd[0] if odd else ''}' is no tensor of this model's experts")
 
-    @on_client(gives="expert: tensors, of: name, loss?: number", fits=fits)
+    @on_client(gives="expert: tensors, of: mark, loss?: number", fits=fits)
     def local(self, msg, client):
         theta = client.model.initial()
         row = mean_state(client, client.tokens)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError
-from fedllm.core.form import aligned
+from fedllm.core.form import aligned, within
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import add, pack, part, scale, sub, zeros_like
 from fedllm.local.terms import Linear
@@ -86,7 +86,7 @@ class Gossip(Method):
                        "envelopes": [wrote[d]["envelopes"][links[d].index(c)] for d in heard],
                        **pack(letter={str(i): wrote[d]["letter"] for i, d in enumerate(heard)})}
         out = yield Ask(self.mix, msgs)
-        for c, peer in [(c, peer) for c, reply in out.items() for peer in reply["broken"]]:
+        for c, peer in [(c, msgs[c]["from"][int(i)]) for c, reply in out.items() for i in reply["broken"]]:
             log.warning("round %s: client '%s' cannot open the letter of '%s'", sid, c, peer)
         return {**state, "round": state["round"] + 1}
 
@@ -119,7 +119,7 @@ class Gossip(Method):
         letter, envelopes = letters.seal(client, msg["sid"], to, half, self.keys)
         return {"letter": letter, "envelopes": envelopes, "loss": fitted.loss}
 
-    @on_client(gives="broken: names")
+    @on_client(gives="broken: numbers", fits=lambda self, msg, reply: within(reply["broken"], msg["from"]))
     def mix(self, msg, client):
         """theta_i = sum_j W_ij half_j, c_i <- c_i - z_i + sum_j W_ij z_j; a letter that does not open is silence."""
         mine, sealed, opened, broken = client.memory.pop("half"), part(msg, "letter"), [], []
@@ -130,7 +130,7 @@ class Gossip(Method):
                 opened.append((w, theirs))
             except PayloadError as error:
                 log.warning("%s", error)
-                broken.append(peer)
+                broken.append(i)
         letters.forget(client)
         mean = mixed(mine, opened)
         client.memory["theta"] = part(mean, "theta")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.errors import CompositionError, PayloadError, QuorumError, Withheld
-from fedllm.core.form import aligned
+from fedllm.core.form import aligned, within
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import add, digest, pack, part, sub
 from fedllm.methods._elections import WAYS, agreed, elected, held, one_of
@@ -80,7 +80,8 @@ class SwarmLearning(Method):
             made = yield self.ask(self.merge, {m: self.mail(sid, i, sent, key) for i, m in enumerate(now)})
             best = agreed({m: made[m]["hash"] for m in made}, t)
             for m in (m for m in made if made[m]["hash"] != best or made[m]["broken"]):
-                log.warning("round %s: merger '%s' came to %s without %s", sid, m, made[m]["hash"], made[m]["broken"])
+                lost = [list(sent)[int(j)] for j in made[m]["broken"]]
+                log.warning("round %s: merger '%s' came to %s without %s", sid, m, made[m]["hash"], lost)
             for m in (m for m in made if made[m]["hash"] == best):
                 out = yield self.ask(self.publish, {m: pack(sid=sid, to=list(met), keys=[key[c] for c in met])})
                 told = {c: {"sid": sid, "of": m, "hash": best, "key": key[m], "letter": out[m]["letter"],
@@ -94,7 +95,7 @@ class SwarmLearning(Method):
                     envelopes=[sent[c]["envelopes"][i] for c in sent],
                     letter={str(j): sent[c]["letter"] for j, c in enumerate(sent)})
 
-    @on_client(gives="key: blobs, holds: name", sealed=True,
+    @on_client(gives="key: blobs, holds: mark", sealed=True,
                fits=lambda self, msg, reply: letters.check_key(reply["key"]))
     def greet(self, msg, client):
         return {"key": letters.greet(client, msg["sid"], self.keys), "holds": client.memory.get("merged", "")}
@@ -110,7 +111,7 @@ class SwarmLearning(Method):
                                          pack(delta=client.session["delta"]), self.keys)
         return {"letter": letter, "envelopes": envelopes, "n": client.n, "loss": client.session["loss"]}
 
-    @on_client(gives="hash: name, broken: names")
+    @on_client(gives="hash: mark, broken: numbers", fits=lambda self, msg, re: within(re["broken"], msg["members"]))
     def merge(self, msg, client):
         theta, mail, mine, broken = held(client), part(msg, "letter"), [], []
         rows = zip(msg["members"], msg["keys"], msg["envelopes"], msg["n"], strict=True)
@@ -120,7 +121,7 @@ class SwarmLearning(Method):
                                         like=pack(delta=theta))
                 mine.append((part(opened, "delta"), n if self.weights == "count" else 1.0))
             except PayloadError:
-                broken.append(c)
+                broken.append(j)
         if len(mine) < self.min_peers:
             raise Withheld(f"{len(mine)} letters could be used, min_peers is {self.min_peers}")
         client.session["made"] = made = add(theta, one_of(*zip(*mine, strict=True), self.merge_by))
