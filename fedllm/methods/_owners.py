@@ -185,8 +185,10 @@ class Owned(Method):
     @on_client(gives="h: tensor, has: mask", fits=fit_shown, test=True)
     def tell(self, msg: Payload, client: Client) -> Payload:
         """The same of things that are asked about, which may be kept back."""
-        kept = client.held_out("local")
-        rows = [*kept, *client.data] if msg["any"] else kept
+        rows = list(client.held_out("local"))
+        if msg["any"]:
+            kept = places(client, rows)
+            rows += [row for row in client.data if mark(row.get("id")) not in kept]
         return self.shown(msg, client, rows, None)
 
     def shown(self, msg: Payload, client: Client, rows: Sequence[Any], tokens: Sequence[Any] | None) -> Payload:

@@ -1,0 +1,149 @@
+"""Skill-CMIB: a skill is a card of words and a latent of what pictures say beside it; nets and cards are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from fedllm.core.ask import Ask, Program, on_client
+from fedllm.core.client import Client
+from fedllm.core.errors import CompositionError
+from fedllm.core.form import aligned, need
+from fedllm.core.method import Card, Claim, Method, State, Trial, knob
+from fedllm.core.payload import Payload, add, pack, part, sub
+from fedllm.methods import _bottleneck as ib
+from fedllm.methods._cards import CARD, NAME, drafted, picked, trials
+
+RIG = {"rig": "two_cues", "metric": "accuracy", "relative": "difference", "holds": ">", "threshold": 0.0,
+       "baseline": "skill_cmib"}
+
+
+@dataclass(frozen=True)
+class SkillCMIB(Method):
+    """The card c with the least -log p(y | x, c) + beta_c |c|; then z ~ q(z | v, c) with the least -log p(y | x, c, z)
+    + beta_z KL(q(z | v, c) || p(z | c)): it holds what the card does not say.
+
+    A row is a trial: `text` (asked), `label` (done), `skill`, `trace` (said), `glyph` (a picture's numbers)."""
+
+    card = Card(
+        title="Skill-CMIB: skills as a card and a residual latent",
+        paper="Huang, Wu et al., Skill-CMIB, arXiv 2605.08526, 2026",
+        topic="agents",
+        sends="both ways: encoder, prior, projector and head, and a card of each skill: WORDS that several traces of a "
+              "client have, none of their values; up also what cards were worth. No picture, latent or trace",
+        needs="data.task classification, an encoder, which stays frozen; rows with `skill`, `trace` and `glyph`",
+        kinds=("text",),
+        claim=Claim("where an action depends on a rule that the card says and on a cue that the picture shows, card "
+                    "and latent are right more often than the card alone", against={"knobs": {"use": "card"}}, **RIG),
+        also={"latent": Claim("and than the latent alone", against={"knobs": {"use": "latent"}}, **RIG),
+              "alone": Claim("and than skills of one's own, over everybody's skills", against={
+                  "knobs": {"share": "nothing"}}, **RIG),
+              "collapse": Claim("at beta_z = 10 it is within 2 points of the card alone", rig="two_cues",
+                                metric="above_card", holds="<=", threshold=0.02, options={"knobs": {"beta_z": 10.0}}),
+              "rate": Claim("a larger beta_z leaves less in the latent (KL at 0.1 over KL at 0.001)",
+                            **{**RIG, "metric": "kl", "relative": "ratio", "holds": "<", "threshold": 1.0},
+                            options={"knobs": {"beta_z": 0.1}}, against={"knobs": {"beta_z": 0.001}}),
+              "residual": Claim("from the latent the card's rule is told less often than from one that was learned "
+                                "without the card", **{**RIG, "metric": "tells_rule", "holds": "<"},
+                                against={"knobs": {"use": "latent"}}),
+              "consistent": Claim("two tries at one task do the same more often than by the card alone",
+                                  **{**RIG, "metric": "agree"}, against={"knobs": {"use": "card"}})},
+        evidence="From a dossier of a third party's notes. Ours: cards are words that traces share, chosen by the net "
+                 "that is there, in the place of a writer; z joins the frozen state behind the encoder and is not put "
+                 "before it as tokens, so that it runs once a row; pictures are read by the bottleneck's own encoder.",
+    )
+    trial = Trial(apart="its rows hold pictures and traces; tests/methods/test_skill_cmib tries it")
+    metrics: ClassVar = {"card_accuracy": "max", "agree": "max", "kl": "min"}
+    serves, only_fits = False, False
+
+    beta_c: float = knob(0.01, "nats that a word of a card costs", ge=0)
+    beta_z: float = knob(1e-3, "weight of the latent's KL, reached over `anneal` rounds", ge=0)
+    anneal: int = knob(5, "rounds over which beta_z grows, lest the latent stays empty", ge=0)
+    dim: int = knob(8, "d_z, numbers of the latent", ge=1)
+    hidden: int = knob(32, "width of encoder and head", ge=1)
+    pixels: int = knob(256, "numbers of a glyph", ge=1)
+    least: int = knob(3, "traces that a word of a card must be in", ge=2)
+    longest: int = knob(8, "words of a card at the most", ge=1)
+    every: int = knob(5, "rounds from one choice of cards to the next", ge=1)
+    use: Literal["both", "card", "latent"] = knob("both", "parts of a skill, for comparison",
+                                                  options=("both", "card", "latent"))
+    share: Literal["all", "nothing"] = knob("all", "nothing: each client keeps its own, for comparison",
+                                            options=("all", "nothing"))
+
+    def init(self, model: Any) -> State:
+        if model.task != "classification":
+            raise CompositionError(f"method 'skill_cmib' and data.task = {model.task!r} do not fit together: actions "
+                                   "are classes; allowed is 'classification'")
+        net = ib.start(self.pixels, model.net.config.hidden_size, self.dim, self.hidden, len(model.labels), model.seed)
+        return {"theta": net, "cards": {}, "round": 0}
+
+    def round(self, state: State, clients: Sequence[Any]) -> Program:
+        out = yield Ask(self.local, {c.id: self.down(state) for c in clients})
+        if self.share == "nothing":
+            return {**state, "round": state["round"] + 1}
+        theta, total = state["theta"], sum(float(out[c]["n"]) for c in out)
+        for c in out:  # theta <- theta + sum_k p_k delta_k
+            theta = add(theta, part(out[c], "delta"), out[c]["n"] / total)
+        told = sorted(one for r in out.values() for one in zip(r["names"], r["worth"], r["texts"], strict=True))
+        cards = {n: t for n, _, t in told}  # of a skill's cards the one that was worth most
+        return {**state, "theta": theta, "cards": {**state["cards"], **cards}, "round": state["round"] + 1}
+
+    def down(self, state: State) -> Payload:
+        told = {"names": list(state["cards"]), "texts": list(state["cards"].values()), "round": state["round"]}
+        return {**told, **pack(theta=state["theta"])}
+
+    def fits(self, msg: Payload, reply: Payload) -> None:
+        aligned(reply, ("names", "texts", "worth"))
+        need(all(NAME.fullmatch(n) for n in reply["names"]), "'names' holds what is no name of a skill")
+        need(all(CARD.fullmatch(t) for t in reply["texts"]), "'texts' holds what is no card: words alone")
+
+    @on_client(gives="delta?: tree, n: rows, loss: number, kl: number, names: names, texts: texts, worth: numbers",
+               fits=fits)
+    def local(self, msg: Payload, client: Client) -> Payload:
+        theta, cards = self.own(msg, client)
+        beta = self.beta_z * min(1.0, (msg["round"] + 1) / (self.anneal + 1))
+        mine, worth = self.chosen(theta, cards, client, msg["round"]) if self.use != "latent" else ({}, [])
+        seen = self.seen(client, client.data, {**cards, **mine})
+        net, loss, rate = ib.trained(theta, client, seen, beta, self.use != "card")
+        told = {"n": client.n, "loss": loss, "kl": rate, "names": [], "texts": [], "worth": []}
+        if self.share == "nothing":
+            client.memory["skills"] = {"theta": net, "cards": mine}
+            return told
+        return {**told, **pack(delta=sub(net, theta)), "names": list(mine), "texts": list(mine.values()),
+                "worth": worth}
+
+    def own(self, msg: Payload, client: Client) -> tuple[Any, dict[str, str]]:
+        """The net and the cards that this client works with."""
+        kept = client.memory.get("skills", {}) if self.share == "nothing" else {}
+        told = dict(zip(msg["names"], msg["texts"], strict=True))
+        return kept.get("theta") or part(msg, "theta"), kept.get("cards") or told
+
+    def chosen(self, theta: Any, cards: Mapping[str, str], client: Client, round: int) -> Any:
+        """A card for each of the client's skills with -log p(y | x, c, z) + beta_c |c|, and what it is worth; before
+        the net has learned anything the longest."""
+        def price(rows: Sequence[Any], name: str, card: str) -> float:
+            seen = trials(client, rows, {name: card}, self.pixels)
+            return ib.judged(theta, seen, client, self.use != "card", 0)["loss"] + self.beta_c * len(card.split())
+
+        drafts = lambda rows: [] if round % self.every else drafted(  # noqa: E731
+            [str(r["trace"]) for r in rows], self.least, self.longest)
+        return picked(client.data, cards, drafts, price if round else None)
+
+    def seen(self, client: Client, rows: Sequence[Any], cards: Mapping[str, str]) -> tuple[Tensor, ...]:
+        return trials(client, rows, cards if self.use != "latent" else {}, self.pixels)
+
+    def evaluate(self, state: State, clients: Sequence[Any], on: str) -> Program:
+        return (yield Ask(self.score, {c.id: {**self.down(state), "on": on} for c in clients}))
+
+    @on_client(gives="n: count, *: number", test=True)
+    def score(self, msg: Payload, client: Client) -> Payload:
+        """By the latent's mean; with no latent (`card_accuracy`); how often two tries, each with a latent and an action
+        drawn, do the same (`agree`); and what the latent holds in nats (`kl`)."""
+        rows = client.held_out(msg["on"])
+        if not rows:
+            return {"n": 0}
+        theta, cards = self.own(msg, client)
+        return {"n": len(rows), **ib.judged(theta, self.seen(client, rows, cards), client, self.use != "card")}
