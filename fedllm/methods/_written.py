@@ -28,6 +28,11 @@ def said_by(client: Any, name: str, prompts: Sequence[str], tokens: int, tempera
 
 
 def need_variety(name: str, texts: Sequence[str], least: float) -> list[int]:
+    """`need_new` of a model by its name among the recipe's `models`."""
+    return need_new(f"models.{name}", texts, least)
+
+
+def need_new(who: str, texts: Sequence[str], least: float) -> list[int]:
     """The places of texts that are neither empty nor there before; Withheld where these are fewer than the share
     `least` of all: a writer that repeats itself teaches nothing, and says what it was told."""
     seen: set[str] = set()
@@ -39,7 +44,7 @@ def need_variety(name: str, texts: Sequence[str], least: float) -> list[int]:
             fresh.append(i)
     if len(fresh) < least * len(texts):
         [(most, times)] = Counter(" ".join(t.split()) for t in texts).most_common(1)
-        raise Withheld(f"models.{name} repeats itself: {len(fresh)} of its {len(texts)} texts are new and not empty, "
+        raise Withheld(f"{who} repeats itself: {len(fresh)} of its {len(texts)} texts are new and not empty, "
                        f"allowed are {least:.0%} and more ({times} times {most[:60]!r}); raise method.temperature")
     return fresh
 
