@@ -32,8 +32,8 @@ def test_rows_leave_without_the_gate_and_not_with_it_and_cells_are_kept(tmp_path
 
 def test_a_secret_counts_where_it_left_its_own_client_and_where_it_reached_another():
     tape = text_leaks.Tape()
-    secrets = {"a": ["AB-000001", "x y", "1", "z"], "b": ["CD-2", "q", "r", "s"]}
-    tape.up, tape.down = [("a", "it is ab-000001"), ("b", "ab-000001 of another")], [("b", "AB-000001"), ("a", "z")]
+    secrets = {"a": ["AB-000001", "x y", "+44", "zz"], "b": ["CD-2", "qq", "rr", "ss"]}
+    tape.up, tape.down = [("a", "it is ab-000001"), ("b", "ab-000001 of another")], [("b", "AB-000001"), ("a", "zz")]
     got = text_leaks.told(tape, secrets)
     assert got["left"] == 1 / 8 and got["reached"] == 1 / 8 and got["kinds"]["code"] == 0.5
     assert got["texts_up"] == 2 and got["kinds"]["address"] == 0

@@ -6,6 +6,7 @@ each is tried with every method that it could happen to, and those are found by 
 
 from __future__ import annotations
 
+import inspect
 import time
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 
 from fedllm.core.client import SERVER, Profile
 from fedllm.core.errors import CompositionError, FedLLMError
+from fedllm.core.method import Method
 from fedllm.engines.far.reasons import Refused
 from fedllm.federation.gated import gated
 from fedllm.gate.verdict import spoken
@@ -66,17 +68,20 @@ def default(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_without_public_rows_a_run_is_refused_and_a_round_says_why(name):
+def test_without_public_rows_a_run_is_refused(name):
     knobs = {**tried(name), **PUBLIC[name]}
     made = make_method(name, **{k: v for k, v in knobs.items() if k in method_class(name).knobs()})
     with pytest.raises(CompositionError, match=f"method '{name}' works on public rows at the (clients|server)"):
         need_public(SimpleNamespace(method=SimpleNamespace(name=name)), made, 0)
-    run = begun(name, **PUBLIC[name])
-    run.world.federation.public.clear()  # as where nobody asked before
-    try:
-        run.go(1)
-    except FedLLMError as error:
-        assert "public" in str(error), error
+
+
+def test_whoever_reads_public_rows_says_so():
+    """Or a run without would find out in the middle of a round."""
+    for name in METHODS:
+        kind = method_class(name)
+        ours = [k for k in kind.__mro__ if k.__module__.startswith("fedllm.methods.")]
+        if any(".public" in inspect.getsource(k) for k in ours):
+            assert kind.public_at is not Method.public_at, name
 
 
 def test_whose_server_asks_a_model_stands_in_the_list():
@@ -144,16 +149,20 @@ def test_of_a_writer_that_repeats_itself_nothing_leaves(name, monkeypatch):
     try:
         run.go(2)
     except FedLLMError as error:
-        assert any(w in str(error) for w in ("repeats itself", "wrote nothing", "no text of")), error
+        said = ("repeats itself", "wrote nothing", "no text of", "no synthetic row")
+        assert any(words in str(error) for words in said), error
     else:
         assert name in ("self_instruct_local", "fedpit", "fdkt"), "somebody should have said so"
     assert not [t for t in crossed if "well" in t]
+    assert not [e for e in run.engine.record.events if e["kind"] == "missing" and e["client"] != SERVER
+                and "well" in e["why"]]  # nor in the reason why there is none
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if "text" in method_class(n).card.kinds])
 def test_a_site_takes_no_part_where_text_would_leave_and_no_gate_is_listed(name):
-    speaks = method_class(name)
-    with pytest.raises(Refused, match=f"method '{speaks.__name__}' sends text; the run must list responsible_gate"):
+    kind = method_class(name)
+    speaks = object.__new__(kind)
+    with pytest.raises(Refused, match=f"method '{kind.__name__}' sends text; the run must list responsible_gate"):
         gated(speaks, [], {}, None)
     [layer] = gated(speaks, [ResponsibleGate(encoder="off")], {"copies": "withhold"}, None)
     assert layer.copies == "withhold"

@@ -62,6 +62,7 @@ def test_the_family_has_every_carrier():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_it_trains_small_by_one_command(tmp_path, monkeypatch):
     """Every arm of the family, one round of one step; the rows of its last table are made up."""
     monkeypatch.chdir(tmp_path)

@@ -88,7 +88,7 @@ class SynthWarmstart(WarmStart):
         mine = client.fit(w, on=told, steps=self.generator_steps).theta
         said = client.generate([frame.marks[0]] * (TRIES * self.n_syn), mine, max_new_tokens=self.max_new_tokens,
                                temperature=self.temperature)
-        need_new(f"client '{client.id}': its generator", said, self.least_new)
+        need_new(f"client '{client.id}': its generator", said, self.least_new, quoted=False)
         read = [row for text in said if (row := frame.read(text))]
         keep = distinct([f"{r['prompt']} {r['response']}" for r in read], 0.9)
         rows = [read[i] for i in keep][: self.n_syn]
