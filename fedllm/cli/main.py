@@ -110,19 +110,26 @@ def plan(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None
 
 @app.command()
 def methods(method: Annotated[str | None, typer.Argument(help="A method's id.", show_default=False)] = None,
+            carrier: Annotated[str | None, typer.Option(help=(
+                "Of transfer with an owner's model, those whose clients send adapters, logits, text, grades or seeds.")
+                )] = None,
+            direction: Annotated[str | None, typer.Option(help="Those that teach: to clients, to owner, both.")] = None,
+            improves: Annotated[str | None, typer.Option(help="Whose model: owner, clients, both, answers.")] = None,
+            spares: Annotated[str | None, typer.Option(help="What for: rows, model, compute, designs.")] = None,
             plugin: Plugins = None,
             as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a method.")] = False) -> None:
-    """List all methods, or show one: its card, knobs, claim and file."""
+    """List all methods, those through which knowledge moves in some way, or show one: card, knobs, claim and file."""
     from fedllm.cli.tables import method_facts, show_method, show_methods
-    from fedllm.methods.registry import METHODS
+    from fedllm.methods.registry import moving
     from fedllm.runs.plugins import plugged
 
     plugged([(str(file), None) for file in plugin or ()])
+    names = [method] if method else moving(carrier=carrier, direction=direction, improves=improves, spares=spares)
     if as_json:
-        for name in [method] if method else sorted(METHODS):
+        for name in names:
             put(method_facts(name))
         return
-    show_methods(out) if method is None else show_method(out, method)
+    show_methods(out, names) if method is None else show_method(out, method)
 
 
 @app.command()

@@ -106,6 +106,7 @@ class MethodFacts(TypedDict):
     topic: str
     sends: str
     needs: str
+    moves: dict[str, Any] | None
     claim: dict[str, Any]
     knobs: dict[str, Any]
     file: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from fedllm.core.card import Claim
-from fedllm.methods.registry import METHODS, method_class, source_of
+from fedllm.methods.registry import method_class, source_of
 from fedllm.report.facts import compared, duration, label, mean_metric, number, rules, shown
 from fedllm.runs.plan import Plan
 from fedllm.runs.progress import size
@@ -155,16 +155,16 @@ def privacy_line(says: Mapping[str, Any]) -> str:
                if (share := says.get("noise_share")) is not None else ""))
 
 
-def show_methods(console: Console) -> None:
-    """All methods: id, topic, title."""
-    table = Table(title=f"{len(METHODS)} methods", title_justify="left", title_style="bold")
+def show_methods(console: Console, names: Sequence[str]) -> None:
+    """These methods: id, topic, title."""
+    table = Table(title=f"{len(names)} methods", title_justify="left", title_style="bold")
     table.add_column("id", style="bold", no_wrap=True)
     table.add_column("topic")
     table.add_column("what it is")
     wide = console.width >= 120
     if wide:
         table.add_column("sends")
-    for name in sorted(METHODS):
+    for name in names:
         card = method_class(name).card
         table.add_row(name, card.topic, card.title.partition(": ")[2] or card.title, *([card.sends] if wide else []))
     console.print(table)
@@ -175,6 +175,7 @@ def method_facts(name: str) -> dict[str, Any]:
     """One method's card, knobs and claim as plain values."""
     kind = method_class(name)
     card = {k: v for k, v in vars(kind.card).items() if isinstance(v, str | int | float | bool | tuple | None)}
+    card["moves"] = None if kind.card.moves is None else vars(kind.card.moves)
     return {"id": name, **card, "claim": vars(kind.card.claim), "knobs": kind.knobs(), "file": source_of(name)}
 
 
@@ -187,7 +188,7 @@ def show_method(console: Console, name: str) -> None:
     grid.add_column(overflow="fold")  # a path is of no use without its end
     rows: list[tuple[str, Any]] = [
         ("method", f"{name}: {card.title}"), ("paper", card.paper), ("topic", card.topic), ("sends", card.sends),
-        ("needs", card.needs),
+        ("needs", card.needs), ("moves", card.moves and card.moves.words),
         ("claim", f"{claim.says} (rig {claim.rig}: {_figure(claim)} {claim.holds} {claim.threshold:g}, "
                   f"{claim.seeds} seeds)"),
         ("evidence", card.evidence), ("file", source_of(name))]

@@ -62,6 +62,40 @@ KINDS = ("text", "tokens")
 """Words that were made of rows, and the ids of such words."""
 
 
+CARRIERS = ("adapters", "logits", "text", "grades", "seeds")
+DIRECTIONS = ("to clients", "to owner", "both")
+IMPROVED = ("owner", "clients", "both", "answers")
+SPARED = ("rows", "model", "compute", "designs")
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How knowledge moves between the owner of a large model and clients with rows (Kang et al., Grounding Foundation
+    Models through Federated Transfer Learning, ACM TIST 2025): what people choose such a method by."""
+
+    carrier: str
+    """What clients send, of `CARRIERS`."""
+    direction: str
+    """Who learns from whom, of `DIRECTIONS`."""
+    improves: str
+    """Whose model ends better, of `IMPROVED`; answers: nobody's, it is asked."""
+    spares: tuple[str, ...]
+    """What it is made for, of `SPARED`: rows stay with clients, the large model with its owner, clients have little to
+    compute with, models may be of several designs."""
+
+    def __post_init__(self) -> None:
+        known = {"carrier": CARRIERS, "direction": DIRECTIONS, "improves": IMPROVED}
+        for name, value, allowed in (*((n, getattr(self, n), of) for n, of in known.items()),
+                                     *(("spares", x, SPARED) for x in self.spares)):
+            if value not in allowed:
+                raise RecipeError(f"Moves.{name} = {value!r} is not allowed; it must be one of {', '.join(allowed)}")
+
+    @property
+    def words(self) -> str:
+        """In a line."""
+        return f"{self.carrier}, {self.direction}; improves {self.improves}; spares {', '.join(self.spares)}"
+
+
 @dataclass(frozen=True)
 class Card:
     """What a method says about itself; docs and tables are generated from it."""
@@ -79,6 +113,8 @@ class Card:
     no permission: what is not declared here is held back at the site all the same."""
     also: Mapping[str, Claim] = field(default_factory=dict)
     """Further claims, each by a word of its own; `<id>:<word>` is its name in `fedllm claims`."""
+    moves: Moves | None = None
+    """Of federated transfer learning: what moves between a large model's owner and clients."""
     only_exact: str = ""
     """Why there is no claim whose figure could vary, where there is none."""
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from fedllm.core.ask import Ask, Program, Replies, on_client
-from fedllm.core.card import Card, Claim, Trial
+from fedllm.core.card import Card, Claim, Moves, Trial
 from fedllm.core.client import Client, ClientInfo
 from fedllm.core.knobs import Knobs, knob
 from fedllm.core.payload import Payload, Tree, pack, part
 
-__all__ = ["Card", "Claim", "Knobs", "Method", "Star", "State", "Trial", "knob"]
+__all__ = ["Card", "Claim", "Knobs", "Method", "Moves", "Star", "State", "Trial", "knob"]
 """All that the file of a method needs of these rooms, by one import."""
 
 State = Mapping[str, Any]

@@ -28,8 +28,14 @@ def said_by(client: Any, name: str, prompts: Sequence[str], tokens: int, tempera
 
 
 def need_variety(name: str, texts: Sequence[str], least: float) -> list[int]:
+    """`need_new` of a model by its name among the recipe's `models`."""
+    return need_new(f"models.{name}", texts, least)
+
+
+def need_new(who: str, texts: Sequence[str], least: float, quoted: bool = True) -> list[int]:
     """The places of texts that are neither empty nor there before; Withheld where these are fewer than the share
-    `least` of all: a writer that repeats itself teaches nothing, and says what it was told."""
+    `least` of all: a writer that repeats itself teaches nothing, and says what it was told. At a client, whose reasons
+    leave, its most frequent text is not `quoted`."""
     seen: set[str] = set()
     fresh = []
     for i, text in enumerate(texts):
@@ -39,15 +45,16 @@ def need_variety(name: str, texts: Sequence[str], least: float) -> list[int]:
             fresh.append(i)
     if len(fresh) < least * len(texts):
         [(most, times)] = Counter(" ".join(t.split()) for t in texts).most_common(1)
-        raise Withheld(f"models.{name} repeats itself: {len(fresh)} of its {len(texts)} texts are new and not empty, "
-                       f"allowed are {least:.0%} and more ({times} times {most[:60]!r}); raise method.temperature")
+        often = f"{times} times {most[:60]!r}" if quoted else f"one of them {times} times"
+        raise Withheld(f"{who} repeats itself: {len(fresh)} of its {len(texts)} texts are new and not empty, "
+                       f"allowed are {least:.0%} and more ({often}); raise method.temperature")
     return fresh
 
 
 def fresh(name: str, texts: Sequence[str], least: float) -> tuple[list[int], str]:
-    """The same, and "", or no places and the reason: for whoever must say something in any case."""
+    """The same, and "", or no places and the reason: for a client that must say something in any case."""
     try:
-        return need_variety(name, texts, least), ""
+        return need_new(f"models.{name}", texts, least, quoted=False), ""
     except Withheld as error:
         return [], str(error)
 

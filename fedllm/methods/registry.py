@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fedllm.core.card import CARRIERS, DIRECTIONS, IMPROVED, SPARED
+from fedllm.core.errors import RecipeError
 from fedllm.core.found import Room
 from fedllm.core.method import Method
 
@@ -30,3 +32,19 @@ def make_method(name: str, **knobs: Any) -> Method:
 def source_of(name: str) -> str:
     """Path of the method's file."""
     return inspect.getsourcefile(method_class(name)) or ""
+
+
+MOVES = {"carrier": CARRIERS, "direction": DIRECTIONS, "improves": IMPROVED, "spares": SPARED}
+"""What can be asked of how knowledge moves, and the answers."""
+
+
+def moving(**wanted: str | None) -> list[str]:
+    """Ids of the methods whose card says this of how knowledge moves between an owner's model and clients, as in
+    `moving(carrier="logits", direction="both")`; where nothing is wanted, all ids."""
+    asked = {key: value for key, value in wanted.items() if value is not None}
+    for key, value in asked.items():
+        if value not in MOVES[key]:
+            raise RecipeError(f"{key} = {value!r:.60} is not allowed; it must be one of {', '.join(MOVES[key])}")
+    cards = {name: method_class(name).card.moves for name in sorted(METHODS)}
+    return [name for name, moves in cards.items() if not asked or (moves is not None and all(
+        value in (moves.spares if key == "spares" else [vars(moves)[key]]) for key, value in asked.items()))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedllm.core.ask import on_client
-from fedllm.core.method import Card, Claim, Star, State
+from fedllm.core.method import Card, Claim, Moves, Star, State
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.methods._factors import need_lora
@@ -19,7 +19,7 @@ class FedIT(Star):
         title="FedIT: federated instruction tuning",
         paper="Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning, ICASSP 2024, "
               "arXiv 2305.05644",
-        topic="baselines",
+        topic="baselines", moves=Moves("adapters", "to owner", "owner", ("rows",)),
         sends="down: A and B; up: their change, the number of examples, the training loss",
         needs="the space lora, one rank for all",
         claim=Claim("reaches a lower loss on the IID test than clients that train alone, on the same work",

@@ -12,7 +12,7 @@ from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError
 from fedllm.core.form import need, shaped
-from fedllm.core.method import Card, Claim, State, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, State, Trial, knob
 from fedllm.core.payload import pack, part
 from fedllm.core.rng import seed_of
 from fedllm.local.objectives.rewarded import Rewarded
@@ -34,7 +34,7 @@ class CrossLM(Own):
         title="CrossLM: mutual enhancement of large and small language models",
         paper="Deng et al., Mutual Enhancement of Large and Small Language Models with Cross-Silo Knowledge Transfer, "
               "2023, arXiv 2312.05842",
-        topic="cross-silo",
+        topic="cross-silo", moves=Moves("grades", "both", "both", ("rows", "model", "designs")),
         sends="down: texts and the labels that they are meant to have; up: a grade for each, or -1 of a label that the "
               "client has no rows of (the server learns which these are)",
         needs="task classification; a language model of the recipe's `models`, or an endpoint with `reinforce: false`"

@@ -9,7 +9,7 @@ from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError
 from fedllm.core.form import need
-from fedllm.core.method import Card, Claim, State, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, State, Trial, knob
 from fedllm.core.rng import seed_of
 from fedllm.methods._own import Own, own
 from fedllm.methods._written import few_shots, fresh, grouped, need_parts, need_variety, one_line, said_by
@@ -27,7 +27,7 @@ class FDKT(Own):
         title="FDKT: federated domain-specific knowledge transfer with synthetic data",
         paper="Li et al., Federated Domain-Specific Knowledge Transfer on Large Language Models Using Synthetic Data, "
               "2024, arXiv 2405.14212",
-        topic="transfer", kinds=("text",),
+        topic="transfer", kinds=("text",), moves=Moves("text", "to clients", "clients", ("rows", "model", "designs")),
         sends="up, once: texts with labels, made under example-level DP; down, once: texts with labels; no weights",
         needs="task classification; a `generator` for clients and a `writer` (or endpoint) for the server among the "
               "`models`, of which clients may hold any; clients that remember",

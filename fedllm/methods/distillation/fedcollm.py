@@ -8,7 +8,7 @@ from typing import Any
 from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Star, State, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, Star, State, Trial, knob
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.local.objectives.top_words import TopWords
@@ -28,7 +28,7 @@ class FedCoLLM(Star):
         title="FedCoLLM: parameter-efficient federated co-tuning of large and small language models",
         paper="Fan et al., FedCoLLM: A Parameter-Efficient Federated Co-tuning Framework for Large and Small Language "
               "Models, 2024",
-        topic="transfer",
+        topic="transfer", moves=Moves("adapters", "both", "both", ("rows", "model", "compute")),
         sends="both ways: the small model's trainables, as FedAvg",
         needs="task generation; public rows at the server; a model of the recipe's `models` with the same vocabulary",
         claim=Claim("the server's large model ends with a lower loss on the clients' documents, which it never sees, "

@@ -13,7 +13,7 @@ from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError
 from fedllm.core.form import aligned
-from fedllm.core.method import Card, Claim, State, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, State, Trial, knob
 from fedllm.core.rng import numpy_stream
 from fedllm.methods._own import Own, own
 from fedllm.methods._written import need_parts, need_variety, said_by
@@ -31,7 +31,7 @@ class FedCoT(Own):
         title="FedCoT: federated chain-of-thought distillation (PDSS)",
         paper="Fan et al., FedCoT: Federated Chain-of-Thought Distillation for Large Language Models, Findings of "
               "EMNLP 2025, arXiv 2406.12403",
-        topic="transfer", kinds=("text",),
+        topic="transfer", kinds=("text",), moves=Moves("text", "to clients", "clients", ("rows", "model")),
         sends="up, once: each question with its words exchanged; down, once: a rationale for each; no weights",
         needs="task generation; a `teacher` among the recipe's `models`, or an endpoint; clients that remember",
         claim=Claim("with rationales for its questions as they are a small model answers right more often than one "

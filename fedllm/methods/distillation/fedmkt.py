@@ -11,7 +11,7 @@ import torch
 from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, State, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, State, Trial, knob
 from fedllm.core.payload import pack, part
 from fedllm.local.objectives.top_words import TopWords
 from fedllm.methods._knowledge import Knowledge, bridge, drawn, fits_knowledge, knows, picked, targets
@@ -32,7 +32,7 @@ class FedMKT(Own):
         title="FedMKT: federated mutual knowledge transfer for large and small language models",
         paper="Fan et al., FedMKT: Federated Mutual Knowledge Transfer for Large and Small Language Models, COLING "
               "2025, arXiv 2406.02224",
-        topic="transfer",
+        topic="transfer", moves=Moves("logits", "both", "both", ("rows", "model", "designs")),
         sends="up: k words and probabilities at each target of the round's public rows, in the server's vocabulary; "
               "down: the server's, and the vocabulary; no weights",
         needs="task generation; public rows at clients and server; clients that remember; any `models`",

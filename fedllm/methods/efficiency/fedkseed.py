@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedllm.core.ask import on_client
 from fedllm.core.form import need
-from fedllm.core.method import Card, Claim, State, Trial
+from fedllm.core.method import Card, Claim, Moves, State, Trial
 from fedllm.core.payload import Payload, pack
 from fedllm.core.reduce import Mean, Sum
 from fedllm.methods._seeds import Seeds, scalars
@@ -41,7 +41,7 @@ class FedKSeed(Seeds):
         title="FedKSeed: full-parameter tuning with K seeds",
         paper="Qin et al., Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost "
               "under 18 Kilobytes, ICML 2024, arXiv 2312.06353",
-        topic="efficiency",
+        topic="efficiency", moves=Moves("seeds", "to owner", "owner", ("rows", "compute")),
         sends="down: K accumulators and a seed; up: a scalar for each direction drawn",
         needs="any model and space (the paper's is full); the same base everywhere",
         claim=Claim("a round trip with 4,096 seeds and 200 steps takes at most 18 KB (18,432 bytes) on the wire",

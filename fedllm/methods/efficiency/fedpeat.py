@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, RunError
-from fedllm.core.method import Card, Claim, State, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part, scale, sub
 from fedllm.core.reduce import Mean
 from fedllm.core.rng import numpy_stream
@@ -36,7 +36,7 @@ class FedPEAT(Sized):
         title="FedPEAT: emulator-assisted tuning with adaptive control",
         paper="Chua, Yu, Zhao, Lam, FedPEAT: Convergence of Federated Learning, Parameter-Efficient Fine Tuning, and "
               "Emulator Assisted Tuning for AI Foundation Models with Mobile Edge Computing, 2023, arXiv 2310.17491",
-        topic="convergence analysis",
+        topic="convergence analysis", moves=Moves("adapters", "both", "owner", ("rows", "model", "compute")),
         sends="down: A, and of a size that is new to the device the blocks that it lacks and E; up: the change of A; "
               "never a block that the largest size leaves out",
         needs="a language model of blocks and LoRA; what devices declare (memory_bytes, bandwidth, speed); public rows "
@@ -66,7 +66,8 @@ class FedPEAT(Sized):
                               against={"knobs": {"controller": "random"}})},
         evidence="Written from a dossier; no code of the authors was found. Sizes are nested here, so that a change "
                  "costs only what is new. SABPPO's branches share their weights (a round may ask any devices), it "
-                 "chooses size or rest and no power or share of the band, and never what does not fit.",
+                 "chooses size or rest and no power or share of the band, and never what does not fit. Greedy, which "
+                 "needs no rounds to learn in, earned 0.11 more than it learned to (seeds 1 to 3 of the game).",
     )
     trial = Trial({"bottom_layers": 0, "adapter_layers": 1, "ratios": (0.5, 1.0), "prealign_steps": 0})
     controller: Literal["fixed", "greedy", "random", "sabppo"] = knob(

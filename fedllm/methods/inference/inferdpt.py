@@ -11,7 +11,7 @@ import numpy as np
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, PayloadError, RecipeError
-from fedllm.core.method import Card, Claim, State, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, State, Trial, knob
 from fedllm.core.payload import pack
 from fedllm.methods.asking import Asking
 from fedllm.models.overlap import rouge_l
@@ -32,7 +32,7 @@ class InferDPT(Asking):
         title="InferDPT: private inference with a black-box language model",
         paper="Tong et al., InferDPT: Privacy-Preserving Inference for Black-box Large Language Models, 2023, arXiv "
               "2310.12214",
-        topic="transfer: inference", kinds=("text",),
+        topic="transfer: inference", kinds=("text",), moves=Moves("text", "to clients", "answers", ("rows", "model")),
         sends="up: documents of as many other tokens (dp_text); down: the remote model's drafts",
         needs="a text model at the server, ours or an endpoint; at clients a small one with token embeddings, "
               "and the layer dp_text",

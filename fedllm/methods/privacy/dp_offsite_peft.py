@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, Trial, knob
 from fedllm.methods._offsite import Offsite
 
 LAYER = {"example": "dp_sgd", "user": "dp_fedavg"}
@@ -24,7 +24,7 @@ class DPOffsitePEFT(Offsite):
         title="Federated learning with differential privacy, offsite tuning and PEFT",
         paper="Zhao, Privacy-preserving Fine-tuning of Artificial Intelligence Foundation Models with Federated "
               "Learning, Differential Privacy, Offsite Tuning, and Parameter-Efficient Fine-Tuning, TechRxiv 2023",
-        topic="privacy",
+        topic="privacy", moves=Moves("adapters", "both", "owner", ("rows", "model", "compute")),
         sends="as fedbiot: down LoRA of A and E, up the change of A's (of B alone with freeze_a), noisy",
         needs="a layer of differential privacy: dp_sgd (dp_level example) or dp_fedavg, dp_ftrl (user); public rows",
         claim=Claim("at an example-level epsilon of 8 the plugged-in model is better than before tuning",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedllm.core.method import Card, Claim, Trial
+from fedllm.core.method import Card, Claim, Moves, Trial
 from fedllm.methods._offsite import Offsite
 
 
@@ -16,7 +16,7 @@ class FedBiOT(Offsite):
         title="FedBiOT: bi-level offsite tuning",
         paper="Wu, Li, Li, Ding, Gao, FedBiOT: LLM Local Fine-tuning in Federated Learning without Full Model, "
               "KDD 2024, arXiv 2406.17706; Xiao, Lin, Han, Offsite-Tuning, arXiv 2302.04870",
-        topic="privacy",
+        topic="privacy", moves=Moves("adapters", "both", "owner", ("rows", "model", "compute")),
         sends="once, outside of the run: the emulator; down: LoRA of A and E; up: the change of A's",
         needs="a language model of blocks; public rows at the server; a space that trains within blocks",
         claim=Claim("aligning the emulator closes 30 % or more of what static offsite tuning loses, plugged into the "

@@ -109,8 +109,8 @@ class LLMSynthPretrain(WarmStart):
             said += [(way, t.strip()) for t in got if t.strip()][:want]
         kept = [(way, redacted(t, personal(t))) for way, t in said if not any(re.search(p, t) for p in self.blocked)]
         keep = distinct([t for _, t in kept], self.dedupe)
-        if not keep:
-            raise DataError(f"method 'llm_synth_pretrain' has no text left of {len(said)}: the model '"
+        if not keep or len(keep) == 1 < len(said):
+            raise DataError(f"method 'llm_synth_pretrain' has {len(keep) or 'no'} text left of {len(said)}: the model '"
                             f"{self.generator or 'of the run'}' wrote nothing, repeats itself, or all is blocked")
         by = self.generator or client.model.name or "main"
         return {"rows": [made({"prompt": "", "response": kept[i][1]}, by, self.license, seed, how=kept[i][0])

@@ -15,6 +15,7 @@ from fedllm.gate.made import license_of, made
 from fedllm.methods._bootstrap import Frame
 from fedllm.methods._rewrite import need_generation
 from fedllm.methods._warm import WarmStart
+from fedllm.methods._written import need_new
 
 TRIES = 4
 """So many times the rows that are wanted are drawn, at the most."""
@@ -56,6 +57,7 @@ class SynthWarmstart(WarmStart):
     generator_steps: int = knob(100, "steps in which a client's generator learns its rows", ge=1)
     temperature: float = knob(1.0, "of sampling", gt=0)
     max_new_tokens: int = knob(128, "longest synthetic row", ge=1)
+    least_new: float = knob(0.05, "least share of what it says that is new and not empty, or none leaves", ge=0, le=1)
     template: str = knob("Instruction: {prompt}\nResponse: {response}\n\n", "how the generator reads and writes a row")
     license: str = knob("", "of the synthetic rows; empty: what the client's rows say, where all say the same")
 
@@ -86,6 +88,7 @@ class SynthWarmstart(WarmStart):
         mine = client.fit(w, on=told, steps=self.generator_steps).theta
         said = client.generate([frame.marks[0]] * (TRIES * self.n_syn), mine, max_new_tokens=self.max_new_tokens,
                                temperature=self.temperature)
+        need_new(f"client '{client.id}': its generator", said, self.least_new, quoted=False)
         read = [row for text in said if (row := frame.read(text))]
         keep = distinct([f"{r['prompt']} {r['response']}" for r in read], 0.9)
         rows = [read[i] for i in keep][: self.n_syn]

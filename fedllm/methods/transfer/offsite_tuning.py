@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedllm.core.errors import CompositionError
-from fedllm.core.method import Card, Claim, Trial, knob
+from fedllm.core.method import Card, Claim, Moves, Trial, knob
 from fedllm.methods._offsite import Offsite
 
 ENDS = {"rig": "both_ends", "options": {"knobs": {"prealign_steps": 40}}}
@@ -24,7 +24,7 @@ class OffsiteTuning(Offsite):
         title="(Federated) offsite tuning",
         paper="Xiao, Lin, Han, Offsite-Tuning: Transfer Learning without Full Model, 2023, arXiv 2302.04870; federated "
               "in FederatedScope-LLM [33] and FATE-LLM [30]",
-        topic="transfer",
+        topic="transfer", moves=Moves("adapters", "both", "owner", ("rows", "model", "compute")),
         sends="once, outside of the run: the emulator; down: A, and what the alignment changed of E; up: the change of "
               "A; never a block that was left out",
         needs="a language model of blocks; public rows at the server where the emulator is aligned; a space that "

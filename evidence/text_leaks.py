@@ -1,0 +1,296 @@
+"""What share of planted secrets leaves as text under each method, with the gate and without: `python -m
+evidence.text_leaks [ARM ...]`.
+
+Three clients hold rows among which canaries stand. The embedded model works, and a tape next to the wire hears every
+text that leaves a client and every text that the server hands to one. Cells that docs/results/text_leaks.json holds are
+not measured again (`--fresh`: they are); the page beside it is written from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evidence.rigs.text_leak import SYLLABLES, canary, sentence, word
+from fedllm.core.client import SERVER
+from fedllm.core.errors import FedLLMError
+from fedllm.core.layer import Facts, Layer
+from fedllm.core.program import drive
+from fedllm.data.federation import Federation, Shard
+from fedllm.engines import InProcess
+from fedllm.engines.world import World
+from fedllm.gate.verdict import spoken
+from fedllm.local.spec import LocalSpec
+from fedllm.methods.registry import make_method
+from fedllm.models.load import load_model
+from fedllm.models.model import Model
+from fedllm.models.shelf import Shelf
+from fedllm.privacy.responsible_gate import ResponsibleGate
+from fedllm.runs.layers import make_layer
+from fedllm.runs.store import write_atomic
+from fedllm.spaces import make_space
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+CLIENTS, ROWS, PLANTED, SEEDS = 3, 8, 8, (0, 1, 2)
+KINDS = ("code", "address", "number to call", "eight words")
+LABELS = ("praise", "blame")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method as it is run here."""
+
+    method: str
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "generation"
+    rounds: int = 1
+    asks: bool = False
+    """Whether it also answers a question about each canary."""
+    layers: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    models: Sequence[str] = ()
+    says: str = ""
+    """How it is run, in words."""
+
+
+WRITES = {"max_new_tokens": 24}
+FDKT = {"texts": 8, "more": 1, "generator_steps": 120, "least_new": 0.0, "embed": "tfidf", "seed": 0, **WRITES}
+ARMS: Mapping[str, Arm] = {
+    "fed_rag": Arm("fed_rag", asks=True, says="snippets of the rows found for a question"),
+    "fed_rag_picked": Arm("fed_rag", {"text": "picked"}, asks=True, says="the best row alone"),
+    "fed_sp_sc": Arm("fed_sp_sc", {"embed": "tfidf", **WRITES}, says="the rows' questions"),
+    "fed_sp_sc_hashes": Arm("fed_sp_sc", {"embed": "tfidf", "pool": "hash_match", **WRITES},
+                            says="hashes, and a question where one is wanted"),
+    "cot_prompting": Arm("cot_prompting", {"offered": 16, "validation": 0, **WRITES}, says="rows offered as examples"),
+    "fedcot": Arm("fedcot", {"epsilon": None, "repair": "none", **WRITES}, models=("teacher",),
+                  says="questions as they are"),
+    "fedcot_noisy": Arm("fedcot", {"epsilon": 6.0, "repair": "none", "seed": 0, **WRITES}, models=("teacher",),
+                        says="questions, each word exchanged at epsilon 6"),
+    "inferdpt": Arm("inferdpt", {"protect": "none", **WRITES}, says="documents as they are"),
+    "inferdpt_dp_text": Arm("inferdpt", WRITES, layers=(("dp_text", {"token_epsilon": 6.0, "epsilon": 1000.0}),),
+                            says="documents, each token drawn at epsilon 6"),
+    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 16, "generator_steps": 120, "warm_steps": 1, "temperature": 0.7,
+                                               "license": "CC0-1.0", "max_new_tokens": 48},
+                           says="rows of a generator that was overfitted at home"),
+    "fdkt": Arm("fdkt", {**FDKT, "target_epsilon": None}, task="classification", rounds=2,
+                models=("generator", "writer"), says="texts of an overfitted generator, without privacy"),
+    "fdkt_private": Arm("fdkt", {**FDKT, "target_epsilon": 8.0}, task="classification", rounds=2,
+                        models=("generator", "writer"), says="the same, trained at epsilon 8"),
+    "crosslm": Arm("crosslm", {"texts": 8, "least_new": 0.0, "write_steps": 1, **WRITES}, task="classification",
+                   models=("writer",), says="grades alone leave; texts come down"),
+    "llm_synth_classify": Arm("llm_synth_classify", {"generator": "writer", "n_per_label": 6, "embed": "tfidf",
+                                                     "collapse": 1.0, "agree": False, **WRITES},
+                              task="classification", models=("writer",), says="nothing leaves; texts come down"),
+    "sycophancy_synth": Arm("sycophancy_synth", {"n": 8, "filtration": False}, says="nothing leaves; claims about "
+                                                                                    "public rows come down"),
+    "llm_synth_pretrain": Arm("llm_synth_pretrain", {"n_synth": 8, "warm_steps": 1, "public": 1.0, "filtered": 0.0,
+                                                     "generated": 0.0, "transformed": 0.0},
+                              says="the server learns public text; weights cross"),
+    "self_instruct_local": Arm("self_instruct_local", {"target": 0.5, "max_attempts": 1, **WRITES},
+                               says="texts that are written at home stay there"),
+    "fedpit": Arm("fedpit", {"synthetic_ratio": 0.0, "beta": 0.5}, says="weights cross"),
+    "public_dp_distill": Arm("public_dp_distill", {"public_steps": 1, "match_rounds": 1}, rounds=2,
+                             says="weights cross"),
+    "fed_synth_upload": Arm("fed_synth_upload", {"n_syn": 4, "length": 8, "outer_steps": 3, "inner_steps": 2},
+                            task="classification", says="embeddings, read here as their nearest tokens"),
+}
+APART = {
+    "fical": "acts in environments and holds no rows", "fot": "acts in environments and holds no rows",
+    "federated_skill": "acts in environments and holds no rows", "fedyolo": "names of tasks alone",
+    "multilingual_fpt": "names of languages alone",
+}
+"""Methods whose cards say that text leaves, and why they stand in no arm."""
+
+
+class Tape(Layer):
+    """Next to the wire: what leaves a client as text, and what it is told."""
+
+    def __init__(self, words: Tensor | None = None) -> None:
+        """With `words` [V, d], the token embeddings, tensors of as many columns are read as their nearest tokens."""
+        self.up: list[tuple[str, str]] = []
+        self.down: list[tuple[str, str]] = []
+        self.words, self.read = words, list[tuple[str, Tensor]]()
+
+    def client(self, fn: Callable, msg: Mapping[str, Any], client: Any, call: Callable) -> Any:
+        if client.id == SERVER:
+            return call(msg)
+        self.down += [(client.id, text) for _, _, text in spoken(msg)]
+        reply = call(msg)
+        self.up += [(client.id, text) for _, _, text in spoken(reply)]
+        if self.words is not None:
+            self.read += [(client.id, x) for x in reply.values()
+                          if isinstance(x, Tensor) and x.dim() == 3 and x.shape[-1] == self.words.shape[1]]
+        return reply
+
+    def decoded(self, tokenizer: Any) -> None:
+        """What tensors of embeddings say, as text that left."""
+        for who, x in self.read:
+            for row in x:
+                self.up.append((who, tokenizer.decode(torch.cdist(row.float(), self.words.float()).argmin(1))))  # type: ignore[union-attr]
+
+
+@functools.lru_cache(maxsize=8)
+def loaded(task: str, seed: int) -> Model:
+    """The embedded model."""
+    labels = LABELS if task == "classification" else ()
+    return load_model("embedded", task, make_space("lora", rank=8), labels=labels, seed=seed, device="cpu")
+
+
+def planted(task: str, seed: int) -> tuple[Federation, dict[str, list[str]], list[str]]:
+    """Clients' rows, the secrets of each client in the order of `KINDS`, and a question about each secret."""
+    rng = Random(f"text-leaks-{seed}")
+    lexicon, shards, secrets, asks = [word(rng) for _ in range(300)], {}, {}, []
+    for k in range(CLIENTS):
+        texts, mine = [sentence(rng, lexicon, 10) for _ in range(ROWS)], []
+        for i in range(PLANTED):
+            text, secret = canary(rng, i)
+            texts.append(text)
+            mine.append(secret)
+            asks.append(" ".join(text.split()[4:6]))  # whose
+        shards[f"client-{k}"] = Shard([row(task, t, i, rng) for i, t in enumerate(texts)])
+        secrets[f"client-{k}"] = mine
+    public = [row(task, sentence(rng, lexicon, 10), i, rng) for i in range(8)]
+    return Federation(shards, [], task, LABELS if task == "classification" else (), public), secrets, asks
+
+
+def row(task: str, text: str, i: int, rng: Random) -> dict[str, Any]:
+    """A row with this text; answers are of two syllables."""
+    if task == "classification":
+        return {"text": text, "label": i % len(LABELS)}
+    return {"prompt": text, "response": f"So the answer is {rng.choice(SYLLABLES)}{rng.choice(SYLLABLES)}."}
+
+
+def measure(name: str, gated: bool, seed: int) -> dict[str, Any]:
+    """One cell: the arm's rounds (and answers) with canaries among the rows."""
+    torch.set_num_threads(1)
+    arm = ARMS[name]
+    fed, secrets, asks = planted(arm.task, seed)
+    model, named = loaded(arm.task, seed), {m: functools.partial(loaded, "generation", seed) for m in arm.models}
+    spec = LocalSpec(lr=1e-2, steps=2, batch_size=8, max_length=96)
+    world = World(model, fed, spec, seed, exact_match=False, models=Shelf(named))
+    tape = Tape(model.words if name == "fed_synth_upload" else None)
+    facts = Facts({c.id: c.n for c in world.infos()}, CLIENTS, arm.rounds, spec)
+    layers: list[Any] = [make_layer(n, dict(k), "layers").bind(facts) for n, k in arm.layers]
+    layers += [*([ResponsibleGate(encoder="off")] if gated else []), tape]
+    method = make_method(arm.method, **arm.knobs)
+    engine, ended = InProcess((method, *layers), world), ""
+    states, state = [layer.init() for layer in layers], method.init(model)
+    try:
+        for t in range(arm.rounds):
+            engine.begin(t)
+            state = drive(method.round(state, world.infos()), engine, layers, states)
+            engine.commit()
+        for text in asks if arm.asks else ():
+            drive(method.answer(text, world.infos(), state=state), engine, layers, states)
+    except FedLLMError as error:  # whatever had left by then has left
+        ended = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    if tape.words is not None:
+        tape.decoded(model.tokenizer)
+    return {**told(tape, secrets), "ended": ended}
+
+
+def told(tape: Tape, secrets: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Shares of the canaries that left their client, by kind, and that another client was told."""
+    up, down = ({c: "\n".join(t for who, t in side if who == c).lower() for c in secrets}
+                for side in (tape.up, tape.down))
+    left = {c: [s.lower() in up[c] for s in mine] for c, mine in secrets.items()}
+    reached = [any(s.lower() in down[o] for o in secrets if o != c) for c, mine in secrets.items() for s in mine]
+    kinds = {kind: float(np.mean([hit for hits in left.values() for hit in hits[i :: len(KINDS)]]))
+             for i, kind in enumerate(KINDS)}
+    return {"left": float(np.mean([x for hits in left.values() for x in hits])), "reached": float(np.mean(reached)),
+            "kinds": kinds, "texts_up": len(tape.up), "texts_down": len(tape.down)}
+
+
+def cell_of(name: str, gated: bool, seed: int) -> str:
+    """What the cell is called in the file."""
+    return f"{name} {'gated' if gated else 'open'} {seed}"
+
+
+def run(names: Sequence[str], file: Path, fresh: bool = False, budget: float | None = None) -> dict[str, Any]:
+    """Measure what the file lacks of these arms, and write it after every cell; all cells."""
+    cells, began = ({} if not file.is_file() else json.loads(file.read_text())), time.process_time()
+    for seed in SEEDS:
+        for name in names:
+            for gated in (False, True):
+                key = cell_of(name, gated, seed)
+                late = budget is not None and time.process_time() - began > budget
+                if late or (key in cells and not fresh):
+                    continue
+                cells[key] = measure(name, gated, seed)
+                write_atomic(file, (json.dumps(dict(sorted(cells.items())), indent=1) + "\n").encode())
+    return cells
+
+
+HEAD = f"""# What leaves as text: planted secrets, with the gate and without
+
+<!-- written by `python -m evidence.text_leaks`; the figures are those of text_leaks.json -->
+
+Three clients hold {ROWS + PLANTED} rows each, of which {PLANTED} hold a secret: in turn a code, an address, a number to
+call and eight words in a row. The embedded model works at clients and at the server, and a tape next to the wire hears
+every text. *Left* is the share of secrets that stand word for word in a text that left their client; *reached* the
+share that the server told another client. The gate is the layer `responsible_gate` as it comes, without the encoder for
+paraphrases. Means over seeds (least to most). What trained weights remember is no text: `fedllm audit` looks for that.
+
+| arm | what leaves | texts up | left, open | left, gated | reached, open | reached, gated |
+|---|---|---:|---:|---:|---:|---:|
+"""
+
+
+def page(cells: Mapping[str, Any]) -> str:
+    """The table, and what has to be said of it."""
+    lines, ends, by_kind = [], [], []
+    for name, arm in ARMS.items():
+        got = {gated: [c for s in SEEDS if (c := cells.get(cell_of(name, gated, s)))] for gated in (False, True)}
+        if not all(got.values()):
+            lines.append(f"| `{name}` | {arm.says} | | not measured | | | |")
+            continue
+        shares = [spread([c[key] for c in got[gated]]) for key in ("left", "reached") for gated in (False, True)]
+        texts = round(np.mean([c["texts_up"] for c in got[False]]))
+        lines.append(f"| `{name}` | {arm.says} | {texts} | {' | '.join(shares)} |")
+        for gated, some in got.items():
+            ends += [f"- `{name}`, {'gated' if gated else 'open'}: {why}" for why in sorted({
+                c["ended"] for c in some} - {""})]
+            if any(c["left"] for c in some):
+                each = ", ".join(f"{kind} {np.mean([c['kinds'][kind] for c in some]):.0%}" for kind in KINDS)
+                by_kind.append(f"- `{name}`, {'gated' if gated else 'open'}: {each}")
+    out = HEAD + "\n".join(lines) + "\n"
+    out += f"\nSeeds: {', '.join(map(str, SEEDS))}. Cells measured: {len(cells)} of {2 * len(ARMS) * len(SEEDS)}.\n"
+    out += "\n## By kind of secret, where any left\n\n" + "\n".join(by_kind) + "\n" if by_kind else ""
+    out += "\n## Runs that ended before their end\n\n" + "\n".join(ends) + "\n" if ends else ""
+    apart = "\n".join(f"- `{name}`: {why}" for name, why in APART.items())
+    return f"{out}\n## Not here, though their cards say that text leaves\n\n{apart}\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean share, with the least and the most where they differ."""
+    ends = "" if max(values) == min(values) else f" ({min(values):.0%} to {max(values):.0%})"
+    return f"{np.mean(values):.0%}{ends}"
+
+
+def main() -> None:
+    """Measure the arms named (none: all), and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("arm", nargs="*", help=", ".join(ARMS))
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file holds")
+    parser.add_argument("--budget", type=float, help="no cell is begun after so many CPU-seconds")
+    given = parser.parse_args()
+    if odd := [a for a in given.arm if a not in ARMS]:
+        parser.error(f"there is no arm '{odd[0]}'; there are {', '.join(ARMS)}")
+    logging.disable(logging.WARNING)
+    cells = run(given.arm or list(ARMS), RESULTS / "text_leaks.json", given.fresh, given.budget)
+    write_atomic(RESULTS / "text_leaks.md", page(cells).encode())
+
+
+if __name__ == "__main__":
+    main()
