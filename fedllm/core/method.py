@@ -95,6 +95,10 @@ class Method(Knobs):
         """Raise DataError when the method cannot learn from the clients' training rows; asked in a simulation alone,
         since nobody sees those of a real federation."""
 
+    def check_profiles(self, model: Any, clients: Sequence[ClientInfo]) -> None:
+        """Raise RecipeError or CompositionError when the method cannot work with what clients declare of themselves;
+        asked in a simulation before the first round, and by methods themselves where sites come as they like."""
+
     def check_work(self, local: Any, rounds: int) -> None:
         """Raise RecipeError when the method cannot work with so many rounds of what `local` has clients do."""
 

@@ -82,6 +82,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     method.check(model)
     check_training(model, local, method, layers)
     method.check_work(local, recipe.rounds)
+    method.check_profiles(model, list(infos.values()))
     named, _ = shelves(recipe, federation.task, federation.labels, lambda: model, {})
     world = FarWorld(model, federation, local, recipe.seed,
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.step_tokens),

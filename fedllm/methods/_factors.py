@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fedllm.core.client import ClientInfo
 from fedllm.core.errors import CompositionError, PayloadError
 from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import Mean, Sum, wide
@@ -27,6 +28,15 @@ def need_lora(method: Any, model: Any, plain: bool = True) -> LoRA:
         raise CompositionError(f"space.{knob} and method '{type(method).__name__}' do not fit together: it counts on a "
                                "change of s B A and no more; leave it out, or use fedavg or fedit")
     return model.space
+
+
+def ranks_within(clients: Sequence[ClientInfo], most: int) -> dict[str, int]:
+    """Each client's rank; CompositionError for one above `most`, the rank of which clients hold the first rows."""
+    ranks = {c.id: c.profile.rank or most for c in clients}
+    if bad := [c for c, r in ranks.items() if r > most]:
+        raise CompositionError(f"client '{bad[0]}' has rank {ranks[bad[0]]}, above space.rank = {most}, of which "
+                               "clients hold the first rows; lower clients.ranks or the profile's, or raise space.rank")
+    return ranks
 
 
 @dataclass(frozen=True)

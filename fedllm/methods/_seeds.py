@@ -41,15 +41,18 @@ class Seeds(Star):
     def init(self, model: Any) -> State:
         return {"w0": model.initial(), "A": torch.zeros(self.K)}
 
+    def check_work(self, local: Any, rounds: int) -> None:
+        if (local.schedule, local.over_rounds) != ("constant",) * 2 or local.weight_decay:
+            raise CompositionError(f"{type(self).__name__.lower()} and a learning-rate schedule or weight decay do not "
+                                   "fit together: the replay of seeds would be wrong; use local.schedule = "
+                                   "local.over_rounds = constant, weight_decay = 0")
+
     def down(self, state: State, client: Any) -> Payload:
         return pack(A=state["A"], seed=self.seed)
 
     def walk(self, msg: Payload, client: Any, drawn: Sequence[int]) -> Walk:
         """The client's steps along the directions drawn, from the model that the accumulators make."""
-        if (client.training.schedule, client.training.over_rounds) != ("constant",) * 2 or client.training.weight_decay:
-            raise CompositionError(f"{type(self).__name__.lower()} and a learning-rate schedule or weight decay do not "
-                                   "fit together: the replay of seeds would be wrong; use local.schedule = "
-                                   "local.over_rounds = constant, weight_decay = 0")
+        self.check_work(client.training, 0)
         return walk(client, self.built(msg, client), self.law, msg["seed"], drawn, self.eps, self.lr)
 
     def built(self, msg: Payload, client: Any) -> Tree:

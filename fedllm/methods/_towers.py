@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedllm.core.client import Client
-from fedllm.core.errors import CompositionError, DataError
+from fedllm.core.errors import DataError
 from fedllm.core.form import need
 from fedllm.core.payload import Payload, Tree, add, part, zeros_like
 from fedllm.local.segments import Slopes
@@ -50,14 +50,6 @@ def settled(losses: Sequence[float], window: int, below: float) -> bool:
     """Whether a loss goes on evenly: its last round-to-round differences vary little against their mean."""
     steps = np.diff(losses)
     return len(steps) >= window and float(steps.std()) < below * abs(float(steps.mean()))
-
-
-def need_sgd(client: Client, method: str) -> None:
-    """CompositionError for an optimizer of which both sides cannot make one step together."""
-    spec = client.training
-    if spec.optimizer != "sgd" or spec.momentum:
-        raise CompositionError(f"method '{method}' steps by plain SGD on both sides, and local.optimizer is "
-                               f"'{spec.optimizer}' (momentum {spec.momentum:g}); use sgd")
 
 
 def ahead(client: Client) -> Payload:

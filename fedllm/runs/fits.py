@@ -38,6 +38,7 @@ def check_declared(recipe: Recipe, method: Method, world: World) -> None:
     found here and not by the client that would train it."""
     if not world.federation.streamed:
         method.check_rows(world.federation.labels, {c: s.train for c, s in world.federation.clients.items()})
+    method.check_profiles(world.model, world.infos())
     most = max((r for c in world.infos() if (r := c.profile.rank) is not None), default=None)
     if most is not None and method.reads_ranks:
         try:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from fedllm.core.errors import ModelError, RecipeError
 from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
+from fedllm.spaces.adaptable import adaptable
 from fedllm.spaces.dropout import dropped
 from fedllm.spaces.magnitude import MAGNITUDE, turned, weight_of
 from fedllm.spaces.params import saved_params, with_ties
@@ -46,7 +47,8 @@ class LoRA(Space):
     scaling: Literal["classic", "rslora", "shared"] = knob("classic", "how alpha and the rank make s",
                                                           options=("classic", "rslora", "shared"))
     targets: str | tuple[str, ...] = knob("all-linear", "names of the linear modules, or all-linear: every one but "
-                                          "the output head and those narrower than the rank")
+                                          "the output head, those narrower than the rank, and those that PEFT or the "
+                                          "network passes over")
     modules_to_save: tuple[str, ...] = knob(("classifier",), "modules trained whole beside the adapters, where present")
     dropout: float = knob(0.0, "share of the adapters' input that is dropped while a client trains", ge=0, lt=1)
     dora: bool = knob(False, "DoRA: learn the length of each weight's rows beside their direction")
@@ -80,7 +82,7 @@ class LoRA(Space):
     def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
         r = rank or self.rank
         tree: Tree = {}
-        for path, module in self._sites(net).items():
+        for path, module in self.sites(net).items():
             o, i = linear_size(module) or (0, 0)
             if r > min(o, i):
                 raise RecipeError(f"space.rank = {r} is not allowed; '{path}' is {o} x {i}, so it must be "
@@ -99,7 +101,7 @@ class LoRA(Space):
         return tree
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
-        for path, module in self._sites(net).items():
+        for path, module in self.sites(net).items():
             patch(module, lambda frozen, path=path, module=module: _adapted(frozen, path, module, stack, self))
         names = with_ties(net, self._saved(net))
         return install_params(net, stack, {path: PEFT + name for path, name in names.items()})
@@ -113,7 +115,7 @@ class LoRA(Space):
         return any(name.startswith(m + ".") or f".{m}." in name for m in self.modules_to_save)
 
     def composes(self, net: nn.Module) -> list[str]:
-        return [] if self.dora else list(self._sites(net))  # it looks at the weight itself
+        return [] if self.dora else list(self.sites(net))  # it looks at the weight itself
 
     def idle(self, net: nn.Module, theta: Mapping[str, Tensor]) -> bool:
         weights = dict(net.named_parameters(remove_duplicate=False))
@@ -151,7 +153,7 @@ class LoRA(Space):
         return out.T if isinstance(module, Conv1D) else out
 
     def peft_config(self, net: nn.Module, task: str) -> LoraConfig:
-        paths = list(self._sites(net))
+        paths = list(self.sites(net))
         saved = sorted({n.rpartition(".")[0] for n in self._saved(net)})
         alpha = self.alpha if self.scaling != "shared" else self.scale(self.rank) * self.rank
         return LoraConfig(
@@ -212,9 +214,12 @@ class LoRA(Space):
             out[names_of(path)[0]] = b * (theirs / self.scale(r))
         return out
 
-    def _sites(self, net: nn.Module) -> dict[str, nn.Module]:
+    def sites(self, net: nn.Module) -> dict[str, nn.Module]:
         """The linear maps that get factors; none of them may be trained whole too."""
         found = find_linears(net, self.targets, "lora")
+        if self.targets == "all-linear" and not (found := adaptable(net, found)):
+            raise ModelError(f"lora: the model {type(net).__name__} has no linear map that PEFT takes and the "
+                             "network calls; name some in space.targets, or use another space")
         if both := [p for p in found if self.trains(f"{p}.weight")]:
             raise ModelError(f"lora: '{both[0]}' is among space.targets = {self.targets!r} and in "
                              f"space.modules_to_save = {list(self.modules_to_save)}; a module has factors or is "

@@ -14,7 +14,7 @@ from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.lora import LoRA, factors, names_of
 from fedllm.spaces.params import saved_params, with_ties
-from fedllm.spaces.space import PEFT, Space, Stack, find_linears, linear_size, patch
+from fedllm.spaces.space import PEFT, Space, Stack, linear_size, patch
 from fedllm.spaces.stacked import install_params
 
 
@@ -44,7 +44,7 @@ class LoRASB(Space):
 
     def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:
         r, tree = self.rank, Tree()
-        for path, module in find_linears(net, self.targets, "lora_sb").items():
+        for path, module in self.whole.sites(net).items():
             o, i = linear_size(module) or (0, 0)
             if r > min(o, i):
                 raise RecipeError(f"space.rank = {r} is not allowed; '{path}' is {o} x {i}, so it must be "
@@ -57,7 +57,7 @@ class LoRASB(Space):
                        for n, p in self._saved(net).items()}
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
-        for path in find_linears(net, self.targets, "lora_sb"):
+        for path in self.whole.sites(net):
             patch(net.get_submodule(path), lambda frozen, path=path: self._between(frozen, path, stack))
         names = with_ties(net, self._saved(net))
         return install_params(net, stack, {path: PEFT + name for path, name in names.items()})
@@ -79,7 +79,7 @@ class LoRASB(Space):
         return any(name.startswith(m + ".") or f".{m}." in name for m in self.modules_to_save)
 
     def composes(self, net: nn.Module) -> list[str]:
-        return list(find_linears(net, self.targets, "lora_sb"))
+        return list(self.whole.sites(net))
 
     def idle(self, net: nn.Module, theta: Mapping[str, Tensor]) -> bool:
         return self.whole.idle(net, as_lora(theta))

@@ -34,9 +34,7 @@ def test_no_cell_is_wrong(name, space):
     task, own = named(name)
     found = judge(own, space, task)
     assert found.outcome in ("right", "falls back", "refused"), found
-    if (name, space) == ("mamba", "lora"):
-        assert found.outcome == "refused" and "dt_proj does not do what it does" in found.why
-    elif name in ("llama", "gpt2", "cohere", "granite", "bert", "opt"):
+    if name in ("llama", "gpt2", "cohere", "granite", "bert", "opt"):
         assert found.outcome == "right"
     else:
         assert found.outcome != "refused", found

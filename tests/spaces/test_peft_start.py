@@ -105,12 +105,14 @@ def test_peft_sending_targets_elsewhere_is_found_when_the_model_is_loaded():
     """PEFT sends gate, up and down of deepseek's blocks to the fused experts."""
     from evidence.zoo.configs import tiny
 
-    model = Model(tiny("deepseek_v3", dtype=torch.float32), None, "generation", make_space("lora", rank=4), name="ds")
+    model = Model(tiny("deepseek_v3", dtype=torch.float32), None, "generation",
+                  make_space("lora", rank=4, targets=["o_proj", "gate_proj", "up_proj", "down_proj"]), name="ds")
     with pytest.raises(ModelError, match=r"not one function here and in PEFT.*leave .*(gate|up|down)_proj.* out of"):
         examine(model, cache=False)
-    fine = Model(tiny("deepseek_v3", dtype=torch.float32), None, "generation",
-                 make_space("lora", rank=4, targets=["q_a_proj", "q_b_proj", "o_proj"]), name="ds")
-    examine(fine, cache=False)
+    dead = Model(tiny("mamba", dtype=torch.float32), None, "generation",
+                 make_space("lora", rank=2, targets=["dt_proj", "x_proj"]), name="mamba")
+    with pytest.raises(ModelError, match="dt_proj does not do what it does in transformers; leave dt_proj out"):
+        examine(dead, cache=False)
 
 
 def test_gates_narrower_than_the_rank_are_left_out_of_all_linear():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedllm.core.ask import on_client
-from fedllm.core.errors import CompositionError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import add, pack, part, scale, sub, zeros_like
 from fedllm.core.reduce import Mean
 from fedllm.local.terms import Linear
+from fedllm.methods._plain_sgd import need_sgd
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,17 @@ class Scaffold(Star):
         theta = model.initial()
         return {"theta": theta, "c": zeros_like(theta), "seen": []}
 
+    def check_work(self, local, rounds) -> None:
+        if not self.allow_adaptive:
+            need_sgd(local, "scaffold", "c_k is no mean gradient then",
+                     "local.optimizer = sgd with momentum = 0, or method.allow_adaptive = true")
+
     def down(self, state: State, client):
         return pack(theta=state["theta"], c=state["c"])
 
     @on_client(reduce=Mean("uniform"), gives="delta: tree, delta_c: tree, loss?: number")
     def local(self, msg, client):
-        plain = client.training.optimizer == "sgd" and not client.training.momentum
-        if not (plain or self.allow_adaptive):
-            raise CompositionError("scaffold and a local optimizer that is not plain SGD do not fit together: c_k is "
-                                   "no mean gradient then; use local.optimizer = sgd or method.allow_adaptive = true")
+        self.check_work(client.training, 0)
         theta, c = part(msg, "theta"), part(msg, "c")
         c_k = client.memory.get("c") or zeros_like(c)
         fitted = client.fit(theta, terms=[Linear(sub(c, c_k))])  # theta <- theta - eta (g_k(theta) - c_k + c)

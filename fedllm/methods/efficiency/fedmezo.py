@@ -77,6 +77,12 @@ class FedMeZO(Star):
             raise RecipeError(f"FedMeZO.delta = {self.delta} is not allowed; it must be below lr = {self.lr}, or a "
                               "client's rate could be 0 or less")
 
+    def check_work(self, local, rounds) -> None:
+        if self.up == "scalars" and local.weight_decay:
+            raise CompositionError(f"fedmezo with up = scalars and local.weight_decay = {local.weight_decay:g} do not "
+                                   "fit together: scalars do not tell what decay did; use weight_decay = 0 or up = "
+                                   "weights")
+
     def init(self, model) -> State:
         return {"theta": model.initial(), "seen": {}}
 
@@ -100,9 +106,7 @@ class FedMeZO(Star):
                                                "n: rows, loss?: number, note/score?: number",
                fits=fits)
     def local(self, msg, client):
-        if self.up == "scalars" and client.training.weight_decay:
-            raise CompositionError("fedmezo's scalars do not tell what weight decay did; use weight_decay = 0 or "
-                                   "up = weights")
+        self.check_work(client.training, 0)
         draw, start = client.rng("fedmezo"), part(msg, "theta")
         seed = int(draw.integers(2**62))
         lr = float(draw.uniform(self.lr - self.delta, self.lr + self.delta)) if self.rates == "random" else msg["lr"]

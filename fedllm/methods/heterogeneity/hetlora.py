@@ -16,7 +16,7 @@ from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Tree, pack, part, sub
 from fedllm.local.terms import sum_lanes
-from fedllm.methods._factors import Padded, first_ranks, need_lora, rank_of
+from fedllm.methods._factors import Padded, first_ranks, need_lora, rank_of, ranks_within
 from fedllm.methods._linalg import product_norm
 from fedllm.spaces.lora import factors, names_of
 
@@ -81,10 +81,11 @@ class HetLoRA(Star):
                                    "would rescale the update; use space.scaling = shared")
         return {"theta": model.initial(), "rank": space.rank}
 
+    def check_profiles(self, model, clients) -> None:
+        ranks_within(clients, model.space.rank)
+
     def round(self, state: State, clients):
-        ranks = {c.id: c.profile.rank or state["rank"] for c in clients}
-        if bad := [c for c, r in ranks.items() if r > state["rank"]]:
-            raise CompositionError(f"client '{bad[0]}' has rank {ranks[bad[0]]}, above space.rank = {state['rank']}")
+        ranks = ranks_within(clients, state["rank"])
         if self.prune:  # r_k is the client's own; it says what pruning has left
             said = yield Ask(self.rank, {c: pack(rank=r) for c, r in ranks.items()})
             ranks = {c: said[c]["rank"] for c in said}
@@ -114,8 +115,7 @@ class HetLoRA(Star):
         r = rank_of(theta)
         g = min(r, max(self.rank_min, math.floor(self.gamma * r)))  # a client's last rank is no tail
         terms = [Tail(self.lambda_reg, masks(theta, g))] if self.lambda_reg and g < r else []
-        fitted = client.fit(theta, terms=terms)
-        new = fitted.theta
+        new = (fitted := client.fit(theta, terms=terms)).theta
         if self.prune and tail(new, g) < tail(theta, g):
             r = client.memory["rank"] = g
             new, theta = first_ranks(new, r), first_ranks(theta, r)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.errors import CompositionError
+from fedllm.core.errors import CompositionError, DataError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, add, norm, pack, part, scale, sub
 from fedllm.core.reduce import Sum
 from fedllm.core.rng import torch_stream
+from fedllm.methods._plain_sgd import need_sgd
 
 
 class OnAir(Sum):
@@ -66,12 +67,20 @@ class AirMetaPFL(Star):
     def init(self, model: Any) -> State:
         return {"theta": model.initial(), "round": 0}
 
+    def check_work(self, local, rounds) -> None:
+        need_sgd(local, "air_meta_pfl", "its gradient is that after plain steps")
+
+    def check_rows(self, labels, rows) -> None:
+        if few := [c for c, mine in rows.items() if len(mine) < 2]:
+            raise DataError(f"air_meta_pfl steps on some rows and takes a gradient on others; client '{few[0]}' has "
+                            f"{len(rows[few[0]])}; leave it out, or give it two rows or more")
+
     @on_client(reduce=OnAir(), gives="signal: tree, active: count, loss?: number")
     def local(self, msg, client):
-        if client.training.optimizer != "sgd" or client.training.momentum or client.n < 2:
-            has = f"local.optimizer = '{client.training.optimizer}' and {client.n} rows"
-            raise CompositionError(f"method 'air_meta_pfl' takes plain SGD steps on some rows and a gradient on "
-                                   f"others; client '{client.id}' has {has}; use sgd and two rows or more")
+        self.check_work(client.training, 0)
+        if client.n < 2:
+            raise CompositionError(f"air_meta_pfl steps on some rows and takes a gradient on others; client "
+                                   f"'{client.id}' has {client.n}; leave it out, or give it two rows or more")
         theta, rng = part(msg, "theta"), client.rng("air_meta_pfl")
         order = rng.permutation(client.n)
         cut = min(client.n - 1, max(1, round(self.query * client.n)))

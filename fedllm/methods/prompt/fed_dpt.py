@@ -57,6 +57,9 @@ class FedDPT(Method):
     def check_rows(self, labels: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
         one_task("fed_dpt", labels, rows)
 
+    def check_profiles(self, model: Any, clients: Any) -> None:
+        places({}, clients, model.space.domains)
+
     def init(self, model: Any) -> State:
         self.check(model)
         return {"theta": model.initial(), "places": {}}

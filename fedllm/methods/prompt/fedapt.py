@@ -78,6 +78,9 @@ class FedAPT(Method):
     def check_rows(self, labels: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
         one_task("fedapt", labels, rows)
 
+    def check_profiles(self, model: Any, clients: Any) -> None:
+        places({}, clients, model.space.domains)
+
     def init(self, model: Any) -> State:
         self.check(model)
         theta = model.initial()

@@ -12,6 +12,7 @@ from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, add, pack, part, scale, sub, zeros_like
 from fedllm.core.reduce import Mean
+from fedllm.methods._plain_sgd import steps_together
 from fedllm.models.batch import collate
 from fedllm.models.segments import segments
 
@@ -56,6 +57,8 @@ class FedBERTSplit(Method):
                                    f"allowed are 0 to {(depth - 1) // 2}")
         return segments(model, [self.cut, depth - self.cut])
 
+    check_work = steps_together("fedbert_split")
+
     def init(self, model) -> State:
         theta = model.initial()
         middle = self.cuts(model)[1].part(model, theta)
@@ -94,9 +97,7 @@ class FedBERTSplit(Method):
 
     @on_client(gives="e: tensor, mask: mask", fits=fits)
     def begin(self, msg, client) -> Payload:
-        if client.training.optimizer != "sgd" or client.training.momentum:
-            raise CompositionError(f"method 'fedbert_split' steps by plain SGD on both sides, and local.optimizer is "
-                                   f"'{client.training.optimizer}' (momentum {client.training.momentum:g}); use sgd")
+        self.check_work(client.training, 0)
         client.session["ends"], client.session["plan"] = part(msg, "ends"), client.batches(self.steps)
         return self.ahead(client)
 

@@ -14,6 +14,7 @@ from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, pack, part, scale, sub
 from fedllm.core.reduce import Mean
 from fedllm.methods import _towers as two
+from fedllm.methods._plain_sgd import steps_together
 from fedllm.models.fusion import Taught
 from fedllm.models.towers import towers
 from fedllm.spaces.split_adapter import SplitAdapter
@@ -71,6 +72,8 @@ class M2FedSA(Method):
     def fusion(self, model: Any) -> Any:
         return two.fusion_of(model, self.hidden, self.heads)
 
+    check_work = steps_together("m2fedsa")
+
     def init(self, model: Any) -> State:
         self.check(model)
         return {**two.started(model, self.fusion(model), self.hidden), "losses": [], "fused": False}
@@ -99,7 +102,7 @@ class M2FedSA(Method):
 
     @on_client(gives="image: tensor, text: tensor, mask: mask", fits=two.fit_states)
     def begin(self, msg: Any, client: Any) -> Payload:
-        two.need_sgd(client, "m2fedsa")
+        self.check_work(client.training, 0)
         client.session["ends"], client.session["plan"] = part(msg, "ends"), client.batches(self.steps)
         return two.ahead(client)
 

@@ -14,6 +14,7 @@ from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import add, pack, part, scale, sub, zeros_like
 from fedllm.local.terms import Linear
 from fedllm.methods._graphs import GRAPHS, graph_of, joined, metropolis, mixed, need_connected
+from fedllm.methods._plain_sgd import need_sgd
 from fedllm.wire import _letters as letters
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,10 @@ class Gossip(Method):
             return need_connected(ids, self.edges)
         graph_of(self.graph, list(ids[:cohort]), self.degree)
 
+    def check_work(self, local, rounds) -> None:
+        if self.tracking:
+            need_sgd(local, "gossip with tracking", "z_i is no mean gradient then")
+
     def check_layers(self, layers) -> None:
         letters.closed_to("gossip", layers)
 
@@ -107,9 +112,7 @@ class Gossip(Method):
             fitted = client.fit(theta)
             half = pack(theta=fitted.theta)
         else:
-            if client.training.optimizer != "sgd" or client.training.momentum:
-                raise CompositionError("gossip with tracking and an optimizer that is not plain SGD do not fit "
-                                       "together: z_i is no mean gradient then; use local.optimizer = sgd")
+            self.check_work(client.training, 0)
             c = client.memory.get("c") or zeros_like(theta)
             fitted = client.fit(theta, terms=[Linear(c)])  # theta <- theta - eta (g_i(theta) + c_i)
             # z_i = (theta_t - theta) / (H eta), with the sum of the rates in place of H eta
