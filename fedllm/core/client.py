@@ -225,6 +225,10 @@ class Client(Protocol):
         """This very client with the model of this name for its own: its requests go there, its rows are read so."""
         ...
 
+    def with_model(self, model: Any) -> Client:
+        """This very client with a part of its model (`models/narrow.py`) in its place, of the same tokenizer."""
+        ...
+
     def spend(self, release: Any, count: int = 1) -> None:
         """For layers: so many noisy releases (`privacy.accountant.Release`) are about to leave. A site of a real
         federation books them in its own ledger, or refuses."""

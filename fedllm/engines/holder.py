@@ -46,6 +46,14 @@ class Holder:
         twin._submit = lambda request: self._submit(request)  # what looks through us sees it too
         return twin
 
+    def with_model(self, model: Any) -> Any:
+        """The same client with a part of its own model (a narrower one) in its place: requests go there, and are booked
+        as before."""
+        twin = copy.copy(self)
+        twin.model = model
+        twin._submit = lambda request: self._submit(request)
+        return twin
+
     def complete(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, *,
                  theta: Tree | None = None, base: Tree | None = None) -> list[Completion]:
         """What the model (an endpoint too) says after each prompt, with its log-probability and what it cost."""
