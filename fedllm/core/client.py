@@ -226,8 +226,7 @@ class Client(Protocol):
         ...
 
     def having(self, model: Any) -> Client:
-        """This very client with a model that it has made of what it holds (an emulator, with blocks that it was sent).
-        """
+        """This very client with a model that it has made of what it holds: an emulator, a narrower network."""
         ...
 
     def spend(self, release: Any, count: int = 1) -> None:

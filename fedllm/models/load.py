@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from fedllm.models.kernels import give_back_freed_memory
 from fedllm.models.model import HeadedEncoder, Model, Pooling
 from fedllm.models.names import class_prompts, names_of
 from fedllm.models.proof import examine
+from fedllm.models.shaped import reshaped
 from fedllm.spaces.space import Space
 from fedllm.tasks.registry import task_of
 
@@ -68,18 +69,23 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = (), seed: int = 0,
                dtype: str = "float32", pooling: Literal["mean", "cls", "last"] = "mean", fast_kernels: bool = True,
                device: str = "auto", trust_remote_code: bool = False,
-               weights: Literal["pretrained", "random"] = "pretrained", quantize: str | None = None) -> Model:
+               weights: Literal["pretrained", "random"] = "pretrained", quantize: str | None = None,
+               shape: Mapping[str, Any] | None = None) -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
 
     `quantize` packs the linear maps of the frozen base in 4 or 8 bits (see models/quantized.py).
 
-    `weights` "random": the model is built from its config alone, with weights that follow from the seed. It is examined
+    `weights` "random": the model is built from its config alone, with weights that follow from the seed; `shape` has
+    keys of the config that are to be otherwise. It is examined
     (see models/proof.py), and `model.said` tells what its user must know. Raises ModelError when the model cannot be
     loaded, lacks what the space needs or says something else than in transformers, or the device is not there, and
     CompositionError for random weights that would stay as they are.
     """
     if weights not in ("pretrained", "random"):
         raise ModelError(f"model.weights = {weights!r} is not allowed; it must be one of ['pretrained', 'random']")
+    if shape and weights != "random":
+        raise ModelError("model.shape needs model.weights: random: pre-trained weights have the shape that they have; "
+                         "leave shape out")
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is not allowed; it must be one of {sorted(DTYPES)}")
     place = place_of(device)
@@ -89,7 +95,8 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
     config = _load(AutoConfig, name, trust_remote_code)
     if task_of(task).net != "dual":
         reads_texts(name, config, task_of(task).net != "causal")
-    made_by = {"weights": weights, "seed": seed, "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+    made_by = {"weights": weights, "seed": seed, "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code,
+               "shape": shape or {}}
     images = None
     if task_of(task).net in ("dual", "masked") and quantize:
         raise CompositionError(f"model.quantize = {quantize!r} and data.task = {task!r} do not fit together; leave "
@@ -120,7 +127,8 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
 
 
 def bare(kind: Any, name: str, said: list[str], *, weights: str = "pretrained", seed: int = 0,
-         dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, **how: Any) -> Any:
+         dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, shape: Mapping[str, Any] | None = None,
+         **how: Any) -> Any:
     """A network as transformers builds it, packed as `how` says; `said` is told which weights are not used.
 
     Random weights are drawn on the CPU in fp32: the same bits everywhere.
@@ -131,7 +139,7 @@ def bare(kind: Any, name: str, said: list[str], *, weights: str = "pretrained", 
             net.pooler = None  # its output is not used: pooling is ours
         said += complete(name, net, told)
         return net
-    config = _load(AutoConfig, name, trust_remote_code)
+    config = reshaped(_load(AutoConfig, name, trust_remote_code), shape or {}, name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "weights"))
         return kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)

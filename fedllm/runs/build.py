@@ -24,6 +24,7 @@ from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.models.load import load_model, load_tokenizer
+from fedllm.models.made import NAMES
 from fedllm.models.model import Model
 from fedllm.runs.acting import acts, check_acting, policy_of
 from fedllm.runs.best import check_best
@@ -192,6 +193,9 @@ def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] 
                  device: str | None = None) -> Model:
     """The recipe's model with this space; `device` in the place of the recipe's."""
     m = recipe.model
+    if m.shape and (acts(recipe) or m.name in NAMES):
+        raise RecipeError(f"model.shape and model.name = {m.name!r} do not fit together: it is built by keys of its "
+                          "own and has no config; leave shape out")
     if acts(recipe):
         return policy_of(recipe, space, device or m.device)
     if (made := made_of(recipe, space, task, labels, device or m.device)) is not None:
@@ -199,7 +203,7 @@ def recipe_model(recipe: Recipe, space: Space, task: str, labels: Sequence[str] 
     task = "generation" if recipe.data.acts else task  # a language model speaks there; of rows it knows nothing
     return load_model(m.name, task, space, labels=labels, seed=recipe.seed, dtype=m.dtype, pooling=m.pooling,
                       fast_kernels=m.fast_kernels, device=device or m.device, trust_remote_code=m.trust_remote_code,
-                      weights=m.weights, quantize=m.quantize)
+                      weights=m.weights, quantize=m.quantize, shape=m.shape)
 
 
 def make_fleet(recipe: Recipe) -> Fleet | None:

@@ -50,6 +50,9 @@ class ModelSpec(Spec):
     """What the sites of a real federation load instead, where the owner keeps blocks back (`export_for_clients`)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """As the model's folder holds them, or drawn by the recipe's seed from its config alone (with space: full)."""
+    shape: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Keys of the model's config that are to be otherwise (hidden_size, num_hidden_layers, tie_word_embeddings, ...),
+    as its config calls them; with weights: random."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the frozen base; trainables are fp32 at least."""
     quantize: Literal["nf4", "int8"] | None = None

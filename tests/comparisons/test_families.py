@@ -20,7 +20,7 @@ from fedllm.runs.recipe import load_recipe
 
 FAMILIES = sorted((Path(__file__).parents[2] / "recipes" / "families").glob("*.yaml"))
 NAMES = {"fedpeft", "fedpetuning", "fedtune_bench", "openfedllm", "fs_llm", "fedit_shepherd", "fedllm_bench",
-        "init_study", "vision_language", "profit", "ftl_fm"}
+         "init_study", "vision_language", "profit", "ftl_fm", "architectures"}
 
 
 def test_all_are_there():

@@ -44,3 +44,10 @@ def among(known: Tensor) -> Callable[[Model, Batch], Tensor]:
         return ce.new_zeros(len(batch.ids), 2).index_add(0, rows, torch.stack([ce, torch.ones_like(ce)], 1))
 
     return losses
+
+
+def targets(client: Any) -> Tensor:
+    """[V or C] bool: the words, or the classes, that a client's training rows have as targets."""
+    seen = np.unique(np.concatenate([np.atleast_1d(row.labels) for row in client.tokens]))
+    size = len(client.model.labels) or len(client.model.words)
+    return torch.zeros(size, dtype=torch.bool).index_fill(0, torch.from_numpy(seen[seen >= 0].astype(np.int64)), True)
