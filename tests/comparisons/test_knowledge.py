@@ -54,3 +54,21 @@ def test_bytes_of_kinds_add_up_to_the_bytes_of_rounds(tmp_path):
     got = knowledge.crossed(tmp_path)
     assert got == {("logits", "up"): 96, ("rest", "up"): 104, ("text", "down"): 10, ("rest", "down"): 54}
     assert sum(got.values()) == sum(record.bytes.values())
+
+
+def test_newcomers_get_an_arm_and_what_does_not_fit_the_builds_own_sentence(tmp_path, tiny_bert_folder, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"red word {'cat' if i % 2 else 'dog'}",
+                                                             "label": "even" if i % 2 else "odd"}) + "\n"
+                                                 for i in range(24)))
+    base = {"model": tiny_bert_folder, "data": {
+        "source": str(tmp_path / "rows.jsonl"), "task": "classification", "partition": {"kind": "iid", "clients": 2},
+        "public": 0.2}, "method": "fedavg", "space": "full", "rounds": 1, "local": {"steps": 1}}
+    family = {"title": "t", "paper": "p", "shows": ["s"], "base": base, "settings": {
+        "one": {"arms": {"fedavg": {"method": "fedavg"}}}}}
+    monkeypatch.setattr(knowledge, "members", lambda: ["fedavg", "fedmd", "fedmkt"])
+    got, misfits = knowledge.filled(family, tmp_path)
+    arms = got["settings"]["one"]["arms"]
+    assert list(arms) == ["fedavg", "fedmd"] and arms["fedmd"]["method"]["name"] == "fedmd"
+    assert [(m.setting, m.method) for m in misfits] == [("one", "fedmkt")]
+    assert "data.task" in misfits[0].why and not (tmp_path / "tried.yaml").exists()
+    assert list(family["settings"]["one"]["arms"]) == ["fedavg"]
