@@ -2,7 +2,8 @@
 
 Each is `fedllm compare` with the options below; its page goes to docs/results/families, with the command on top. The
 files of `python -m evidence.bench_rows` must lie in the shared data (`FEDLLM_DATA`), and those of `python -m
-evidence.picture_rows vision_rows` in this folder.
+evidence.picture_rows vision_rows` and `python -m evidence.knowledge_rows knowledge_rows` in this folder. The page of
+`knowledge` has columns of its own, and takes new methods by itself (`evidence/pages/knowledge.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fedllm
+from evidence.pages import knowledge
 from fedllm.runs.complaints import parse_override
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +28,7 @@ SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
     "fedpeft": (2, 1, MINILM),
     "fedpetuning": (2, 1, MINILM),
     "fedtune_bench": (2, 1, MINILM),
+    "knowledge": (3, 1, ()),
     "vision_language": (1, 1, ()),
     "profit": (1, 1, ("data.office.test_rows=30", "local.steps=5")),
     "ftl_fm": (1, 1, ("rounds=3", "data.office.test_rows=30", "data.office.rows=24", "local.steps=4")),
@@ -35,6 +38,8 @@ SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
 
 def command(name: str) -> str:
     """The one line that makes the table."""
+    if name == "knowledge":
+        return f"python -m evidence.pages.families {name}"
     seeds, tuning, changes = SMALL[name]
     said = [f"--seeds {seeds}", f"--tuning-seeds {tuning}", *(f"--set {shlex.quote(c)}" for c in changes)]
     return f"fedllm compare recipes/families/{name}.yaml {' '.join(said)}"
@@ -58,8 +63,13 @@ def main() -> None:
         if name not in SMALL:
             parser.error(f"there is no family '{name}'; there are {', '.join(SMALL)}")
         seeds, tuning, changes = SMALL[name]
-        fedllm.compare(ROOT / "recipes" / "families" / f"{name}.yaml", out=given.out / name, seeds=seeds,
-                       tuning_seeds=tuning, overrides=dict(map(parse_override, changes)))
+        file = ROOT / "recipes" / "families" / f"{name}.yaml"
+        if name == "knowledge":
+            found, misfits, spent = knowledge.run(file, given.out / name, seeds)
+            (PAGES / f"{name}.md").write_text(knowledge.page(found, misfits, spent, command(name)), encoding="utf-8")
+            continue
+        fedllm.compare(file, out=given.out / name, seeds=seeds, tuning_seeds=tuning,
+                       overrides=dict(map(parse_override, changes)))
         page(name, given.out / name)
 
 

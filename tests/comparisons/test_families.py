@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import fedllm
-from evidence import bench_rows, picture_rows
+from evidence import bench_rows, knowledge_rows, picture_rows
 from fedllm.comparisons.compare import light
 from fedllm.comparisons.design import make_design, pairs
 from fedllm.comparisons.family import read_family
@@ -20,7 +20,7 @@ from fedllm.runs.recipe import load_recipe
 
 FAMILIES = sorted((Path(__file__).parents[2] / "recipes" / "families").glob("*.yaml"))
 NAMES = {"fedpeft", "fedpetuning", "fedtune_bench", "openfedllm", "fs_llm", "fedit_shepherd", "fedllm_bench",
-         "init_study", "vision_language", "profit", "ftl_fm", "architectures"}
+         "init_study", "vision_language", "profit", "ftl_fm", "architectures", "knowledge"}
 
 
 def test_all_are_there():
@@ -60,6 +60,7 @@ def test_every_family_builds(path, tmp_path, monkeypatch):
         (tmp_path / file.name).symlink_to(file)
     bench_rows.write(tmp_path / "fedllm_bench")
     picture_rows.write(tmp_path / "vision_rows")
+    knowledge_rows.write(tmp_path / "knowledge_rows", steps=1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDLLM_DATA", str(tmp_path))
     design = make_design(path)
