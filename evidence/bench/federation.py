@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from evidence.bench import flower as bench_flower
+from evidence.bench import pictured
 from evidence.bench.rows import Row, machine, row
 from evidence.drills.faults import DRILLS, HOST, namespace, partition
 from evidence.drills.soak import soak as soaked
@@ -42,6 +43,7 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
     "classification": {"task": "classification", "labels": ["even", "odd"],
                        "fields": {"text": "prompt", "label": "label"}},
     "preference": {"task": "preference", "fields": {"chosen": "response", "rejected": "worse"}},
+    "image_text": pictured.TASK,
     "tokens": {"task": "tokens", "labels": ["O", "even"], "fields": {"tokens": "words", "tags": "tags"}}}
 """How the rig's rows are read for each task."""
 SIZES = (200_000_000,)
@@ -67,9 +69,20 @@ def tried(rig: Any, method: str) -> dict[str, Any]:
 
 def digests(out: Path = OUT, only: Sequence[str] = ()) -> None:
     """Each method of the registry in one process and on NVFlare: the digests of the final state, and the bytes."""
-    with _rig() as rig, rig.serving_session():
-        for method in only or METHODS:
-            keep("digests", method, {"nvflare": _digest(rig, method)}, out)
+    for some, more in _by_rows(only or list(METHODS)):
+        with _rig(**more) as rig, rig.serving_session():
+            for method in some:
+                keep("digests", method, {"nvflare": _digest(rig, method)}, out)
+
+
+def _by_rows(names: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """The methods that are tried on text, and those on pictures, each with what their rig is made of."""
+    seeing = [n for n in names if method_class(n).trial.task == pictured.TASK["task"]]
+    if text := [n for n in names if n not in seeing]:
+        yield text, {}
+    if seeing:
+        with tempfile.TemporaryDirectory(prefix="fedllm-clip-") as folder:
+            yield seeing, {"model": pictured.clip_folder(Path(folder).resolve()), "rows": pictured.write_pictures}
 
 
 def _digest(rig: Loopback, method: str) -> dict[str, Any]:
@@ -221,9 +234,10 @@ def _rig(**more: Any) -> Iterator[Loopback]:
 
 def flower(out: Path = OUT, only: Sequence[str] = ()) -> None:
     """Each method of the registry in one process and on Flower, for the same table."""
-    with bench_flower.rig() as rig:
-        for method in only or METHODS:
-            keep("digests", method, {"flower": _digest(rig, method)}, out)
+    for some, more in _by_rows(only or list(METHODS)):
+        with bench_flower.rig(**more) as rig:
+            for method in some:
+                keep("digests", method, {"flower": _digest(rig, method)}, out)
 
 
 def flower_speed(out: Path = OUT) -> list[Row]:

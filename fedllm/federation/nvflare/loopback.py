@@ -74,12 +74,13 @@ class Loopback:
     """Keys, rows and settings of three sites in one folder, and the processes that run on them."""
 
     def __init__(self, folder: Path, model: str = "embedded", host: str = "localhost",
-                 sites: Sequence[str] = SITES) -> None:
+                 sites: Sequence[str] = SITES, rows: Callable[[Path, int, int], None] = write_rows) -> None:
+        """`rows` writes the file of client `k` with `n` rows."""
         self.folder, self.model, self.sites = folder, model, tuple(sites)
         for k, site in enumerate(sites):
-            write_rows(folder / "data" / f"{site}.jsonl", k, ROWS[k % len(ROWS)])
-        write_rows(folder / "test.jsonl", 9, 6)
-        write_rows(folder / "public.jsonl", 10, 6)
+            rows(folder / "data" / f"{site}.jsonl", k, ROWS[k % len(ROWS)])
+        rows(folder / "test.jsonl", 9, 6)
+        rows(folder / "public.jsonl", 10, 6)
         with socket.socket() as free:
             free.bind((host, 0))
             self.port = free.getsockname()[1]
