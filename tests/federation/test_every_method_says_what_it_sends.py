@@ -12,7 +12,6 @@ APART = {name for name in METHODS if method_class(name).trial.apart}
 """Methods with no common trial of rounds; which of them say words."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in APART and not method_class(n).simulation_only])
 def test_a_method_sends_what_its_card_declares(name, monkeypatch):
     made, found, take = begin(name, **tried(name)), [], Fold.take
