@@ -95,7 +95,8 @@ class FedAgentRLKD(Method):
         share, deltas = n / n.sum(), [part(out[c], "delta") for c in ids]
         state, p = {**state, "round": state["round"] + 1}, share
         if self.agent != "off":
-            told = pack(theta=state["theta"], delta=dict(zip(ids, deltas, strict=True)), net=state["net"])
+            told = pack(theta=state["theta"], net=state["net"], delta={
+                f"{c}/{n}": t for c, d in zip(ids, deltas, strict=True) for n, t in d.items()})
             told |= {"ids": ids, "share": share.tolist(), "losses": [out[c]["loss"] for c in ids],
                      "away": [state["round"] - 1 - state["last"].get(c, state["round"] - 1) for c in ids],
                      "value": [state["value"].get(c, 0.0) for c in ids], "round": state["round"]}
