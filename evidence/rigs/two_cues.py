@@ -72,10 +72,11 @@ def trials(rng: np.random.Generator, skill: int, rule: int, count: int) -> list[
 
 
 def two_cues(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 16,
-             local: Mapping[str, Any] | None = None) -> Metrics:
+             local: Mapping[str, Any] | None = None, alone: bool = False, pooled: bool = False) -> Metrics:
     """Over everybody's skills, of which each client has tried four: the clients' mean `accuracy`, by card and latent,
     `above_card` alone, `agree` and `kl`; `tells_rule`: how often a linear probe of the latent names the rule; `secrets`
-    that stand on cards; `words` of a card."""
+    that stand on cards; `words` of a card. `alone`: nobody shares; `pooled`: one learner has all trials, and takes as
+    many steps as all do."""
     torch.set_num_threads(1)
     rng = numpy_stream(seed, "two cues")
     rules = rng.permutation(np.arange(SKILLS) % 2)
@@ -83,15 +84,18 @@ def two_cues(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, 
     shards = {f"client-{k}": Shard([r for s in own for r in trials(rng, s, int(rules[s]), 16)])
               for k, own in enumerate(mine)}
     test = [r for s in range(SKILLS) for r in trials(rng, s, int(rules[s]), 24)]
-    spec = LocalSpec(**{"optimizer": "adamw", "lr": 1e-2, "steps": 10, "batch_size": 32, **(local or {})})
+    steps = 10 * (CLIENTS if pooled else 1)
+    spec = LocalSpec(**{"optimizer": "adamw", "lr": 1e-2, "steps": steps, "batch_size": 32, **(local or {})})
+    if pooled:
+        shards = {"all": Shard([r for s in shards.values() for r in s.train])}
     run = Trial(method, World(encoder(seed), Federation(shards, test, "classification", ACTIONS), spec, seed),
-                dict(knobs or {})).rounds(rounds)
+                {**(knobs or {}), **({"share": "nothing"} if alone else {})}).rounds(rounds)
     scores = list(run.scores("global").values())
     out = {m: float(np.mean([s[m] for s in scores])) for m in ("accuracy", "card_accuracy", "agree", "kl")}
     cards = run.state["cards"].values()
-    return {**out, "above_card": out["accuracy"] - out["card_accuracy"], "tells_rule": told(run, test, rules),
-            "secrets": float(sum("code" in c for c in cards)), "words": float(np.mean([len(c.split()) for c in cards]))
-            if cards else 0.0, **run.work()}
+    return {**out, "right": out["accuracy"], "above_card": out["accuracy"] - out["card_accuracy"],
+            "tells_rule": told(run, test, rules), "secrets": float(sum("code" in c for c in cards)),
+            "words": float(np.mean([len(c.split()) for c in cards])) if cards else 0.0, **run.work()}
 
 
 def told(run: Trial, test: list[Row], rules: np.ndarray) -> float:
