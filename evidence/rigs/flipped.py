@@ -57,7 +57,7 @@ def flipped(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, f
     centers, turned = rng.normal(0, 1, (KINDS, 3)), set(rng.choice(CLIENTS, flip, replace=False).tolist())
     shards = {}
     for k in range(CLIENTS):
-        rows = texts(rng, rng.choice(KINDS, ROWS, p=rng.dirichlet([0.5] * KINDS)), centers)
+        rows = texts(rng, rng.choice(KINDS, ROWS, p=rng.dirichlet([1.0] * KINDS)), centers)
         shards[f"client-{k}"] = Shard([{**r, "label": (r["label"] + 1) % KINDS} for r in rows] if k in turned else rows)
     fed = Federation(shards, texts(rng, rng.integers(0, KINDS, 400), centers), "classification", tuple("wxyz"),
                      texts(rng, rng.integers(0, KINDS, 100), centers))

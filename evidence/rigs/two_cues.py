@@ -51,7 +51,7 @@ def encoder(seed: int) -> Model:
 
 def glyph(rng: np.random.Generator, cue: int, rule: int) -> list[float]:
     """A bar that lies or stands, and a spot that is above for one rule and below for the other, three times in four."""
-    x = rng.normal(0, 0.5, (SIDE, SIDE))
+    x = rng.normal(0, 0.3, (SIDE, SIDE))
     at = int(rng.integers(6, 10))
     x[(at, slice(3, 13)) if cue else (slice(3, 13), at)] += 1.5
     seen = rule if rng.random() < 0.75 else 1 - rule
@@ -71,7 +71,7 @@ def trials(rng: np.random.Generator, skill: int, rule: int, count: int) -> list[
     return rows
 
 
-def two_cues(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 16,
+def two_cues(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 24,
              local: Mapping[str, Any] | None = None, alone: bool = False, pooled: bool = False) -> Metrics:
     """Over everybody's skills, of which each client has tried four: the clients' mean `accuracy`, by card and latent,
     `above_card` alone, `agree` and `kl`; `tells_rule`: how often a linear probe of the latent names the rule; `secrets`
@@ -81,9 +81,9 @@ def two_cues(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, 
     rng = numpy_stream(seed, "two cues")
     rules = rng.permutation(np.arange(SKILLS) % 2)
     mine = [[(2 * k + i) % SKILLS for i in range(4)] for k in range(CLIENTS)]
-    shards = {f"client-{k}": Shard([r for s in own for r in trials(rng, s, int(rules[s]), 16)])
+    shards = {f"client-{k}": Shard([r for s in own for r in trials(rng, s, int(rules[s]), 24)])
               for k, own in enumerate(mine)}
-    test = [r for s in range(SKILLS) for r in trials(rng, s, int(rules[s]), 24)]
+    test = [r for s in range(SKILLS) for r in trials(rng, s, int(rules[s]), 12)]
     steps = 10 * (CLIENTS if pooled else 1)
     spec = LocalSpec(**{"optimizer": "adamw", "lr": 1e-2, "steps": steps, "batch_size": 32, **(local or {})})
     if pooled:

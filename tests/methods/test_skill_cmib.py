@@ -108,9 +108,9 @@ def test_engines_agree_and_the_merge_is_by_rows(gap):
 
 
 def test_a_latent_that_costs_too_much_is_empty_and_what_both_are_worth():
-    both = two_cues("skill_cmib", 0, rounds=12)
+    both = two_cues("skill_cmib", 0)
     assert both["accuracy"] > 0.6 and both["secrets"] == 0
-    assert two_cues("skill_cmib", 0, rounds=12, knobs={"use": "card"})["accuracy"] < both["accuracy"]
+    assert two_cues("skill_cmib", 0, knobs={"use": "card"})["accuracy"] < both["accuracy"]
 
 
 def test_what_does_not_fit_is_refused():

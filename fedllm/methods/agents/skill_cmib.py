@@ -60,14 +60,15 @@ class SkillCMIB(Method):
     serves, only_fits = False, False
 
     beta_c: float = knob(0.01, "nats that a word of a card costs", ge=0)
-    beta_z: float = knob(1e-3, "weight of the latent's KL, reached over `anneal` rounds", ge=0)
-    anneal: int = knob(5, "rounds over which beta_z grows, lest the latent stays empty", ge=0)
+    beta_z: float = knob(0.01, "weight of the latent's KL, reached over `anneal` rounds", ge=0)
+    card_rounds: int = knob(8, "rounds by cards alone, before the first card is chosen and the latent comes", ge=0)
+    anneal: int = knob(4, "rounds over which beta_z grows then, lest the latent stays empty", ge=0)
     dim: int = knob(8, "d_z, numbers of the latent", ge=1)
     hidden: int = knob(32, "width of encoder and head", ge=1)
     pixels: int = knob(256, "numbers of a glyph", ge=1)
     least: int = knob(3, "traces that a word of a card must be in", ge=2)
     longest: int = knob(8, "words of a card at the most", ge=1)
-    every: int = knob(5, "rounds from one choice of cards to the next", ge=1)
+    every: int = knob(8, "rounds from one choice of cards to the next", ge=1)
     use: Literal["both", "card", "latent"] = knob("both", "parts of a skill, for comparison",
                                                   options=("both", "card", "latent"))
     share: Literal["all", "nothing"] = knob("all", "nothing: each client keeps its own, for comparison",
@@ -104,10 +105,11 @@ class SkillCMIB(Method):
                fits=fits)
     def local(self, msg: Payload, client: Client) -> Payload:
         theta, cards = self.own(msg, client)
-        beta = self.beta_z * min(1.0, (msg["round"] + 1) / (self.anneal + 1))
+        late = msg["round"] - self.card_rounds * (self.use == "both")  # stage 1 is before 0, stage 2 from 0 on
+        beta = self.beta_z * min(1.0, (late + 1) / (self.anneal + 1))
         mine, worth = self.chosen(theta, cards, client, msg["round"]) if self.use != "latent" else ({}, [])
-        seen = self.seen(client, client.data, {**cards, **mine})
-        net, loss, rate = ib.trained(theta, client, seen, beta, self.use != "card")
+        seen = self.once_seen(client, {**cards, **mine})
+        net, loss, rate = ib.trained(theta, client, seen, beta, self.use != "card" and late >= 0)
         told = {"n": client.n, "loss": loss, "kl": rate, "names": [], "texts": [], "worth": []}
         if self.share == "nothing":
             client.memory["skills"] = {"theta": net, "cards": mine}
@@ -126,11 +128,19 @@ class SkillCMIB(Method):
         the net has learned anything the longest."""
         def price(rows: Sequence[Any], name: str, card: str) -> float:
             seen = trials(client, rows, {name: card}, self.pixels)
-            return ib.judged(theta, seen, client, self.use != "card", 0)["loss"] + self.beta_c * len(card.split())
+            latent = self.use != "card" and round > self.card_rounds
+            return ib.judged(theta, seen, client, latent, 0)["loss"] + self.beta_c * len(card.split())
 
         drafts = lambda rows: [] if round % self.every else drafted(  # noqa: E731
             [str(r["trace"]) for r in rows], self.least, self.longest)
         return picked(client.data, cards, drafts, price if round else None)
+
+    def once_seen(self, client: Client, cards: Mapping[str, str]) -> tuple[Tensor, ...]:
+        """Its own trials under these cards; the encoder rests, so that they are read once for the same cards."""
+        mine = {n: cards.get(n, "") for n in sorted({str(r.get("skill", "")) for r in client.data})}
+        if client.memory.get("read") != mine:
+            client.memory["read"], client.memory["seen"] = mine, list(self.seen(client, client.data, mine))
+        return tuple(client.memory["seen"])
 
     def seen(self, client: Client, rows: Sequence[Any], cards: Mapping[str, str]) -> tuple[Tensor, ...]:
         return trials(client, rows, cards if self.use != "latent" else {}, self.pixels)
