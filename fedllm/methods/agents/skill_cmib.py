@@ -15,7 +15,7 @@ from fedllm.core.form import aligned, need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part, sub
 from fedllm.methods import _bottleneck as ib
-from fedllm.methods._cards import CARD, NAME, drafted, picked, trials
+from fedllm.methods._cards import CARD, NAME, drafted, kept, picked, trials
 
 RIG = {"rig": "two_cues", "metric": "accuracy", "relative": "difference", "holds": ">", "threshold": 0.0,
        "baseline": "skill_cmib"}
@@ -71,8 +71,7 @@ class SkillCMIB(Method):
     every: int = knob(8, "rounds from one choice of cards to the next", ge=1)
     use: Literal["both", "card", "latent"] = knob("both", "parts of a skill, for comparison",
                                                   options=("both", "card", "latent"))
-    share: Literal["all", "nothing"] = knob("all", "nothing: each client keeps its own, for comparison",
-                                            options=("all", "nothing"))
+    share: Literal["all", "nothing"] = knob("all", "nothing: each client keeps its own", options=("all", "nothing"))
 
     def init(self, model: Any) -> State:
         if model.task != "classification":
@@ -107,40 +106,32 @@ class SkillCMIB(Method):
         theta, cards = self.own(msg, client)
         late = msg["round"] - self.card_rounds * (self.use == "both")  # stage 1 is before 0, stage 2 from 0 on
         beta = self.beta_z * min(1.0, (late + 1) / (self.anneal + 1))
-        mine, worth = self.chosen(theta, cards, client, msg["round"]) if self.use != "latent" else ({}, [])
-        seen = self.once_seen(client, {**cards, **mine})
+        now = self.use != "latent" and not msg["round"] % self.every
+        mine, worth = self.chosen(theta, cards, client, msg["round"]) if now else ({}, [])
+        seen = kept(client, {**cards, **mine}, lambda known: self.seen(client, client.data, known))
         net, loss, rate = ib.trained(theta, client, seen, beta, self.use != "card" and late >= 0)
         told = {"n": client.n, "loss": loss, "kl": rate, "names": [], "texts": [], "worth": []}
         if self.share == "nothing":
-            client.memory["skills"] = {"theta": net, "cards": mine}
+            client.memory["skills"] = {"theta": net, "cards": mine or cards}
             return told
-        return {**told, **pack(delta=sub(net, theta)), "names": list(mine), "texts": list(mine.values()),
-                "worth": worth}
+        told |= {"names": list(mine), "texts": list(mine.values()), "worth": worth}
+        return {**told, **pack(delta=sub(net, theta))}
 
     def own(self, msg: Payload, client: Client) -> tuple[Any, dict[str, str]]:
         """The net and the cards that this client works with."""
-        kept = client.memory.get("skills", {}) if self.share == "nothing" else {}
+        own = client.memory.get("skills", {}) if self.share == "nothing" else {}
         told = dict(zip(msg["names"], msg["texts"], strict=True))
-        return kept.get("theta") or part(msg, "theta"), kept.get("cards") or told
+        return own.get("theta") or part(msg, "theta"), own.get("cards") or told
 
     def chosen(self, theta: Any, cards: Mapping[str, str], client: Client, round: int) -> Any:
-        """A card for each of the client's skills with -log p(y | x, c, z) + beta_c |c|, and what it is worth; before
-        the net has learned anything the longest."""
+        """A card for each skill by -log p(y | x, c, z) + beta_c |c|, and its worth; at first the longest."""
         def price(rows: Sequence[Any], name: str, card: str) -> float:
             seen = trials(client, rows, {name: card}, self.pixels)
             latent = self.use != "card" and round > self.card_rounds
             return ib.judged(theta, seen, client, latent, 0)["loss"] + self.beta_c * len(card.split())
 
-        drafts = lambda rows: [] if round % self.every else drafted(  # noqa: E731
-            [str(r["trace"]) for r in rows], self.least, self.longest)
+        drafts = lambda rows: drafted([str(r["trace"]) for r in rows], self.least, self.longest)  # noqa: E731
         return picked(client.data, cards, drafts, price if round else None)
-
-    def once_seen(self, client: Client, cards: Mapping[str, str]) -> tuple[Tensor, ...]:
-        """Its own trials under these cards; the encoder rests, so that they are read once for the same cards."""
-        mine = {n: cards.get(n, "") for n in sorted({str(r.get("skill", "")) for r in client.data})}
-        if client.memory.get("read") != mine:
-            client.memory["read"], client.memory["seen"] = mine, list(self.seen(client, client.data, mine))
-        return tuple(client.memory["seen"])
 
     def seen(self, client: Client, rows: Sequence[Any], cards: Mapping[str, str]) -> tuple[Tensor, ...]:
         return trials(client, rows, cards if self.use != "latent" else {}, self.pixels)
