@@ -84,7 +84,8 @@ def flipped(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, f
             out["off_fedavg"] = max(float((plain[n] - t).abs().max()) for n, t in run.state["theta"].items())
         last, chosen = run.t, run.state["p"]
         run.state, run.t = copy.deepcopy(before), last - 1
-        out["again"] = float(sum(run.rounds(1).state["p"][c] != w for c, w in chosen.items()))
+        again = run.rounds(1).state["p"]
+        out["again"] = float(sum(again[c] != w for c, w in chosen.items()))
     return out
 
 
