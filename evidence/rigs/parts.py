@@ -33,8 +33,8 @@ PAIRS = {False: tuple(f"site-{k} site-{k + 1}" for k in (0, 2, 4)), True: ("site
 
 @functools.cache
 def reader() -> PreTrainedTokenizerFast:
-    """Words `a0` to `c5`: a reading, and its level."""
-    words = ["<pad>", "<unk>", *(f"{r}{level}" for r in "abc" for level in range(LEVELS))]
+    """Words `0a0` to `5c5`: whose reading, which, and its level."""
+    words = ["<pad>", "<unk>", *(f"{k}{r}{level}" for k in range(OWNERS) for r in "abc" for level in range(LEVELS))]
     tok = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", unk_token="<unk>")
@@ -46,7 +46,7 @@ def encoder(seed: int) -> Model:
         torch.manual_seed(seed)
         body = BertModel(BertConfig(
             vocab_size=len(reader()), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-            max_position_embeddings=WORDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+            max_position_embeddings=OWNERS * WORDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
             add_pooling_layer=False)
         net = HeadedEncoder(body, KINDS, "mean")
     return Model(net, reader(), "classification", make_space("mlp_head", size=24), labels=tuple("wxyz"), seed=seed)
@@ -71,11 +71,11 @@ def parted(seed: int, things: int, coupled: bool) -> dict[str, list[Row]]:
         own = [s[:, 0] + 2 * s[:, 1] for s in signs]
         own[0] = (signs[1] == signs[2])[:, 0].astype(int)
     rows: dict[str, list[Row]] = {}
-    for name, x, labels in zip(NAMES, read, own, strict=True):
+    for k, (name, x, labels) in enumerate(zip(NAMES, read, own, strict=True)):
         at = rng.integers(0, 3, (things, WORDS))
         level = np.clip(np.round(1.5 * (np.take_along_axis(x, at, 1) + rng.normal(0, 0.5, at.shape)) + 2.5), 0,
                         LEVELS - 1).astype(int)
-        said = [" ".join(f"{'abc'[a]}{v}" for a, v in zip(*one, strict=True)) for one in zip(at, level, strict=True)]
+        said = [" ".join(f"{k}{'abc'[a]}{v}" for a, v in zip(*one, strict=True)) for one in zip(at, level, strict=True)]
         rows[name] = [{"id": f"t{i}", "label": int(c), "text": t} for i, (c, t) in enumerate(zip(labels, said,
                                                                                                strict=True))]
     return rows
@@ -95,10 +95,12 @@ class Told(Layer):
 
 
 def parts(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, lost: int = 0, coupled: bool = False,
-          train: int = 256, tests: int = 256, rounds: int = 3, local: Mapping[str, Any] | None = None) -> Metrics:
+          train: int = 256, tests: int = 256, rounds: int = 3, local: Mapping[str, Any] | None = None,
+          alone: bool = False, pooled: bool = False) -> Metrics:
     """`accuracy` of joint answers, `best` of the owners' own and `over_best`; `permuted`: the most that a logit moves
     where one owner's neurons and its map change places; `numbers_beside` d that leave of a thing. `lost`: so many
-    owners lack their part of each thing of the test, of those that hold no labels."""
+    owners lack their part of each thing of the test, of those that hold no labels. `right` is the joint answers', or
+    `alone` the owners' own on the mean, or `pooled` that of one owner with all parts."""
     torch.set_num_threads(1)
     rows, rng = parted(seed, train + tests, coupled), numpy_stream(seed, "lost")
     gone = [set(rng.choice(NAMES[1:], lost, replace=False)) for _ in range(tests)]
@@ -111,8 +113,15 @@ def parts(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, los
     run = Trial(method, World(encoder(seed), fed, spec, seed), told, layers=(ear,)).rounds(rounds)
     joint = next(iter(run.scores("local").values()))
     own = [_alone(run, c, rows[c][train:]) for c in NAMES]
-    return {"accuracy": float(joint["accuracy"]), "best": max(own), "over_best": float(joint["accuracy"]) - max(own),
-            "permuted": _permuted(run), "numbers_beside": ear.most - run.state["d"], **run.work()}
+    right = np.mean(own) if alone else joint["accuracy"]
+    if pooled:
+        whole = [{**one[0], "text": " ".join(r["text"] for r in one)} for one in zip(*rows.values(), strict=True)]
+        fed = Federation({"all": Shard(whole[:train], whole[train:])}, (), "classification", tuple("wxyz"))
+        one = Trial("fedavg", World(encoder(seed), fed, spec, seed), {}).rounds(rounds)
+        right = one.scores("local")["all"]["accuracy"]
+    return {"right": float(right), "accuracy": float(joint["accuracy"]), "best": max(own),
+            "over_best": float(joint["accuracy"]) - max(own), "permuted": _permuted(run),
+            "numbers_beside": ear.most - run.state["d"], **run.work()}
 
 
 def _alone(run: Trial, client: str, tests: Any) -> float:

@@ -51,7 +51,7 @@ def encoder(seed: int) -> Model:
 
 def glyph(rng: np.random.Generator, cue: int, rule: int) -> list[float]:
     """A bar that lies or stands, and a spot that is above for one rule and below for the other, three times in four."""
-    x = rng.normal(0, 0.5, (SIDE, SIDE))
+    x = rng.normal(0, 0.3, (SIDE, SIDE))
     at = int(rng.integers(6, 10))
     x[(at, slice(3, 13)) if cue else (slice(3, 13), at)] += 1.5
     seen = rule if rng.random() < 0.75 else 1 - rule
@@ -71,27 +71,31 @@ def trials(rng: np.random.Generator, skill: int, rule: int, count: int) -> list[
     return rows
 
 
-def two_cues(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 16,
-             local: Mapping[str, Any] | None = None) -> Metrics:
+def two_cues(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, rounds: int = 24,
+             local: Mapping[str, Any] | None = None, alone: bool = False, pooled: bool = False) -> Metrics:
     """Over everybody's skills, of which each client has tried four: the clients' mean `accuracy`, by card and latent,
     `above_card` alone, `agree` and `kl`; `tells_rule`: how often a linear probe of the latent names the rule; `secrets`
-    that stand on cards; `words` of a card."""
+    that stand on cards; `words` of a card. `alone`: nobody shares; `pooled`: one learner has all trials, and takes as
+    many steps as all do."""
     torch.set_num_threads(1)
     rng = numpy_stream(seed, "two cues")
     rules = rng.permutation(np.arange(SKILLS) % 2)
     mine = [[(2 * k + i) % SKILLS for i in range(4)] for k in range(CLIENTS)]
-    shards = {f"client-{k}": Shard([r for s in own for r in trials(rng, s, int(rules[s]), 16)])
+    shards = {f"client-{k}": Shard([r for s in own for r in trials(rng, s, int(rules[s]), 24)])
               for k, own in enumerate(mine)}
-    test = [r for s in range(SKILLS) for r in trials(rng, s, int(rules[s]), 24)]
-    spec = LocalSpec(**{"optimizer": "adamw", "lr": 1e-2, "steps": 10, "batch_size": 32, **(local or {})})
+    test = [r for s in range(SKILLS) for r in trials(rng, s, int(rules[s]), 12)]
+    steps = 10 * (CLIENTS if pooled else 1)
+    spec = LocalSpec(**{"optimizer": "adamw", "lr": 1e-2, "steps": steps, "batch_size": 32, **(local or {})})
+    if pooled:
+        shards = {"all": Shard([r for s in shards.values() for r in s.train])}
     run = Trial(method, World(encoder(seed), Federation(shards, test, "classification", ACTIONS), spec, seed),
-                dict(knobs or {})).rounds(rounds)
+                {**(knobs or {}), **({"share": "nothing"} if alone else {})}).rounds(rounds)
     scores = list(run.scores("global").values())
     out = {m: float(np.mean([s[m] for s in scores])) for m in ("accuracy", "card_accuracy", "agree", "kl")}
     cards = run.state["cards"].values()
-    return {**out, "above_card": out["accuracy"] - out["card_accuracy"], "tells_rule": told(run, test, rules),
-            "secrets": float(sum("code" in c for c in cards)), "words": float(np.mean([len(c.split()) for c in cards]))
-            if cards else 0.0, **run.work()}
+    return {**out, "right": out["accuracy"], "above_card": out["accuracy"] - out["card_accuracy"],
+            "tells_rule": told(run, test, rules), "secrets": float(sum("code" in c for c in cards)),
+            "words": float(np.mean([len(c.split()) for c in cards])) if cards else 0.0, **run.work()}
 
 
 def told(run: Trial, test: list[Row], rules: np.ndarray) -> float:

@@ -61,3 +61,12 @@ def trials(client: Any, rows: Sequence[Mapping[str, Any]], cards: Mapping[str, s
     got = torch.from_numpy(client.measure({}, [{"text": t, "label": 0} for t in texts], ib.state)).float()
     v = torch.tensor([list(r["glyph"]) for r in rows], dtype=torch.float32)
     return got[len(each):], got[[each[c] for c in said]], v, torch.tensor([int(r["label"]) for r in rows])
+
+
+def kept(client: Any, cards: Mapping[str, str], read: Callable[[Mapping[str, str]], tuple[Tensor, ...]]
+         ) -> tuple[Tensor, ...]:
+    """A client's trials as they are read under these cards: the encoder rests, so that it runs once for them."""
+    mine = {name: cards.get(name, "") for name in by_skill(client.data)}
+    if client.memory.get("read") != mine:
+        client.memory["read"], client.memory["seen"] = mine, list(read(mine))
+    return tuple(client.memory["seen"])

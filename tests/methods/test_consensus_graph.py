@@ -14,9 +14,12 @@ from fedllm.core.errors import CompositionError, DataError, QuorumError, RecipeE
 from fedllm.core.layer import Layer
 from fedllm.core.program import drive
 from fedllm.data.load import load_federation
+from fedllm.federation.settings import SiteSettings
+from fedllm.federation.site import _own_rows
 from fedllm.methods._consensus import Consensus, sinkhorn, stepped
 from fedllm.methods._owners import drawn, mark
 from fedllm.methods.registry import make_method
+from fedllm.runs.recipe import load_recipe
 from tests.methods.conftest import tried
 
 OURS = tried("consensus_graph")
@@ -213,6 +216,18 @@ def test_what_is_kept_back_at_one_owner_is_learned_at_none(tmp_path):
     assert len(fed.clients) == 3 and not fed.test and test == [test[0]] * 3 and train == [train[0]] * 3
     assert test[0] and not test[0] & train[0] and len(test[0] | train[0]) == 24
     assert test[0] != {r["id"] for r in load_federation(recipe(tmp_path)["data"], 4).clients["site-0"].test}
+
+
+def test_a_site_keeps_back_what_the_same_client_of_a_simulation_does(tmp_path):
+    told = {**recipe(tmp_path), "seed": 3}
+    fed, file = load_federation(told["data"], 3), tmp_path / "own.jsonl"
+    lines = [one for one in rows_file(tmp_path).read_text().splitlines() if json.loads(one)["site"] == "site-1"]
+    file.write_text("\n".join(lines))
+    told["data"] = {**told["data"], "source": str(file), "labels": list("wxyz")}
+    found = _own_rows(load_recipe(told), "site-1", SiteSettings(data=str(file), store=str(tmp_path / "s")))
+    for part in ("train", "test"):
+        assert [r["id"] for r in getattr(found.clients["site-1"], part)] == [
+            r["id"] for r in getattr(fed.clients["site-1"], part)]
 
 
 def test_a_recipe_runs_answers_and_is_tested_by_its_own_labels(tmp_path):

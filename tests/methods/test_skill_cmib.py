@@ -8,9 +8,8 @@ import torch
 
 import fedllm
 from evidence.rigs.trials import Trial
-from evidence.rigs.two_cues import ACTIONS, SIDE, encoder, reader, trials, two_cues
+from evidence.rigs.two_cues import ACTIONS, SIDE, encoder, trials, two_cues
 from fedllm.core.errors import CompositionError, DataError, FedLLMError
-from fedllm.core.form import Form
 from fedllm.core.layer import Layer
 from fedllm.core.rng import numpy_stream
 from fedllm.data.federation import Federation, Shard
@@ -97,7 +96,6 @@ def test_a_reply_with_something_else_than_words_is_refused():
     for bad in ({"texts": ["call 4711"]}, {"names": ["../x"]}, {"worth": []}, {"texts": ["a" * 700]}):
         with pytest.raises(FedLLMError):
             method.fits(msg, {**good, **bad})
-    assert isinstance(Form.of("worth: numbers"), Form)
 
 
 def test_engines_agree_and_the_merge_is_by_rows(gap):
@@ -110,9 +108,9 @@ def test_engines_agree_and_the_merge_is_by_rows(gap):
 
 
 def test_a_latent_that_costs_too_much_is_empty_and_what_both_are_worth():
-    both = two_cues("skill_cmib", 0, rounds=12)
+    both = two_cues("skill_cmib", 0)
     assert both["accuracy"] > 0.6 and both["secrets"] == 0
-    assert two_cues("skill_cmib", 0, rounds=12, knobs={"use": "card"})["accuracy"] < both["accuracy"]
+    assert two_cues("skill_cmib", 0, knobs={"use": "card"})["accuracy"] < both["accuracy"]
 
 
 def test_what_does_not_fit_is_refused():
@@ -134,4 +132,3 @@ def test_a_recipe_reads_trials_from_a_file(tmp_path):
                        "partition": {"kind": "by_key", "key": "who"}}}
     result = fedllm.run(recipe, root=tmp_path)
     assert {"accuracy", "card_accuracy", "agree", "kl"} <= set(result.evaluation["global"])
-    assert len(reader()) > 8

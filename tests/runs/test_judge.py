@@ -16,9 +16,10 @@ from fedllm.runs.recipe import Recipe
 from tests.methods.conftest import begin
 from tests.methods.test_matrix import METHODS
 
-NEEDS = {"fedpit": {"ranks": ()}, "gossip": {}, "dataset_grouper": {"tune_steps": 1}}
-EXAMINES = {"fical"}
-"""Methods whose `examine` asks for figures of their own, which no other score has."""
+NEEDS = {"fedpit": {"ranks": ()}, "gossip": {}, "dataset_grouper": {"tune_steps": 1},
+         "skill_cmib": {"task": "classification", "space": "head"}}
+EXAMINES = {"fical", "consensus_graph"}
+"""Methods whose `examine` asks for figures of their own, which no other score has, or says that there are none."""
 OWN_SCORE = [m for m in modules() if method_class(m).score is not Method.score and m not in EXAMINES]
 
 

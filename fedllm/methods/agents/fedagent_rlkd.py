@@ -67,8 +67,8 @@ class FedAgentRLKD(Method):
     warmup: int = knob(3, "rounds with FedAvg's weights, from which the agent learns by its tries", ge=0)
     tries: int = knob(8, "further weightings that are tried on the probe in a round", ge=0)
     levels: int = knob(3, "of a client's weight; of a subset 2", ge=2)
-    spread: float = knob(3.0, "the lowest and highest scores: -spread and spread", gt=0)
-    explore: float = knob(0.05, "share of levels that are drawn at random", ge=0, lt=1)
+    spread: float = knob(1.5, "the lowest and highest scores: -spread and spread", gt=0)
+    explore: float = knob(0.02, "share of levels that are drawn at random", ge=0, lt=1)
     agent_lr: float = knob(1e-2, "rate of the agent", gt=0)
     replay: int = knob(6, "rounds that the agent remembers", ge=1)
     agent_seed: int = knob(0, "of the agent and its draws", ge=0)
@@ -95,7 +95,8 @@ class FedAgentRLKD(Method):
         share, deltas = n / n.sum(), [part(out[c], "delta") for c in ids]
         state, p = {**state, "round": state["round"] + 1}, share
         if self.agent != "off":
-            told = pack(theta=state["theta"], delta=dict(zip(ids, deltas, strict=True)), net=state["net"])
+            told = pack(theta=state["theta"], net=state["net"], delta={
+                f"{c}/{n}": t for c, d in zip(ids, deltas, strict=True) for n, t in d.items()})
             told |= {"ids": ids, "share": share.tolist(), "losses": [out[c]["loss"] for c in ids],
                      "away": [state["round"] - 1 - state["last"].get(c, state["round"] - 1) for c in ids],
                      "value": [state["value"].get(c, 0.0) for c in ids], "round": state["round"]}

@@ -15,7 +15,7 @@ from fedllm.core.form import aligned, need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part, sub
 from fedllm.methods import _bottleneck as ib
-from fedllm.methods._cards import CARD, NAME, drafted, picked, trials
+from fedllm.methods._cards import CARD, NAME, drafted, kept, picked, trials
 
 RIG = {"rig": "two_cues", "metric": "accuracy", "relative": "difference", "holds": ">", "threshold": 0.0,
        "baseline": "skill_cmib"}
@@ -60,18 +60,18 @@ class SkillCMIB(Method):
     serves, only_fits = False, False
 
     beta_c: float = knob(0.01, "nats that a word of a card costs", ge=0)
-    beta_z: float = knob(1e-3, "weight of the latent's KL, reached over `anneal` rounds", ge=0)
-    anneal: int = knob(5, "rounds over which beta_z grows, lest the latent stays empty", ge=0)
+    beta_z: float = knob(0.01, "weight of the latent's KL, reached over `anneal` rounds", ge=0)
+    card_rounds: int = knob(8, "rounds by cards alone, before the first card is chosen and the latent comes", ge=0)
+    anneal: int = knob(4, "rounds over which beta_z grows then, lest the latent stays empty", ge=0)
     dim: int = knob(8, "d_z, numbers of the latent", ge=1)
     hidden: int = knob(32, "width of encoder and head", ge=1)
     pixels: int = knob(256, "numbers of a glyph", ge=1)
     least: int = knob(3, "traces that a word of a card must be in", ge=2)
     longest: int = knob(8, "words of a card at the most", ge=1)
-    every: int = knob(5, "rounds from one choice of cards to the next", ge=1)
+    every: int = knob(8, "rounds from one choice of cards to the next", ge=1)
     use: Literal["both", "card", "latent"] = knob("both", "parts of a skill, for comparison",
                                                   options=("both", "card", "latent"))
-    share: Literal["all", "nothing"] = knob("all", "nothing: each client keeps its own, for comparison",
-                                            options=("all", "nothing"))
+    share: Literal["all", "nothing"] = knob("all", "nothing: each client keeps its own", options=("all", "nothing"))
 
     def init(self, model: Any) -> State:
         if model.task != "classification":
@@ -104,32 +104,33 @@ class SkillCMIB(Method):
                fits=fits)
     def local(self, msg: Payload, client: Client) -> Payload:
         theta, cards = self.own(msg, client)
-        beta = self.beta_z * min(1.0, (msg["round"] + 1) / (self.anneal + 1))
-        mine, worth = self.chosen(theta, cards, client, msg["round"]) if self.use != "latent" else ({}, [])
-        seen = self.seen(client, client.data, {**cards, **mine})
-        net, loss, rate = ib.trained(theta, client, seen, beta, self.use != "card")
+        late = msg["round"] - self.card_rounds * (self.use == "both")  # stage 1 is before 0, stage 2 from 0 on
+        beta = self.beta_z * min(1.0, (late + 1) / (self.anneal + 1))
+        now = self.use != "latent" and not msg["round"] % self.every
+        mine, worth = self.chosen(theta, cards, client, msg["round"]) if now else ({}, [])
+        seen = kept(client, {**cards, **mine}, lambda known: self.seen(client, client.data, known))
+        net, loss, rate = ib.trained(theta, client, seen, beta, self.use != "card" and late >= 0)
         told = {"n": client.n, "loss": loss, "kl": rate, "names": [], "texts": [], "worth": []}
         if self.share == "nothing":
-            client.memory["skills"] = {"theta": net, "cards": mine}
+            client.memory["skills"] = {"theta": net, "cards": mine or cards}
             return told
-        return {**told, **pack(delta=sub(net, theta)), "names": list(mine), "texts": list(mine.values()),
-                "worth": worth}
+        told |= {"names": list(mine), "texts": list(mine.values()), "worth": worth}
+        return {**told, **pack(delta=sub(net, theta))}
 
     def own(self, msg: Payload, client: Client) -> tuple[Any, dict[str, str]]:
         """The net and the cards that this client works with."""
-        kept = client.memory.get("skills", {}) if self.share == "nothing" else {}
+        own = client.memory.get("skills", {}) if self.share == "nothing" else {}
         told = dict(zip(msg["names"], msg["texts"], strict=True))
-        return kept.get("theta") or part(msg, "theta"), kept.get("cards") or told
+        return own.get("theta") or part(msg, "theta"), own.get("cards") or told
 
     def chosen(self, theta: Any, cards: Mapping[str, str], client: Client, round: int) -> Any:
-        """A card for each of the client's skills with -log p(y | x, c, z) + beta_c |c|, and what it is worth; before
-        the net has learned anything the longest."""
+        """A card for each skill by -log p(y | x, c, z) + beta_c |c|, and its worth; at first the longest."""
         def price(rows: Sequence[Any], name: str, card: str) -> float:
             seen = trials(client, rows, {name: card}, self.pixels)
-            return ib.judged(theta, seen, client, self.use != "card", 0)["loss"] + self.beta_c * len(card.split())
+            latent = self.use != "card" and round > self.card_rounds
+            return ib.judged(theta, seen, client, latent, 0)["loss"] + self.beta_c * len(card.split())
 
-        drafts = lambda rows: [] if round % self.every else drafted(  # noqa: E731
-            [str(r["trace"]) for r in rows], self.least, self.longest)
+        drafts = lambda rows: drafted([str(r["trace"]) for r in rows], self.least, self.longest)  # noqa: E731
         return picked(client.data, cards, drafts, price if round else None)
 
     def seen(self, client: Client, rows: Sequence[Any], cards: Mapping[str, str]) -> tuple[Tensor, ...]:
