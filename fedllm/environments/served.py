@@ -108,7 +108,7 @@ class Line:
 
     def __init__(self, command: tuple[str, ...], seconds: float) -> None:
         self.loop, self.ready = _loop(os.getpid()), concurrent.futures.Future[None]()
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the line)
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (it lives as long as the line)
         self.client, self.over = None, threading.Event()
         self.done = asyncio.run_coroutine_threadsafe(self._live(command, seconds), self.loop)
         _lines.add(self)
