@@ -7,6 +7,7 @@ import atexit
 import concurrent.futures
 import functools
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -80,9 +81,9 @@ class Served:
             self.close()
             raise TimeoutError(f"the server did not answer within {self.seconds:g} s") from None
         except Exception as error:  # the line broke, or the server refuses the call
-            if line.over.is_set() or type(error).__name__ != "MCPError" or "closed" in str(error).lower():
+            if line.broke(error):
                 self.close()
-            raise Told(f"{str(error) or type(error).__name__}") from None
+            raise Told(_first(error)) from None
         text = _text(got)
         if got.is_error:  # the SDK's servers put a beginning of their own before a tool's words
             raise Told(text.removeprefix(f"Error executing tool {name}: "))
@@ -107,7 +108,7 @@ class Line:
 
     def __init__(self, command: tuple[str, ...], seconds: float) -> None:
         self.loop, self.ready = _loop(os.getpid()), concurrent.futures.Future[None]()
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the line)
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (it lives as long as the line)
         self.client, self.over = None, threading.Event()
         self.done = asyncio.run_coroutine_threadsafe(self._live(command, seconds), self.loop)
         _lines.add(self)
@@ -123,6 +124,12 @@ class Line:
         """Have the process end; comes back at once."""
         self.over.set()
         self.loop.call_soon_threadsafe(lambda: self.stop.set())
+
+    def broke(self, error: Exception) -> bool:
+        """Whether this error is of the line, and not an answer of a server that lives."""
+        from mcp_types import CONNECTION_CLOSED
+
+        return self.over.is_set() or not isinstance(error, _mcp().MCPError) or error.code == CONNECTION_CLOSED
 
     async def _live(self, command: tuple[str, ...], seconds: float) -> None:
         self.stop = asyncio.Event()
@@ -158,6 +165,7 @@ _lines: set[Line] = set()
 @functools.cache
 def _loop(pid: int) -> asyncio.AbstractEventLoop:
     """The loop in which this process talks to servers, in a thread of its own."""
+    logging.getLogger("mcp").setLevel(logging.CRITICAL)  # what a server says beside the protocol is not ours to show
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="mcp", daemon=True).start()
     atexit.register(_end, pid)

@@ -58,10 +58,17 @@ class AcademyLink:
     def close(self) -> None:
         """No answer is waited for any longer."""
         try:
-            self._run(self.client.close()).result(LAST)
+            self._run(self._goodbye()).result(LAST)
         except Exception as error:  # an exchange that is gone needs no goodbye
             log.debug("no goodbye: %s", error)
         self.loop.call_soon_threadsafe(self.loop.stop)
+
+    async def _goodbye(self) -> None:
+        await self.client.close()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _connect(self) -> None:
         from academy.exchange import HttpExchangeFactory
