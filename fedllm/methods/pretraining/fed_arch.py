@@ -55,8 +55,8 @@ class FedArch(Method):
                               "256, AdamW, 8 rows of 16 tokens)", rig="narrow_memory", metric="share", holds="<",
                               threshold=0.35, kind="exact", seeds=3)},
         evidence="HeteroFL as a dossier has it. The division by r is of token embeddings and of the linear maps of "
-                 "blocks, not of the last map; ten seeds here do not tell whether it helps (0.007 nats, open). Batch "
-                 "norm is in a rig and offered nowhere. A site loads the whole model and trains the narrow one.",
+                 "blocks, not of the last map; ten seeds do not tell whether it helps (0.007 nats, open). BatchNorm is "
+                 "in a rig and offered nowhere. A site loads the whole model and trains the narrow one.",
     )
     trial = Trial({"widths": (1.0, 0.5)}, space={"name": "full"})
     widths: tuple[float, ...] = knob((1.0, 0.5), "widths of clients, dealt in the order in which they come: shares of "

@@ -1,0 +1,78 @@
+"""Sites that are processes of this machine: what crosses their sockets, and that no wait is without an end."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from fedllm.engines.far.near import ENVELOPE, Near, put, serve, take
+from fedllm.engines.far.site import SiteHost
+from fedllm.engines.far.sites import PROTOCOL, Silence
+
+
+def pair():
+    one, other = socket.socketpair()
+    one.settimeout(2)
+    other.settimeout(0.05)
+    return one, other
+
+
+def test_a_message_comes_whole_and_one_that_breaks_off_is_none():
+    one, other = pair()
+    body = bytes(range(256)) * 5000
+    sender = threading.Thread(target=put, args=(one, {"op": "ask", "n": 3}, body))
+    sender.start()
+    head, got = take(other, lambda: True)
+    sender.join()
+    assert head == {"op": "ask", "n": 3} and bytes(got) == body
+    one.sendall(struct.pack("<IQ", 4, 100) + b"{}")
+    one.close()
+    with pytest.raises(EOFError, match="broke off"):
+        take(other, lambda: True)
+
+
+def test_lengths_that_nobody_may_send_are_refused_before_anything_is_read():
+    one, other = pair()
+    one.sendall(struct.pack("<IQ", ENVELOPE + 1, 0))
+    with pytest.raises(EOFError, match="allowed are"):
+        take(other, lambda: True)
+
+
+def test_a_wait_ends_when_nobody_wants_the_answer():
+    _, other = pair()
+    ends = time.monotonic() + 0.3
+    with pytest.raises(EOFError, match="nobody waits"):
+        take(other, lambda: time.monotonic() < ends)
+    assert time.monotonic() - ends < 1
+
+
+class Here(Near):
+    """Its sites are threads of this process, which load nothing."""
+
+    def __init__(self, folder, names):
+        self.folder, self.processes = str(folder), {}
+        self._paths = {n: self.path(i) for i, n in enumerate(names)}
+        for i, n in enumerate(names):
+            threading.Thread(target=serve, args=(lambda name: SiteHost(lambda head: None), n, self.path(i)),
+                             daemon=True).start()
+
+
+def test_a_site_answers_on_its_socket_and_one_that_is_not_there_is_silent(tmp_path):
+    near, ends = Here(tmp_path, ["a"]), time.monotonic() + 5
+    while not (tmp_path / "0").exists() and time.monotonic() < ends:
+        time.sleep(0.01)
+    head, body = near.call("a", {"op": "probe", "protocol": PROTOCOL}, b"", 5)
+    assert head["open"] is False and not body
+    head, body = near.call("a", {"op": "echo", "protocol": PROTOCOL, "size": 4}, b"abcdef", 5)
+    assert head["got"] == 6 and bytes(body) == b"abcd"
+    near._paths["b"] = near.path(7)
+    with pytest.raises(Silence, match="does not answer"):
+        near.call("b", {"op": "probe", "protocol": PROTOCOL}, b"", 1)
+    over = threading.Event()
+    over.set()
+    with pytest.raises(Silence):
+        near.call("a", {"op": "probe", "protocol": PROTOCOL}, b"", 5, over)
