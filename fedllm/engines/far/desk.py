@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
-from fedllm.engines.far.line import Head
+from fedllm.engines.far.line import Body, Head, Silence
 from fedllm.engines.far.pieces import PIECE_OPS
 from fedllm.engines.far.site import BOOT, Said, SiteHost, SiteRun
+from fedllm.engines.far.sites import PROTOCOL
 
 HOLD = 2.0
 """Seconds for which a message is held until its work is done; then the answer is `pending`, which is a sign of life."""
@@ -18,6 +21,19 @@ KEPT = 4
 """Pieces of work whose answers wait to be fetched; the oldest is one that nobody waits for."""
 
 OpenRun = Callable[[Head], tuple[SiteRun, dict[str, Any]]]
+
+
+def fetched(trip: Callable[[Head, Body, float], tuple[Head, Any]], head: Head, body: Body, seconds: float
+            ) -> tuple[Head, Any]:
+    """A desk's answer within so many seconds: the question goes there once by `trip` (envelope, body, when it ends),
+    and its answer is asked for until it is done. `Silence` where the desk knows nothing of it any more."""
+    ends, ticket = time.monotonic() + seconds, uuid.uuid4().hex
+    said, data = trip({**head, "ticket": ticket}, body, ends)
+    while "pending" in said:
+        said, data = trip({"op": "fetch", "protocol": PROTOCOL, "ticket": ticket}, b"", ends)
+    if "unknown" in said:
+        raise Silence("its process was started again in the middle of its work, or an answer was lost")
+    return said, data
 
 
 class Desk:

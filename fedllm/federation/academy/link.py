@@ -12,8 +12,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from fedllm.core.errors import PayloadError, RunError
+from fedllm.engines.far.desk import fetched
 from fedllm.engines.far.line import Barred, Body, Head, Silence
-from fedllm.engines.far.sites import PROTOCOL
 from fedllm.federation.academy.keys import AcademyFederation, token
 from fedllm.federation.academy.wire import down, seal, trusting, unseal, up
 
@@ -44,13 +44,7 @@ class AcademyLink:
     def call(self, site: str, head: Head, body: Body, seconds: float, over: threading.Event | None = None
              ) -> tuple[Head, Body]:
         """The site's answer; raises `Silence` when there is none within `seconds`, or once `over` is set."""
-        ends, ticket = time.monotonic() + seconds, uuid.uuid4().hex
-        said, data = self._trip(site, {**head, "ticket": ticket}, body, ends, over)
-        while "pending" in said:
-            said, data = self._trip(site, {"op": "fetch", "protocol": PROTOCOL, "ticket": ticket}, b"", ends, over)
-        if "unknown" in said:
-            raise Silence("its process was started again in the middle of its work, or an answer was lost")
-        return said, data
+        return fetched(lambda told, data, ends: self._trip(site, told, data, ends, over), head, body, seconds)
 
     def revive(self, site: str) -> None:
         """Nothing to do: `fedllm join` starts a lost process again by itself."""

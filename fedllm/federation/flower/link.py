@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -13,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.core.errors import PayloadError
-from fedllm.engines.far.line import Barred, Silence
-from fedllm.engines.far.sites import PROTOCOL
-from fedllm.federation.flower.wire import KIND, Head, from_record, to_record
+from fedllm.engines.far.desk import fetched
+from fedllm.engines.far.line import Barred, Head, Silence
+from fedllm.federation.flower.wire import KIND, from_record, to_record
 
 log = logging.getLogger(__name__)
 FRESH = 5.0
@@ -58,13 +57,7 @@ class FlowerLink:
         life, probe = self.lives.get(site), head.get("op") == "probe" and not self.barred(site)
         if probe and life is not None and time.monotonic() - life.at < FRESH:
             return {"boot": life.boot}, b""
-        ends, ticket = time.monotonic() + seconds, uuid.uuid4().hex
-        said, data = self._trip(site, {**head, "ticket": ticket}, body, ends, over)
-        while "pending" in said:
-            said, data = self._trip(site, {"op": "fetch", "protocol": PROTOCOL, "ticket": ticket}, b"", ends, over)
-        if "unknown" in said:
-            raise Silence("its process was started again in the middle of its work")
-        return said, data
+        return fetched(lambda told, data, ends: self._trip(site, told, data, ends, over), head, body, seconds)
 
     def revive(self, site: str) -> None:
         """Nothing to do: `fedllm join` starts a lost process again by itself."""
