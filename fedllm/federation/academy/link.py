@@ -20,7 +20,7 @@ from fedllm.federation.academy.wire import down, seal, trusting, unseal, up
 log = logging.getLogger(__name__)
 TRIP = 20.0
 """Seconds that one message and its answer may take; a site holds none longer than 2 s (`desk.HOLD`)."""
-START = 30.0
+START = 120.0
 """Seconds in which the exchange must let the coordinator in."""
 LAST = 5.0
 """Seconds that the goodbye may take."""
