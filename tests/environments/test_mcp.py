@@ -60,6 +60,7 @@ POLICY = {"model": {"name": "policy"}, "space": "full", "method": {"name": "fed_
 
 
 def env(name, seed=3, knobs=None, **rules):
+    rules = {"seconds": 30, **rules} if "mcp" in rules else rules  # a machine that is busy changes no answer
     made = Bounded(make_scene(name, knobs or {}), 40, np.random.default_rng(0), Rules.make(rules))
     made.reset(seed)
     return made
@@ -92,16 +93,16 @@ def test_through_a_server_tools_answer_as_without(name):
 
 
 def test_a_tool_that_fails_or_never_ends_says_so_and_the_next_call_is_answered(command):
-    at, began = env("desk", mcp=command, seconds=0.5), time.monotonic()
+    at, began = env("desk", mcp=command, seconds=3), time.monotonic()
     assert "ours is 42 ours is 42" in said(at, "lookup ours 2")[2]
-    assert "the server did not answer within 0.5 s" in said(at, "wait x")[2]
+    assert "the server did not answer within 3 s" in said(at, "wait x")[2]
     assert "ours is 42" in said(at, "lookup ours 1")[2]  # another process
     assert "tool 'die' failed" in said(at, "die x")[2]
     assert "tool 'fail' failed" in said(at, "fail x")[2] and "there is no tool" in said(at, "fly x")[2]
     assert "tool 'lookup' failed" in said(at, "lookup ours many")[2]
     assert 'tool \'lookup\' failed: the arguments are no JSON' in said(at, "lookup {key")[2]
     assert "ours is 42" in said(at, 'lookup {"key": "ours", "times": 1}')[2]
-    assert time.monotonic() - began < 60 and not at._over
+    assert time.monotonic() - began < 120 and not at._over
 
 
 def test_what_a_tool_does_is_what_it_says_and_else_it_is_off(command, monkeypatch):
@@ -124,7 +125,7 @@ def test_a_server_that_does_not_begin_ends_the_run_in_a_sentence(monkeypatch):
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     with pytest.raises(RunError, match=r"no MCP server began within 0\.5 s"):
         env("desk", mcp=[sys.executable, "-c", "import time; time.sleep(600)"])
-    ends = time.monotonic() + 15
+    ends = time.monotonic() + 60
     while {p.pid for p in psutil.Process().children(recursive=True)} - before:
         assert time.monotonic() < ends, "its process is still there"
         time.sleep(0.1)
@@ -168,7 +169,7 @@ def test_a_run_through_a_server_its_tape_and_a_run_from_the_tape_are_one(tmp_pat
         return fedllm.run({**POLICY, "name": name, "data": data}, root=tmp_path)
 
     tape = tmp_path / "tapes" / "desk.jsonl"
-    here, far = run("here"), run("far", mcp="builtin", record=str(tape))
+    here, far = run("here"), run("far", mcp="builtin", record=str(tape), seconds=30)
     assert far.state_digest == here.state_digest and far.evaluation == here.evaluation
     assert tape.stat().st_mode & 0o077 == 0
     again = run("again", replay=str(tape))
@@ -228,7 +229,7 @@ class Line:
 
 def site(folder, name, **environment):
     return SiteSettings(data="env:desk", store=str(folder / "store" / name), environment={
-        "max_steps": 4, "width": 32, **environment})
+        "max_steps": 4, "width": 32, "seconds": 30, **environment})
 
 
 def test_sites_act_in_environments_of_their_own_and_run_no_command_of_a_coordinators(tmp_path):

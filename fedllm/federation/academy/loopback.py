@@ -31,7 +31,7 @@ class AcademyLoopback(Loopback):
     def run(self, recipe: Mapping[str, Any], needed: int | None = None, patience: Patience | None = None) -> Result:
         """The result of a run over the exchange that `serving_session` holds."""
         return academy_serve.carry_out_academy(self.keys, self.link, self.run_folder(recipe),
-                                               needed or len(self.sites), 120.0, patience)
+                                               needed or len(self.sites), 240.0, patience)
 
     def agent(self, site: str) -> int | None:
         """The pid of the site's process with its agent, or None."""
