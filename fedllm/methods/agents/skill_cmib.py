@@ -46,9 +46,10 @@ class SkillCMIB(Method):
               "rate": Claim("a larger beta_z leaves less in the latent (KL at 0.1 over KL at 0.001)",
                             **{**RIG, "metric": "kl", "relative": "ratio", "holds": "<", "threshold": 1.0},
                             options={"knobs": {"beta_z": 0.1}}, against={"knobs": {"beta_z": 0.001}}),
-              "residual": Claim("from the latent the card's rule is told less often than from one that was learned "
+              "residual": Claim("at beta_z = 0.1 the latent tells the card's rule less often than one that was learned "
                                 "without the card", **{**RIG, "metric": "tells_rule", "holds": "<"},
-                                against={"knobs": {"use": "latent"}}),
+                                options={"knobs": {"beta_z": 0.1}},
+                                against={"knobs": {"beta_z": 0.1, "use": "latent"}}),
               "consistent": Claim("two tries at one task do the same more often than by the card alone",
                                   **{**RIG, "metric": "agree"}, against={"knobs": {"use": "card"}})},
         evidence="From a dossier of a third party's notes. Ours: cards are words that traces share, chosen by the net "
