@@ -52,8 +52,8 @@ class SkillCMIB(Method):
                                 against={"knobs": {"beta_z": 0.1, "use": "latent"}}),
               "consistent": Claim("two tries at one task do the same more often than by the card alone",
                                   **{**RIG, "metric": "agree"}, against={"knobs": {"use": "card"}})},
-        evidence="From a dossier of a third party's notes. Ours: cards are words that traces share, chosen by the net; z "
-                 "joins the frozen state behind the encoder, and not as tokens before it: it runs once a row.",
+        evidence="From a dossier of a third party's notes. Ours: cards are words that traces share, chosen by the net; "
+                 "z joins the frozen state behind the encoder, and not as tokens before it: it runs once a row.",
     )
     trial = Trial(apart="its rows hold pictures and traces; tests/methods/test_skill_cmib tries it")
     metrics: ClassVar = {"card_accuracy": "max", "agree": "max", "kl": "min"}
