@@ -46,14 +46,14 @@ class SkillCMIB(Method):
               "rate": Claim("a larger beta_z leaves less in the latent (KL at 0.1 over KL at 0.001)",
                             **{**RIG, "metric": "kl", "relative": "ratio", "holds": "<", "threshold": 1.0},
                             options={"knobs": {"beta_z": 0.1}}, against={"knobs": {"beta_z": 0.001}}),
-              "residual": Claim("from the latent the card's rule is told less often than from one that was learned "
+              "residual": Claim("at beta_z = 0.1 the latent tells the card's rule less often than one that was learned "
                                 "without the card", **{**RIG, "metric": "tells_rule", "holds": "<"},
-                                against={"knobs": {"use": "latent"}}),
+                                options={"knobs": {"beta_z": 0.1}},
+                                against={"knobs": {"beta_z": 0.1, "use": "latent"}}),
               "consistent": Claim("two tries at one task do the same more often than by the card alone",
                                   **{**RIG, "metric": "agree"}, against={"knobs": {"use": "card"}})},
-        evidence="From a dossier of a third party's notes. Ours: cards are words that traces share, chosen by the net "
-                 "that is there, in the place of a writer; z joins the frozen state behind the encoder and is not put "
-                 "before it as tokens, so that it runs once a row; pictures are read by the bottleneck's own encoder.",
+        evidence="From a dossier of a third party's notes. Ours: cards are words that traces share, chosen by the net; "
+                 "z joins the frozen state behind the encoder, and not as tokens before it: it runs once a row.",
     )
     trial = Trial(apart="its rows hold pictures and traces; tests/methods/test_skill_cmib tries it")
     metrics: ClassVar = {"card_accuracy": "max", "agree": "max", "kl": "min"}
