@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evidence.rigs.text_leak import SYLLABLES, canary, sentence, word
+from evidence.rigs.text_leak import canary, sentence, word
 from fedllm.core.client import SERVER
 from fedllm.core.errors import FedLLMError
 from fedllm.core.layer import Facts, Layer
 from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
-from fedllm.engines import InProcess
+from fedllm.engines import Vectorized
 from fedllm.engines.world import World
 from fedllm.gate.verdict import spoken
 from fedllm.local.spec import LocalSpec
@@ -65,7 +65,8 @@ class Arm:
 
 
 WRITES = {"max_new_tokens": 24}
-FDKT = {"texts": 8, "more": 1, "generator_steps": 120, "least_new": 0.0, "embed": "tfidf", "seed": 0, **WRITES}
+FDKT = {"texts": 8, "more": 1, "generator_steps": 40, "least_new": 0.0, "embed": "tfidf", "seed": 0, "temperature": 0.7,
+        "max_new_tokens": 48}
 ARMS: Mapping[str, Arm] = {
     "fed_rag": Arm("fed_rag", asks=True, says="snippets of the rows found for a question"),
     "fed_rag_picked": Arm("fed_rag", {"text": "picked"}, asks=True, says="the best row alone"),
@@ -78,10 +79,10 @@ ARMS: Mapping[str, Arm] = {
     "fedcot_noisy": Arm("fedcot", {"epsilon": 6.0, "repair": "none", "seed": 0, **WRITES}, models=("teacher",),
                         says="questions, each word exchanged at epsilon 6"),
     "inferdpt": Arm("inferdpt", {"protect": "none", **WRITES}, says="documents as they are"),
-    "inferdpt_dp_text": Arm("inferdpt", WRITES, layers=(("dp_text", {"token_epsilon": 6.0, "epsilon": 1000.0}),),
-                            says="documents, each token drawn at epsilon 6"),
-    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 16, "generator_steps": 120, "warm_steps": 1, "temperature": 0.7,
-                                               "license": "CC0-1.0", "max_new_tokens": 48},
+    "inferdpt_dp_text": Arm("inferdpt", WRITES, layers=(("dp_text", {"token_epsilon": 4.0, "epsilon": 1000.0}),),
+                            says="documents, each token drawn at epsilon 4"),
+    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 6, "generator_steps": 40, "warm_steps": 1, "temperature": 0.5,
+                                               "license": "CC0-1.0", "max_new_tokens": 96},
                            says="rows of a generator that was overfitted at home"),
     "fdkt": Arm("fdkt", {**FDKT, "target_epsilon": None}, task="classification", rounds=2,
                 models=("generator", "writer"), says="texts of an overfitted generator, without privacy"),
@@ -165,10 +166,10 @@ def planted(task: str, seed: int) -> tuple[Federation, dict[str, list[str]], lis
 
 
 def row(task: str, text: str, i: int, rng: Random) -> dict[str, Any]:
-    """A row with this text; answers are of two syllables."""
+    """A row with this text; answers are numbers."""
     if task == "classification":
         return {"text": text, "label": i % len(LABELS)}
-    return {"prompt": text, "response": f"So the answer is {rng.choice(SYLLABLES)}{rng.choice(SYLLABLES)}."}
+    return {"prompt": text, "response": f"So the answer is {rng.randrange(100)}."}
 
 
 def measure(name: str, gated: bool, seed: int) -> dict[str, Any]:
@@ -177,14 +178,14 @@ def measure(name: str, gated: bool, seed: int) -> dict[str, Any]:
     arm = ARMS[name]
     fed, secrets, asks = planted(arm.task, seed)
     model, named = loaded(arm.task, seed), {m: functools.partial(loaded, "generation", seed) for m in arm.models}
-    spec = LocalSpec(lr=1e-2, steps=2, batch_size=8, max_length=96)
+    spec = LocalSpec(lr=1e-2, steps=2, batch_size=8, max_length=128)
     world = World(model, fed, spec, seed, exact_match=False, models=Shelf(named))
     tape = Tape(model.words if name == "fed_synth_upload" else None)
     facts = Facts({c.id: c.n for c in world.infos()}, CLIENTS, arm.rounds, spec)
     layers: list[Any] = [make_layer(n, dict(k), "layers").bind(facts) for n, k in arm.layers]
     layers += [*([ResponsibleGate(encoder="off")] if gated else []), tape]
     method = make_method(arm.method, **arm.knobs)
-    engine, ended = InProcess((method, *layers), world), ""
+    engine, ended = Vectorized((method, *layers), world), ""
     states, state = [layer.init() for layer in layers], method.init(model)
     try:
         for t in range(arm.rounds):
