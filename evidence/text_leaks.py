@@ -81,13 +81,6 @@ ARMS: Mapping[str, Arm] = {
     "inferdpt": Arm("inferdpt", {"protect": "none", **WRITES}, says="documents as they are"),
     "inferdpt_dp_text": Arm("inferdpt", WRITES, layers=(("dp_text", {"token_epsilon": 4.0, "epsilon": 1000.0}),),
                             says="documents, each token drawn at epsilon 4"),
-    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 6, "generator_steps": 40, "warm_steps": 1, "temperature": 0.5,
-                                               "license": "CC0-1.0", "max_new_tokens": 96},
-                           says="rows of a generator that was overfitted at home"),
-    "fdkt": Arm("fdkt", {**FDKT, "target_epsilon": None}, task="classification", rounds=2,
-                models=("generator", "writer"), says="texts of an overfitted generator, without privacy"),
-    "fdkt_private": Arm("fdkt", {**FDKT, "target_epsilon": 8.0}, task="classification", rounds=2,
-                        models=("generator", "writer"), says="the same, trained at epsilon 8"),
     "crosslm": Arm("crosslm", {"texts": 8, "least_new": 0.0, "write_steps": 1, **WRITES}, task="classification",
                    models=("writer",), says="grades alone leave; texts come down"),
     "llm_synth_classify": Arm("llm_synth_classify", {"generator": "writer", "n_per_label": 6, "embed": "tfidf",
@@ -105,6 +98,13 @@ ARMS: Mapping[str, Arm] = {
                              says="weights cross"),
     "fed_synth_upload": Arm("fed_synth_upload", {"n_syn": 4, "length": 8, "outer_steps": 3, "inner_steps": 2},
                             task="classification", says="embeddings, read here as their nearest tokens"),
+    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 6, "generator_steps": 40, "warm_steps": 1, "temperature": 0.5,
+                                               "license": "CC0-1.0", "max_new_tokens": 96},
+                           says="rows of a generator that was overfitted at home"),
+    "fdkt": Arm("fdkt", {**FDKT, "target_epsilon": None}, task="classification", rounds=2,
+                models=("generator", "writer"), says="texts of an overfitted generator, without privacy"),
+    "fdkt_private": Arm("fdkt", {**FDKT, "target_epsilon": 8.0}, task="classification", rounds=2,
+                        models=("generator", "writer"), says="the same, trained at epsilon 8"),
 }
 APART = {
     "fical": "acts in environments and holds no rows", "fot": "acts in environments and holds no rows",
@@ -219,10 +219,10 @@ def cell_of(name: str, gated: bool, seed: int) -> str:
 
 
 def run(names: Sequence[str], file: Path, fresh: bool = False, budget: float | None = None) -> dict[str, Any]:
-    """Measure what the file lacks of these arms, and write it after every cell; all cells."""
+    """Measure what the file lacks of these arms, and write it and the page beside it after every cell; all cells."""
     cells, began = ({} if not file.is_file() else json.loads(file.read_text())), time.process_time()
-    for seed in SEEDS:
-        for name in names:
+    for name in names:  # of ARMS the quick ones come first
+        for seed in SEEDS:
             for gated in (False, True):
                 key = cell_of(name, gated, seed)
                 late = budget is not None and time.process_time() - began > budget
@@ -230,6 +230,7 @@ def run(names: Sequence[str], file: Path, fresh: bool = False, budget: float | N
                     continue
                 cells[key] = measure(name, gated, seed)
                 write_atomic(file, (json.dumps(dict(sorted(cells.items())), indent=1) + "\n").encode())
+                write_atomic(file.with_suffix(".md"), page(cells).encode())
     return cells
 
 
@@ -289,8 +290,7 @@ def main() -> None:
     if odd := [a for a in given.arm if a not in ARMS]:
         parser.error(f"there is no arm '{odd[0]}'; there are {', '.join(ARMS)}")
     logging.disable(logging.WARNING)
-    cells = run(given.arm or list(ARMS), RESULTS / "text_leaks.json", given.fresh, given.budget)
-    write_atomic(RESULTS / "text_leaks.md", page(cells).encode())
+    run(given.arm or list(ARMS), RESULTS / "text_leaks.json", given.fresh, given.budget)
 
 
 if __name__ == "__main__":
