@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evidence.rigs.text_leak import SYLLABLES, canary, sentence, word
+from evidence.rigs.text_leak import canary, sentence, word
 from fedllm.core.client import SERVER
 from fedllm.core.errors import FedLLMError
 from fedllm.core.layer import Facts, Layer
 from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
-from fedllm.engines import InProcess
+from fedllm.engines import Vectorized
 from fedllm.engines.world import World
 from fedllm.gate.verdict import spoken
 from fedllm.local.spec import LocalSpec
@@ -65,7 +65,8 @@ class Arm:
 
 
 WRITES = {"max_new_tokens": 24}
-FDKT = {"texts": 8, "more": 1, "generator_steps": 120, "least_new": 0.0, "embed": "tfidf", "seed": 0, **WRITES}
+FDKT = {"texts": 8, "more": 1, "generator_steps": 40, "least_new": 0.0, "embed": "tfidf", "seed": 0, "temperature": 0.7,
+        "max_new_tokens": 48}
 ARMS: Mapping[str, Arm] = {
     "fed_rag": Arm("fed_rag", asks=True, says="snippets of the rows found for a question"),
     "fed_rag_picked": Arm("fed_rag", {"text": "picked"}, asks=True, says="the best row alone"),
@@ -78,15 +79,8 @@ ARMS: Mapping[str, Arm] = {
     "fedcot_noisy": Arm("fedcot", {"epsilon": 6.0, "repair": "none", "seed": 0, **WRITES}, models=("teacher",),
                         says="questions, each word exchanged at epsilon 6"),
     "inferdpt": Arm("inferdpt", {"protect": "none", **WRITES}, says="documents as they are"),
-    "inferdpt_dp_text": Arm("inferdpt", WRITES, layers=(("dp_text", {"token_epsilon": 6.0, "epsilon": 1000.0}),),
-                            says="documents, each token drawn at epsilon 6"),
-    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 16, "generator_steps": 120, "warm_steps": 1, "temperature": 0.7,
-                                               "license": "CC0-1.0", "max_new_tokens": 48},
-                           says="rows of a generator that was overfitted at home"),
-    "fdkt": Arm("fdkt", {**FDKT, "target_epsilon": None}, task="classification", rounds=2,
-                models=("generator", "writer"), says="texts of an overfitted generator, without privacy"),
-    "fdkt_private": Arm("fdkt", {**FDKT, "target_epsilon": 8.0}, task="classification", rounds=2,
-                        models=("generator", "writer"), says="the same, trained at epsilon 8"),
+    "inferdpt_dp_text": Arm("inferdpt", WRITES, layers=(("dp_text", {"token_epsilon": 4.0, "epsilon": 1000.0}),),
+                            says="documents, each token drawn at epsilon 4"),
     "crosslm": Arm("crosslm", {"texts": 8, "least_new": 0.0, "write_steps": 1, **WRITES}, task="classification",
                    models=("writer",), says="grades alone leave; texts come down"),
     "llm_synth_classify": Arm("llm_synth_classify", {"generator": "writer", "n_per_label": 6, "embed": "tfidf",
@@ -104,6 +98,13 @@ ARMS: Mapping[str, Arm] = {
                              says="weights cross"),
     "fed_synth_upload": Arm("fed_synth_upload", {"n_syn": 4, "length": 8, "outer_steps": 3, "inner_steps": 2},
                             task="classification", says="embeddings, read here as their nearest tokens"),
+    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 6, "generator_steps": 40, "warm_steps": 1, "temperature": 0.5,
+                                               "license": "CC0-1.0", "max_new_tokens": 96},
+                           says="rows of a generator that was overfitted at home"),
+    "fdkt": Arm("fdkt", {**FDKT, "target_epsilon": None}, task="classification", rounds=2,
+                models=("generator", "writer"), says="texts of an overfitted generator, without privacy"),
+    "fdkt_private": Arm("fdkt", {**FDKT, "target_epsilon": 8.0}, task="classification", rounds=2,
+                        models=("generator", "writer"), says="the same, trained at epsilon 8"),
 }
 APART = {
     "fical": "acts in environments and holds no rows", "fot": "acts in environments and holds no rows",
@@ -165,10 +166,10 @@ def planted(task: str, seed: int) -> tuple[Federation, dict[str, list[str]], lis
 
 
 def row(task: str, text: str, i: int, rng: Random) -> dict[str, Any]:
-    """A row with this text; answers are of two syllables."""
+    """A row with this text; answers are numbers."""
     if task == "classification":
         return {"text": text, "label": i % len(LABELS)}
-    return {"prompt": text, "response": f"So the answer is {rng.choice(SYLLABLES)}{rng.choice(SYLLABLES)}."}
+    return {"prompt": text, "response": f"So the answer is {rng.randrange(100)}."}
 
 
 def measure(name: str, gated: bool, seed: int) -> dict[str, Any]:
@@ -177,14 +178,14 @@ def measure(name: str, gated: bool, seed: int) -> dict[str, Any]:
     arm = ARMS[name]
     fed, secrets, asks = planted(arm.task, seed)
     model, named = loaded(arm.task, seed), {m: functools.partial(loaded, "generation", seed) for m in arm.models}
-    spec = LocalSpec(lr=1e-2, steps=2, batch_size=8, max_length=96)
+    spec = LocalSpec(lr=1e-2, steps=2, batch_size=8, max_length=128)
     world = World(model, fed, spec, seed, exact_match=False, models=Shelf(named))
     tape = Tape(model.words if name == "fed_synth_upload" else None)
     facts = Facts({c.id: c.n for c in world.infos()}, CLIENTS, arm.rounds, spec)
     layers: list[Any] = [make_layer(n, dict(k), "layers").bind(facts) for n, k in arm.layers]
     layers += [*([ResponsibleGate(encoder="off")] if gated else []), tape]
     method = make_method(arm.method, **arm.knobs)
-    engine, ended = InProcess((method, *layers), world), ""
+    engine, ended = Vectorized((method, *layers), world), ""
     states, state = [layer.init() for layer in layers], method.init(model)
     try:
         for t in range(arm.rounds):
@@ -218,10 +219,10 @@ def cell_of(name: str, gated: bool, seed: int) -> str:
 
 
 def run(names: Sequence[str], file: Path, fresh: bool = False, budget: float | None = None) -> dict[str, Any]:
-    """Measure what the file lacks of these arms, and write it after every cell; all cells."""
+    """Measure what the file lacks of these arms, and write it and the page beside it after every cell; all cells."""
     cells, began = ({} if not file.is_file() else json.loads(file.read_text())), time.process_time()
-    for seed in SEEDS:
-        for name in names:
+    for name in names:  # of ARMS the quick ones come first
+        for seed in SEEDS:
             for gated in (False, True):
                 key = cell_of(name, gated, seed)
                 late = budget is not None and time.process_time() - began > budget
@@ -229,6 +230,7 @@ def run(names: Sequence[str], file: Path, fresh: bool = False, budget: float | N
                     continue
                 cells[key] = measure(name, gated, seed)
                 write_atomic(file, (json.dumps(dict(sorted(cells.items())), indent=1) + "\n").encode())
+                write_atomic(file.with_suffix(".md"), page(cells).encode())
     return cells
 
 
@@ -288,8 +290,7 @@ def main() -> None:
     if odd := [a for a in given.arm if a not in ARMS]:
         parser.error(f"there is no arm '{odd[0]}'; there are {', '.join(ARMS)}")
     logging.disable(logging.WARNING)
-    cells = run(given.arm or list(ARMS), RESULTS / "text_leaks.json", given.fresh, given.budget)
-    write_atomic(RESULTS / "text_leaks.md", page(cells).encode())
+    run(given.arm or list(ARMS), RESULTS / "text_leaks.json", given.fresh, given.budget)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,13 @@ def weigh(model: Model, sizes: Sizes, a: Tree) -> dict[str, Any]:
     """Bytes of the skeleton's weights, of each block between, and of A as it travels and as it is trained."""
     depth = len(blocks_of(model.net))
     middle = sizes.kept(depth)[-1][sizes.bottom : -sizes.top]
-    held = {id(p): p.numel() * p.element_size() for p in skeleton(model, sizes).net.parameters()}
-    return {"skeleton": sum(held.values()), "A": tensor_bytes(a),
+    return {"skeleton": parameter_bytes(skeleton(model, sizes)), "A": tensor_bytes(a),
             "blocks": {str(b): tensor_bytes(blocks_at(model, [b])) for b in middle}}
+
+
+def parameter_bytes(model: Model) -> int:
+    """Of a network's weights, each counted once."""
+    return sum({id(p): p.numel() * p.element_size() for p in model.net.parameters()}.values())
 
 
 def needed(weights: Mapping[str, Any], kept: Sequence[int]) -> int:
@@ -114,13 +118,14 @@ def assembled(client: Any, msg: Payload, keep: bool = True) -> tuple[Any, Tree, 
     es = {**client.memory.get(ALIGNED, {}), **({size: part(msg, "E")} if msg["fresh"] else {})}
     if size not in es or {*kept} - {*own} - {block_of(n) for n in have}:
         raise Withheld(f"client '{client.id}' has lost blocks that it was sent; it gets them again")
-    limit = client.profile.memory_bytes
-    if limit is not None and msg["need"] > limit:
+    more = {n: t for n, t in have.items() if block_of(n) in kept}
+    takes, limit = parameter_bytes(client.model) + tensor_bytes(more) + MOMENTS * tensor_bytes(
+        part(msg, "A")), client.profile.memory_bytes
+    if limit is not None and takes > limit:  # worked out here, whatever the server knows
         raise Withheld(f"client '{client.id}' declares memory_bytes = {limit}, and an emulator of {len(kept)} blocks "
-                       f"takes {int(msg['need'])}")
+                       f"takes {takes}")
     if keep:
         client.memory[BLOCKS], client.memory[ALIGNED] = have, es
-    more = {n: t for n, t in have.items() if block_of(n) in kept}
     thin = grown(client.model, kept, more, json.loads(msg["lists"]), len(kept) / int(msg["depth"]))
     return client.having(thin), es[size], {b: i for i, b in enumerate(kept)}
 
@@ -188,7 +193,7 @@ class Sized(Method):
             msgs[c] = pack(
                 A=state["A"], blocks={n: t for n, t in blocks.items() if block_of(n) in new[c]}, size=i, fresh=fresh,
                 E=state["E"][str(i)] if fresh else {}, kept=state["kept"][i], depth=state["depth"],
-                need=needed(state["weights"], state["kept"][i]), lists=state["lists"][i], **more)
+                lists=state["lists"][i], **more)
         return msgs
 
     @on_server

@@ -89,6 +89,9 @@ def grown(model: Model, kept: Sequence[int], blocks: Mapping[str, Tensor], lists
     Made once for the same weights. `lists` is the owner's `per_block`, `share` how much of its blocks these are.
     """
     want, own = tuple(kept), list(vars(model.net.config)[KEPT])
+    if odd := [k for k, of_each in lists.items() if k not in PER_BLOCK or len(of_each) != len(want)]:
+        raise ModelError(f"'{odd[0]:.60}' is no list of a config with an entry for each of {len(want)} blocks; allowed "
+                         f"are {', '.join(PER_BLOCK)}")
     before = GROWN.setdefault(model, {}).get(want)
     if before is None or not (before[0].keys() == blocks.keys() and all(
             t is blocks[n] or torch.equal(t, blocks[n]) for n, t in before[0].items())):

@@ -96,7 +96,7 @@ def test_each_is_sent_what_its_memory_holds_and_only_what_is_new():
     engine, method, state, world = start()
     sent = watched(engine)
     one = go(engine, method, state, world, 1)
-    first = {c: {block_of(n) for n in part(p, "blocks")} for way, c, p in sent if way == "down" and "need" in p}
+    first = {c: {block_of(n) for n in part(p, "blocks")} for way, c, p in sent if way == "down" and "kept" in p}
     ends = {*state["ends"]}
     assert first == {f"c{i}": {*state["kept"][i]} - ends for i in range(3)}
     held = {n: t for n, t in world.model.net.state_dict().items()}
@@ -109,7 +109,7 @@ def test_each_is_sent_what_its_memory_holds_and_only_what_is_new():
     engine.begin(1)
     two = drive(method.round(one, infos), engine)
     engine.commit()
-    second = {c: {block_of(n) for n in part(p, "blocks")} for way, c, p in sent if way == "down" and "need" in p}
+    second = {c: {block_of(n) for n in part(p, "blocks")} for way, c, p in sent if way == "down" and "kept" in p}
     assert second == {"c0": {*state["kept"][1]} - {*state["kept"][0]}, "c1": set(), "c2": set()}
     assert two["held"]["c0"]["sizes"] == [0, 1] and [r["sizes"]["c0"] for r in two["rounds"]] == [0, 1]
     assert {block_of(n) for n in engine.memory["c0"][BLOCKS]} == {*state["kept"][1]} - ends
@@ -202,6 +202,9 @@ def test_an_emulator_begins_and_runs_as_its_owner_does():
     more = grown(ends, (0, 3, 5), blocks, {"no_rope_layers": [1, 0, 0]}, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(more.net.parameters(), thin.net.parameters(), strict=True))
     assert grown(ends, (0, 3, 5), {n: t.clone() for n, t in blocks.items()}, {}) is more
+    for odd in ({"_attn_implementation": [1, 2, 3]}, {"layer_types": ["full_attention"]}):
+        with pytest.raises(ModelError, match="is no list of a config with an entry for each of 3 blocks"):
+            grown(ends, (0, 3, 5), blocks, odd)
     assert grown(ends, (0, 3, 5), {n: t + 1 for n, t in blocks.items()}, {}) is not more
 
 
@@ -264,6 +267,8 @@ def test_who_learns_from_losses_does_not_go_with_noise():
     compose(make_method("fedpeat"), [DPSGD(noise_multiplier=1.0)])
     with pytest.raises(CompositionError, match=r"controller = 'sabppo' and layer 'DPSGD' do not fit.*use 'greedy'"):
         compose(make_method("fedpeat", controller="sabppo"), [DPSGD(noise_multiplier=1.0)])
+    with pytest.raises(CompositionError, match=r"server_trains = true and layer 'DPSGD' do not fit together"):
+        compose(make_method("fedpeat", server_trains=True), [DPSGD(noise_multiplier=1.0)])
 
 
 def test_packed_weights_are_not_sent(monkeypatch):

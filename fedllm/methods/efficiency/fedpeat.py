@@ -87,7 +87,11 @@ class FedPEAT(Sized):
         return ("server",) if self.prealign_steps or self.server_trains else ()
 
     def check_layers(self, layers: Sequence[Any]) -> None:
-        if self.controller == "sabppo" and (dp := [type(x).__name__ for x in layers if x.algebra.kind == "dp"]):
+        dp = [type(x).__name__ for x in layers if x.algebra.kind == "dp"]
+        if dp and self.server_trains:
+            raise CompositionError(f"method.server_trains = true and layer '{dp[0]}' do not fit together: its noise is "
+                                   "for what clients send, and the server would outweigh them; leave it out")
+        if dp and self.controller == "sabppo":
             raise CompositionError(f"method.controller = 'sabppo' and layer '{dp[0]}' do not fit together: it learns "
                                    "from clients' losses, which are not told there; use 'greedy'")
 
