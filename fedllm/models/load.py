@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,10 @@ from fedllm.models import quantized
 from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder
 from fedllm.models.gguf import gguf_folder, is_gguf
-from fedllm.models.kernels import give_back_freed_memory
+from fedllm.models.kernels import freeing
 from fedllm.models.model import HeadedEncoder, Model, Pooling
 from fedllm.models.names import class_prompts, names_of
+from fedllm.models.peft_io import take_head
 from fedllm.models.proof import examine
 from fedllm.spaces.space import Space
 from fedllm.tasks.registry import task_of
@@ -73,6 +75,7 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
 
     `quantize` packs the linear maps of the frozen base in 4 or 8 bits (see models/quantized.py).
 
+    A classifier that a run has left in the folder (`head.safetensors`) is the model's, else it begins anew.
     `weights` "random": the model is built from its config alone, with weights that follow from the seed. It is examined
     (see models/proof.py), and `model.said` tells what its user must know. Raises ModelError when the model cannot be
     loaded, lacks what the space needs or says something else than in transformers, or the device is not there, and
@@ -98,24 +101,24 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
     if task_of(task).net == "dual":
         images = _load(AutoImageProcessor, name, trust_remote_code)
     said = unused(config)
-    net = load_net(name, task, labels, pooling, tokenizer, said, **made_by)
-    words_fit(name, tokenizer, net)
-    if quantize:  # it lies where it belongs, and packed weights are not converted
-        quantized.settle(net)
-        quantized.check(space, net)
-        if isinstance(net, HeadedEncoder):
-            net.classifier.to(place, DTYPES[dtype])
-    else:
-        net.to(DTYPES[dtype]).to(place)
-    model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
-                  weights=weights, images=images)
-    if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
-        raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
-                               f"together: '{min(still)}' would stay random; use space: full")
-    model.tell(said)
-    examine(model)
-    if quantize:  # the examination unpacks the base once
-        give_back_freed_memory()
+    with freeing() if quantize else contextlib.nullcontext():  # each map is unpacked for itself, several times
+        net = load_net(name, task, labels, pooling, tokenizer, said, **made_by)
+        words_fit(name, tokenizer, net)
+        if quantize:  # it lies where it belongs, and packed weights are not converted
+            quantized.settle(net)
+            quantized.check(space, net)
+            if isinstance(net, HeadedEncoder):
+                net.classifier.to(place, DTYPES[dtype])
+        else:
+            net.to(DTYPES[dtype]).to(place)
+        model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
+                      weights=weights, images=images)
+        said += take_head(model, resolve(name)) if weights == "pretrained" else []
+        if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
+            raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
+                                   f"together: '{min(still)}' would stay random; use space: full")
+        model.tell(said)
+        examine(model)
     return model
 
 
