@@ -72,10 +72,10 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
                device: str = "auto", trust_remote_code: bool = False,
                weights: Literal["pretrained", "random"] = "pretrained", quantize: str | None = None) -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
+    A classifier that a run has left in the folder (`head.safetensors`) is the model's, else it begins anew.
 
     `quantize` packs the linear maps of the frozen base in 4 or 8 bits (see models/quantized.py).
 
-    A classifier that a run has left in the folder (`head.safetensors`) is the model's, else it begins anew.
     `weights` "random": the model is built from its config alone, with weights that follow from the seed. It is examined
     (see models/proof.py), and `model.said` tells what its user must know. Raises ModelError when the model cannot be
     loaded, lacks what the space needs or says something else than in transformers, or the device is not there, and
