@@ -99,7 +99,7 @@ class Exam:
 
         Where there is no memory for it in fp32 it is the most that is allowed at all.
         """
-        if 8 * sum(p.numel() for p in self.plain.net.parameters()) > psutil.virtual_memory().available:
+        if 16 * sum(p.numel() for p in self.plain.net.parameters()) > psutil.virtual_memory().available:
             return ROUGH
         wide = copy.copy(self.plain)
         wide.stack, wide.said, wide.net = Stack(causal=self.plain.stack.causal), [], widened(self.plain.net)

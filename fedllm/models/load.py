@@ -101,7 +101,8 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
     if task_of(task).net == "dual":
         images = _load(AutoImageProcessor, name, trust_remote_code)
     said = unused(config)
-    with freeing() if quantize else contextlib.nullcontext():  # each map is unpacked for itself, several times
+    once = quantize or dtype == "bfloat16"  # what is unpacked map by map, or widened, to be examined comes once
+    with freeing() if once else contextlib.nullcontext():
         net = load_net(name, task, labels, pooling, tokenizer, said, **made_by)
         words_fit(name, tokenizer, net)
         if quantize:  # it lies where it belongs, and packed weights are not converted
