@@ -33,12 +33,13 @@ class Speaker:
     def __init__(self, path: str | Path, trust_remote_code: bool = False) -> None:
         """Raises RunError when the run has no adapter to talk to."""
         result = Result.load(path)
-        adapter = result.folder / "adapter"
+        adapter = result.adapter_path
         self.recipe = received(result.folder, trust_remote_code)
         if self.recipe.data.task != "generation":
             raise RunError(f"{path}: a classifier does not talk; `fedllm export` gives you the model")
-        if not adapter.is_dir():
-            raise RunError(f"{path} has no adapter; `fedllm chat` needs a space that PEFT has (lora, ia3, prompts)")
+        if adapter is None or adapter.name == "model":
+            raise RunError(f"{path} has no adapter; `fedllm chat` needs a space beside the model's weights (lora, ia3, "
+                           "prompts, adapter)")
         self.model = _model(self.recipe)
         self.theta = load_adapter(adapter, self.model)
         self.base: Tree | None = None

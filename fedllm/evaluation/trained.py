@@ -19,6 +19,7 @@ from fedllm.local.forward import run_losses, run_measures
 from fedllm.local.generate import run_generates
 from fedllm.local.requests import Generate, Limits, Losses, Measure, RowLosses
 from fedllm.models.load import load_model
+from fedllm.models.made import NAMES as BUILT
 from fedllm.models.model import Model
 from fedllm.models.peft_io import load_adapter
 from fedllm.runs.build import make_recipe_space, recipe_model
@@ -74,10 +75,11 @@ class Trained:
         result = Result.load(path)
         self.folder, made = RunFolder.open(result.folder), result.adapter_path
         self.recipe = received(result.folder, trust_remote_code)
-        if made is None or made.name == "trainables":
-            raise RunError(f"{path} left no single model that can be loaded: "
-                           + ("its space is not one of PEFT's, nor a change of weights" if made else
-                              "each client has its own"))
+        if made is None:
+            raise RunError(f"{path} left no single model that can be loaded: each client has its own")
+        if self.recipe.model.name in BUILT:
+            raise RunError(f"{path}: 'fedllm evaluate' loads models of transformers, and {self.recipe.model.name!r} is "
+                           f"built from the recipe; its weights lie in {made}")
         self.made = made
         self.limits = Limits(batch_tokens=self.recipe.engine.step_tokens)
 

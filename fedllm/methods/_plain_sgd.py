@@ -12,7 +12,8 @@ def need_sgd(local: Any, method: str, why: str, use: str = "local.optimizer = sg
     """CompositionError for work (a LocalSpec) by another optimizer, or with momentum."""
     if local.optimizer != "sgd" or local.momentum:
         has = f"'{local.optimizer}'" + f" (momentum {local.momentum:g})" * bool(local.momentum)
-        raise CompositionError(f"{method} and local.optimizer = {has} do not fit together: {why}; use {use}")
+        raise CompositionError(f"{method} and local.optimizer = {has} do not fit together: it counts on plain SGD, "
+                               f"since {why}; use {use}")
 
 
 def steps_together(method: str) -> Callable[[Any, Any, int], None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -20,16 +21,20 @@ from fedllm.models.decode import Continuation
 from fedllm.models.dual import DualEncoder
 from fedllm.models.exam_rows import LENGTHS, near, rows_of, told
 from fedllm.models.model import Model
-from fedllm.models.plain import unpatched
-from fedllm.models.quantized import dequantized, kind_of
-from fedllm.models.reread import reread_at_once, rough
+from fedllm.models.plain import unpatched, widened
+from fedllm.models.quantized import kind_of
+from fedllm.models.reread import reread_at_once
+from fedllm.models.unpacking import unpacking
 from fedllm.models.ways import WORDS, Ways
 from fedllm.spaces.params import Params
 from fedllm.spaces.space import PEFT, Stack, stack_lanes
 
 NEAR = {torch.float64: (1e-6, 1e-5), torch.float32: (2e-4, 5e-3)}
-"""By how much a loss and a gradient may differ, relatively; half-precision types are in ROUGH."""
+"""By how much a loss and a gradient may differ, relatively."""
+LEAST, TIMES = (0.01, 0.05), 6
+"""In half precision both may differ by so many times what rounding does to the plain network itself, and by so much."""
 ROUGH = (0.05, 0.5)
+"""The most in half precision."""
 LANE_BYTES = 1 << 29
 """Trainables larger than this are never stacked, neither here nor afterwards."""
 
@@ -52,8 +57,8 @@ class Exam:
     lanes: list[list[Encoded]]
     losses: Tensor
     grads: list[dict[str, Tensor]]
-    rough: bool = False
-    """Whether the network itself rounds what it reads, so that nothing but another function shows."""
+    slack: tuple[float, float] = ROUGH
+    """By how much a loss and a gradient may differ, relatively."""
 
     @classmethod
     def of(cls, model: Model) -> Exam:
@@ -61,7 +66,7 @@ class Exam:
         plain = copy.copy(model)
         plain.stack, plain.said = Stack(causal=model.stack.causal), []
         if kind_of(model.net):
-            plain.net = dequantized(unpatched(model.net))
+            plain.net = unpacking(unpatched(model.net))
         try:
             plain.go(Ways(*[False] * len(WORDS)))
             if isinstance(plain.net, DualEncoder):
@@ -85,7 +90,31 @@ class Exam:
         if not all(bool(t.isfinite().all()) for t in (said, *(t for g in grads for t in g.values()))):
             raise ModelError(f"{what(model)}: in plain transformers too, losses or gradients of texts of 2 to 9 tokens "
                              f"are no numbers in {model.net.dtype}")
-        return cls(plain, trees, lanes, said, grads, rough(model))
+        exam = cls(plain, trees, lanes, said, grads)
+        exam.slack = NEAR.get(plain.net.dtype) or exam.rounding()
+        return exam
+
+    def rounding(self) -> tuple[float, float]:
+        """How far rounding alone may carry losses and gradients: by what the very same network says in fp32.
+
+        Where there is no memory for it in fp32 it is the most that is allowed at all.
+        """
+        if 16 * sum(p.numel() for p in self.plain.net.parameters()) > psutil.virtual_memory().available:
+            return ROUGH
+        wide = copy.copy(self.plain)
+        wide.stack, wide.said, wide.net = Stack(causal=self.plain.stack.causal), [], widened(self.plain.net)
+        wide.go(Ways(*[False] * len(WORDS)))
+        vars(wide).pop("seen_once", None)
+        answers = [[_answer(wide, [tree], [wide.read([row])]) for row in rows]
+                   for tree, rows in zip(self.trees, self.lanes, strict=True)]
+        wide_losses = [torch.cat([loss for loss, _ in lane]) for lane in answers]
+        far = max(float((w - s).abs().max()) / max(float(w.abs().max()), 1e-3) for w, s in zip(
+            wide_losses, self.losses.split([len(w) for w in wide_losses]), strict=True))
+        apart = [_apart(ours, {n: sum(g[0][n] for _, g in lane) for n in ours})
+                 for ours, lane in zip(self.grads, answers, strict=True)]
+        off = max((value for one in apart for value in one.values()), default=0.0)
+        return tuple(min(most, max(least, TIMES * by)) for most, least, by in zip(  # type: ignore[return-value]
+            ROUGH, LEAST, (far, off), strict=True))
 
     def differs(self, model: Model) -> list[str]:
         """Where `model` answers otherwise: trainables, the worst first, or what went wrong; empty where nowhere."""
@@ -106,7 +135,7 @@ class Exam:
         return []
 
     def near(self, which: int) -> float:
-        return (ROUGH if self.rough else NEAR.get(self.plain.net.dtype, ROUGH))[which]
+        return self.slack[which]
 
     def _worst(self, got: Sequence[Mapping[str, Tensor]], want: Sequence[Mapping[str, Tensor]]) -> list[str]:
         wrong: dict[str, float] = {}
@@ -115,9 +144,7 @@ class Exam:
         if dead:
             return [_module(n) for n in dict.fromkeys(dead)]
         for ours, plain in zip(got, want, strict=True):
-            top = max(float(g.norm()) for g in plain.values())
-            for n, g in plain.items():
-                off = float((ours[n] - g).norm()) / max(float(g.norm()), 1e-2 * top, 1e-30)
+            for n, off in _apart(ours, plain).items():
                 if not off <= self.near(1):
                     wrong[n] = max(off, wrong.get(n, 0.0)) if off == off else float("inf")
         return [_module(n) for n in sorted(wrong, key=lambda n: -wrong[n])]
@@ -161,6 +188,12 @@ class Exam:
         except Exception as error:
             return f"{_where(model, error)}{type(error).__name__}: {_line(error)}"
         return said
+
+
+def _apart(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far each gradient is from what it should be, relatively; small ones by the largest."""
+    top = max(float(g.norm()) for g in want.values())
+    return {n: float((got[n] - g).norm()) / max(float(g.norm()), 1e-2 * top, 1e-30) for n, g in want.items()}
 
 
 def _after(plain: Model, tree: Tree, texts: Sequence[Tensor]) -> Tensor:

@@ -116,6 +116,19 @@ def keep_no_freed_memory() -> None:
     give_back_freed_memory()
 
 
+@contextlib.contextmanager
+def freeing() -> Iterator[None]:
+    """Hand back what is freed at once, and afterwards keep what `keep_freed_memory` keeps: for work that comes once and
+    takes and frees large pieces of many sizes, between which the heap would grow by as much again."""
+    keep_freed_memory()  # it is asked once, and would be while this lasts
+    keep_no_freed_memory()
+    try:
+        yield
+    finally:
+        give_back_freed_memory()
+        keep_freed_memory.__wrapped__()
+
+
 def give_back_freed_memory() -> None:
     """Free what only refers to itself, and hand freed pages back to the system where the C library is glibc.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,10 @@ from fedllm.models import quantized
 from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder
 from fedllm.models.gguf import gguf_folder, is_gguf
-from fedllm.models.kernels import give_back_freed_memory
+from fedllm.models.kernels import freeing
 from fedllm.models.model import HeadedEncoder, Model, Pooling
 from fedllm.models.names import class_prompts, names_of
+from fedllm.models.peft_io import take_head
 from fedllm.models.proof import examine
 from fedllm.models.shaped import reshaped
 from fedllm.spaces.space import Space
@@ -72,6 +74,7 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
                weights: Literal["pretrained", "random"] = "pretrained", quantize: str | None = None,
                shape: Mapping[str, Any] | None = None) -> Model:
     """A model with `space` installed; `device` "auto" is the first CUDA card, or the CPU where there is none.
+    A classifier that a run has left in the folder (`head.safetensors`) is the model's, else it begins anew.
 
     `quantize` packs the linear maps of the frozen base in 4 or 8 bits (see models/quantized.py).
 
@@ -105,24 +108,25 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
     if task_of(task).net == "dual":
         images = _load(AutoImageProcessor, name, trust_remote_code)
     said = unused(config)
-    net = load_net(name, task, labels, pooling, tokenizer, said, **made_by)
-    words_fit(name, tokenizer, net)
-    if quantize:  # it lies where it belongs, and packed weights are not converted
-        quantized.settle(net)
-        quantized.check(space, net)
-        if isinstance(net, HeadedEncoder):
-            net.classifier.to(place, DTYPES[dtype])
-    else:
-        net.to(DTYPES[dtype]).to(place)
-    model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
-                  weights=weights, images=images)
-    if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
-        raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
-                               f"together: '{min(still)}' would stay random; use space: full")
-    model.tell(said)
-    examine(model)
-    if quantize:  # the examination unpacks the base once
-        give_back_freed_memory()
+    once = quantize or dtype == "bfloat16"  # what is unpacked map by map, or widened, to be examined comes once
+    with freeing() if once else contextlib.nullcontext():
+        net = load_net(name, task, labels, pooling, tokenizer, said, **made_by)
+        words_fit(name, tokenizer, net)
+        if quantize:  # it lies where it belongs, and packed weights are not converted
+            quantized.settle(net)
+            quantized.check(space, net)
+            if isinstance(net, HeadedEncoder):
+                net.classifier.to(place, DTYPES[dtype])
+        else:
+            net.to(DTYPES[dtype]).to(place)
+        model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
+                      weights=weights, images=images)
+        said += take_head(model, resolve(name)) if weights == "pretrained" else []
+        if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
+            raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
+                                   f"together: '{min(still)}' would stay random; use space: full")
+        model.tell(said)
+        examine(model)
     return model
 
 

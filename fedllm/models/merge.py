@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from fedllm.core.errors import ModelError
 from fedllm.models.checks import loaded
 from fedllm.models.model import HeadedEncoder, Model
-from fedllm.models.peft_io import HEAD
+from fedllm.models.peft_io import HEAD, said_of
 from fedllm.models.plain import unpatched
 from fedllm.models.quantized import dequantized, kind_of
 from fedllm.spaces.registry import of_peft
@@ -37,7 +37,7 @@ def save_merged(folder: Path, model: Model, theta: Mapping[str, Tensor], base: M
     headed = isinstance(net, HeadedEncoder)
     (net.body if headed else net).save_pretrained(str(folder))
     if headed:
-        save_file(net.classifier.state_dict(prefix="classifier."), folder / HEAD)
+        save_file(net.classifier.state_dict(prefix="classifier."), folder / HEAD, metadata=said_of(model))
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(str(folder))
 

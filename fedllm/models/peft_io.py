@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,8 +47,7 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
     if isinstance(model.net, HeadedEncoder):
         head = {n.removeprefix(PEFT): tensors.pop(n) for n in list(tensors) if n.startswith(PEFT + "classifier.")}
         full = {n: p.detach().float().cpu() for n, p in model.net.classifier.state_dict(prefix="classifier.").items()}
-        labels = {"labels": json.dumps(list(model.labels)), "pooling": model.net.pooling}
-        save_file(full | head, folder / HEAD, metadata=labels)
+        save_file(full | head, folder / HEAD, metadata=said_of(model))
     if path := inside(model.net)[0]:
         tensors = {n.replace(PEFT + path, PEFT, 1): t for n, t in tensors.items()}
         _strip(config, path)
@@ -201,3 +200,35 @@ def _tensors(path: Path) -> Tree:
 def load_head(folder: Path) -> dict[str, torch.Tensor]:
     """The classifier that goes with an encoder's adapter: `classifier.weight` and `classifier.bias`."""
     return _tensors(folder / HEAD)
+
+
+def said_of(model: Model) -> dict[str, str]:
+    """What a saved classifier says of itself: its labels in order, and which state of a row it reads."""
+    assert isinstance(model.net, HeadedEncoder)
+    return {"labels": json.dumps(list(model.labels)), "pooling": model.net.pooling}
+
+
+def take_head(model: Model, folder: str | Path) -> list[str]:
+    """Put the classifier that a run has left in this folder in the place of a new one; what is to be said of one that
+    does not fit. Its rows go by the labels' names, so that labels in another order are the same labels."""
+    path = Path(folder) / HEAD
+    if not isinstance(model.net, HeadedEncoder) or not path.is_file():
+        return []
+    tree = load_head(path.parent)
+    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        told = file.metadata() or {}
+    labels, pooling = tuple(json.loads(told.get("labels", "null")) or model.labels), told.get("pooling")
+    head, odd = model.net.classifier, ""
+    if set(labels) != set(model.labels):
+        odd = f"of the labels {', '.join(labels[:5])}{', ...' * (len(labels) > 5)}"
+    elif pooling not in (None, model.net.pooling):
+        odd = f"over model.pooling = {pooling!r}, and the recipe's is {model.net.pooling!r}"
+    elif any(n not in tree or tree[n].shape != p.shape for n, p in head.state_dict(prefix="classifier.").items()):
+        odd = f"of the shape {tuple(t.shape for t in tree.values())}, and the network's is {tuple(head.weight.shape)}"
+    if odd:
+        return [f"{path} is a classifier {odd}; it is not used, and a new one is trained"]
+    at = [labels.index(label) for label in model.labels] or slice(None)
+    with torch.no_grad():
+        head.weight.copy_(tree["classifier.weight"][at])
+        head.bias.copy_(tree["classifier.bias"][at])
+    return []

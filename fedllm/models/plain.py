@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.core.payload import Tree
+from fedllm.models.unpacking import Unpacking
 from fedllm.spaces.head import Head
 from fedllm.spaces.ia3 import IA3
 from fedllm.spaces.lora import LoRA, factors
@@ -30,6 +31,18 @@ def unpatched(net: nn.Module) -> Any:
     for module in bare.modules():
         module.__dict__.pop("forward", None)
     return bare
+
+
+def widened(net: nn.Module) -> Any:
+    """A copy of the network with its own forwards, in fp32."""
+    wide = copy.deepcopy(unpatched(net))
+    for tensor in (*wide.parameters(), *wide.buffers()):  # transformers refuses `float()` to packed networks
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    for module in wide.modules():
+        if isinstance(module, Unpacking):
+            module.dtype = torch.float32
+    return wide
 
 
 def plain_copy(net: Any, weights: Mapping[str, Tensor]) -> Any:
@@ -103,7 +116,8 @@ def _mask(space: Mask, net: Any, theta: Mapping[str, Tensor]) -> Tree | None:
 
 @put_in.register
 def _lora(space: LoRA, net: Any, theta: Mapping[str, Tensor]) -> Tree | None:
-    out = {f"{path}.weight": space.weight(net.get_submodule(path), path, theta) for path in factors(theta)}
+    made = {path: partial(space.weight, net.get_submodule(path), path, theta) for path in factors(theta)}
+    out = {f"{path}.weight": make if isinstance(make.args[0], Unpacking) else make() for path, make in made.items()}
     saved = with_ties(net, space._saved(net))
     return _cast(net, out | {path: theta[PEFT + name] for path, name in saved.items()})
 
@@ -121,6 +135,6 @@ def _ia3(space: IA3, net: Any, theta: Mapping[str, Tensor]) -> Tree | None:
     return _cast(net, out | saved)
 
 
-def _cast(net: Any, weights: Mapping[str, Tensor]) -> Tree:
+def _cast(net: Any, weights: Mapping[str, Any]) -> Tree:
     own = dict(net.named_parameters(remove_duplicate=False))
-    return {n: w.to(own[n]) for n, w in weights.items()}
+    return {n: w.to(own[n]) if isinstance(w, Tensor) else w for n, w in weights.items()}

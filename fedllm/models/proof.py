@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import psutil
 import torch
 
 from fedllm.models.exam import Exam, what
 from fedllm.models.model import Model
-from fedllm.models.quantized import kind_of, plain_bytes
-from fedllm.models.reread import reread_at_once
 from fedllm.models.taken_for import check
 from fedllm.models.verdicts import keep, kept
 from fedllm.models.ways import WORDS, Ways
@@ -40,11 +37,6 @@ def examine(model: Model, cache: bool = True) -> None:
             model.go(ways)
         return model.tell(said)
     said = []
-    if kind_of(model.net) and (needs := 2 * plain_bytes(model.net)) > (free := psutil.virtual_memory().available):
-        with torch.random.fork_rng(devices=[]):
-            reread_at_once(model, model.initial())
-        return model.tell([f"{what(model)} was compared with plain PEFT alone: to compare gradients with those of the "
-                           f"unpacked model takes {needs / 2**30:.0f} GB, and {free / 2**30:.0f} GB are free"])
     with torch.random.fork_rng(devices=[]):
         exam = Exam.of(model)
         check(exam)

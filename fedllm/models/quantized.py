@@ -1,7 +1,8 @@
 """Bases whose linear maps are packed in 4 or 8 bits (bitsandbytes), and what they are unpacked.
 
-nf4 packs weights alone: a product is that of the unpacked weights. int8 also rounds what goes in, token by token; its
-columns of outliers are left out (`llm_int8_threshold` 0), for they would let the rows of a batch change one another.
+Weights alone are packed: a product is that of the unpacked weights. bitsandbytes' int8 would also round what goes in,
+token by token, which SmolLM2's gradients do not survive; and its columns of outliers (`llm_int8_threshold`) would let
+the rows of a batch change one another.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.models.model import HeadedEncoder
 from fedllm.models.plain import plain_copy
+from fedllm.models.unpacking import packed, unpacked, weights_alone
 from fedllm.spaces.registry import SPACES
 from fedllm.spaces.space import Space
 
@@ -46,11 +47,6 @@ def options(kind: str | None, dtype: torch.dtype, device: torch.device, weights:
     return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
-def packed(net: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Paths and modules whose weights are packed."""
-    return ((path, m) for path, m in net.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
-
-
 def kind_of(net: nn.Module) -> str | None:
     """nf4, int8 or None."""
     found = next(packed(net), None)
@@ -59,26 +55,16 @@ def kind_of(net: nn.Module) -> str | None:
 
 def settle(net: nn.Module) -> None:
     """Keep 4-bit weights as they are packed. On processors with AVX-512 bf16 bitsandbytes packs them anew at the first
-    forward that needs no gradient, into a form through which none flows afterwards.
+    forward that needs no gradient, into a form through which none flows afterwards. 8-bit maps round weights alone.
 
     What is not packed is copied: it would keep the file of the whole unpacked checkpoint mapped."""
     for _, module in packed(net):
         module.support_avx512bf16_for_cpu = False
+        if type(module).__name__ == "Linear8bitLt":
+            weights_alone(module)
     for parameter in net.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
-
-
-def unpacked(module: Any) -> Tensor:
-    """The weight [o, i] that a packed module multiplies by, in fp32."""
-    weight = module.weight
-    if type(module).__name__ == "Linear4bit":
-        import bitsandbytes.functional as bnb
-
-        return bnb.dequantize_4bit(weight.data, weight.quant_state).float()
-    state = module.state
-    rows, scale = (weight.data, weight.SCB) if state.CB is None else (state.CB, state.SCB)
-    return rows.float() * (scale.float() / 127.0)[:, None]
 
 
 def scales(net: nn.Module) -> dict[str, Tensor]:
@@ -95,14 +81,6 @@ def dequantized(net: Any) -> Any:
     own = {n: p.detach().clone() for n, p in net.named_parameters(remove_duplicate=False) if n not in whole}
     kept = {n: b for n, b in net.state_dict().items() if n in dict(net.named_buffers())}
     return plain_copy(net, own | kept | whole)
-
-
-def plain_bytes(net: nn.Module) -> int:
-    """The memory of `dequantized`."""
-    like = next(p for p in net.parameters() if p.is_floating_point())
-    inside = {f"{path}.weight" for path, _ in packed(net)}
-    rest = sum(p.numel() for n, p in net.named_parameters() if n not in inside)
-    return like.element_size() * (rest + sum(m.out_features * m.in_features for _, m in packed(net)))
 
 
 def check(space: Space, net: nn.Module) -> None:

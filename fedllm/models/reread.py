@@ -21,7 +21,6 @@ from fedllm.models.dual import DualEncoder, tensor_of
 from fedllm.models.model import Model
 from fedllm.models.peft_io import CONFIG, inside, load_adapter, save_adapter
 from fedllm.models.plain import unpatched
-from fedllm.models.quantized import kind_of
 
 NEAR = {torch.float64: 1e-5, torch.float32: 2e-3}
 ROUGH = 0.1
@@ -47,7 +46,7 @@ def reread(folder: Path, model: Model, theta: Mapping[str, Tensor]) -> None:
             with model.using([theta]):
                 ours = _made(model, batch)
             want = _made_by_peft(theirs, model, batch)
-        near = (ROUGH if rough(model) else NEAR.get(model.net.dtype, ROUGH)) * float(ours.abs().max())
+        near = NEAR.get(model.net.dtype, ROUGH) * float(ours.abs().max())
         if not torch.allclose(want.to(ours.dtype), ours, rtol=0, atol=near):
             raise ModelError(f"what {folder} holds is not one function here and in PEFT: {_apart(theirs, model)}")
 
@@ -83,11 +82,6 @@ def _noise(model: Model) -> Tensor:
 
 def _text(model: Model) -> dict[str, Tensor]:
     return {"input_ids": model.net.prompts[:1], "attention_mask": model.net.prompt_mask[:1]}
-
-
-def rough(model: Model) -> bool:
-    """Whether the network rounds what its linear maps read: then equal functions differ where a rounding tips over."""
-    return kind_of(model.net) == "int8"
 
 
 def reread_at_once(model: Model, theta: Mapping[str, Tensor]) -> None:

@@ -60,6 +60,9 @@ class LayerPrefix(Space):
         config: Any = Prefix(self.length, self.std).peft_config(net, task)
         return config, {NAME: torch.cat([theta[n] for n in names], 1)}
 
+    def from_peft(self, config: Mapping[str, Any], tree: Tree, fresh: Mapping[str, Tensor]) -> Tree:
+        return {n: piece.contiguous() for n, piece in zip(fresh, tree[NAME].chunk(len(fresh), 1), strict=True)}
+
 
 def blocks(net: nn.Module) -> list[nn.Module]:
     """The network's layers; ModelError for one that takes no cached keys, or whose layers cannot be found."""

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import fedllm
 from fedllm.core.errors import CompositionError, ModelError, RecipeError
 from fedllm.core.rng import torch_stream
-from fedllm.models import proof
 from fedllm.models.exam import Exam, _answer
 from fedllm.models.known_by import base_digest
 from fedllm.models.load import EMBEDDED, load_model
@@ -24,7 +23,7 @@ from fedllm.spaces import make_space
 CONFIGS = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
            "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0}}
 NEAR = {"nf4": 1e-4, "int8": 0.05}
-"""Of the largest logit: int8 rounds what goes in, and equal functions differ where a rounding tips over."""
+"""Of the largest logit: bitsandbytes' own int8 rounds what goes in, and ours does not."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +57,14 @@ def test_lanes_are_what_the_unpacked_network_is(model, kind):
     exam = Exam.of(model)  # by the weights as they are unpacked, one row at a time
     assert not exam.differs(model) and model.said == [] and model.stackable
     losses, grads = _answer(model, exam.trees, exam.lanes)
-    assert float((losses - exam.losses).abs().max() / exam.losses.max()) < (1e-5 if kind == "nf4" else 0.01)
+    assert float((losses - exam.losses).abs().max() / exam.losses.max()) < 1e-5
     for ours, plain in zip(grads, exam.grads, strict=True):
         for n, g in plain.items():
-            assert float((ours[n] - g).norm()) <= (1e-4 if kind == "nf4" else 0.3) * float(g.norm()), n
+            assert float((ours[n] - g).norm()) <= 1e-4 * float(g.norm()), n
+    whole = dequantized(model.net)  # the plain network unpacks map by map, and is the one that is unpacked at once
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad(), model.using([model.initial()]):
+        assert torch.allclose(model.net(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-4)
 
 
 def test_nothing_that_is_read_without_gradients_changes_the_weights(model):
@@ -100,17 +103,17 @@ def test_a_run_and_its_adapter_in_plain_peft(tmp_path, kind):
         with model.using([load_adapter(result.folder / "adapter", model)]):
             ours = model.net(input_ids=ids).logits
     top = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) < NEAR[kind] * top * 0.2
-    assert float((merged - theirs).abs().max()) < NEAR[kind] * top
+    assert float((ours - merged).abs().max()) < 1e-4 * top
+    assert float((ours - theirs).abs().max()) < NEAR[kind] * top
     assert float((alone - theirs).abs().max()) > 2 * NEAR[kind] * top * 0.2  # it had learned something
     config = json.loads((result.folder / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
 
 
-def test_engines_agree(tmp_path):
+def test_engines_agree(tmp_path, kind):
     ends = []
     for engine in ("vectorized", "in_process"):
-        result = fedllm.run(recipe("nf4", engine={"kind": engine}), root=tmp_path / engine)
+        result = fedllm.run(recipe(kind, engine={"kind": engine}), root=tmp_path / engine)
         ends.append(load_file(result.folder / "adapter" / "adapter_model.safetensors"))
     assert all(torch.allclose(ends[0][n], ends[1][n], atol=1e-5) for n in ends[0])
 
@@ -140,7 +143,7 @@ def test_unpacked_is_what_it_multiplies_by(model, kind):
     x = torch.eye(module.in_features)
     with torch.no_grad():
         got = type(module).forward(module, x).T
-    assert torch.allclose(got, unpacked(module), atol=1e-5 if kind == "nf4" else 1e-2)
+    assert torch.allclose(got, unpacked(module), atol=1e-5)
     net = dequantized(model.net)
     assert type(net.get_submodule(path)) is torch.nn.Linear and not hasattr(net.config, "quantization_config")
     assert net.lm_head.weight is net.model.embed_tokens.weight
@@ -169,9 +172,3 @@ def test_other_refusals(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"needs an optional extra: pip install 'fedlm\[quantized\]'"):
         load_model("embedded", "generation", make_space("lora"), quantize="nf4")
-
-
-def test_where_memory_is_short_it_says_what_was_not_compared(monkeypatch):
-    monkeypatch.setattr(proof, "plain_bytes", lambda net: 1 << 50)
-    model = load_model("embedded", "generation", make_space("lora", rank=2), quantize="nf4")
-    assert "was compared with plain PEFT alone" in model.said[0]

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 import fedllm
 from fedllm.core.errors import DataError
 from fedllm.data.encode import encode_rows
+from fedllm.runs.openai_api import Refusal
+from fedllm.runs.openai_api import messages as asked
 from fedllm.tasks.chat import spans, wanted
 from fedllm.tasks.row import IGNORE, Placed
 from fedllm.tasks.templates import template
@@ -143,6 +145,12 @@ def test_control_tokens_in_arguments_answers_and_tools_end_no_turn(letters):
     (one,), (clean,) = (encode_rows([row_of(*made)], tokenizer, "generation", 900) for made in ((talk, tools), (TALK,)))
     controls = tokenizer.convert_tokens_to_ids(["<turn>", "<says>", "<end>", "<call>"])
     assert np.isin(one.ids, controls).sum() == np.isin(clean.ids, controls).sum() == 3 * 5 + 1
+
+
+def test_who_serves_text_refuses_a_request_with_tools():
+    with pytest.raises(Refusal, match="'tools' is not offered"):
+        asked({"messages": [USER], "tools": SCHEMA})
+    assert asked({"messages": [USER], "tools": []}) == [USER]
 
 
 def test_a_run_learns_calls_and_counts_a_call_as_right_in_the_templates_own_words(recipe, tmp_path):

@@ -40,7 +40,7 @@ class Scaffold(Star):
 
     def check_work(self, local, rounds) -> None:
         if not self.allow_adaptive:
-            need_sgd(local, "scaffold", "c_k is no mean gradient then",
+            need_sgd(local, "scaffold", "c_k is no mean gradient otherwise",
                      "local.optimizer = sgd with momentum = 0, or method.allow_adaptive = true")
 
     def down(self, state: State, client):

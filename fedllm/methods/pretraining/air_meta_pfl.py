@@ -68,7 +68,7 @@ class AirMetaPFL(Star):
         return {"theta": model.initial(), "round": 0}
 
     def check_work(self, local, rounds) -> None:
-        need_sgd(local, "air_meta_pfl", "its gradient is that after plain steps")
+        need_sgd(local, "air_meta_pfl", "its gradient is one after such steps")
 
     def check_rows(self, labels, rows) -> None:
         if few := [c for c, mine in rows.items() if len(mine) < 2]:

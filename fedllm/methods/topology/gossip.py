@@ -70,7 +70,7 @@ class Gossip(Method):
 
     def check_work(self, local, rounds) -> None:
         if self.tracking:
-            need_sgd(local, "gossip with tracking", "z_i is no mean gradient then")
+            need_sgd(local, "gossip with tracking", "z_i is no mean gradient otherwise")
 
     def check_layers(self, layers) -> None:
         letters.closed_to("gossip", layers)
