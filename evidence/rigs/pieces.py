@@ -21,6 +21,7 @@ from fedllm.engines.in_process import InProcess
 from fedllm.engines.world import World
 from fedllm.federation.memory import DiskMemory
 from fedllm.local.fit import run_fits
+from fedllm.local.flops import FORWARD
 from fedllm.local.requests import Fit, Limits
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
@@ -93,7 +94,8 @@ def pieces(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, ro
     machine of the second piece is lost there, and `resent` is what was sent again, of what the piece, its optimizer's
     state and the step's states and gradients are."""
     world = machines(seed)
-    run = Trial(method, world, {"backups": int(kill is not None), **(knobs or {})}, Losing)
+    seconds = (1 + FORWARD) / STEP.accumulate  # of the clock: a micro-batch forward, and forward and back once more
+    run = Trial(method, world, {"backups": int(kill is not None), "step_seconds": seconds, **(knobs or {})}, Losing)
     if kill:
         run.rounds(1)
         run.engine.who, (run.engine.at, run.engine.after) = run.state["plan"]["machines"][1], kill

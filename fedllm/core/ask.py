@@ -48,6 +48,9 @@ class Ask:
     recipe. `deadline` is in seconds from the moment of asking; a client that is silent by then is `missing`.
     So many answers as `enough` says close the ask: who comes later is `missing` too, and what it did does not count.
 
+    With `grace`, answers count that come so many seconds later at the most: a function of how long those that were
+    enough took.
+
     With `flight`, so many clients are at work at a time: when one has answered, the next of `msgs` begins (and, if
     `enough` says for how many answers to wait, those that have answered begin once more after the last). Whoever is
     at work when the ask closes stays at work, is not asked again meanwhile, and answers a later ask of this phase.
@@ -59,6 +62,7 @@ class Ask:
     quorum: float | int | None = None
     deadline: float | None = None
     enough: int | None = None
+    grace: Callable[[Sequence[float]], float] | None = None
     flight: int | None = None
     form: Form | None = None
     """What a reply must be, where a layer lifts, masks or encrypts it; None: as the function says."""

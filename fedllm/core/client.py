@@ -164,8 +164,9 @@ class Client(Protocol):
         ...
 
     def backward(self, segment: Any, theta: Tree, x: Any, mask: Any, g: Any = None, *, labels: Any = None,
-                 base: Tree | None = None) -> Any:
-        """The gradients of that forward (`Slopes`) from `g`, dL/d(its states), or at the last segment from labels."""
+                 base: Tree | None = None, times: float = 1.0) -> Any:
+        """The gradients of that forward (`Slopes`) from `g`, dL/d(its states), or at the last segment from labels, of
+        which the mean loss counts so many `times`."""
         ...
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:

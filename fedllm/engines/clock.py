@@ -6,6 +6,7 @@ client's speed, and the reply's way up. Nothing is measured, so that equal seeds
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,13 +139,16 @@ class Clock:
 
     def _first(self, fold: Fold, flights: Iterable[Flight], start: float) -> float:
         """Answers in the order in which they land, until enough of them count."""
-        end = start
+        end, until = start, math.inf
         for flight in sorted(flights, key=lambda f: (f.lands, f.tie)):
-            if fold.full:
+            if fold.full and (fold.ask.grace is None or flight.lands > until):
+                end = end if fold.ask.grace is None else until
                 self._late(fold, flight, f"{fold.ask.enough} answers were enough, and it came "
                                          f"{flight.lands - end:g} s later")
             else:
-                end = max(end, self._close(fold, flight, start))
+                was, end = fold.full, max(end, self._close(fold, flight, start))
+                if fold.full and not was and fold.ask.grace is not None:
+                    until = end + fold.ask.grace(list(fold.seconds.values()))
         return end
 
     def _by_and_by(self, fold: Fold) -> float:

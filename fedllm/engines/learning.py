@@ -87,12 +87,13 @@ class Learning(Call):
         return self._ask(Forward(self.id, self.model, theta, base, segment, x, mask))
 
     def backward(self, segment: Segment, theta: Tree, x: Tensor, mask: Tensor, g: Tensor | None = None, *,
-                 labels: Tensor | None = None, base: Tree | None = None) -> Slopes:
-        """The gradients of that forward from `g`, dL/d(its states), or at the last segment from its `labels` [B, T]."""
+                 labels: Tensor | None = None, base: Tree | None = None, times: float = 1.0) -> Slopes:
+        """The gradients of that forward from `g`, dL/d(its states), or at the last segment from its `labels` [B, T],
+        whose mean loss counts so many `times`."""
         if (g is None) == (labels is None) or (labels is not None and not segment.last):
             raise CompositionError("backward takes either g or, at the last segment, labels")
         self._bounds.work(1)
-        return self._ask(Backward(self.id, self.model, theta, base, segment, x, mask, g, labels))
+        return self._ask(Backward(self.id, self.model, theta, base, segment, x, mask, g, labels, times))
 
     def sensitivity(self, theta: Tree, rows: Sequence[int], *, base: Tree | None = None) -> Tree:
         """The mean of |d loss / d w| over these training rows, for every trainable w."""

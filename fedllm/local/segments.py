@@ -43,6 +43,8 @@ class Backward(Forward):
 
     g: Tensor | None = None
     labels: Tensor | None = None
+    times: float = 1.0
+    """How often the mean loss counts: as often as it has targets, and the gradient is the sum's, rounded as such."""
 
     @property
     def group(self) -> object:  # type: ignore[override]
@@ -83,7 +85,8 @@ def _slopes(lot: Sequence[Backward], x: Tensor, mask: Tensor, stacked: Mapping[s
     h, told = segment.through(model, x, mask), torch.zeros(len(lot))
     if lot[0].g is None:
         loss = losses(model, h, padded([r.labels for r in lot], IGNORE).to(h.device), len(lot))  # type: ignore[misc]
-        goal, told = loss.sum(), loss.detach().cpu()  # lanes do not touch, so each lane's gradient is its own
+        goal = (loss * loss.new_tensor([r.times for r in lot])).sum()  # type: ignore[attr-defined]
+        told = loss.detach().cpu()  # lanes do not touch, so each lane's gradient is its own
     else:  # d(h . g)/d theta = dh/d theta g
         goal = (h * padded([r.g for r in lot], 0).to(h.device).to(h.dtype)).sum()  # type: ignore[misc]
     wanted = {**stacked, **({"": x} if x.requires_grad else {})}

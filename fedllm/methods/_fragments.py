@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -37,6 +38,20 @@ def fragments(theta: Mapping[str, Tensor], count: int, key: str = "method.fragme
         names[at].append(n)
         sizes[at] += theta[n].numel()
     return [sorted(part) for part in names]
+
+
+def check_windows(name: str, local: Any, rounds: int, count: int, delay: int) -> None:
+    """RecipeError where the method `name` cannot send fragments so: without steps in a round, with a way longer than
+    that, or where some would be sent less often than others."""
+    if local.steps is None:
+        raise RecipeError(f"local.steps is not given, and {name} counts a fragment's way in local steps; give H / F, "
+                          "from 1")
+    if delay >= local.steps:
+        raise RecipeError(f"method.delay = {delay} is not allowed with local.steps = {local.steps}: a step lands "
+                          f"before the next leaves; it must be < {local.steps}")
+    if rounds % count:
+        raise RecipeError(f"method.fragments = {count} does not divide rounds = {rounds}: some fragments would be "
+                          "synchronized less often than others")
 
 
 def cut(tree: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ class Op:
     """Bytes of its weights, their gradients and two moments."""
     sends: float
     """Bytes of what it gives for a micro-batch; as many come back as its gradient."""
+    keeps: float = 0.0
+    """Bytes that the broker is told after a step: its new weights, and the optimizer's state of them."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ def crossing(ops: Sequence[Op], at: int) -> float:
     return sum(op.sends for op in ops[:at] if op.name in read)
 
 
-def cost(ops: Sequence[Op], machine: Machine, start: int, stop: int) -> float:
-    """C_p + R_p: its work on a micro-batch, and what crosses its ends, forward and as a gradient back."""
-    ends = [crossing(ops, b) for b in (start, stop) if 0 < b < len(ops)]
-    return sum(op.steps for op in ops[start:stop]) / machine.speed + sum(2 * machine.seconds(size) for size in ends)
+def cost(ops: Sequence[Op], machine: Machine, start: int, stop: int, micro: int) -> float:
+    """C_p + R_p: its work on a micro-batch, what crosses its ends, forward and as a gradient back, and of a step's
+    handing in the micro-batch's share."""
+    ends, mine = [crossing(ops, b) for b in (start, stop) if 0 < b < len(ops)], ops[start:stop]
+    return (sum(op.steps for op in mine) / machine.speed + sum(2 * machine.seconds(size) for size in ends)
+            + machine.seconds(sum(op.keeps for op in mine)) / micro)
 
 
 def room(ops: Sequence[Op], start: int, stop: int, micro: int) -> float:
@@ -98,7 +102,7 @@ def partition(ops: Sequence[Op], machines: Sequence[Machine], micro: int, most: 
     """
     some = sorted(machines, key=lambda m: -m.speed)[:EXACT]
     most = min(most or len(some), len(some), len(ops))
-    costs = {(k, a, b): cost(ops, m, a, b) for k, m in enumerate(some) for a in range(len(ops))
+    costs = {(k, a, b): cost(ops, m, a, b, micro) for k, m in enumerate(some) for a in range(len(ops))
              for b in range(a + 1, len(ops) + 1)
              if b - a < len(ops) and (m.memory is None or room(ops, a, b, micro) <= m.memory)}
     best: dict[tuple[int, int], tuple[float, float, tuple[tuple[int, int], ...]]] = {(0, 0): (0.0, 0.0, ())}
@@ -127,16 +131,17 @@ def partition(ops: Sequence[Op], machines: Sequence[Machine], micro: int, most: 
                 tuple(costs[k, start, stop] for (k, start), stop in zip(held, ends, strict=True)))
 
 
-def even(ops: Sequence[Op], machines: Sequence[Machine], pieces: int) -> Plan:
+def even(ops: Sequence[Op], machines: Sequence[Machine], micro: int, pieces: int) -> Plan:
     """As many operations for each of the first machines: what a schedule is held against."""
     some = {m.id: m for m in machines[:pieces]}
-    return costed(ops, some, list(some), [round(i * len(ops) / pieces) for i in range(1, pieces)])
+    return costed(ops, some, micro, list(some), [round(i * len(ops) / pieces) for i in range(1, pieces)])
 
 
-def costed(ops: Sequence[Op], machines: Mapping[str, Machine], ids: Sequence[str], cuts: Sequence[int]) -> Plan:
+def costed(ops: Sequence[Op], machines: Mapping[str, Machine], micro: int, ids: Sequence[str], cuts: Sequence[int]
+           ) -> Plan:
     """A plan of these cuts, at what it costs these machines now."""
     ends = zip(ids, (0, *cuts), (*cuts, len(ops)), strict=True)
-    return Plan(tuple(ids), tuple(cuts), tuple(cost(ops, machines[c], a, b) for c, a, b in ends))
+    return Plan(tuple(ids), tuple(cuts), tuple(cost(ops, machines[c], a, b, micro) for c, a, b in ends))
 
 
 def operations(model: Any) -> list[dict[str, Any]]:
@@ -152,6 +157,7 @@ def operations(model: Any) -> list[dict[str, Any]]:
             for i, (label, s, mine) in enumerate(zip(labels, found, parts, strict=True))]
 
 
-def ops_of(known: Sequence[Mapping[str, Any]], tokens: int) -> list[Op]:
-    """The graph, for micro-batches of so many tokens."""
-    return ordered([Op(o["name"], tuple(o["inputs"]), o["share"], o["held"], o["out"] * tokens) for o in known])
+def ops_of(known: Sequence[Mapping[str, Any]], tokens: int, kinds: int) -> list[Op]:
+    """The graph, for micro-batches of so many tokens and an optimizer that keeps so many numbers a weight."""
+    return ordered([Op(o["name"], tuple(o["inputs"]), o["share"], o["held"], o["out"] * tokens,
+                       o["held"] / 4 * (1 + kinds)) for o in known])

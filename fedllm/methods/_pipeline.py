@@ -17,7 +17,7 @@ from fedllm.core.client import Client
 from fedllm.core.errors import QuorumError, Withheld
 from fedllm.core.form import need
 from fedllm.core.method import Method, knob
-from fedllm.core.payload import Payload, add, pack, part, scale, tensor_bytes, zeros_like
+from fedllm.core.payload import Payload, add, pack, part, tensor_bytes, zeros_like
 from fedllm.data.encode import batches
 from fedllm.local.descend import descended
 from fedllm.local.fit import slice_of
@@ -39,7 +39,7 @@ class Passing:
     whole: list[Payload]
     masks: Mapping[str, Tensor]
     labels: Mapping[str, Tensor]
-    shares: Mapping[str, float]
+    counts: Mapping[str, float]
     x: list[dict[str, Tensor]] = field(default_factory=list)
     g: list[dict[str, Tensor]] = field(default_factory=list)
     ahead: list[set[str]] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Passing:
     def slip(self, p: int, m: str) -> Payload:
         """What piece p is told of micro-batch m, once its gradient is there (the last piece: once it is there)."""
         if p == len(self.holders) - 1:
-            return {"m": m, "x": self.x[p][m], "mask": self.masks[m], "labels": self.labels[m], "share": self.shares[m]}
+            return {"m": m, "x": self.x[p][m], "mask": self.masks[m], "labels": self.labels[m], "count": self.counts[m]}
         return {"m": m, "g": self.g[p][m], "end": p == 0}
 
     def first(self, p: int) -> Payload:
@@ -96,7 +96,7 @@ class Passing:
         rest: dict[str, Any] = {"x": {m: self.x[p][m] for m in again}, "mask": {m: self.masks[m] for m in again}}
         done = [m for m in self.masks if m in self.back[p]]
         if p == len(self.holders) - 1:
-            rest |= {"labels": {m: self.labels[m] for m in done}, "share": {m: self.shares[m] for m in done}}
+            rest |= {"labels": {m: self.labels[m] for m in done}, "count": {m: self.counts[m] for m in done}}
         else:
             rest["g"] = {m: self.g[p][m] for m in done}
         self.told[p] = {**self.whole[p], **{f"re{k}": v for k, v in pack(**rest).items()}}
@@ -111,17 +111,18 @@ class Pipeline(Method):
 
     @on_server
     def draw(self, msg: Payload, client: Any) -> Payload:
-        """The step's micro-batches of public rows, and each one's share of the targets."""
+        """The step's micro-batches of public rows, and how many targets each has, as one process counts them (of a step
+        in one part: 1)."""
         rows, spec, rng = client.public, client.training, client.rng("pipeline")
         [lot] = batches([len(r.ids) for r in rows], spec.lot, rng, rng, steps=1)
         parts = -(-len(lot) // spec.batch_size)
         some = [[rows[i] for i in slice_of(lot, m, parts, spec)] for m in range(parts)]
         cut = [collate([mine], client.model.pad, "cpu") for mine in some]  # type: ignore[arg-type]
         shift = int(client.model.rules.net == "causal")  # the first token is nobody's next one
-        counts = [int((b.labels[:, shift:] != IGNORE).sum()) for b in cut]
+        counts = [int((b.labels[:, shift:] != IGNORE).sum()) if parts > 1 else 1 for b in cut]
         kinds = ("ids", "mask", "labels")
         return pack(**{kind: {str(m): getattr(b, kind) for m, b in enumerate(cut)} for kind in kinds},
-                    share={str(m): n / max(1, sum(counts)) for m, n in enumerate(counts)})
+                    count={str(m): float(n) for m, n in enumerate(counts)})
 
     def through(self, run: Passing) -> Program:
         """All micro-batches forward and back."""
@@ -170,7 +171,7 @@ class Pipeline(Method):
         piece, m = taken(msg, client), msg["m"]
         if "labels" in msg:
             piece["x"][m], piece["mask"][m] = msg["x"], msg["mask"]
-        x = learned(piece, client, m, msg.get("g"), msg.get("labels"), msg.get("share", 1.0))
+        x = learned(piece, client, m, msg.get("g"), msg.get("labels"), msg.get("count", 1.0))
         return {"done": 1} if x is None else {"x": x}
 
     @on_client(gives="slopes: tensors")
@@ -182,7 +183,7 @@ class Pipeline(Method):
     @on_client(gives="theta: tensors, moments?: tensors")
     def step(self, msg: Payload, client: Client) -> Payload:
         piece = taken(msg, client)
-        slopes = piece["sum"] | part(msg, "slopes")
+        slopes = {n: t / msg["total"] for n, t in (piece["sum"] | part(msg, "slopes")).items()}
         theta, moments = descended(piece["theta"], slopes, client.training, piece["moments"] or None)
         client.memory["piece"] = {"at": piece["at"], "version": piece["version"] + 1, "theta": theta,
                                   "moments": moments}
@@ -216,19 +217,20 @@ def taken(msg: Payload, client: Client) -> Any:
             raise Withheld(f"it does not hold this piece at version {msg['version']} and must be told it whole")
         piece |= {"theta": kept["theta"], "moments": kept["moments"]}
     client.session["piece"] = piece | {"sum": zeros_like(piece["theta"])}
-    labels, shares, g = part(msg, "relabels"), part(msg, "reshare"), part(msg, "reg")
+    labels, counts, g = part(msg, "relabels"), part(msg, "recount"), part(msg, "reg")
     for m in labels or g:  # what the machine before this one had done
-        learned(client.session["piece"], client, m, g.get(m), labels.get(m), shares.get(m, 1.0))
+        learned(client.session["piece"], client, m, g.get(m), labels.get(m), counts.get(m, 1.0))
     return client.session["piece"]
 
 
-def learned(piece: dict[str, Any], client: Client, m: str, g: Tensor | None, labels: Tensor | None, share: float
+def learned(piece: dict[str, Any], client: Client, m: str, g: Tensor | None, labels: Tensor | None, count: float
             ) -> Tensor | None:
-    """Adds a micro-batch's part of the gradient, and gives that of its input; the last piece's is of its share of the
-    targets."""
-    got = client.backward(piece["segment"], piece["theta"], piece["x"][m], piece["mask"][m], g, labels=labels)
-    piece["sum"] = add(piece["sum"], scale(got.theta, share))
-    return None if got.x is None else got.x * share
+    """Adds a micro-batch's part of the gradient of the sum over all targets, and gives that of its input: gradients are
+    then as large as in one process, and round alike in norms that are fp32."""
+    got = client.backward(piece["segment"], piece["theta"], piece["x"][m], piece["mask"][m], g, labels=labels,
+                          times=count)
+    piece["sum"] = add(piece["sum"], got.theta)
+    return got.x
 
 
 def fits_like(reply: Payload, like: Mapping[str, Tensor]) -> bool:

@@ -72,15 +72,16 @@ def cut_net(net: Any, width: float) -> nn.Module:
             if "pooler" in dict(small.named_children()):
                 small.pooler = None
             small = HeadedEncoder(small, net.classifier.out_features, net.pooling)
-    small = small.to(net.dtype).to(next(net.parameters()).device)
+    small = small.to(net.dtype)
     whole, parts = dict(net.named_parameters()), dict(small.named_parameters())
     if odd := next(iter(whole.keys() ^ parts.keys()), None):
         raise ModelError(f"{type(body).__name__}: '{odd}' is only in one of the whole and the narrow network, so its "
                          "width is not cut")
-    with torch.no_grad():
-        for name, t in parts.items():
-            t.copy_(whole[name][tuple(slice(0, size) for size in t.shape)])
-    return small
+    held = dict(net.state_dict())
+    small.load_state_dict({n: held[n][tuple(slice(0, size) for size in t.shape)].clone()
+                           for n, t in small.state_dict().items()}, assign=True)
+    (small.body if isinstance(small, HeadedEncoder) else small).tie_weights()
+    return small.to(next(net.parameters()).device)
 
 
 def narrowed(config: Any, width: float) -> Any:

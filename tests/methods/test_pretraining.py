@@ -341,6 +341,10 @@ RECIPE = {"model": {"name": "embedded", "weights": "random"}, "space": "full", "
     ({"method": "streaming_diloco", "local": {}}, "local.steps is not given"),
     ({"method": "diloco", "local": {"steps": 3, "over_rounds": "cosine_steps", "warmup": 12}}, "warmup = 12 is not"),
     ({"method": {"name": "prime_elastic", "min_replicas": 3}}, "min_replicas = 3 is not allowed with 2 clients"),
+    ({"method": {"name": "decoupled_diloco", "quorum": 3}}, "quorum = 3 is not allowed with 2 clients"),
+    ({"method": {"name": "decoupled_diloco", "fragments": 3}, "rounds": 6}, "does not divide the 4 layers"),
+    ({"method": "decoupled_diloco", "local": {}}, "local.steps is not given"),
+    ({"method": "fusionai"}, "backups = 1 is not allowed with 2 clients"),
     ({"method": "photon", "models": {"small": {"name": "minilm"}}, "clients": {"models": ["embedded", "small"]}},
      "small"),
 ])

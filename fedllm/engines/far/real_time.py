@@ -86,11 +86,15 @@ class RealTime(Clock):
             trips[id(trip.job.fold)].append(trip)
         for fold in folds:
             mine = trips[id(fold)]
-            while mine and not fold.full and (landed := self._next(mine if fold.ask.enough else mine[:1], None)):
+            until: float | None = None
+            while mine and (not fold.full or until is not None) and (
+                    landed := self._next(mine if fold.ask.enough else mine[:1], until)):
                 for trip in landed:
-                    if not fold.full:
+                    if not fold.full or until is not None:
                         mine.remove(trip)
                         self._take(fold, trip)
+                if fold.full and until is None and fold.ask.grace is not None:
+                    until = self._tick() + fold.ask.grace(list(fold.seconds.values()))
             enough = f"{fold.ask.enough} answers were enough, and it had not come by then"
             for trip in mine:
                 self._late(fold, trip, enough if fold.full else SILENT)

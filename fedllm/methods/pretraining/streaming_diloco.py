@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client, ClientInfo
-from fedllm.core.errors import RecipeError
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, add, pack, part, scale, sub, zeros_like
 from fedllm.methods._coarse import WHOLE, MeanOfCoarse, coarse, fine, refuse_codes
-from fedllm.methods._fragments import cut, fragments
+from fedllm.methods._fragments import check_windows, cut, fragments
 from fedllm.methods._held import behind, counted, held
 
 STREAM = {"local": {"optimizer": "adamw", "steps": 6}, "rounds": 20, "sizes": (32,),
@@ -66,15 +65,7 @@ class StreamingDiLoCo(Method):
             refuse_codes(self, layers, "method.bits: 32, or method diloco")
 
     def check_work(self, local, rounds):
-        if local.steps is None:
-            raise RecipeError("local.steps is not given, and streaming_diloco counts a fragment's way in local steps; "
-                              "give H / F, from 1")
-        if self.delay >= local.steps:
-            raise RecipeError(f"method.delay = {self.delay} is not allowed with local.steps = {local.steps}: a step "
-                              f"lands before the next leaves; it must be < {local.steps}")
-        if rounds % self.fragments:
-            raise RecipeError(f"method.fragments = {self.fragments} does not divide rounds = {rounds}: some fragments "
-                              "would be synchronized less often than others")
+        check_windows("streaming_diloco", local, rounds, self.fragments, self.delay)
 
     def init(self, model) -> State:
         theta = model.initial()
