@@ -36,20 +36,20 @@ SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
 """Name -> seeds, tuning seeds, and keys of the recipe that differ from the family's own."""
 
 
-def command(name: str) -> str:
-    """The one line that makes the table."""
-    if name == "knowledge":
-        return f"python -m evidence.pages.families {name}"
+def command(name: str, many: int | None = None) -> str:
+    """The one line that makes the table, on so many seeds (None: its own number)."""
     seeds, tuning, changes = SMALL[name]
-    said = [f"--seeds {seeds}", f"--tuning-seeds {tuning}", *(f"--set {shlex.quote(c)}" for c in changes)]
+    if name == "knowledge":
+        return f"python -m evidence.pages.families {name} --seeds {many or seeds}"
+    said = [f"--seeds {many or seeds}", f"--tuning-seeds {tuning}", *(f"--set {shlex.quote(c)}" for c in changes)]
     return f"fedllm compare recipes/families/{name}.yaml {' '.join(said)}"
 
 
-def page(name: str, folder: Path) -> Path:
+def page(name: str, folder: Path, many: int | None = None) -> Path:
     """The table of a comparison that lies in `folder`, with its command on top."""
     text = (folder / "comparison.md").read_text(encoding="utf-8")
     made = (PAGES.parent if name == "vision_language" else PAGES) / f"{name}.md"
-    made.write_text(f"<!-- {command(name)} -->\n{text}", encoding="utf-8")
+    made.write_text(f"<!-- {command(name, many)} -->\n{text}", encoding="utf-8")
     return made
 
 
@@ -58,19 +58,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", nargs="*", help=", ".join(SMALL))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "families", help="where the cells lie")
+    parser.add_argument("--seeds", type=int, help="in the place of the table's own; more may follow")
     given = parser.parse_args()
     for name in given.name or SMALL:
         if name not in SMALL:
             parser.error(f"there is no family '{name}'; there are {', '.join(SMALL)}")
         seeds, tuning, changes = SMALL[name]
+        seeds = given.seeds or seeds
         file = ROOT / "recipes" / "families" / f"{name}.yaml"
         if name == "knowledge":
-            found, misfits, spent = knowledge.run(file, given.out / name, seeds)
-            (PAGES / f"{name}.md").write_text(knowledge.page(found, misfits, spent, command(name)), encoding="utf-8")
+            told = knowledge.page(*knowledge.run(file, given.out / name, seeds), command(name, seeds))
+            (PAGES / f"{name}.md").write_text(told, encoding="utf-8")
             continue
         fedllm.compare(file, out=given.out / name, seeds=seeds, tuning_seeds=tuning,
                        overrides=dict(map(parse_override, changes)))
-        page(name, given.out / name)
+        page(name, given.out / name, seeds)
 
 
 if __name__ == "__main__":

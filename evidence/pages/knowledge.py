@@ -33,6 +33,8 @@ from fedllm.runs.progress import size
 from fedllm.runs.result import Result
 
 CHAPTERS = ("distillation", "transfer", "synthesis")
+NOT = ("fedsd", "fedsdr")
+"""Of these chapters, but nothing is transferred: a client's model rewrites its own answers."""
 KINDS = ("weights", "logits", "features", "text", "rest")
 TENSORS = {"logits": ("z", "w", "consensus", "p", "ce", "words", "grades", "y"), "features": ("x", "mean", "var"),
            "text": ("tokens",)}
@@ -47,8 +49,8 @@ def members() -> list[str]:
     def thin(kind: type[Method]) -> bool:
         return kind.at_client is not Method.at_client and not issubclass(kind, BlackBox)
 
-    return sorted(name for name, kind in METHODS.items() if chapter.get(name) in CHAPTERS
-                  or kind.card.topic.startswith("transfer") or thin(kind))
+    return sorted(name for name, kind in METHODS.items() if name not in NOT and (
+        chapter.get(name) in CHAPTERS or kind.card.topic.startswith("transfer") or thin(kind)))
 
 
 class Misfit(NamedTuple):
@@ -103,6 +105,8 @@ def method_of(edits: Mapping[str, Any]) -> str:
 def kind_of(part: str) -> str:
     """What a part of a message is, of KINDS, by what the record calls it (`tree delta`, `tensor z`, `text new`)."""
     what, name = part.split(" ", 1)
+    if name.startswith("_"):  # a layer's own
+        return "rest"
     if what == "tree":
         return "rest" if name in ("note", "other") else "weights"
     if what == "tensor":
@@ -169,7 +173,8 @@ def tables(found: Comparison, spent: Mapping[str, float]) -> list[str]:
                 line = row(arm.arm, runs, table.metric, [spent[c] for c in there if c in spent])
                 out.append("| " + " | ".join(line) + " |")
         why = {w for arm in table.rows for w in ((arm.arm, x) for x in arm.failed.values())}
-        out += ["", *(f"- {arm} has no figure: {' '.join(x.split())}" for arm, x in sorted(why)), ""]
+        lines = [f"- {arm} has no figure: {' '.join(x.split())}" for arm, x in sorted(why)]
+        out += ["", *lines, *([""] if lines else [])]
     return out
 
 
@@ -194,7 +199,8 @@ of rows (grades and soft labels among them), `features` states and embeddings, `
 `calls` are rows or prompts that models by name were asked (by the server, but for a generator that clients hold),
 `tokens` what these read and said; where a layer of privacy stands, nobody counts them. `epsilon` is what the run's own
 ledger says. CPU seconds are of a cell with its tests and its report. `own tests` are a few rows of each client, of its
-own mix."""
+own mix; `inferdpt` answers these and no test. Methods that the family's file has no arm for run with the knobs of their
+trial, which are tiny."""
 
 
 def page(found: Comparison, misfits: Sequence[Misfit], spent: Mapping[str, float], line: str) -> str:

@@ -231,6 +231,39 @@ def _words(v: Any) -> set[str]:
     return {"text" if isinstance(v, str) else "bytes" if isinstance(v, bytes | bytearray) else "numbers"}
 
 
+def by_part(payload: Payload, form: Form | None = None) -> dict[str, int]:
+    """Bytes of each part without names and framing; a part is called by what it holds and its name: `tree delta`,
+    `tensor z`, `text questions`, `name ids`, `number n`, `bytes key`.
+
+    Of a reply with a `form` what nobody declared is called `other`: what a client makes up is not written down; and
+    text of the protocol is a name.
+    """
+    out: dict[str, int] = {}
+    for key, v in payload.items():
+        head, slash, _ = key.partition("/") if isinstance(key, str) else ("other", "", "")
+        if form is not None:
+            head = (form.part_of(key) if isinstance(key, str) else None) or "other"
+        if isinstance(v, Tensor):
+            what, size = "tree" if slash else "tensor", v.numel() * v.element_size()
+        else:
+            what, size = _plain(v)
+            what = "name" if what == "text" and form is not None and form.parts.get(head) in CODES else what
+        out[f"{what} {head}"] = out.get(f"{what} {head}", 0) + size
+    return out
+
+
+def _plain(v: Any) -> tuple[str, int]:
+    """What a part without tensors holds, and its bytes: text as UTF-8, numbers as written. Of a list that
+    holds both, all counts as text."""
+    if isinstance(v, list | tuple):
+        each = [_plain(x) for x in v]
+        whats = {what for what, _ in each}
+        return next((w for w in ("text", "bytes") if w in whats), "number"), sum(size for _, size in each)
+    if isinstance(v, str):
+        return "text", len(v.encode(errors="replace"))
+    return ("bytes", len(v)) if isinstance(v, bytes | bytearray) else ("number", len(str(v)))
+
+
 def need(holds: bool, why: str) -> None:
     """PayloadError with this reason unless it holds."""
     if not holds:

@@ -107,38 +107,6 @@ def digest(state: Any) -> str:
     return h.hexdigest()
 
 
-def by_part(payload: Payload, known: Callable[[str], str | None] | None = None) -> dict[str, int]:
-    """Bytes of each part without names and framing; a part is called by what it holds and its name: `tree delta`,
-    `tensor z`, `text questions`, `number n`, `bytes key`.
-
-    `known`: the part that a key belongs to, or None of one that nobody declared, which is called `other`: what a client
-    makes up is not written down.
-    """
-    out: dict[str, int] = {}
-    for key, value in payload.items():
-        head, slash, _ = key.partition("/") if isinstance(key, str) else ("other", "", "")
-        if known is not None:
-            head = (known(key) if isinstance(key, str) else None) or "other"
-        if isinstance(value, Tensor):
-            what, size = "tree" if slash else "tensor", value.numel() * value.element_size()
-        else:
-            what, size = _spoken(value)
-        out[f"{what} {head}"] = out.get(f"{what} {head}", 0) + size
-    return out
-
-
-def _spoken(value: Any) -> tuple[str, int]:
-    """What a part that is no tensor holds, and its bytes: text as UTF-8, numbers as they are written. Of a list that
-    holds both, text counts."""
-    if isinstance(value, list | tuple):
-        each = [_spoken(v) for v in value]
-        whats = {what for what, _ in each}
-        return next((w for w in ("text", "bytes") if w in whats), "number"), sum(size for _, size in each)
-    if isinstance(value, str):
-        return "text", len(value.encode())
-    return ("bytes", len(value)) if isinstance(value, bytes | bytearray) else ("number", len(str(value)))
-
-
 def tensor_bytes(payload: Payload) -> int:
     """Bytes of the tensors alone, without names and framing (what papers count)."""
     return sum(v.numel() * v.element_size() for v in payload.values() if isinstance(v, Tensor))

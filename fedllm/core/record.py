@@ -46,7 +46,7 @@ class Record:
     def crossed(self, direction: str, phase: str, client: str, size: int, round: int, payload: str,
                 **holds: str | Mapping[str, int]) -> None:
         """Book `size` bytes of one payload between server and `client` ("down" or "up"); `holds`: what is in it, among
-        it its `parts` and their bytes (`payload.by_part`)."""
+        it its `parts` and their bytes (`form.by_part`)."""
         self.bytes[direction, phase] += size
         self.emit("wire", round=round, phase=phase, client=client, direction=direction, payload=payload, bytes=size,
                   **holds, **self.purpose)

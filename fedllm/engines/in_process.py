@@ -12,8 +12,8 @@ import numpy as np
 from fedllm.core.ask import Ask, ClientId, Replies
 from fedllm.core.client import SERVER, Fleet
 from fedllm.core.errors import ClientError, FedLLMError, Withheld, plain
-from fedllm.core.form import crossing
-from fedllm.core.payload import Payload, by_part
+from fedllm.core.form import by_part, crossing
+from fedllm.core.payload import Payload
 from fedllm.core.program import Fold, serve
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
@@ -200,6 +200,6 @@ class InProcess:
         job.took.count(way, size)
         ask = job.fold.ask
         holds = crossing(payload, ask.expects, ask.hidden) if way == "up" else {}
-        known = ask.expects.part_of if way == "up" and ask.expects else None
-        self.record.crossed(way, ask.phase, job.client, size, self.round, name, parts=by_part(payload, known), **holds)
+        parts = by_part(payload, ask.expects if way == "up" else None)
+        self.record.crossed(way, ask.phase, job.client, size, self.round, name, parts=parts, **holds)
         return payload if data is None else codec.decode(data)

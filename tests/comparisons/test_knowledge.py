@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evidence.pages import knowledge
-from fedllm.core.payload import by_part
+from fedllm.core.form import Form, by_part
 from fedllm.core.record import Record
 
 ISSUE = (
@@ -30,16 +30,17 @@ def test_parts_of_a_message_are_counted_by_what_they_hold():
 
 
 def test_what_nobody_declared_is_not_written_down_by_its_name():
-    """A client may call a part whatever it likes."""
-    known = {"n": "n", "m/x": "m"}.get
-    assert by_part({"n": 1, "a secret": "abc", "m/x": torch.zeros(2)}, known) == {
-        "number n": 1, "text other": 3, "tree m": 8}
+    """A client may call a part whatever it likes; what the form calls a layout is of the protocol."""
+    form = Form.of("n: rows, m: tree, ids: layout, said: texts")
+    assert by_part({"n": 1, "a secret": "abc", "m/x": torch.zeros(2), "ids": [["ab", 1]], "said": ["c"]}, form) == {
+        "number n": 1, "text other": 3, "tree m": 8, "name ids": 3, "text said": 1}
 
 
 @pytest.mark.parametrize(("part", "kind"), [
     ("tree delta", "weights"), ("tree A", "weights"), ("tensor z", "logits"), ("tensor grades", "logits"),
     ("tensor mean", "features"), ("text new", "text"), ("tensor tokens", "text"), ("number n", "rest"),
-    ("tree note", "rest"), ("tree other", "rest"), ("tensor other", "rest")])
+    ("tree note", "rest"), ("tree other", "rest"), ("tensor other", "rest"),
+    ("text _dp", "rest"), ("name rows", "rest"), ("tree *", "weights")])
 def test_a_part_has_a_kind(part, kind):
     assert knowledge.kind_of(part) == kind and kind in knowledge.KINDS
 
