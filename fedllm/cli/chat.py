@@ -68,7 +68,7 @@ class Speaker:
         return self._go_on([np.array(ids, np.int32)], temperature, max_new_tokens, seed, adapted)
 
     def _room(self, new: int | None) -> int:
-        return max(2, min(32_768, self.model.positions - self.model.space.virtual - (new or self.new)))
+        return max(2, min(32_768, self.model.room - (new or self.new)))
 
     def _go_on(self, ids: list[np.ndarray], temperature: float, new: int | None, seed: int, adapted: bool) -> str:
         theta = self.theta if adapted else self.model.initial()

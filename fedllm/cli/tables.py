@@ -68,8 +68,10 @@ def show_samples(console: Console, result: Result, most: int = 3) -> None:
     path = result.folder / "samples.json"
     shown: list[dict[str, str]] = read_json(path)[:most] if path.exists() else []
     for s in shown:
+        if "picture" in s and not s["after"]:
+            continue  # nobody said what it shows
         grid = Table.grid(padding=(0, 2))
-        grid.add_row("[dim]prompt[/dim]", escape(_short(s["prompt"])))
+        grid.add_row("[dim]prompt[/dim]", escape(_short(s["prompt"] or "(a picture)")))
         grid.add_row("[dim]expected[/dim]", escape(s["expected"]))
         grid.add_row("[dim]before[/dim]", escape(_short(s["before"])) or "(nothing)")
         right = s["after"].split() == s["expected"].split()

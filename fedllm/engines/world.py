@@ -111,7 +111,7 @@ class World:
                 raise CompositionError(f"model '{model.name}' is given rows that were tokenized for another model; "
                                        "give it the rows themselves, or those of `client.holding(name)`")
             return model.read(rows)
-        room = model.positions - model.space.virtual
+        room = model.room
         return model.read(encode_rows(
             rows, model.tokenizer, model.task, min(self.local.max_length, room), answers or self.completion_only,
             model.images, every_turn=self.local.every_turn and not answers, whole=room if answers else None))

@@ -31,7 +31,7 @@ def framed(recipe: Recipe, text: str) -> str:
 def prompt_of(recipe: Recipe, model: Model, turns: Sequence[Mapping[str, str]], new: int) -> np.ndarray:
     """The tokens of a talk up to where the model speaks, with room for `new` more; DataError for a second turn where
     the model was not taught to talk."""
-    room = max(2, min(32_768, model.positions - model.space.virtual - new))
+    room = max(2, min(32_768, model.room - new))
     tokenizer: Any = model.tokenizer
     if recipe.data.template == "chat":
         ids = pieces(tokenizer, [render(tokenizer, turns, ask=True)], How(tokenizer).tokens)[0]

@@ -35,7 +35,7 @@ class ArmLM(TemplateLM):
         if not arm.model.rules.speaks:
             raise RecipeError(f"--tasks: the run's task is {arm.model.task!r}, and lm-eval asks language models; use "
                               "--data")
-        self.positions = min(32_768, arm.model.positions - arm.model.space.virtual)
+        self.positions = min(32_768, arm.model.room)
 
     @property
     def eot_token_id(self) -> int:

@@ -28,7 +28,7 @@ def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[lis
     """Token ids that follow each prompt, without the end token."""
     out: list[list[list[int]]] = [[[] for _ in r.prompts] for r in requests]
     first = requests[0]
-    room = opened(first.model).positions - opened(first.model).space.virtual - first.max_new_tokens
+    room = opened(first.model).room - first.max_new_tokens
     if room < 1:
         raise RecipeError(f"max_new_tokens = {first.max_new_tokens} leaves no room for a prompt: the model has "
                           f"{opened(first.model).positions} positions")

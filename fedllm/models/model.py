@@ -71,6 +71,10 @@ class Model:
         if self.rules.net in ("masked", "dual") and space.virtual:
             raise CompositionError(f"space '{type(space).__name__}' puts virtual tokens before the text, and data.task "
                                    f"= {task!r} has no place for them; 'lora' works")
+        if self.room < 2:
+            raise ModelError(f"space '{space.stem}' takes {space.places} places before the text, and "
+                             f"{name or type(net).__name__} has {self.positions} in all; allowed is a length of "
+                             f"{self.positions - 2} at most")
         self.stack = Stack(causal=self.rules.net == "causal")
         self.start: Tree | None = None  # trainables to start from (an adapter that was loaded) in place of fresh ones
         self._start_net()
@@ -160,6 +164,11 @@ class Model:
         if said.get("model_type") in PADDED:  # their first places are the padding's
             bound = [b - 1 - (said.get("pad_token_id") or 1) for b in bound]
         return min((b for b in bound if b > 1), default=UNBOUND)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a text that there are places for, behind what the space puts before it."""
+        return self.positions - self.space.places
 
     @functools.cached_property
     def ends(self) -> set[int]:

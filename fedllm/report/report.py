@@ -204,6 +204,8 @@ def _client_table(facts: Facts, result: Result) -> str:
 
 
 def _samples(facts: Facts) -> str:
+    if any("picture" in s for s in facts.samples):
+        return _pictures(facts)
     cards = []
     for s in facts.samples:
         good = "good" if s["after"].split() == s["expected"].split() else "off"
@@ -212,6 +214,22 @@ def _samples(facts: Facts) -> str:
                      f"<dt>after</dt><dd class='{good}'>{escape(s['after']) or '(nothing)'}</dd></dl></div>")
     return section("Answers before and after", "Prompts of the global test, as the model continues them.",
                     f"<div class='grid'>{''.join(cards)}</div>" if cards else None)
+
+
+def _pictures(facts: Facts) -> str:
+    """A few pictures, as the model names them."""
+    cards = []
+    for s in facts.samples:
+        good, label = "good" if s["after"] == s["expected"] else "off", escape(s["expected"])
+        asked = f"<p>{escape(s['prompt'])}</p>" if s["prompt"] else ""
+        said = (f"<dt>before</dt><dd>{escape(s['before'])}</dd>"
+                f"<dt>after</dt><dd class='{good}'>{escape(s['after'])}</dd>") if s["after"] else ""
+        cards.append(f"<figure class='card'><img src='data:image/png;base64,{escape(s['picture'])}' alt='{label}'>"
+                     f"<figcaption>{asked}<dl><dt>label</dt><dd>{label}</dd>{said}</dl><small>{escape(s['whose'])}"
+                     "</small></figcaption></figure>")
+    says = "A few pictures, and what the served model says of them before and after." if any(
+        s["after"] for s in facts.samples) else "A few pictures; the run kept no served model's answers to them."
+    return section("Pictures", says, f"<div class='pictures'>{''.join(cards)}</div>")
 
 
 def _bytes(facts: Facts, result: Result) -> str:

@@ -22,7 +22,7 @@ FIELDS = ("unit", "adjacency", "sampling", "rate", "mechanism", "takes_part", "n
 def privacy_statement(folder: RunFolder, result: Result) -> str:
     """Markdown, for whoever has to judge the run."""
     facts = read_facts(folder)
-    lines = [f"# Privacy statement of {facts.recipe['name']}", "", *summary(result, facts), ""]
+    lines = [f"# Privacy statement of {facts.recipe['name']}", "", *summary(result, facts), "", *_pictures(facts)]
     for layer in (result.privacy or {}).get("layers", []):
         lines += [f"## {layer['layer']}", "", *_layer(layer), ""]
     lines += ["## Who saw what", "", "| party | phase | messages | bytes | what |", "|---|---|---|---|---|",
@@ -36,6 +36,13 @@ def privacy_statement(folder: RunFolder, result: Result) -> str:
                  "`fedllm audit verify` checks them)"] if result.audit else []),
               f"* final state: `{result.state_digest}`"]
     return "\n".join(lines) + "\n"
+
+
+def _pictures(facts: Facts) -> list[str]:
+    """What the record shows of private rows, which no layer covers."""
+    count = sum(s.get("whose", "").startswith("PRIVATE") for s in facts.samples)
+    return [f"**Not covered:** {count} pictures of private rows in the report and in samples.json, where the recipe's "
+            "`evaluate.pictures: private` puts them.", ""] if count else []
 
 
 def summary(result: Result, facts: Facts) -> list[str]:

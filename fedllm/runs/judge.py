@@ -21,6 +21,7 @@ from fedllm.runs.build import Parts
 from fedllm.runs.course import Course
 from fedllm.runs.fits import overrides
 from fedllm.runs.metrics import STANDARD
+from fedllm.runs.pictures import named, pictured, told
 from fedllm.runs.progress import Quiet
 from fedllm.tasks.answers import judges_of
 from fedllm.tasks.chat import wanted
@@ -111,8 +112,11 @@ class Judge:
         return {c: dict(m) for c, m in replies.items() if m.get("n")}
 
     def answers(self, state: State) -> list[str]:
-        """The served model's answers to the sample prompts; empty where there is nothing to generate."""
+        """The served model's answers to the sample prompts, or the labels that it gives to the pictures that are shown;
+        empty where there is nothing to say."""
         world, rows = self.parts.world, sample_rows(self.parts)
+        if shown := pictured(self.parts):
+            return named(self.parts, self.method, state, shown)
         if not rows or not self.method.serves or self.answering:
             return []
         theta, base = self.method.served(state)
@@ -133,7 +137,9 @@ def sample_rows(parts: Parts) -> list[int]:
 
 
 def samples(parts: Parts, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
-    """Prompt, expected answer, and the answers before and after."""
+    """Prompt, expected answer, and the answers before and after; of an image run with pictures (`runs/pictures.py`)."""
+    if pictured(parts):
+        return told(parts, before, after)
     test = parts.world.federation.test
     pairs, tokenizer = zip(sample_rows(parts), before, after, strict=False), parts.world.model.tokenizer
     return [{"prompt": str(test[i].get("prompt") or test[i].get("messages") or ""),

@@ -51,7 +51,7 @@ def _cut(world: World) -> Iterator[str]:
             looked += len(rows)
             cut[name].update(row.cut for row in rows if row.cut)
             cut[name]["rows"] += len(rows)
-    room = world.model.positions - world.model.space.virtual
+    room = world.model.room
     long = f"local.max_length = {world.local.max_length}"
     if room < world.local.max_length:
         long = f"the model's {room} positions ({long} is more)"

@@ -261,7 +261,10 @@ class EvaluateSpec(Spec):
     global test, and from a client's own for its. In environments: random, and the environment's own habits
     (equal_share, proportional of env:edge_vr)."""
     samples: Annotated[int, Field(ge=0)] = 4
-    """Test prompts whose answers are kept, before and after."""
+    """Test prompts whose answers are kept, before and after; of an image run its pictures."""
+    pictures: Literal["open", "private", "none"] = "open"
+    """Whose pictures the record and the report of an image run show: those of public rows and of rows that a source
+    makes (`sim:NAME`); with `private` those of the global test, or of clients' own tests, in their place."""
     clients: bool = True
     """Test on each client's own held-out rows too."""
 

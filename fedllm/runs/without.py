@@ -33,7 +33,8 @@ PLAIN = ("plain", "codec", "robust", "line", "meter")
 """Kinds of layers under which a kept reply can be folded again without one of the others."""
 LEARNED = "a model that learned from it"
 HOLDERS = {"replies": "its replies", "checkpoints": "states and memories that it changed",
-           "events.jsonl": "its id, and when it answered", "samples.json": f"answers of {LEARNED}",
+           "events.jsonl": "its id, and when it answered",
+           "samples.json": f"answers of {LEARNED}, and pictures of its rows where evaluate.pictures is 'private'",
            "adapter": LEARNED, "model": LEARNED, "trainables": LEARNED, "modules": LEARNED}
 """What in a run's folder still holds a client that was removed."""
 

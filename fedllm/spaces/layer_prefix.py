@@ -40,6 +40,10 @@ class LayerPrefix(Space):
             patch(block, lambda forward, i=i: masked(forward, stack, i))  # type: ignore[misc]
         return True
 
+    @property
+    def places(self) -> int:
+        return self.length
+
     def before(self, net: nn.Module, stack: Stack, rows: int) -> Prompt | None:
         if not (some := there(stack)):
             return None

@@ -39,6 +39,10 @@ class Prefix(Space):
         kv_shape(net)  # refuses a network that takes no cached keys
         return True
 
+    @property
+    def places(self) -> int:
+        return self.length
+
     def before(self, net: nn.Module, stack: Stack, rows: int) -> Prompt | None:
         p = stack.tensors.get(NAME)  # [K, P, L*2*h*d]
         if p is None:

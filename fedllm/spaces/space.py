@@ -92,6 +92,11 @@ class Space(Knobs):
         return 0
 
     @property
+    def places(self) -> int:
+        """Places before the text that are taken, by virtual tokens or by keys and values that no token made."""
+        return self.virtual
+
+    @property
     def beside_patches(self) -> int:
         """Tokens that it puts among a picture's patches."""
         return 0

@@ -83,6 +83,10 @@ class Streams(Space):
         return sum(space.virtual for space in self.made.values())
 
     @property
+    def places(self) -> int:
+        return sum(space.places for space in self.made.values())
+
+    @property
     def stays(self) -> str:  # type: ignore[override]
         return next((f"of stream '{s}', {space.stays}" for s, space in self.made.items() if space.stays), "")
 
