@@ -40,7 +40,8 @@ def test_with_all_learners_and_the_mean_it_is_streaming_diloco_to_the_bit(bits):
     for name in ("theta", "goal", "b"):
         assert all(torch.equal(plain.state[name][n], t) for n, t in ours.state[name].items())
     sent = [t.engine.record.totals() for t in (plain, ours)]
-    assert all(abs(sent[0][way] - sent[1][way]) < 0.02 * sent[0][way] for way in ("up", "down"))
+    more = {way: (sent[1][way] - sent[0][way]) / (5 * 4) for way in ("up", "down")}  # bytes of a message
+    assert all(0 <= more[way] <= 128 for way in more), more
 
 
 def test_the_merge_of_orthogonal_changes_keeps_their_length_and_of_equal_ones_is_that_change():

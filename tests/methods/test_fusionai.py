@@ -127,7 +127,7 @@ def brute(ops, some, micro):
 def test_the_partition_is_the_best_there_is():
     rng, refused = np.random.default_rng(0), 0
     for _ in range(50):
-        ops, memory = chain(rng, int(rng.integers(3, 9))), (15, 60) if rng.random() < 0.5 else None
+        ops, memory = chain(rng, int(rng.integers(3, 9))), (6, 18) if rng.random() < 0.5 else None
         some = fleet(rng, 3, memory)
         want = brute(ops, some, 2)
         if not np.isfinite(want):
