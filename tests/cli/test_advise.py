@@ -44,7 +44,8 @@ def names(found):
 
 
 def test_the_best_that_the_recipe_builds_with_and_a_lighter_third(recipe):
-    found = advise(recipe)
+    assert "counts on plain SGD" in advise(recipe).passed_over["scaffold"]  # the recipe's optimizer is AdamW
+    found = advise({**recipe, "local": {**recipe["local"], "optimizer": "sgd"}})
     assert names(found) == ["flexlora", "fedsa_lora", "fedit"] and "sends more" in found.passed_over["scaffold"]
     first = found.methods[0]
     assert "1 of 6 on w by the global model's loss" in first.reasons and first.rows[0]["place"] == 1
