@@ -85,7 +85,7 @@ def _slopes(lot: Sequence[Backward], x: Tensor, mask: Tensor, stacked: Mapping[s
     h, told = segment.through(model, x, mask), torch.zeros(len(lot))
     if lot[0].g is None:
         loss = losses(model, h, padded([r.labels for r in lot], IGNORE).to(h.device), len(lot))  # type: ignore[misc]
-        goal = (loss * loss.new_tensor([r.times for r in lot])).sum()  # type: ignore[attr-defined]
+        goal = (loss * torch.tensor([r.times for r in lot], dtype=loss.dtype).to(lot[0].model.device)).sum()  # type: ignore[attr-defined]
         told = loss.detach().cpu()  # lanes do not touch, so each lane's gradient is its own
     else:  # d(h . g)/d theta = dh/d theta g
         goal = (h * padded([r.g for r in lot], 0).to(h.device).to(h.dtype)).sum()  # type: ignore[misc]

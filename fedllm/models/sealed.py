@@ -17,7 +17,7 @@ from fedllm.models.batch import Batch
 from fedllm.models.model import Model
 
 OPEN = ("tokenizer", "task", "space", "labels", "seed", "name", "stackable", "pad", "device", "fast_kernels", "words",
-        "withheld", "rules", "measured", "read", "images", "positions", "ends")
+        "withheld", "rules", "measured", "read", "images", "positions", "room", "ends")
 """What may be known of it: its token embeddings too (`words`, a copy), or no prompt could be made of tokens."""
 INSIDE: weakref.WeakKeyDictionary[Sealed, Model] = weakref.WeakKeyDictionary()
 MADE: weakref.WeakKeyDictionary[Model, Sealed] = weakref.WeakKeyDictionary()
