@@ -110,6 +110,7 @@ APART = {
     "fical": "acts in environments and holds no rows", "fot": "acts in environments and holds no rows",
     "federated_skill": "acts in environments and holds no rows", "fedyolo": "names of tasks alone",
     "multilingual_fpt": "names of languages alone",
+    "skill_cmib": "its rows are skills with traces; a card holds words that several traces of a client share",
 }
 """Methods whose cards say that text leaves, and why they stand in no arm."""
 

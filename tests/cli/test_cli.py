@@ -119,7 +119,7 @@ def test_bad_recipes_are_refused_before_any_work(capsys, file, tmp_path, overrid
 
 
 def test_a_fault_of_ours_is_no_traceback_either(capsys, monkeypatch):
-    def broken(console):
+    def broken(console, names):
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("fedllm.cli.tables.show_methods", broken)

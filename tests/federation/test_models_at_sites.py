@@ -113,7 +113,7 @@ def test_what_comes_in_the_place_of_the_rows_is_refused(folder, spec, line, capl
 
 
 def test_too_many_rows_are_not_sent(folder, spec, line, monkeypatch):
-    monkeypatch.setattr("fedllm.federation.coordinator.MOST", 100)
+    monkeypatch.setattr("fedllm.federation.opening.MOST", 100)
     settle(line, "site-a", public=str(folder / "public.jsonl"))
     with pytest.raises(RunError, match=r"1 of 3 sites take part.*more than the 100 that are sent; give it a copy"):
         drive(folder, spec, line)

@@ -33,7 +33,8 @@ PUBLIC = {
     "creamfl": {}, "dp_offsite_peft": {"prealign_steps": 2}, "fedbiot": {"prealign_steps": 2}, "fedcollm": {},
     "fedmd": {}, "fedmkt": {}, "fedpeat": {"prealign_steps": 2}, "ffm_lifecycle": {}, "flex_olmo": {},
     "llm_synth_pretrain": {"warm_steps": 1}, "mllm_fl": {}, "multi_fm_kd": {}, "offsite_tuning": {"prealign_steps": 2},
-    "public_dp_distill": {}, "shapley": {}, "swarm_search": {}, "sycophancy_synth": {"n": 2},
+    "fedagent_rlkd": {}, "fusionai": {}, "public_dp_distill": {},
+    "shapley": {}, "swarm_search": {}, "sycophancy_synth": {"n": 2},
 }
 """Methods that need public rows, and the knobs with which their trial does too."""
 WRITTEN = {

@@ -80,8 +80,7 @@ class SwarmLearning(Method):
             made = yield self.ask(self.merge, {m: self.mail(sid, i, sent, key) for i, m in enumerate(now)})
             best = agreed({m: made[m]["hash"] for m in made}, t)
             for m in (m for m in made if made[m]["hash"] != best or made[m]["broken"]):
-                lost = [list(sent)[int(j)] for j in made[m]["broken"]]
-                log.warning("round %s: merger '%s' came to %s without %s", sid, m, made[m]["hash"], lost)
+                log.warning("round %s: merger '%s' of %s could not read %s", sid, m, [*sent], made[m]["broken"])
             for m in (m for m in made if made[m]["hash"] == best):
                 out = yield self.ask(self.publish, {m: pack(sid=sid, to=list(met), keys=[key[c] for c in met])})
                 told = {c: {"sid": sid, "of": m, "hash": best, "key": key[m], "letter": out[m]["letter"],
