@@ -50,7 +50,7 @@ class FedAgentRLKD(Method):
                              options={"rounds": 12})},
         evidence="The paper's text was not in reach: from its abstract by a dossier. The agent is a Q-net of each "
                  "client's level, mixed (QMIX), where others have DDPG; it also learns from weightings that were tried "
-                 "on the probe and did not count, since a run has too few rounds for deep RL.",
+                 "on the probe and did not count, since a run has too few rounds for deep RL. A bandit did as well.",
     )
     trial = Trial({"warmup": 1, "tries": 2}, task="classification", silent="how long a client was away is told to the "
                   "agent", rounding="an agent's choice may be another after rounding")

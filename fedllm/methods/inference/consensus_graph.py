@@ -59,7 +59,7 @@ class ConsensusGraph(Owned):
               "numbers": Claim("of a thing only d numbers cross from an owner", rig="parts", metric="numbers_beside",
                                holds="<=", threshold=0.0, kind="exact")},
         evidence="From the abstract by a dossier, which reconstructed the rest. An owner's encoder is a hidden layer, "
-                 "drawn by itself, on frozen features of whatever model it holds.",
+                 "drawn by itself, on frozen features of whatever model it holds. That a learned graph pays is open.",
     )
     trial = Trial({"steps": 2, "batch": 3, "own_rounds": 1, "encoders": "trained"}, {"name": "mlp_head", "size": 8},
                   task="classification", silent="a silent owner's part is missing, and the sum over owners another",
