@@ -25,7 +25,7 @@ from torch import Tensor
 
 from evidence.rigs.text_leak import canary, sentence, word
 from fedllm.core.client import SERVER
-from fedllm.core.errors import FedLLMError
+from fedllm.core.errors import ClientError, FedLLMError
 from fedllm.core.layer import Facts, Layer
 from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
@@ -42,6 +42,7 @@ from fedllm.runs.layers import make_layer
 from fedllm.runs.store import write_atomic
 from fedllm.spaces import make_space
 
+log = logging.getLogger(__name__)
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 CLIENTS, ROWS, PLANTED, SEEDS = 3, 8, 8, (0, 1, 2)
 KINDS = ("code", "address", "number to call", "eight words")
@@ -195,6 +196,8 @@ def measure(name: str, gated: bool, seed: int) -> dict[str, Any]:
             engine.commit()
         for text in asks if arm.asks else ():
             drive(method.answer(text, world.infos(), state=state), engine, layers, states)
+    except ClientError:  # the arm itself does not run here: what did not leave says nothing
+        raise
     except FedLLMError as error:  # whatever had left by then has left
         ended = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
     if tape.words is not None:
@@ -229,7 +232,11 @@ def run(names: Sequence[str], file: Path, fresh: bool = False, budget: float | N
                 late = budget is not None and time.process_time() - began > budget
                 if late or (key in cells and not fresh):
                     continue
-                cells[key] = measure(name, gated, seed)
+                try:
+                    cells[key] = measure(name, gated, seed)
+                except ClientError as error:
+                    log.error("%s is no cell: %s", key, error)
+                    continue
                 write_atomic(file, (json.dumps(dict(sorted(cells.items())), indent=1) + "\n").encode())
                 write_atomic(file.with_suffix(".md"), page(cells).encode())
     return cells

@@ -30,6 +30,17 @@ def test_rows_leave_without_the_gate_and_not_with_it_and_cells_are_kept(tmp_path
     assert said.count("not measured") == len(text_leaks.ARMS) - 1 and "`fed_sp_sc`, open: code " in said
 
 
+def test_an_arm_whose_client_fails_is_no_cell_of_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_leaks, "SEEDS", (7,))
+
+    def fails(self):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("fedllm.engines.call.Call.data", property(fails))
+    cells = text_leaks.run(["fed_sp_sc"], tmp_path / "cells.json")
+    assert cells == {} and not (tmp_path / "cells.json").exists()
+
+
 def test_a_secret_counts_where_it_left_its_own_client_and_where_it_reached_another():
     tape = text_leaks.Tape()
     secrets = {"a": ["AB-000001", "x y", "+44", "zz"], "b": ["CD-2", "qq", "rr", "ss"]}

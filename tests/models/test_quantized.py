@@ -22,7 +22,7 @@ from fedllm.spaces import make_space
 
 CONFIGS = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
            "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0}}
-NEAR = {"nf4": 1e-4, "int8": 0.05}
+NEAR = {"nf4": 2e-5, "int8": 0.05}
 """Of the largest logit: bitsandbytes' own int8 rounds what goes in, and ours does not."""
 
 
@@ -105,7 +105,7 @@ def test_a_run_and_its_adapter_in_plain_peft(tmp_path, kind):
     top = float(theirs.abs().max())
     assert float((ours - merged).abs().max()) < 1e-4 * top
     assert float((ours - theirs).abs().max()) < NEAR[kind] * top
-    assert float((alone - theirs).abs().max()) > 2 * NEAR[kind] * top * 0.2  # it had learned something
+    assert float((alone - theirs).abs().max()) > (4e-5 if kind == "nf4" else 0.02) * top  # it had learned something
     config = json.loads((result.folder / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
 

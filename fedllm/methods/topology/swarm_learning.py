@@ -79,8 +79,8 @@ class SwarmLearning(Method):
                                   f"min_peers is {self.min_peers}; nothing is merged")
             made = yield self.ask(self.merge, {m: self.mail(sid, i, sent, key) for i, m in enumerate(now)})
             best = agreed({m: made[m]["hash"] for m in made}, t)
-            for m in (m for m in made if made[m]["hash"] != best or made[m]["broken"]):
-                log.warning("round %s: merger '%s' of %s could not read %s", sid, m, [*sent], made[m]["broken"])
+            for m, r in ((m, r) for m, r in made.items() if r["hash"] != best or r["broken"]):
+                log.warning("round %s: '%s' came to %s without %s of %s", sid, m, r["hash"], r["broken"], [*sent])
             for m in (m for m in made if made[m]["hash"] == best):
                 out = yield self.ask(self.publish, {m: pack(sid=sid, to=list(met), keys=[key[c] for c in met])})
                 told = {c: {"sid": sid, "of": m, "hash": best, "key": key[m], "letter": out[m]["letter"],
