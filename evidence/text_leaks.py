@@ -80,7 +80,7 @@ ARMS: Mapping[str, Arm] = {
     "fedcot_noisy": Arm("fedcot", {"epsilon": 6.0, "repair": "none", "seed": 0, **WRITES}, models=("teacher",),
                         says="questions, each word exchanged at epsilon 6"),
     "inferdpt": Arm("inferdpt", {"protect": "none", **WRITES}, says="documents as they are"),
-    "inferdpt_dp_text": Arm("inferdpt", WRITES, layers=(("dp_text", {"token_epsilon": 3.0, "epsilon": 1000.0}),),
+    "inferdpt_dp_text": Arm("inferdpt", WRITES, layers=(("dp_text", {"token_epsilon": 3.0, "epsilon": 2000.0}),),
                             says="documents, each token drawn at epsilon 3"),
     "crosslm": Arm("crosslm", {"texts": 8, "least_new": 0.0, "write_steps": 1, **WRITES}, task="classification",
                    models=("writer",), says="grades alone leave; texts come down"),
@@ -233,10 +233,14 @@ def run(names: Sequence[str], file: Path, fresh: bool = False, budget: float | N
                 if late or (key in cells and not fresh):
                     continue
                 try:
-                    cells[key] = measure(name, gated, seed)
+                    cell = measure(name, gated, seed)
                 except ClientError as error:
                     log.error("%s is no cell: %s", key, error)
                     continue
+                if cell["ended"] and not gated:  # only a gate may stop an arm: else 0 % would be no finding
+                    log.error("%s is no cell: %s", key, cell["ended"])
+                    break
+                cells[key] = cell
                 write_atomic(file, (json.dumps(dict(sorted(cells.items())), indent=1) + "\n").encode())
                 write_atomic(file.with_suffix(".md"), page(cells).encode())
     return cells

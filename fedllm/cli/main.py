@@ -20,17 +20,18 @@ from fedllm.cli.compliance import compliance
 from fedllm.cli.consoles import stand_open
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.federate import app as federation
+from fedllm.cli.group import group
 from fedllm.cli.guard import guarded, quiet, refuse, stopped
 from fedllm.cli.judge import judge
 from fedllm.cli.measure import bench, claims
 from fedllm.cli.origin import origin
 from fedllm.cli.outcome import out, show_done, show_made
-from fedllm.cli.said import Json, put
+from fedllm.cli.said import Json, put, schema
 from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import RecipeError
+from fedllm.core.version import VERSION
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="Train, tune, prompt and test large language models across clients whose data must not move.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(federation)  # serve, join, keys
 app.add_typer(audit, name="audit")
 app.command()(advise)
@@ -38,10 +39,26 @@ app.command()(ask)
 app.command()(compare)
 app.command()(compliance)
 app.command()(evaluate)
+app.command()(group)
 app.command()(judge)
 app.command()(origin)
+app.command()(schema)
 for tool in (bench, claims):
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tool)
+
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"fedllm {VERSION}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def about(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                help="Say the version and stop.")] = False) -> None:
+    """Train, tune, prompt and test large language models across clients whose data must not move."""
+
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the run's recipe names: of its "
@@ -241,26 +258,6 @@ def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help
 
 
 @app.command()
-def group(source: Annotated[list[str], typer.Argument(help="Files: .jsonl, .txt, .csv, .tsv, .parquet.")],
-          to: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-          key: Annotated[str, typer.Option(help="column:NAME, host:NAME, random:GROUPS, "
-                                                "dirichlet:COLUMN:GROUPS:ALPHA or call:module:function.")],
-          shards: Annotated[int, typer.Option(help="Files to write.")] = 8,
-          workers: Annotated[int, typer.Option(help="Processes that read.")] = 1,
-          seed: Annotated[int, typer.Option(help="Of random and dirichlet.")] = 0,
-          memory_mb: Annotated[int, typer.Option(help="What each worker holds before it writes.")] = 16,
-          as_json: Json = False) -> None:
-    """Group a corpus of any size on disk, each group a client: [bold]data.source: grouped:FOLDER[/bold] in a recipe."""
-    from fedllm.data.grouper import group as go
-
-    made = go(source, to, key, shards=shards, workers=workers, seed=seed, memory_mb=memory_mb)
-    if as_json:
-        return put({"groups": made.groups, "rows": made.rows, "bytes": made.bytes, "folder": str(to)})
-    out.print(f"{made.groups:,} groups, {made.rows:,} rows, {made.bytes:,} bytes in {to}", highlight=False,
-              markup=False)
-
-
-@app.command()
 def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
          llm: Annotated[bool, typer.Option("--llm", help="On SmolLM2-135M-Instruct, in a quarter of an hour.")] = False,
          as_json: Json = False) -> None:
@@ -272,15 +269,6 @@ def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's fold
         if as_json:
             return run(LLM if llm else RECIPE, root=root, as_json=True)
         show(out, root, LLM if llm else RECIPE)
-
-
-@app.command()
-def schema(command: Annotated[str | None, typer.Argument(help="A command, as in `plan` or `keys new`.",
-                                                         show_default=False)] = None, as_json: Json = False) -> None:
-    """The JSON Schema of what a command prints with --json; without a command, all of them by name."""
-    from fedllm.cli.shapes import schema_of, schemas
-
-    put(schemas() if command is None else schema_of(command))
 
 
 def _parsed(overrides: list[str] | None, plugins: list[Path] | None = None) -> dict[str, Any]:

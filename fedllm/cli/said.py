@@ -20,3 +20,11 @@ def put(facts: Mapping[str, Any]) -> None:
 def put_error(error: Exception, says: str) -> None:
     """What went wrong, as one object on standard error."""
     sys.stderr.write(json.dumps({"error": type(error).__name__, "says": says}) + "\n")
+
+
+def schema(command: Annotated[str | None, typer.Argument(help="A command, as in `plan` or `keys new`.",
+                                                         show_default=False)] = None, as_json: Json = False) -> None:
+    """The JSON Schema of what a command prints with --json; without a command, all of them by name."""
+    from fedllm.cli.shapes import schema_of, schemas
+
+    put(schemas() if command is None else schema_of(command))

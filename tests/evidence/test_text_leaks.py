@@ -41,6 +41,13 @@ def test_an_arm_whose_client_fails_is_no_cell_of_nothing(tmp_path, monkeypatch):
     assert cells == {} and not (tmp_path / "cells.json").exists()
 
 
+def test_only_a_gate_may_stop_an_arm(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_leaks, "SEEDS", (7,))
+    monkeypatch.setitem(text_leaks.ARMS, "poor", text_leaks.Arm("inferdpt", text_leaks.WRITES, layers=(
+        ("dp_text", {"token_epsilon": 3.0, "epsilon": 9.0}),)))
+    assert text_leaks.run(["poor"], tmp_path / "cells.json") == {}
+
+
 def test_a_secret_counts_where_it_left_its_own_client_and_where_it_reached_another():
     tape = text_leaks.Tape()
     secrets = {"a": ["AB-000001", "x y", "+44", "zz"], "b": ["CD-2", "qq", "rr", "ss"]}
