@@ -64,7 +64,10 @@ class Filter:
 
 @dataclass(frozen=True)
 class Frame:
-    """How a demonstration is written, and read back: a mark, {prompt}, another mark, {response} and an end."""
+    """How a demonstration is written, and read back: a mark, {prompt}, another mark, {response} and an end.
+
+    Marks are compared without the white space around them, but an end that is white space alone (a blank line) is one.
+    """
 
     template: str
 
@@ -74,7 +77,7 @@ class Frame:
         marks = self.template.replace("{prompt}", "\0").replace("{response}", "\0").split("\0")
         if len(marks) != 3 or not all(m.strip() for m in marks[:2]) or "{response}{prompt}" in self.template:
             raise ValueError("it must be a mark, {prompt}, another mark, {response} and an end")
-        return marks[0].strip(), marks[1].strip(), marks[2].strip()
+        return marks[0].strip(), marks[1].strip(), marks[2].strip() or marks[2]
 
     def shown(self, rows: Sequence[Row]) -> str:
         """These rows as demonstrations, and the beginning of the next."""

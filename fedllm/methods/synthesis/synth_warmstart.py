@@ -64,9 +64,12 @@ class SynthWarmstart(WarmStart):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            assert Frame(self.template).marks
+            end = Frame(self.template).marks[2]
         except ValueError as error:
             raise RecipeError(f"SynthWarmstart.template = {self.template!r} is not allowed; {error}") from None
+        if not end:
+            raise RecipeError(f"SynthWarmstart.template = {self.template!r} is not allowed; something must follow "
+                              "{response}, a blank line for one: else a row is not told from one that was cut off")
 
     @property
     def only_fits(self) -> bool:  # type: ignore[override]
