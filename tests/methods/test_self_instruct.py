@@ -47,7 +47,7 @@ def test_a_prompt_is_made_of_six_of_ones_own_and_two_machine_made():
     assert text == "Q: own 0\nA: x\n\nQ: own 1\nA: x\n\nQ:"
     assert frame.read(" how so?\nA: like this\n\nQ: next") == {"prompt": "how so?", "response": "like this"}
     assert frame.read(" how so? like this") is None
-    assert frame.read(" how so?\nA: like this\n\n") == {"prompt": "how so?", "response": "like this"}  # nothing after it
+    assert frame.read(" how so?\nA: like this\n\n") == {"prompt": "how so?", "response": "like this"}
     assert frame.read(" how so?\nA: like th") is None
 
 

@@ -83,5 +83,5 @@ def test_without_steps_it_is_fedavg():
     assert all(t.equal(other.state["theta"][n]) for n, t in one.state["theta"].items())
     with pytest.raises(RecipeError, match="template"):
         make_method("synth_warmstart", template="x")
-    with pytest.raises(RecipeError, match="must follow {response}"):
+    with pytest.raises(RecipeError, match="something must follow"):
         make_method("synth_warmstart", template="Q: {prompt} A: {response}")
