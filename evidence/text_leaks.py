@@ -66,7 +66,7 @@ class Arm:
 
 
 WRITES = {"max_new_tokens": 24}
-FDKT = {"texts": 8, "more": 1, "generator_steps": 40, "least_new": 0.0, "embed": "tfidf", "seed": 0, "temperature": 0.7,
+FDKT = {"texts": 8, "more": 1, "generator_steps": 200, "least_new": 0.0, "embed": "tfidf", "seed": 0, "temperature": 0.7,
         "max_new_tokens": 48}
 ARMS: Mapping[str, Arm] = {
     "fed_rag": Arm("fed_rag", asks=True, says="snippets of the rows found for a question"),
@@ -99,7 +99,7 @@ ARMS: Mapping[str, Arm] = {
                              says="weights cross"),
     "fed_synth_upload": Arm("fed_synth_upload", {"n_syn": 4, "length": 8, "outer_steps": 3, "inner_steps": 2},
                             task="classification", says="embeddings, read here as their nearest tokens"),
-    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 6, "generator_steps": 40, "warm_steps": 1, "temperature": 0.5,
+    "synth_warmstart": Arm("synth_warmstart", {"n_syn": 6, "generator_steps": 200, "warm_steps": 1, "temperature": 0.5,
                                                "license": "CC0-1.0", "max_new_tokens": 96},
                            says="rows of a generator that was overfitted at home"),
     "fdkt": Arm("fdkt", {**FDKT, "target_epsilon": None}, task="classification", rounds=2,
