@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draw", type=int, default=10, help="how many claims")
     parser.add_argument("--by", type=int, default=20261130, help="seed of the draw")
-    parser.add_argument("--most", type=float, default=100.0, help="seconds that a drawn claim's measurement took at most")
+    parser.add_argument("--most", type=float, default=100.0, help="most seconds that its measurement took")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for each, after which no seed is begun")
     given = parser.parse_args()
     file, page = RESULTS / "fresh.json", RESULTS / "audit_of_claims.md"

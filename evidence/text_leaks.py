@@ -66,8 +66,8 @@ class Arm:
 
 
 WRITES = {"max_new_tokens": 24}
-FDKT = {"texts": 8, "more": 1, "generator_steps": 200, "least_new": 0.0, "embed": "tfidf", "seed": 0, "temperature": 0.7,
-        "max_new_tokens": 48}
+FDKT = {"texts": 8, "more": 1, "generator_steps": 200, "least_new": 0.0, "embed": "tfidf", "seed": 0,
+        "temperature": 0.7, "max_new_tokens": 48}
 ARMS: Mapping[str, Arm] = {
     "fed_rag": Arm("fed_rag", asks=True, says="snippets of the rows found for a question"),
     "fed_rag_picked": Arm("fed_rag", {"text": "picked"}, asks=True, says="the best row alone"),
