@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from fedllm.methods._factors import need_lora
 from fedllm.methods._offsite import brought_closer
 from fedllm.models.emulator import KEPT, blocks_at, blocks_of, emulator, grown, per_block, renamed
 from fedllm.models.model import Model
+
+log = logging.getLogger(__name__)
 from fedllm.spaces.layers import block_of
 
 BLOCKS, ALIGNED = "blocks", "aligned"
@@ -103,6 +106,9 @@ def scene(state: State, clients: Sequence[ClientInfo], work_seconds: float, head
         seconds.append(2 * p.latency + line + work)  # t_k = bytes down / R_k + steps / F_k + bytes up / R_k
         seen.append([memory / need[-1] - 1, np.log10(1 + line[-1]), np.log2(p.speed) / 4,
                      new[-1] / max(1, sum(weights["blocks"].values())), state["loss"]])
+    if poor := [c.id for c, fit in zip(clients, fits, strict=True) if not fit.any()]:
+        log.warning("not asked, since what they declare as memory_bytes is too little for any emulator: %s",
+                    ", ".join(poor))
     return Scene(np.array(fits), np.array(seconds), np.clip(np.array(seen, float), -3, 3))
 
 

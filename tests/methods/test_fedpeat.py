@@ -144,7 +144,7 @@ def iter_one(ask):
     return (yield ask)
 
 
-def test_a_device_without_the_memory_refuses_and_one_that_fits_nothing_is_left_out():
+def test_a_device_without_the_memory_refuses_and_one_that_fits_nothing_is_left_out(caplog):
     engine, method, state, world = start(controller="fixed")
     state = go(engine, method, state, world, 1)
     missing = {e["client"]: e["why"] for e in engine.record.events if e["kind"] == "missing"}
@@ -152,6 +152,7 @@ def test_a_device_without_the_memory_refuses_and_one_that_fits_nothing_is_left_o
     engine, method, state, world = start(memory=(-1, 1, 2))
     state = go(engine, method, state, world, 2)
     assert not [e for e in engine.record.events if e["kind"] == "missing"]
+    assert "is too little for any emulator: c0" in caplog.text
     assert set(state["held"]) == {"c1", "c2"} and state["rounds"][-1]["rest"] == pytest.approx(1 / 3)
     with pytest.raises(RunError, match="none of 3 clients declares memory_bytes enough for the smallest emulator"):
         go(*start(memory=(-1, -1, -1)), 1)
