@@ -20,9 +20,9 @@ from fedllm.methods._factors import need_lora
 from fedllm.methods._offsite import brought_closer
 from fedllm.models.emulator import KEPT, blocks_at, blocks_of, emulator, grown, per_block, renamed
 from fedllm.models.model import Model
+from fedllm.spaces.layers import block_of
 
 log = logging.getLogger(__name__)
-from fedllm.spaces.layers import block_of
 
 BLOCKS, ALIGNED = "blocks", "aligned"
 """In a client's memory: the owner's blocks that it was sent, and E by the size's number."""
