@@ -22,7 +22,8 @@ import psutil
 from evidence.bench import flower as bench_flower
 from evidence.bench import pictured
 from evidence.bench.rows import Row, machine, row
-from evidence.drills.faults import DRILLS, HOST, namespace, partition
+from evidence.drills.far_network import HOST, namespace
+from evidence.drills.faults import DRILLS, partition
 from evidence.drills.soak import soak as soaked
 from evidence.drills.soak import steady
 from evidence.pages import federation as federation_page

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from evidence.drills.far_network import ip
 from fedllm.api import run as simulate
 from fedllm.core.errors import RunError
 from fedllm.federation.nvflare.loopback import Loopback, events, until
@@ -35,8 +35,6 @@ all of it must be there again."""
 ASYNC: dict[str, Any] = {"method": "fedbuff", "knobs": {"buffer_size": 2, "concurrency": 3}, "rounds": 14,
                          "local": LOCAL, "evaluate": {"exact_match": False, "samples": 0, "clients": False}}
 """FedBuff: steps end while sites are at work, and who answers first decides, so that no two runs need be alike."""
-HOST, FAR, SPACE = "10.77.0.1", "10.77.0.2", "fedllm-far"
-"""Addresses on either side of the pair of virtual cards, and the name of the far network namespace."""
 
 Harm = Callable[[Path], float]
 """Hurts the run in this folder while it goes on; gives the seconds that recovery took."""
@@ -275,36 +273,13 @@ def partition(rig: Loopback) -> dict[str, Any]:
     """The line to a site in a network namespace of its own is cut for 25 s; the rig's host is `HOST`."""
     def harm(run: Path) -> float:
         until(lambda: rounds(run) >= 2, 200)
-        _ip("link", "set", "fedllm0", "down")
+        ip("link", "set", "fedllm0", "down")
         until(lambda: events(run, "missing"), 90, "a round that ends without the site that is cut off")
         time.sleep(25)
-        _ip("link", "set", "fedllm0", "up")
+        ip("link", "set", "fedllm0", "up")
         return from_now_until(lambda: events(run, "back"), what="the site behind the cut taken back")
 
     return drill(rig, harm, {**LOSSY, "rounds": 30})
-
-
-@contextlib.contextmanager
-def namespace() -> Iterator[tuple[str, ...]]:
-    """A network namespace joined to this one by a pair of virtual cards; gives the words that run a command in it."""
-    _ip("netns", "add", SPACE)
-    try:
-        _ip("link", "add", "fedllm0", "type", "veth", "peer", "name", "fedllm1", "netns", SPACE)
-        inside = ("ip", "netns", "exec", SPACE)
-        for words in (("addr", "add", f"{HOST}/24", "dev", "fedllm0"), ("link", "set", "fedllm0", "up")):
-            _ip(*words)
-        for words in (("addr", "add", f"{FAR}/24", "dev", "fedllm1"), ("link", "set", "fedllm1", "up"),
-                      ("link", "set", "lo", "up")):
-            _ip("-n", SPACE, *words)
-        yield inside
-    finally:
-        _ip("netns", "del", SPACE)
-
-
-def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False, timeout=20)
-    if done.returncode:
-        raise RunError(f"ip {' '.join(words)}: {done.stderr.strip() or done.returncode} (it needs root and iproute2)")
 
 
 DRILLS: dict[str, Callable[[Loopback], dict[str, Any]]] = {

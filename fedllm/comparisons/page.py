@@ -13,7 +13,7 @@ from fedllm.comparisons.chance import LEVEL
 from fedllm.comparisons.figures import Row, Table, between, signed
 from fedllm.comparisons.told import Comparison
 from fedllm.report.facts import duration, label
-from fedllm.report.report import page, section, side_by_side
+from fedllm.report.page import page, section, side_by_side
 from fedllm.runs.progress import size
 
 HOW = (f"Means over seeds with {LEVEL:.0%} bootstrap intervals (BCa). Differences are paired by seed, with their "

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from fedllm.core.errors import RunError
 from fedllm.report import charts
 from fedllm.report.card import model_card
+from fedllm.report.clients import clients
 from fedllm.report.facts import (
     Facts,
     compared,
     duration,
-    falls,
-    headline,
     label,
     mean_metric,
     number,
     read_facts,
     shown,
-    views,
 )
+from fedllm.report.page import page, section, side_by_side
 from fedllm.report.statement import privacy_statement, seen, summary
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.progress import size
 from fedllm.runs.received import received
 from fedllm.runs.result import Result
 from fedllm.runs.store import reading
-
-STYLE = (Path(__file__).parent / "report.css").read_text
-SCRIPT = (Path(__file__).parent / "report.js").read_text
 
 
 def publish(folder: RunFolder, result: Result) -> None:
@@ -63,39 +58,15 @@ def report_html(folder: RunFolder, result: Result) -> str:
     body = "\n".join(part for part in (
         _header(facts, result), _figures(facts, result), _table(result),
         _learning(facts, result),
-        _clients(facts, result), _samples(facts), _bytes(facts, result), _energy(result),
+        clients(facts, result), _samples(facts), _bytes(facts, result), _energy(result),
         _privacy(facts, result), _audit(folder), _trouble(facts), _recipe(facts)) if part)
     return page(facts.recipe["name"], body)
-
-
-def page(title: str, body: str) -> str:
-    """A whole page of HTML that needs nothing else, plotly included; `body` is markup."""
-    import plotly.offline
-
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)} - fedllm"
-            "</title><meta name='viewport' content='width=device-width, initial-scale=1'><meta name='color-scheme' "
-            f"content='light dark'><style>{STYLE()}</style><script>{plotly.offline.get_plotlyjs()}</script></head>"
-            f"<body><main>{body}</main><script>{SCRIPT()}</script></body></html>")
 
 
 def _learning(facts: Facts, result: Result) -> str:
     curves = [charts.training(facts), charts.testing(facts, result.evaluation.get("baselines", {}), result.metrics)]
     says = "Training loss as clients report it, and the model on the global test."
     return section("Learning", says, side_by_side(curves))
-
-
-def section(title: str, says: str, inner: str | None) -> str:
-    """A part of the page under a heading; nothing where there is nothing in it."""
-    if not inner:
-        return ""
-    note = f"<p class='note'>{escape(says)}</p>" if says else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{inner}</section>"
-
-
-def side_by_side(parts: Sequence[str | None]) -> str | None:
-    """Cards beside each other where there is room."""
-    have = [p for p in parts if p]
-    return f"<div class='grid'>{''.join(f'<div class=card>{p}</div>' for p in have)}</div>" if have else None
 
 
 def _header(facts: Facts, result: Result) -> str:
@@ -151,56 +122,6 @@ def _table(result: Result) -> str:
     says = ("Local only: each client trains alone; its model is tested on the global test and the mean is shown. "
             "Centralized: all rows pooled, which a simulation may do and a federation may not.")
     return section("What federation gives", says if len(rows) > 2 else "", table)
-
-
-def _clients(facts: Facts, result: Result) -> str:
-    found, held = views(result), charts.holdings(facts.clients)
-    bars = charts.per_client(found, result.metrics)
-    parts = "".join(f"<div class='card'>{p}</div>" for p in (bars, held) if p)
-    says = "Each client on rows of its own that it did not train on, and what it holds to train on."
-    return section("Clients", says, _views_table(result, found) + parts + _client_table(facts, result))
-
-
-VIEWS = {
-    "before": "the model before the first round", "local only": "a model that the client trained alone",
-    "global": "what all share: the one model, as a client has it that keeps nothing",
-    "nearest": "what all share, with the part of the client whose rows have the words most like its own: for a client "
-               "that was not trained itself",
-    "personal": "what all share, with the client's own part"}
-
-
-def _views_table(result: Result, found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Whose model does how well on clients' own rows: the mean, the worst client and the best."""
-    name = headline(next((m for of in found.values() for m in of.values() if m), None), result.metrics)
-    if name is None:
-        return ""
-    lines = []
-    for view, of in found.items():
-        each = sorted((m[name] for m in of.values() if name in m), reverse=falls(name, result.metrics))
-        if each:
-            cells = (number(sum(each) / len(each), name), number(each[0], name), number(each[-1], name), str(len(each)))
-            told = f"<td style='min-width: 15em'>{escape(VIEWS[view])}</td>"
-            lines.append(f"<tr><th>{view}</th>" + "".join(f"<td>{x}</td>" for x in cells) + f"{told}</tr>")
-    alone = "" if "personal" in found else (
-        "<p class='note'>The method keeps no part of the model at clients: each uses the one that all share.</p>")
-    return (f"<div class='scroll text'><table><thead><tr><th>view</th><th>"
-            f"{escape(label(name, result.metrics))}, mean</th><th>worst client</th><th>best client</th><th>clients</th>"
-            f"<th>the model</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>{alone}<p></p>")
-
-
-def _client_table(facts: Facts, result: Result) -> str:
-    after = result.evaluation.get("clients", {})
-    name = headline(next((m for m in after.values() if m), None), result.metrics)
-    lines = []
-    for c in facts.clients[:500]:
-        sent = facts.client_bytes.get(c["id"], {"up": 0, "down": 0})
-        score = number(after.get(c["id"], {}).get(name), name) if name else "-"
-        lines.append(f"<tr><th>{escape(c['id'])}</th><td>{escape(str(c['n']))}</td>"
-                     f"<td>{escape(str(c['rank'] or '-'))}</td><td>{score}</td>"
-                     f"<td>{size(sent['up'])}</td><td>{size(sent['down'])}</td></tr>")
-    return ("<details><summary>Client by client</summary><div class='scroll'><table><thead><tr><th>client</th>"
-            f"<th>rows</th><th>rank</th><th>{escape(label(name or 'own test'))}</th><th>sent up</th><th>sent down</th>"
-            f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>")
 
 
 def _samples(facts: Facts) -> str:

@@ -7,7 +7,8 @@ import pytest
 if importlib.util.find_spec("nvflare") is None:
     pytest.skip("nvflare is not installed (pip install 'fedlm[federation]')", allow_module_level=True)
 
-from evidence.drills.faults import ASYNC, DRILLS, HOST, namespace, partition
+from evidence.drills.far_network import HOST, namespace
+from evidence.drills.faults import ASYNC, DRILLS, partition
 from fedllm.core.errors import RunError
 from fedllm.federation.nvflare.loopback import loopback, until
 

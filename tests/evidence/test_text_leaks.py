@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from evidence import text_leaks
+from evidence import leak_arms, text_leaks
 from fedllm.methods.registry import METHODS, method_class
 
 
@@ -43,7 +43,7 @@ def test_an_arm_whose_client_fails_is_no_cell_of_nothing(tmp_path, monkeypatch):
 
 def test_only_a_gate_may_stop_an_arm(tmp_path, monkeypatch):
     monkeypatch.setattr(text_leaks, "SEEDS", (7,))
-    monkeypatch.setitem(text_leaks.ARMS, "poor", text_leaks.Arm("inferdpt", text_leaks.WRITES, layers=(
+    monkeypatch.setitem(text_leaks.ARMS, "poor", leak_arms.Arm("inferdpt", leak_arms.WRITES, layers=(
         ("dp_text", {"token_epsilon": 3.0, "epsilon": 9.0}),)))
     assert text_leaks.run(["poor"], tmp_path / "cells.json") == {}
 
