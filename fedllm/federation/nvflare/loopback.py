@@ -27,10 +27,9 @@ from fedllm.federation.process import end_tree
 from fedllm.federation.settings import SETTINGS
 from fedllm.methods.registry import method_class
 from fedllm.runs.folder import RunFolder, fresh_path
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import of_sites
 from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result
-from fedllm.runs.sections import OWN
 
 SITES = ("site-a", "site-b", "site-c")
 ROWS = (12, 15, 9)
@@ -111,7 +110,7 @@ class Loopback:
 
     def run_folder(self, recipe: Mapping[str, Any]) -> Path:
         """A run's folder, not begun yet."""
-        checked = load_recipe(recipe, {"data.source": OWN})
+        checked = of_sites(recipe)
         path = fresh_path(self.folder / "far", checked.name)
         return RunFolder.create(path, {**checked.model_dump(mode="json"), "versions": versions()}).path
 

@@ -52,7 +52,8 @@ class MultilingualFPT(Star):
     )
     only_fits = False
     trial = Trial(space={"name": "streams", "of": {"prompt": {"name": "p_tuning", "length": 3, "hidden": 4},
-                                                   "head": "head"}}, task="classification")
+                                                   "head": "head"}}, task="classification",
+                  far={"data.fields": {"lang": "lang"}})
     metrics: ClassVar = {"low_resource_accuracy": "max", "high_resource_accuracy": "max"}
 
     by: str = knob("lang", "column of the rows that names their language")
