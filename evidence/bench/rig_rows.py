@@ -23,6 +23,7 @@ from evidence.rigs.skills import KINDS, tasks
 from evidence.rigs.toolbook import TOOLS, calls
 from fedllm.core.card import Trial
 from fedllm.federation.nvflare.loopback import SITES, write_rows
+from fedllm.methods.agents.fot import RULES
 from fedllm.methods.registry import method_class
 
 LABELS = ("red circle", "blue square", "green star")
@@ -51,7 +52,7 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
 def write_words(path: Path, k: int, n: int) -> None:
     """`n` rows of client `k`: the rig's own, with what the other tasks read beside."""
     write_rows(path, k, n)
-    rng, rule = np.random.default_rng([7, k]), "sum"
+    rng, rule = np.random.default_rng([7, k]), list(RULES)[0]
     rows = []
     for i, line in enumerate(path.read_text().splitlines()):
         [call], [question], [task] = (calls(rng, list(TOOLS)[(k + i % 2) % len(TOOLS)], 1),
