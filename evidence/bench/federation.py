@@ -31,7 +31,7 @@ from fedllm.core.card import Trial
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.line import SLOWEST
-from fedllm.federation.nvflare.loopback import QUICK, Loopback, events, loopback, until
+from fedllm.federation.nvflare.loopback import JOINING, QUICK, Loopback, events, loopback, until
 from fedllm.federation.process import stoppable
 from fedllm.methods.registry import METHODS, make_method, method_class
 from fedllm.runs.complaints import edit
@@ -178,7 +178,7 @@ def size(out: Path = OUT, bytes_: int = BIG) -> None:
 
 def _line(rig: Loopback, sizes: Sequence[int]) -> dict[str, Any]:
     run = rig.run_folder(rig.recipe("fedavg", name="bench"))
-    federate.await_sites(rig.session, len(rig.sites), 120.0)
+    federate.await_sites(rig.session, len(rig.sites), JOINING)
     job = federate.submit(rig.session, run, len(rig.sites), QUICK, bench=list(sizes))
     until(lambda: str(rig.session.get_job_status(job)).startswith("FINISHED"), 500 + 12 * sum(sizes) / SLOWEST,
           "the measurement")

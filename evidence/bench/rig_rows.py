@@ -52,7 +52,7 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
 def write_words(path: Path, k: int, n: int) -> None:
     """`n` rows of client `k`: the rig's own, with what the other tasks read beside."""
     write_rows(path, k, n)
-    rng, rule = np.random.default_rng([7, k]), list(RULES)[0]
+    rng, rule = np.random.default_rng([7, k]), next(iter(RULES))
     rows = []
     for i, line in enumerate(path.read_text().splitlines()):
         [call], [question], [task] = (calls(rng, list(TOOLS)[(k + i % 2) % len(TOOLS)], 1),
