@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from evidence.bench import flower as bench_flower
-from evidence.bench import pictured
+from evidence.bench.rig_rows import TASKS, acting, by_rig
 from evidence.bench.rows import Row, machine, row
 from evidence.drills.far_network import HOST, namespace
 from evidence.drills.faults import DRILLS, partition
@@ -32,21 +32,13 @@ from fedllm.core.card import Trial
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.line import SLOWEST
-from fedllm.federation.nvflare.loopback import QUICK, Loopback, events, loopback, until
+from fedllm.federation.nvflare.loopback import JOINING, QUICK, Loopback, events, loopback, until
 from fedllm.federation.process import stoppable
 from fedllm.methods.registry import METHODS, make_method, method_class
 from fedllm.runs.complaints import edit
 
 log = logging.getLogger(__name__)
 OUT = Path("docs/results/federation.json")
-TASKS: Mapping[str, Mapping[str, Any]] = {
-    "generation": {},
-    "classification": {"task": "classification", "labels": ["even", "odd"],
-                       "fields": {"text": "prompt", "label": "label"}},
-    "preference": {"task": "preference", "fields": {"chosen": "response", "rejected": "worse"}},
-    "image_text": pictured.TASK,
-    "tokens": {"task": "tokens", "labels": ["O", "even"], "fields": {"tokens": "words", "tags": "tags"}}}
-"""How the rig's rows are read for each task."""
 SIZES = (200_000_000,)
 BIG = 2_500_000_000
 
@@ -54,15 +46,19 @@ BIG = 2_500_000_000
 def tried(rig: Any, method: str) -> dict[str, Any]:
     """The rig's recipe for a method, with what the method says it is tried with."""
     trial = method_class(method).trial
-    data, made = dict(TASKS[trial.task]), make_method(method, **trial.knobs)
-    if made.public_at():
-        data["public"] = str(rig.folder / "public.jsonl")
+    made, read = make_method(method, **trial.knobs), TASKS[trial.task]
+    public = {"public": str(rig.folder / "public.jsonl")} if made.public_at() else {}
     clients = {"clients": {"ranks": list(trial.ranks)}} if trial.ranks else {}
     local = {"local": {"steps": 2, "batch_size": 4, **trial.local}} if trial.local else {}
     named = {name: {"name": rig.model, "task": trial.models.get(name, "generation"), "space": {"name": "lora"}}
              for name in (*made.asks_for(), *made.server_asks_for())}
-    spec = rig.recipe(method, knobs=trial.knobs, data=data, space=dict(trial.space), **local, **clients,
-                      **({"models": named} if named else {}))
+    models = {"models": named} if named else {}
+    more = {**{k: v for k, v in read.items() if k != "data"}, **local, **clients, **models}
+    spec = rig.recipe(method, knobs=trial.knobs, data={**read.get("data", {}), **public}, space=dict(trial.space),
+                      **more)
+    if trial.acts:
+        scene = {k: v for k, v in trial.acts.items() if k != "source"}
+        spec["data"] = {"source": trial.acts["source"], "environment": {"clients": len(rig.sites), **scene}}
     for key, value in trial.far.items():
         edit(spec, key, value)
     return spec
@@ -70,20 +66,10 @@ def tried(rig: Any, method: str) -> dict[str, Any]:
 
 def digests(out: Path = OUT, only: Sequence[str] = ()) -> None:
     """Each method of the registry in one process and on NVFlare: the digests of the final state, and the bytes."""
-    for some, more in _by_rows(only or list(METHODS)):
+    for some, more in by_rig(only or list(METHODS)):
         with _rig(**more) as rig, rig.serving_session():
             for method in some:
                 keep("digests", method, {"nvflare": _digest(rig, method)}, out)
-
-
-def _by_rows(names: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """The methods that are tried on text, and those on pictures, each with what their rig is made of."""
-    seeing = [n for n in names if method_class(n).trial.task == pictured.TASK["task"]]
-    if text := [n for n in names if n not in seeing]:
-        yield text, {}
-    if seeing:
-        with tempfile.TemporaryDirectory(prefix="fedllm-clip-") as folder:
-            yield seeing, {"model": pictured.clip_folder(Path(folder).resolve()), "rows": pictured.write_pictures}
 
 
 def _digest(rig: Loopback, method: str) -> dict[str, Any]:
@@ -101,7 +87,8 @@ def _digest(rig: Loopback, method: str) -> dict[str, Any]:
     except FedLLMError as why:
         return {"same": None, "why": str(why)[:300]}
     try:
-        far = rig.run(spec)
+        with acting(rig, spec):
+            far = rig.run(spec)
     except FedLLMError as why:
         return {"same": False, "why": str(why)[:300]}
     loads = json.loads((far.folder / "sites.json").read_text())
@@ -113,8 +100,8 @@ def _digest(rig: Loopback, method: str) -> dict[str, Any]:
 
 
 def _apart(trial: Trial) -> str:
-    """Why a method cannot be tried on the rig's rows; empty where it can."""
-    return trial.apart or ("" if trial.task in TASKS else f"they have none of the task {trial.task}")
+    """Why a method cannot be tried on the rig's rows; empty where it can, or says itself what it is tried with here."""
+    return "" if trial.acts or trial.far else trial.apart
 
 
 def faults(out: Path = OUT, only: Sequence[str] = ()) -> None:
@@ -192,7 +179,7 @@ def size(out: Path = OUT, bytes_: int = BIG) -> None:
 
 def _line(rig: Loopback, sizes: Sequence[int]) -> dict[str, Any]:
     run = rig.run_folder(rig.recipe("fedavg", name="bench"))
-    federate.await_sites(rig.session, len(rig.sites), 120.0)
+    federate.await_sites(rig.session, len(rig.sites), JOINING)
     job = federate.submit(rig.session, run, len(rig.sites), QUICK, bench=list(sizes))
     until(lambda: str(rig.session.get_job_status(job)).startswith("FINISHED"), 500 + 12 * sum(sizes) / SLOWEST,
           "the measurement")
@@ -235,7 +222,7 @@ def _rig(**more: Any) -> Iterator[Loopback]:
 
 def flower(out: Path = OUT, only: Sequence[str] = ()) -> None:
     """Each method of the registry in one process and on Flower, for the same table."""
-    for some, more in _by_rows(only or list(METHODS)):
+    for some, more in by_rig(only or list(METHODS)):
         with bench_flower.rig(**more) as rig:
             for method in some:
                 keep("digests", method, {"flower": _digest(rig, method)}, out)

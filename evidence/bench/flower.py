@@ -19,7 +19,7 @@ from fedllm.federation.flower import serve as flower_serve
 from fedllm.federation.flower.link import FlowerLink
 from fedllm.federation.flower.loopback import FlowerLoopback, flower_loopback
 from fedllm.federation.nvflare.line import bench
-from fedllm.federation.nvflare.loopback import events
+from fedllm.federation.nvflare.loopback import JOINING, events
 
 SIZE = 200_000_000
 LORA: dict[str, Any] = {"name": "lora", "rounds": 3, "local": {"lr": 1e-2, "steps": 5, "batch_size": 4},
@@ -38,7 +38,7 @@ def line(made: FlowerLoopback, sizes: Sequence[int]) -> dict[str, Any]:
     """Seconds of an empty round to all sites, and of messages of these sizes to one."""
     folder = made.run_folder(made.recipe("fedavg", name="bench"))
     with flower_serve.flower_run(made.keys) as grid:
-        here = flower_serve.await_nodes(grid, made.nodes, len(made.sites), 120.0)
+        here = flower_serve.await_nodes(grid, made.nodes, len(made.sites), JOINING)
         link = FlowerLink(grid, made.nodes)
         try:
             bench(link, here, sizes, folder)

@@ -75,7 +75,7 @@ def _case(path: Path, rows: int, shadows: int, transcript: bool, trust_remote_co
     if not (folder.path / "result.json").is_file():
         raise RunError(f"{path} is not finished, so there is no model to audit; `fedllm resume {path}` goes on with it")
     recipe = received(folder.path, trust_remote_code)
-    if recipe.data.source == OWN:
+    if recipe.data.source == OWN or folder.at_sites:
         raise RunError(f"{path} is a run of a real federation: its rows are at the sites, and so are the members that "
                        "an audit would need")
     if transcript and not recipe.record.replies:

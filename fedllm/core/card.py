@@ -139,6 +139,8 @@ class Trial:
     """Of models that it asks for by name the task, where it is not generation."""
     far: Mapping[str, Any] = field(default_factory=dict)
     """Keys of a recipe that differ in a real federation, for example so that answers come in the simulation's order."""
+    acts: Mapping[str, Any] = field(default_factory=dict)
+    """Of a method whose clients act in environments: `source` (env:NAME) and the keys of `data.environment`."""
     rounding: str = ""
     """Why it magnifies fp32 rounding, so that engines are held to one another in fp64 alone."""
     silent: str = ""

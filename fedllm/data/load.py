@@ -50,10 +50,12 @@ class _Rows:
         return _Rows([self.lean[i] for i in which], [self.wide[i] for i in which])
 
 
-def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed | None = None) -> Federation:
+def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed | None = None,
+                    client: str | None = None) -> Federation:
     """The federation of a recipe's `data` section; equal spec and seed give equal clients, row for row.
 
-    `embed` serves `by_cluster`: a callable from texts to [n, dim], or an array with a row for each row of the source.
+    With `client` all rows are that one's, who keeps back what the same client of many would. `embed` serves
+    `by_cluster`: a callable from texts to [n, dim], or an array with a row for each row of the source.
     Raises RecipeError for a wrong spec and DataError for rows that cannot be used.
     """
     spec = spec if isinstance(spec, DataSpec) else checked(spec)
@@ -94,7 +96,7 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         few = np.sort(numpy_stream(seed, "data.test_limit").choice(len(test), spec.test_limit, replace=False))
         test = [test[i] for i in few]
     mine = rows.take(kept)
-    clients = _clients(spec, mine, labels, seed, embed)
+    clients = _clients(spec, mine, labels, seed, embed, client)
     said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels), *alike(tables),
              *(twice(mine.lean, test) if spec.windows is None else ()),
              *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
@@ -248,8 +250,10 @@ def of_client(spec: DataSpec, rows: _Rows, part: np.ndarray, seed: int, client: 
     return _kept_back(spec, rows, part, fraction, numpy_stream(seed, "data.client_test", client))
 
 
-def _clients(spec: DataSpec, rows: _Rows, labels: tuple[str, ...], seed: int, embed: Embed | None) -> dict[str, Shard]:
-    parts = partitioner(spec.partition).split(rows.wide, numpy_stream(seed, "data.partition"), embed=embed)
+def _clients(spec: DataSpec, rows: _Rows, labels: tuple[str, ...], seed: int, embed: Embed | None,
+             only: str | None = None) -> dict[str, Shard]:
+    parts = {only: np.arange(len(rows.lean))} if only is not None else partitioner(spec.partition).split(
+        rows.wide, numpy_stream(seed, "data.partition"), embed=embed)
     shards = {}
     for client, part in parts.items():
         test, train = of_client(spec, rows, np.array(part), seed, client)

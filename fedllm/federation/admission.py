@@ -19,7 +19,7 @@ from fedllm.runs.store import private_folder, read_json, write_atomic
 from fedllm.tasks.answers import CALL, judges_of, listed
 
 SHAPE = "shape.json"
-SHAPES = ("task", "fields", "template", "labels", "split", "subset")
+SHAPES = ("task", "fields", "template", "labels", "split", "subset", "entity", "windows", "sequences")
 """Keys of `data` that say how this site's rows are read."""
 HUB = "huggingface.co"
 OWN_MODELS = (*OWN, *BUILT)
@@ -166,7 +166,8 @@ def _inside(key: str, value: str, settings: SiteSettings) -> None:
 def fixed(recipe: Recipe, settings: SiteSettings) -> None:
     """Rows are shaped as this site's settings say; what they leave open the first run that asks fixes, before any row
     is read: a coordinator that asks again with other labels or fields reads nothing from which of them fail."""
-    asked = {key: getattr(recipe.data, key) for key in SHAPES}
+    told = recipe.data.model_dump(mode="json")
+    asked = {key: told[key] for key in SHAPES}
     said = {k: v for k in ("task", "fields", "template", "labels") if (v := getattr(settings, k)) is not None}
     for key, value in said.items():
         if asked[key] != value:

@@ -29,7 +29,7 @@ from fedllm.methods.registry import make_method
 from fedllm.report.report import publish
 from fedllm.runs.build import Parts, bound, heard_by, make_layers, make_recipe_space, recipe_model
 from fedllm.runs.fits import check_cohort, compose, need_public, no_stages
-from fedllm.runs.folder import RunFolder
+from fedllm.runs.folder import RUN_ID, RunFolder
 from fedllm.runs.models import check_names, need_named, shelves
 from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
@@ -184,7 +184,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def recipe_run(folder: Path) -> str:
     """The run's name for its sites' stores: kept in the folder, so that a resumed run finds its memories."""
-    path = folder / "run_id"
+    path = folder / RUN_ID
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     return path.read_text().strip()

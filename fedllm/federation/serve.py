@@ -11,7 +11,7 @@ from fedllm.core.errors import RecipeError
 from fedllm.engines.far.line import Patience
 from fedllm.federation import operate
 from fedllm.federation.answering import Desk
-from fedllm.federation.coordinator import check_recipe
+from fedllm.federation.coordinator import check_recipe, recipe_run
 from fedllm.federation.process import no_proxy
 from fedllm.runs.asking import need_answers
 from fedllm.runs.audit_key import AUDIT_KEY, make_key
@@ -19,10 +19,9 @@ from fedllm.runs.folder import RunFolder, fresh_path
 from fedllm.runs.follow import following
 from fedllm.runs.progress import Lines
 from fedllm.runs.received import received
-from fedllm.runs.recipe import Recipe, load_recipe
+from fedllm.runs.recipe import Recipe, of_sites
 from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result, finished
-from fedllm.runs.sections import OWN
 from fedllm.runs.signature import sign
 
 
@@ -36,12 +35,13 @@ def serve(recipe: str | Path | Mapping[str, Any] | Recipe, federation: str | Pat
     the rounds, until the process is stopped. Raises RecipeError before anything starts and RunError when the run cannot
     go on.
     """
-    checked = load_recipe(recipe, {"data.source": OWN, **overrides})
+    checked = of_sites(recipe, overrides)
     check_recipe(checked)
     if desk is not None:
         may_answer(checked)
     folder = RunFolder.create(fresh_path(Path(root), checked.name),
                               {**checked.model_dump(mode="json"), "versions": versions()})
+    recipe_run(folder.path)
     return resume_serving(folder.path, federation, needed=needed, wait=wait, patience=patience, metrics=metrics,
                           desk=desk, trust_remote_code=True)  # the recipe is the caller's own
 

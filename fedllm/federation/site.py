@@ -9,14 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedllm.core.client import ClientInfo, Profile
 from fedllm.core.errors import RecipeError
-from fedllm.core.rng import numpy_stream
-from fedllm.data.entities import kept_back
-from fedllm.data.federation import Federation, Row, Shard
-from fedllm.data.load import HOLD_BACK_FROM, _held_back, load_federation
+from fedllm.data.federation import Federation, Shard
+from fedllm.data.load import load_federation
 from fedllm.engines.far.line import Head
 from fedllm.engines.far.reasons import Refused
 from fedllm.engines.far.site import SiteRun
@@ -179,9 +175,4 @@ def _own_rows(recipe: Recipe, site: str, settings: SiteSettings) -> Federation:
     if "labels" in task_of(recipe.data.task).takes and not recipe.data.labels:
         raise Refused("recipe", "data.labels is empty; in a real federation the recipe names the labels, since no site "
                                 "knows the others'")
-    found = load_federation(recipe.data.model_copy(update={"client_test": 0.0}), recipe.seed)
-    rows: list[Row] = found.pooled()
-    fraction = recipe.data.client_test if len(rows) >= HOLD_BACK_FROM else 0.0
-    test, train = _held_back(np.arange(len(rows)), fraction, numpy_stream(recipe.seed, "data.client_test", site)) if (
-        recipe.data.entity is None) else kept_back(rows, recipe.data.client_test, recipe.seed)
-    return replace(found, clients={site: Shard([rows[i] for i in train], [rows[i] for i in test])}, test=())
+    return replace(load_federation(recipe.data, recipe.seed, client=site), test=())

@@ -203,7 +203,7 @@ class Owned(Method):
             h[has] = torch.from_numpy(client.measure(theta, some, representation)).to(h)
         if self.noise:
             h = h + self.noise * torch.from_numpy(client.rng("owners").normal(0, 1, h.shape)).to(h)
-        client.session["at"] = mine
+        client.session.update(at=mine, has=has)
         return {"h": h, "has": has}
 
     def slope(self, msg: Payload, reply: Payload) -> None:
@@ -222,7 +222,8 @@ class Owned(Method):
         """A step of the encoder along J^T dL/dh, g [B, d] of the things that it has shown last."""
         mine = client.session["at"]
         if mine:
-            rows, g = [client.tokens[i] for i in mine], msg["g"] * len(mine)  # a step is of the mean over rows
+            rows = [client.tokens[i] for i in mine]
+            g = msg["g"][client.session["has"]] * len(mine)  # a step is of the mean over the rows that it has
             done = client.fit(self.encoder(client), on=rows, objective=Bridged(), side={"g": list(g)}, steps=1,
                               moments=client.memory.get("inner"), freeze=[f"{OUTER}.*"])
             client.memory["theta"], client.memory["inner"] = done.theta, done.moments

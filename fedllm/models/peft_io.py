@@ -24,6 +24,17 @@ CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "hea
 SPACE, TRAINED = "space.json", "trainables.safetensors"
 
 
+def apart(tree: Mapping[str, Tensor]) -> Tree:
+    """The tensors as safetensors writes them: on the CPU, each in one piece, and no two in one memory."""
+    known, out = set[int](), {}
+    for name, t in tree.items():
+        plain = t.detach().cpu().contiguous()
+        at = plain.untyped_storage().data_ptr()
+        out[name] = plain.clone() if at in known else plain
+        known.add(at)
+    return out
+
+
 def inside(net: Any) -> tuple[str, Any]:
     """The path of the transformers network within ours, and that network: adapters are saved for it."""
     if isinstance(net, HeadedEncoder):
@@ -42,7 +53,7 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
         raise ModelError(f"space '{type(model.space).__name__}' has no PEFT format; export the merged model instead")
     config, theirs = made
     config.base_model_name_or_path, config.inference_mode = base_name, True
-    tensors = {n: t.detach().cpu().contiguous() for n, t in theirs.items()}
+    tensors = apart(theirs)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model.net, HeadedEncoder):
         head = {n.removeprefix(PEFT): tensors.pop(n) for n in list(tensors) if n.startswith(PEFT + "classifier.")}
@@ -71,7 +82,7 @@ def save_trainables(folder: Path, model: Model, theta: Mapping[str, Tensor], bas
     folder.mkdir(parents=True, exist_ok=True)
     made = {"space": model.space.stem, "knobs": asdict(model.space), "base_model": base_name}  # type: ignore[call-overload]
     (folder / SPACE).write_text(json.dumps(made, indent=2))
-    save_file({n: t.detach().cpu().contiguous() for n, t in theta.items()}, folder / TRAINED)
+    save_file(apart(theta), folder / TRAINED)
 
 
 def load_adapter(folder: str | Path, model: Model) -> Tree:

@@ -68,7 +68,7 @@ class Session:
                               "recipe alone")
         recipe = received(folder.path, trust_remote_code) if folder else load_recipe(source, changes)
         need_answers(recipe)
-        if recipe.data.source == OWN:
+        if recipe.data.source == OWN or (folder and folder.at_sites):
             raise RunError(f"{source} is a run of a real federation, whose clients are not here; ask a simulation")
         self.parts = build(recipe)
         self.course = Course(self.parts, self.parts.method, self.parts.layers, Record())

@@ -32,6 +32,9 @@ from fedllm.runs.store import (
 KEEP = 2
 """Checkpoints kept: the newest, and one before it."""
 
+RUN_ID = "run_id"
+"""In a run's folder where the run is of a real federation: its name at the sites."""
+
 STAGES = "stages"
 """Where the runs of a recipe of stages lie, each in a folder of its name."""
 
@@ -54,6 +57,11 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.blobs = Blobs(self.checkpoints / "blobs")
+
+    @property
+    def at_sites(self) -> bool:
+        """Whether this is a run of a real federation, whose clients are elsewhere."""
+        return (self.path / RUN_ID).exists()
 
     @classmethod
     def create(cls, path: Path, recipe: Mapping[str, Any]) -> RunFolder:

@@ -18,7 +18,7 @@ from fedllm.models.load import resolve
 from fedllm.models.made import NAMES as BUILT
 from fedllm.models.merge import save_merged
 from fedllm.models.model import Model
-from fedllm.models.peft_io import save_adapter, save_trainables
+from fedllm.models.peft_io import apart, save_adapter, save_trainables
 from fedllm.models.reread import reread
 from fedllm.runs.folder import RunFolder
 
@@ -53,7 +53,7 @@ def write_served(folder: RunFolder, model: Model, method: Method, state: State,
 def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
     """One set of trainables in this folder, in the form that `form_of` says."""
     if model.name in BUILT:
-        save_file({n: t.detach().cpu().contiguous() for n, t in theta.items()}, folder / f"{model.name}.safetensors")
+        save_file(apart(theta), folder / f"{model.name}.safetensors")
         return
     if (form := form_of(model, theta)) == "model":
         return save_merged(folder, model, theta, base)
@@ -62,7 +62,7 @@ def write_tree(folder: Path, model: Model, theta: Mapping[str, Tensor], base: Ma
     save_adapter(folder, model, theta, resolve(model.name))
     reread(folder, model, theta)
     if base:
-        save_file({n: t.detach().cpu().contiguous() for n, t in base.items()}, folder / BASE)
+        save_file(apart(base), folder / BASE)
 
 
 def form_of(model: Model, theta: Mapping[str, Tensor]) -> str:
@@ -103,8 +103,8 @@ def _write_memory(folder: Path, model: Model, kept: Mapping[str, Any], names: se
         else:
             rest[key] = value
     flat = dict(leaves(rest))
-    if tensors := {n: t.detach().cpu().contiguous() for n, t in flat.items() if isinstance(t, Tensor)}:
-        save_file(tensors, folder / "memory.safetensors")
+    if tensors := {n: t for n, t in flat.items() if isinstance(t, Tensor)}:
+        save_file(apart(tensors), folder / "memory.safetensors")
     plain = {n: v for n, v in flat.items() if not isinstance(v, Tensor)}
     if plain:
         (folder / "memory.json").write_text(json.dumps(plain, indent=2, default=str))

@@ -13,11 +13,13 @@ from pydantic import (
 )
 
 from fedllm.core.errors import RecipeError
+from fedllm.data.scenes import SCENE
 from fedllm.data.spec import Spec
 from fedllm.runs.complaints import check_values, complaints, edit, fill, read_yaml
 from fedllm.runs.laws import short
 from fedllm.runs.plugins import plugged
 from fedllm.runs.sections import (
+    OWN,
     ClientsSpec,
     Data,
     EnergySpec,
@@ -86,12 +88,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
 
 def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The same, of which nothing is loaded or run: whoever's it is, reading it does no harm."""
-    if isinstance(source, Recipe):
-        raw = source.model_dump()
-    elif isinstance(source, Mapping):
-        raw = dict(source)
-    else:
-        raw = {"name": Path(source).stem, **read_yaml(Path(source))}
+    raw = _raw(source)
     for key, value in (overrides or {}).items():
         beside = key == "plugins" and isinstance(value, list | tuple) and isinstance(raw.get(key, []), list)
         edit(raw, key, [*raw.get(key, []), *value] if beside else value)
@@ -104,6 +101,21 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
     if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
         raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
     return recipe
+
+
+def of_sites(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a real federation, checked: rows are each site's own, whatever a simulation's recipe names. An
+    environment stays named, since it says how wide a policy is; the sites' are their own all the same."""
+    raw = _raw(source)
+    data = raw.get("data")
+    named = (overrides or {}).get("data.source", data.get("source") if isinstance(data, Mapping) else data)
+    return load_recipe(raw, {**({} if str(named).startswith(SCENE) else {"data.source": OWN}), **(overrides or {})})
+
+
+def _raw(source: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
+    if isinstance(source, Recipe):
+        return source.model_dump()
+    return dict(source) if isinstance(source, Mapping) else {"name": Path(source).stem, **read_yaml(Path(source))}
 
 
 def armed(recipe: Recipe) -> Recipe:

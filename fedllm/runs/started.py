@@ -54,7 +54,7 @@ def go_on(path: str | Path, publish: Publish, *, plugins: Sequence[str | Path] =
         return finished(folder.path)
     recipe = received(folder.path, plugins=plugins, trust_remote_code=trust_remote_code)
     more = grown(recipe, overrides or {})
-    if recipe.data.source == OWN:
+    if recipe.data.source == OWN or folder.at_sites:
         raise RunError(f"{path} is a run of a real federation: "
                        f"`fedllm serve {path} --federation FOLDER` goes on with it")
     with folder.held():

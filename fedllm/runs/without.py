@@ -172,7 +172,7 @@ def without_rows(world: World, client: str) -> World:
 def _check_recipe(folder: RunFolder, recipe: Recipe) -> int:
     """How many rounds the run had; refuses what cannot be gone through again exactly."""
     at = folder.path
-    if recipe.data.source == OWN:
+    if recipe.data.source == OWN or folder.at_sites:
         raise RunError(f"{at} is a run of a real federation, whose rows are at the sites: serve the recipe again "
                        "without the one that leaves")
     if not recipe.record.replies:

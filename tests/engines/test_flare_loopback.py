@@ -24,6 +24,8 @@ if importlib.util.find_spec("nvflare") is None:
     pytest.skip("nvflare is not installed (pip install 'fedlm[federation]')", allow_module_level=True)
 
 from fedllm.api import run
+from fedllm.core.errors import RunError
+from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import new_federation
 from fedllm.federation.nvflare.loopback import loopback, until
 from fedllm.federation.nvflare.process import kit_process
@@ -226,3 +228,16 @@ def test_inner_lines_ask_other_users_of_the_machine_for_a_certificate(rig):
             except ConnectionError:
                 said = b""
             assert said == b"" or said[0] == 21, said  # closed, or TLS's alert
+
+
+def test_a_server_that_takes_connections_and_says_nothing_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(federate, "TRY", 2.0)
+    with socket.socket() as silent:
+        silent.bind(("localhost", 0))
+        silent.listen(8)
+        keys = new_federation(tmp_path / "keys", ["site-a"], host="localhost", port=silent.getsockname()[1])
+        started = time.monotonic()
+        with pytest.raises(RunError, match=r"does not answer \(TimeoutError: NVFlare's own call has not come back"), (
+                federate.admin(keys, 1.0)):
+            pass
+        assert time.monotonic() - started < 30

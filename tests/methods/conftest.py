@@ -53,7 +53,8 @@ def rows(rnd: random.Random, n: int) -> list[dict[str, str]]:
 
 def labelled(rnd: random.Random, n: int) -> list[dict[str, Any]]:
     """Texts with one of three labels; rows of one id at several clients are parts of one thing."""
-    return [{"text": words(rnd, 3, 8), "label": rnd.randrange(3), "id": f"x{i}"} for i in range(n)]
+    return [{"text": words(rnd, 3, 8), "label": rnd.randrange(3), "id": f"x{i}", "lang": "ab"[i % 2]}
+            for i in range(n)]
 
 
 def preferred(rnd: random.Random, n: int) -> list[dict[str, str]]:

@@ -123,6 +123,14 @@ def test_encoders_rest_or_follow(begin, gap):
     assert min(apart) > 0 and gap(*[m["theta"] for m in list(moved.engine.memory.values())[:2]]) > 0.01
 
 
+def test_an_encoder_follows_the_things_of_which_it_has_a_part(begin, gap):
+    ear = Heard()
+    left = [begin("consensus_graph", layers=(ear,), engine=e, sizes=(9, 5), **OURS).go(2).engine.memory
+            for e in ("in_process", "vectorized")]
+    assert any(0 < r["has"].sum() < len(r["has"]) for fn, c, _, r in ear.said if fn == "show" and c == "c1")
+    assert all(gap(left[0][c]["theta"], left[1][c]["theta"]) < 1e-10 for c in ("c0", "c1"))
+
+
 def test_a_bridged_step_is_a_step_through_the_whole(begin):
     """theta_k - lr J^T dL/dh_k by the wire, and by autograd through owner and server at once."""
     from fedllm.local.objectives.prototypes import representation

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.errors import CompositionError, DataError, PayloadError
 from fedllm.core.program import drive
 from fedllm.data.federation import Federation, Shard
+from fedllm.methods.registry import make_method
 from tests.methods.conftest import tried
 
 HERE = {k: v for k, v in tried("multilingual_fpt").items() if k not in ("ranks", "local")}
@@ -68,3 +69,10 @@ def test_what_does_not_fit_is_refused(begin):
     method = spoken(begin).method
     with pytest.raises(PayloadError, match="'languages' names 2 and 'rows' counts 1"):
         method.few({}, {"languages": ["a", "b"], "rows": [1]})
+
+
+def test_rows_that_name_no_language_are_refused():
+    method, rows = make_method("multilingual_fpt"), [{"text": "x", "label": 0, "lang": "a"}, {"text": "y", "label": 0}]
+    method.check_rows((), {"a": rows[:1]})
+    with pytest.raises(DataError, match=r"client 'b' has rows without 'lang', .*data\.fields .*\{lang: lang\}"):
+        method.check_rows((), {"a": rows[:1], "b": rows})

@@ -12,7 +12,7 @@ import psutil
 from fedllm.engines.far.line import Patience
 from fedllm.federation.flower import serve as flower_serve
 from fedllm.federation.flower.keys import new_flower_federation
-from fedllm.federation.nvflare.loopback import SITES, Loopback, joined
+from fedllm.federation.nvflare.loopback import JOINING, SITES, Loopback, joined
 from fedllm.runs.result import Result
 
 
@@ -31,7 +31,7 @@ class FlowerLoopback(Loopback):
     def run(self, recipe: Mapping[str, Any], needed: int | None = None, patience: Patience | None = None) -> Result:
         """The result of a run on the SuperLink that `serving_session` holds."""
         return flower_serve.carry_out_flower(self.keys, self.nodes, self.run_folder(recipe),
-                                             needed or len(self.sites), 120.0, patience)
+                                             needed or len(self.sites), JOINING, patience)
 
     def part(self, site: str, module: str) -> int | None:
         """The pid of the site's `supernode` or `desk`, or None."""

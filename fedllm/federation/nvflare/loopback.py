@@ -27,15 +27,16 @@ from fedllm.federation.process import end_tree
 from fedllm.federation.settings import SETTINGS
 from fedllm.methods.registry import method_class
 from fedllm.runs.folder import RunFolder, fresh_path
-from fedllm.runs.recipe import load_recipe
+from fedllm.runs.recipe import of_sites
 from fedllm.runs.resolved import versions
 from fedllm.runs.result import Result
-from fedllm.runs.sections import OWN
 
 SITES = ("site-a", "site-b", "site-c")
 ROWS = (12, 15, 9)
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
 QUICK = Patience(opening=200.0, probe=4.0, every=2.0, grace=300.0, revive=20.0)
+JOINING = 400.0
+"""Seconds for a server and its sites to start: half a minute of processor time, on a machine that others share."""
 CLI = [sys.executable, "-m", "fedllm.cli.main"]
 
 
@@ -111,13 +112,13 @@ class Loopback:
 
     def run_folder(self, recipe: Mapping[str, Any]) -> Path:
         """A run's folder, not begun yet."""
-        checked = load_recipe(recipe, {"data.source": OWN})
+        checked = of_sites(recipe)
         path = fresh_path(self.folder / "far", checked.name)
         return RunFolder.create(path, {**checked.model_dump(mode="json"), "versions": versions()}).path
 
     def run(self, recipe: Mapping[str, Any], needed: int | None = None, patience: Patience = QUICK) -> Result:
         """The result of a run as a job of the server that `serving_session` holds."""
-        return federate.carry_out(self.session, self.run_folder(recipe), needed or len(self.sites), 120.0, patience)
+        return federate.carry_out(self.session, self.run_folder(recipe), needed or len(self.sites), JOINING, patience)
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Loopback:
     @contextlib.contextmanager
     def serving_session(self) -> Iterator[None]:
         """A server that takes one job after the other, for `run`."""
-        with federate.server(self.keys), federate.admin(self.keys, 120.0) as self.session:
+        with federate.server(self.keys), federate.admin(self.keys, JOINING) as self.session:
             yield
 
     @contextlib.contextmanager

@@ -8,8 +8,10 @@ import logging
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from fedllm.runs.progress import log as progress
 from fedllm.runs.result import Result, finished
 
 log = logging.getLogger(__name__)
+TRY = 20.0
+"""Seconds for one try to log in, and to log out: NVFlare itself waits without an end for a connection that it has given
+up while its server was starting."""
 RESTARTS, PAUSE = 3, 5.0
 """Times in a row that a process that died is started again though the run came no round further; seconds before it."""
 
@@ -116,7 +121,8 @@ def admin(keys: Federation, wait: float = 60.0, alive: Callable[[], bool] = lamb
     while session is None:
         try:
             socket.create_connection(at, 5.0).close()  # NVFlare's own tries take seconds each and are printed
-            session = new_secure_session(ADMIN, str(keys.kit("admin")), timeout=5.0)
+            session = _in_time(lambda: new_secure_session(ADMIN, str(keys.kit("admin")), timeout=5.0),
+                               lambda late: late.close())
         except Exception as error:  # NVFlare raises errors of many kinds while its server starts
             last = f"{type(error).__name__}: {error}"
             if not alive():
@@ -127,7 +133,30 @@ def admin(keys: Federation, wait: float = 60.0, alive: Callable[[], bool] = lamb
     try:
         yield session
     finally:
-        session.close()
+        try:
+            _in_time(session.close)
+        except TimeoutError as late:
+            log.warning("the administrator's session is left open: %s", late)
+
+
+def _in_time(work: Callable[[], Any], late: Callable[[Any], None] = lambda made: None) -> Any:
+    """What comes of this, in a thread of its own; TimeoutError after `TRY` seconds, and `late` has what still comes."""
+    found: Future[Any] = Future()
+
+    def go() -> None:
+        try:
+            found.set_result(work())
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=go, daemon=True).start()
+    try:
+        return found.result(TRY)
+    except TimeoutError:
+        if found.done():  # it is the call's own
+            raise
+        found.add_done_callback(lambda f: None if f.exception() else late(f.result()))
+        raise TimeoutError(f"NVFlare's own call has not come back in {TRY:g} s") from None
 
 
 def await_sites(session: Any, needed: int, wait: float) -> list[str]:

@@ -43,7 +43,9 @@ class FedMARL(Policies):
                  "own, policies trained alone return more in every seed (0.75 against 0.52): one policy that sees its "
                  "place alone cannot tell worlds apart. Averaging helps where worlds agree.",
     )
-    trial = Trial(apart="its clients act in environments and hold no rows; tests/environments tries it")
+    trial = Trial({"episodes": 2, "test_episodes": 2}, {"name": "full"}, {"optimizer": "sgd", "lr": 5.0},
+                  acts={"source": "env:gridworld", "side": 3, "walls": 1, "max_steps": 8}, far={"model": "policy"},
+                  apart="its clients act in environments and hold no rows; tests/environments tries it")
     metrics: ClassVar = {"return": "max", "cut": "min"}
     learns_from, only_fits = "environments", False
 

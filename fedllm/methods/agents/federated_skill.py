@@ -50,7 +50,8 @@ class FederatedSkill(Method):
                  "do. `reward` is the code's deterministic merge. Whom a client resembles is ours: the share of skills "
                  "that both have and have alike. Rewards are told by clients, and a liar would win.",
     )
-    trial = Trial(apart="its skills are text and it trains nothing; tests/methods/test_federated_skill tries it")
+    trial = Trial(far={"data.fields": {"prompt": "task_prompt", "response": "task_response"}},
+                  apart="its skills are text and it trains nothing; tests/methods/test_federated_skill tries it")
     metrics: ClassVar = {"right": "max"}
     serves, only_fits, mixes = False, False, "text"
 

@@ -49,7 +49,8 @@ class FICAL(Method):
         evidence="Written from a dossier of an abstract and a third party's notes. Entries are written, and tools "
                  "chosen, by a program and not by a language model: what is claimed is what the entries are worth.",
     )
-    trial = Trial(apart="its entries are text and it trains nothing; tests/methods/test_fical tries it")
+    trial = Trial(far={"data.fields": {"prompt": "call_prompt", "response": "call_response"}},
+                  apart="its entries are text and it trains nothing; tests/methods/test_fical tries it")
     metrics: ClassVar = {"right": "max", "recall": "max"}
     serves, only_fits, mixes = False, False, "text"
 

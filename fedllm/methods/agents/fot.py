@@ -59,7 +59,8 @@ class FoT(Method):
                  "traces, unchecked; here a program does, an insight is checked against the answers before it leaves, "
                  "and each has its clients' names, so that one can be taken out again.",
     )
-    trial = Trial(apart="its insights are text and it trains nothing; tests/methods/test_fot tries it")
+    trial = Trial(far={"data.fields": {"prompt": "rule_prompt", "response": "rule_response"}},
+                  apart="its insights are text and it trains nothing; tests/methods/test_fot tries it")
     metrics: ClassVar = {"right": "max"}
     serves, only_fits, mixes = False, False, "text"
 

@@ -43,7 +43,8 @@ class Olivia(Method):
                  "model's head), the scaling (standardized by federated sums, a fixed random projection, length 1) and "
                  "the reward of a step: 1 where it was paid.",
     )
-    trial = Trial(apart="its clients act in environments and hold no rows; tests/methods/test_olivia tries it")
+    trial = Trial({"episodes": 2, "test_episodes": 2}, acts={"source": "env:desk", "max_steps": 4},
+                  apart="its clients act in environments and hold no rows; tests/methods/test_olivia tries it")
     metrics: ClassVar = {"return": "max", "cut": "min"}
     learns_from, serves, only_fits = "words", False, False
 

@@ -55,7 +55,9 @@ class SkillCMIB(Method):
         evidence="From a dossier of a third party's notes. Ours: cards are words that traces share, chosen by the net; "
                  "z joins the frozen state behind the encoder, and not as tokens before it: it runs once a row.",
     )
-    trial = Trial(apart="its rows hold pictures and traces; tests/methods/test_skill_cmib tries it")
+    trial = Trial({"pixels": 64, "least": 2, "card_rounds": 1}, {"name": "head"}, task="classification",
+                  far={"data.fields": {"skill": "skill", "trace": "trace", "glyph": "strokes"}},
+                  apart="its rows hold pictures and traces; tests/methods/test_skill_cmib tries it")
     metrics: ClassVar = {"card_accuracy": "max", "agree": "max", "kl": "min"}
     serves, only_fits = False, False
 

@@ -50,7 +50,9 @@ class SkillR1(Policies):
                  "skill a generation the advantages within sum to zero, and nothing is learned from them. One step on "
                  "fresh samples, so that the paper's clip has nothing to hold back; no KL term.",
     )
-    trial = Trial(apart="its clients act in environments and hold no rows; tests/methods/test_skill_r1 tries it")
+    trial = Trial({"skills": 4, "test_episodes": 2}, {"name": "full"}, {"optimizer": "sgd", "lr": 5.0},
+                  acts={"source": "env:playbook", "max_steps": 12}, far={"model": "policy"},
+                  apart="its clients act in environments and hold no rows; tests/methods/test_skill_r1 tries it")
     metrics: ClassVar = {"return": "max", "cut": "min"}
     learns_from, only_fits = "environments", False
 

@@ -53,7 +53,10 @@ class FedPromptDT(Policies):
                  "ours. Actions are numbered allocations, so the loss is a cross-entropy where the paper has a squared "
                  "error; a step is one token; and time is a number, which no table ends.",
     )
-    trial = Trial(apart="its clients act in environments and hold no rows; tests/methods/test_fed_promptdt tries it")
+    trial = Trial({"context_len": 3, "prompt_len": 2, "logs": 6, "test_episodes": 2}, {"name": "full"},
+                  acts={"source": "env:edge_vr", "slots": 5},
+                  far={"model": {"name": "decider", "width": 8, "depth": 1}},
+                  apart="its clients act in environments and hold no rows; tests/methods/test_fed_promptdt tries it")
     metrics: ClassVar = {"return": "max", "cut": "min"}
     learns_from = "logs"
     only_fits = False  # a window's prompt is of other steps than its own

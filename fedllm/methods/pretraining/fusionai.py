@@ -55,7 +55,7 @@ class FusionAI(Pipeline):
                  "one. The schedule takes 0.88 of equal counts' time here, not 0.8: micro-batches wait for each other.",
     )
     trial = Trial({"pieces": 2, "backups": 1}, {"name": "full"}, {"batch_size": 2, "accumulate": 2, "lr": 0.05},
-                  far={"data.public": 0.2}, silent="machines hold the pieces, and a spare one holds none")
+                  silent="machines hold the pieces, and a spare one holds none")
     only_fits = False
     pieces: int | None = knob(None, "pieces at the most; None: as many as there are machines", ge=2)
     backups: int = knob(1, "machines that hold none, for who is lost", ge=0)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.errors import CompositionError
+from fedllm.core.errors import CompositionError, DataError
 from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import add, pack, part, sub
@@ -52,7 +52,8 @@ class MultilingualFPT(Star):
     )
     only_fits = False
     trial = Trial(space={"name": "streams", "of": {"prompt": {"name": "p_tuning", "length": 3, "hidden": 4},
-                                                   "head": "head"}}, task="classification")
+                                                   "head": "head"}}, task="classification",
+                  far={"data.fields": {"lang": "lang"}})
     metrics: ClassVar = {"low_resource_accuracy": "max", "high_resource_accuracy": "max"}
 
     by: str = knob("lang", "column of the rows that names their language")
@@ -67,6 +68,17 @@ class MultilingualFPT(Star):
                                    f"'{model.space.stem}' do not fit together: a class head is trained beside the "
                                    "prompt; use data.task = 'classification' and space: {name: streams, of: {prompt: "
                                    "p_tuning, head: head}}")
+
+    def check_rows(self, labels: Any, rows: Mapping[str, Any]) -> None:
+        for client, some in rows.items():
+            self.spoken(client, some)
+
+    def spoken(self, client: str, rows: Any) -> list[str]:
+        """The language of each row; DataError for a row that names none."""
+        if any(self.by not in row for row in rows):
+            raise DataError(f"client '{client}' has rows without {self.by!r}, which says in what language they are "
+                            f"(method.by); data.fields keeps a column of this name: {{{self.by}: {self.by}}}")
+        return [str(row[self.by]) for row in rows]
 
     def init(self, model: Any) -> State:
         self.check(model)
@@ -86,7 +98,7 @@ class MultilingualFPT(Star):
 
     @on_client(gives="languages: names, rows: numbers", fits=few)
     def enroll(self, msg: Any, client: Any):
-        names, rows = np.unique([str(row.get(self.by, "")) for row in client.data], return_counts=True)
+        names, rows = np.unique(self.spoken(client.id, client.data), return_counts=True)
         return {"languages": names.tolist(), "rows": rows.tolist()}
 
     @on_client(reduce=Mean(), gives="delta: tree, n: rows, loss?: number")
