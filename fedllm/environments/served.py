@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,8 @@ WAY = 1.0
 """Seconds beside those of a call: a server that bounds its own time has its say."""
 END = 8.0
 """Seconds that servers are given to end with this process; the client kills what has not ended by itself in four."""
+LAST = 4000
+"""Bytes that are kept of what a server says on stderr."""
 MOST = 1000
 """Tools of a server."""
 
@@ -108,7 +109,7 @@ class Line:
 
     def __init__(self, command: tuple[str, ...], seconds: float) -> None:
         self.loop, self.ready = _loop(os.getpid()), concurrent.futures.Future[None]()
-        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (it lives as long as the line)
+        self.log = Murmur()
         self.client, self.over = None, threading.Event()
         self.done = asyncio.run_coroutine_threadsafe(self._live(command, seconds), self.loop)
         _lines.add(self)
@@ -135,7 +136,8 @@ class Line:
         self.stop = asyncio.Event()
         try:
             mcp = _mcp()
-            async with mcp.Client(mcp.stdio_client(_started(mcp, command, seconds), errlog=self.log)) as self.client:
+            line = mcp.stdio_client(_started(mcp, command, seconds), errlog=self.log.into)
+            async with mcp.Client(line) as self.client:
                 self.tools, cursor = [], None
                 while len(self.tools) < MOST:
                     page = await self.client.list_tools(cursor=cursor)
@@ -151,12 +153,33 @@ class Line:
                 raise
         finally:
             self.over.set()
+            self.log.into.close()
             _lines.discard(self)
 
     def _last_words(self) -> str:
-        self.log.seek(0)
-        lines = [line for line in self.log.read()[-4000:].splitlines() if line.strip()]
+        lines = [line for line in self.log.last().splitlines() if line.strip()]
         return f"; its last words are {lines[-1].strip()[:200]!r}" if lines else ""
+
+
+class Murmur:
+    """What a process says on stderr: all is read, so that it never waits, and the last `LAST` bytes are kept."""
+
+    def __init__(self) -> None:
+        read, write = os.pipe()
+        self.into, self.kept = os.fdopen(write, "w"), b""
+        self.reader = threading.Thread(target=self._read, args=(read,), daemon=True)
+        self.reader.start()
+
+    def _read(self, read: int) -> None:
+        with os.fdopen(read, "rb", buffering=0) as pipe:
+            while said := pipe.read(1 << 16):
+                self.kept = (self.kept + said)[-LAST:]
+
+    def last(self) -> str:
+        """The end of it, once the process has ended or two seconds have gone by."""
+        self.into.close()
+        self.reader.join(2.0)
+        return self.kept.decode(errors="replace")
 
 
 _lines: set[Line] = set()

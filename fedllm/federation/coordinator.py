@@ -21,7 +21,7 @@ from fedllm.federation.answering import Answering
 from fedllm.federation.gated import GATE
 from fedllm.federation.identity import TOLD, differing, identity_of, keep_identity
 from fedllm.federation.opening import Opening
-from fedllm.federation.public import PublicRows
+from fedllm.federation.public import PublicRows, check_public
 from fedllm.federation.site import site_profile
 from fedllm.local.requests import Limits
 from fedllm.local.spec import LocalSpec
@@ -179,7 +179,10 @@ def check_recipe(recipe: Recipe) -> None:
                           "for all; allowed in a real federation is a file of the coordinator's")
     check_names(recipe)
     need_named(recipe, method)
-    need_public(recipe, method, len(file_rows(recipe, recipe.data.public)))
+    public = file_rows(recipe, recipe.data.public)
+    need_public(recipe, method, len(public))
+    if "clients" in method.public_at():
+        check_public(public, recipe)
 
 
 def recipe_run(folder: Path) -> str:

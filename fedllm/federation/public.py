@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import DataError, FedLLMError, PayloadError
+from fedllm.core.errors import DataError, FedLLMError, PayloadError, RecipeError
 from fedllm.data.federation import Row
 from fedllm.engines.far.site import Lacks
 from fedllm.federation.settings import SiteSettings
 from fedllm.runs.recipe import Recipe
 from fedllm.runs.rows import file_rows
 from fedllm.runs.store import private_folder, write_atomic
+from fedllm.tasks.registry import task_of
 
 log = logging.getLogger(__name__)
 MOST = 64 << 20
@@ -90,14 +91,21 @@ def _copy(recipe: Recipe, settings: SiteSettings, want: str) -> Sequence[Row] | 
 
 def _rows(data: bytes, recipe: Recipe) -> Sequence[Row]:
     """What came from outside, read as rows of the run's task."""
-    rows, labels = json.loads(data), len(recipe.data.labels or ())
-    good = isinstance(rows, list) and all(isinstance(r, dict) for r in rows)
-    if good and recipe.data.task == "classification":
-        good = all(isinstance(r.get("text"), str) and type(r.get("label")) is int and 0 <= r["label"] < labels
-                   for r in rows)
-    elif good:
-        good = all("messages" in r or (isinstance(r.get("prompt"), str) and isinstance(r.get("response"), str))
-                   for r in rows)
-    if not good:
+    rows = json.loads(data)
+    if not (isinstance(rows, list) and all(isinstance(r, dict) for r in rows)) or unfit(rows, recipe) is not None:
         raise PayloadError(f"the public rows are none of the task '{recipe.data.task}'")
     return rows
+
+
+def unfit(rows: Sequence[Row], recipe: Recipe) -> int | None:
+    """Which row, from 1 on, no site would take of another machine; None: all are good."""
+    task, labels = task_of(recipe.data.task), tuple(recipe.data.labels or ())
+    return next((i for i, row in enumerate(rows, start=1) if not task.came(row, labels)), None)
+
+
+def check_public(rows: Sequence[Row], recipe: Recipe) -> None:
+    """RecipeError for public rows that every site would refuse."""
+    if (row := unfit(rows, recipe)) is not None:
+        raise RecipeError(f"data.public = {recipe.data.public!r}, row {row}: no site takes such a row from elsewhere; "
+                          f"of data.task = {recipe.data.task!r} allowed are texts, labels among data.labels, and "
+                          "pictures as numbers, since a picture's file lies on no site")

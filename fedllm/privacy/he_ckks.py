@@ -60,9 +60,7 @@ class HECKKS(Knobs, Layer):
                                                            options=(4096, 8192, 16384))
     scale_bits: int = knob(40, "bits after the point", ge=20, le=44)
     round_bits: int = knob(20, "bits after the point that are kept of an opened sum", ge=4, le=30)
-
     largest: int = knob(1, "weight of the heaviest client (its rows); found out by the run", ge=1)
-
     backend: Literal["tenseal", "openfhe"] = knob("tenseal", "the library", options=("tenseal", "openfhe"))
 
     def __post_init__(self) -> None:
@@ -135,8 +133,14 @@ class HECKKS(Knobs, Layer):
     def _keyed(self, ask: Ask) -> Any:
         """Whom of the ask the key is known to, once it was handed on to those who lack it."""
         live = self.__dict__["_live"]
+        while live.get("handing"):  # another question of this trip hands the key on: one after another, one key
+            yield []
         if new := [c for c in ask.msgs if c not in live["holders"]]:
-            yield from self._ceremony(new, live)
+            live["handing"] = True
+            try:
+                yield from self._ceremony(new, live)
+            finally:
+                live["handing"] = False
         return [c for c in ask.msgs if c in live["holders"]]
 
     def _asked(self, ask: Ask) -> Any:
@@ -208,11 +212,8 @@ class HECKKS(Knobs, Layer):
             made.global_scale = 2.0**self.scale_bits
             seat["context"] = made
         text = serialized(self._context(client.id), secret=True)
-        boxes = []
-        for peer, public in zip(msg["to"], msg["keys"], strict=True):
-            nonce = secrets.token_bytes(12)
-            box = AESGCM(keys.agree(seat["key"], public, "he", peer, 32)).encrypt(nonce, text, peer.encode())
-            boxes.append(nonce + box)
+        boxes = [nonce + AESGCM(keys.agree(seat["key"], public, "he", peer, 32)).encrypt(nonce, text, peer.encode())
+                 for peer, public in zip(msg["to"], msg["keys"], strict=True) for nonce in (secrets.token_bytes(12),)]
         return {"boxes": boxes, "public": serialized(seat["context"], secret=False)}
 
     @on_client(gives="ok: count")

@@ -25,6 +25,9 @@ class Classification(Task):
         """`label` becomes an index in [0, len(labels))."""
         return {"text": text_of(row, "text", where), "label": index_of(raw_label(row, where), how.labels, where)}
 
+    def came(self, row: Row, labels: tuple[str, ...]) -> bool:
+        return isinstance(row.get("text"), str) and type(row.get("label")) is int and 0 <= row["label"] < len(labels)
+
     def found(self, rows: Iterable[tuple[Row, str]]) -> tuple[str, ...]:
         return label_names(raw_label(row, where) for row, where in rows)
 

@@ -32,6 +32,14 @@ class ImageText(Classification):
         return {"image": picture_of(value_of(row, "image", where), where, how.folder), "label": label, **said,
                 **some}
 
+    def came(self, row: Row, labels: tuple[str, ...]) -> bool:
+        """Features alone: a picture would be a file of this machine."""
+        try:
+            good = "image" not in row and numbers_of(row, FEATURES, "row").ndim == 1
+        except DataError:
+            return False
+        return good and super().came({"text": "", **row}, labels)
+
     def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:
         """`pixels` [3, H, W] as the image processor makes them, or the row's `features` [d]; its text as `words`."""
         return [Encoded(np.zeros(1, np.int32), int(row["label"]), 1, {**self._part(row, i, how), **_words(row, how)},

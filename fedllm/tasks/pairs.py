@@ -41,6 +41,16 @@ class Pairs(Classification):
                 raise DataError(f"{where}: the text {made['text'][:40]!r} holds no word", kind="empty")
         return made
 
+    def came(self, row: Row, labels: tuple[str, ...]) -> bool:
+        """A picture as numbers alone: a path would be one of this machine."""
+        if "image" in row:
+            try:
+                if not isinstance(row["image"], list) or _numbers(row, "row") != row["image"]:
+                    return False
+            except DataError:
+                return False
+        return ("image" in row or "text" in row) and super().came({"text": "", **row}, labels)
+
     def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:
         out = []
         for i, row in enumerate(rows, start=1):

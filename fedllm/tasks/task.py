@@ -118,6 +118,10 @@ class Task:
         """The row in the task's columns; a DataError names the place, the field and what is allowed."""
         raise NotImplementedError
 
+    def came(self, row: Row, labels: tuple[str, ...]) -> bool:
+        """Whether a row that came from another machine is one as `shape` makes it, and names no file of this one."""
+        return "messages" in row or (isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str))
+
     def found(self, rows: Iterable[tuple[Row, str]]) -> tuple[str, ...]:
         """Label names of rows (and where they are), where neither the recipe nor the data set says them."""
         return ()

@@ -105,6 +105,20 @@ def test_a_tool_that_fails_or_never_ends_says_so_and_the_next_call_is_answered(c
     assert time.monotonic() - began < 120 and not at._over
 
 
+def test_a_server_may_say_on_stderr_what_it_likes(tmp_path):
+    path = tmp_path / "loud.py"
+    path.write_text("import sys\nsys.stderr.write('x' * 3_000_000 + '\\n')\n" + SERVER)
+    own = served.server_of((sys.executable, str(path)), 30.0)
+    assert own.call("lookup", {"key": "ours", "times": 1}) == "ours is 42 "
+    line = own.line
+    own.close()
+    line.done.exception(20)
+    assert line.log.last().strip("x") == "\n" and len(line.log.kept) == served.LAST
+    (tmp_path / "dead.py").write_text("import sys\nsys.stderr.write('y' * 3_000_000 + ' the end')")
+    with pytest.raises(RunError, match=r"its last words are .*y"):
+        served.server_of((sys.executable, str(tmp_path / "dead.py")), 30.0).call("lookup", {})
+
+
 def test_what_a_tool_does_is_what_it_says_and_else_it_is_off(command, monkeypatch):
     monkeypatch.setenv("OURS", "a secret")
     at = env("desk", mcp=command)

@@ -1,5 +1,7 @@
 """A site's rows are what the client of its name would hold in a simulation, whatever its rows are for."""
 
+import json
+
 import pytest
 
 from evidence.bench.rig_rows import TASKS, write_words
@@ -7,11 +9,13 @@ from fedllm.core.errors import RecipeError
 from fedllm.data.load import load_federation
 from fedllm.engines.far.reasons import Refused
 from fedllm.federation.admission import admitted
+from fedllm.federation.coordinator import check_recipe
 from fedllm.federation.opening import for_sites
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import _own_rows
 from fedllm.runs.recipe import load_recipe, of_sites
 from fedllm.runs.sections import OWN
+from fedllm.tasks.registry import task_of
 
 SITES = ("site-a", "site-b")
 KINDS = [(task, {}) for task in TASKS if task != "image_text"] + [("classification", {"entity": "id"})]
@@ -61,3 +65,31 @@ def test_a_federations_recipe_keeps_its_environment_and_no_source_of_rows(tmp_pa
     assert of_sites({"model": "policy"}, {"data.source": "env:desk"}).data.acts
     with pytest.raises(RecipeError, match=r"data\.environment"):
         of_sites({"data": {"source": "rows.jsonl", "environment": {"side": 3}}})
+
+
+GREY = [[[0.0, 1.0], [2.0, 3.0]]] * 3
+
+
+@pytest.mark.parametrize("task, row, good", [
+    ("pairs", {"image": GREY, "text": "a cat", "label": 1}, True), ("pairs", {"image": GREY, "label": 0}, True),
+    ("pairs", {"text": "a cat", "label": 0}, True), ("pairs", {"label": 0}, False),
+    ("pairs", {"image": "/etc/passwd", "label": 0}, False), ("pairs", {"image": ["/etc/passwd"], "label": 0}, False),
+    ("pairs", {"image": GREY[:2], "label": 0}, False), ("pairs", {"image": GREY, "label": 2}, False),
+    ("image_text", {"features": [0.5, 1], "label": 0}, True),
+    ("image_text", {"features": [0.5, 1], "image": "/etc/passwd", "label": 0}, False),
+    ("image_text", {"prompt": "", "response": "", "image": "/etc/passwd", "label": 0}, False),
+    ("classification", {"text": "x", "label": 1}, True), ("classification", {"text": "x", "label": True}, False),
+    ("generation", {"prompt": "x", "response": "y"}, True), ("generation", {"prompt": "x"}, False)])
+def test_rows_of_another_machine_are_rows_of_the_task_and_name_no_file_here(task, row, good):
+    assert task_of(task).came(row, ("a", "b")) is good
+
+
+def test_public_rows_that_no_site_would_take_are_refused_before_any_is_asked(tmp_path):
+    pytest.importorskip("PIL.Image").new("L", (8, 8)).save(tmp_path / "x.png")
+    spec = recipe_of("pairs", files(tmp_path)) | {"method": "creamfl", "space": "full"}
+    (tmp_path / "p.jsonl").write_text(json.dumps({"glyph": str(tmp_path / "x.png"), "prompt": "a", "label": "odd"}))
+    spec["data"] |= {"public": str(tmp_path / "p.jsonl")}
+    with pytest.raises(RecipeError, match="row 1: no site takes such a row from elsewhere"):
+        check_recipe(of_sites(spec))
+    write_words(tmp_path / "p.jsonl", 5, 3)
+    check_recipe(of_sites(spec))

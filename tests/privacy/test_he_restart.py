@@ -118,3 +118,19 @@ def test_a_client_that_was_started_again_opens_nothing_and_makes_no_second_key(t
         serve(sites.stacks["c01"], "HECKKS.make_key", {"to": [], "keys": [], "held": 1}, clients["c01"])
     with pytest.raises(Withheld, match="holds the key of HECKKS no longer"):
         serve(sites.stacks["c01"], "Ship.local", told, clients["c01"])
+
+
+def test_two_questions_at_the_first_start_come_to_one_key(people):
+    from fedllm.privacy.he_ckks import HECKKS
+
+    clients = people(6)
+    facts = Facts(rows={c: v.n for c, v in clients.items()}, cohort=6, rounds=9)
+    server, sites = HECKKS().bind(facts), Sites(lambda: HECKKS().bind(facts), clients)
+
+    def both():
+        return (yield [next(Ship().round(None, some)) for some in (list(clients)[:3], list(clients)[3:])])
+
+    outs = drive(both(), sites, [server])
+    assert [right(out, clients) for out in outs] == [3, 3]
+    assert {c for fn, c in sites.told if fn == "make_key"} == {"c00"}  # who hands on the one key that there is
+    assert right(drive(Ship().round(None, list(clients)), sites, [server]), clients) == 6

@@ -104,7 +104,8 @@ class DecoupledDiLoCo(Method):
         b = add(scale(cut(state["b"], now), self.outer_momentum), g)  # b_p <- mu b_p + Delta_p
         goal = add(cut(state["goal"], now), add(g, b, self.outer_momentum), -self.outer_lr)
         step = goal if self.bits == WHOLE else coarse(sub(goal, like), self.bits)
-        pace = min((out.seconds[c] / by[c][2] for c in by if c in out.seconds), default=0.0)
+        waits = enough < len(told) and self.grace * self.delay > 0  # where time decides nothing, the state holds none
+        pace = min((out.seconds[c] / by[c][2] for c in by if waits and c in out.seconds), default=0.0)
         return {**state, "theta": state["theta"] | self.landed(step, like), "goal": state["goal"] | goal,
                 "b": state["b"] | b, "version": v + 1, "holds": state["holds"] | dict.fromkeys(by, v), "pace": pace,
                 "steps": {u: s for u, s in known.items() if int(u) > v - self.fragments} | {str(v): step},
