@@ -28,9 +28,9 @@ from fedllm.cli.outcome import out, show_done, show_made
 from fedllm.cli.said import Json, put
 from fedllm.cli.typed import lines as _lines
 from fedllm.core.errors import RecipeError
+from fedllm.core.version import VERSION
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="Train, tune, prompt and test large language models across clients whose data must not move.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(federation)  # serve, join, keys
 app.add_typer(audit, name="audit")
 app.command()(advise)
@@ -53,6 +53,18 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", metavar="FILE", show_default=False, help=(
     "Python file with a method, layer, space or selector of your own (repeat)."))]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedllm {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedllm(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                 help="Print the version and end.")] = False) -> None:
+    """Train, tune, prompt and test large language models across clients whose data must not move."""
 
 
 @app.command()
@@ -301,7 +313,7 @@ def main(args: list[str] | None = None) -> None:
     word = next((a for a in given if not a.startswith("-")), None)
     if word and given[0] == word and word not in known:
         near = difflib.get_close_matches(word, known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         return refuse(RecipeError(f"'{word}' is no command{hint} Commands: {', '.join(known)}"))
     guarded(lambda: app(given, standalone_mode=True), debug, "--json" in given)
 
