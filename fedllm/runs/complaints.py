@@ -196,7 +196,7 @@ def complaint(root: type[BaseModel], one: Mapping[str, Any]) -> str:
     if one["type"] == "extra_forbidden":
         key = str(loc[-1])
         hint = hint_of(key, list(model.model_fields), path.rpartition(".")[0])
-        if hint == "." and len(loc) == 1 and (inside := _inside(root, key.replace("-", "_"))):
+        if "here it is" not in hint and len(loc) == 1 and (inside := _inside(root, key.replace("-", "_"))):
             hint = f"; here it is '{inside}'."
         return f"{path}: unknown key{hint} Allowed here: {', '.join(model.model_fields)}"
     if one["type"] == "missing":

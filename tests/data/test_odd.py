@@ -94,7 +94,8 @@ def test_two_columns_of_one_name_are_refused_in_every_format(tmp_path):
 
 def test_narrow_floats_are_the_numbers_that_were_written(tmp_path):
     parquet.write_table(pa.table({"q": ["x", "y"], "a": pa.array([0.1, None], pa.float32()),
-                                  "h": pa.array([np.float16(0.3), np.float16(2)], pa.float16())}), tmp_path / "a.parquet")
+                                  "h": pa.array([np.float16(0.3), np.float16(2)], pa.float16())}),
+                        tmp_path / "a.parquet")
     assert [(r["a"], r["h"]) for r in read_tables(str(tmp_path / "a.parquet"))[0].rows] == [(0.1, 0.3), (None, 2.0)]
 
 
@@ -146,13 +147,14 @@ def test_labels_that_may_be_one_are_said(tmp_path, labels, said):
 def test_a_label_of_no_row_and_a_text_of_two_labels_are_said(tmp_path):
     source = classes(tmp_path / "a.jsonl", ["a", "b"] * 3, text="same")
     said = load_federation({"source": source, **CLASSES, "labels": ["a", "b", "c"], "client_test": 0.0}, 0).cautions
-    assert any("no row has the label 'c'" in s for s in said) and any("1 texts stand there under more" in s for s in said)
+    assert any("no row has the label 'c'" in s for s in said)
+    assert any("1 texts stand there under more" in s for s in said)
 
 
 def test_a_test_among_the_training_rows_is_said_by_its_name(tmp_path):
     (tmp_path / "s").mkdir()
     for name in ("train", "test"):
-        lines(tmp_path / "s" / f"{name}.jsonl", [{"q": f"{name} {i}", "a": f"{i}"} for i in range(4)])
+        lines(tmp_path / "s" / f"{name}.jsonl", [{"q": f"{name} {i}", "a": f"no {i}"} for i in range(4)])
     said = load_federation({"source": str(tmp_path / "s"), **QA}, 0).cautions
     assert any("test.jsonl is among the rows that are trained on" in s for s in said)
     assert not load_federation({"source": str(tmp_path / "s"), **QA, "test": str(tmp_path / "s" / "test.jsonl")},
@@ -174,13 +176,14 @@ def test_rows_of_clients_own_tests_that_are_trained_on_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("row, said", [
-    ({"q": "caf\ufffd", "a": "y"}, "characters that were lost"), ({"q": "x", "a": "caf\u00c3\u00a9"}, "another encoding"),
+    ({"q": "caf\ufffd", "a": "y"}, "characters that were lost"),
+    ({"q": "x", "a": "caf\u00c3\u00a9"}, "another encoding"),
     ({"q": "it\u00e2\u20ac\u2122s", "a": "y"}, "another encoding"), ({"q": "x", "a": "NaN"}, "missing value"),
     ({"q": "x", "a": "#REF!"}, "missing value"), ({"q": " \u200b", "a": "y"}, "nothing to read"),
     ({"q": "na\u00efve \u00c3O \u2014 \u20ac5", "a": "none of them"}, None)])
 def test_what_rows_hold_that_was_hardly_meant_is_said(tmp_path, row, said):
     got = load_federation({"source": lines(tmp_path / "a.jsonl", [*qa(), row]), **QA, "client_test": 0.0}, 0).cautions
-    assert (said is None and not got) or said in got[0] and "a.jsonl, row 13 (line 13) has" in got[0]
+    assert (said is None and not got) or (said in got[0] and "a.jsonl, row 13 (line 13) has" in got[0])
 
 
 @pytest.mark.parametrize("template", [{"prompt": "{q} {a}", "response": "{a}"}, {"prompt": "{a}", "response": "{a}"}])

@@ -30,7 +30,7 @@ def test_a_number_is_what_people_expect(text, value):
 
 def test_mappings_are_taken_in_and_a_key_twice_names_its_line():
     assert parse_yaml("a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\n", "x")["b"] == {"x": 1, "y": 3}
-    with pytest.raises(RecipeError, match="line 3: .*'a' is given twice"):
+    with pytest.raises(RecipeError, match=r"line 3: .*'a' is given twice"):
         parse_yaml("a: 1\nb: 2\na: 3\n", "x")
     with pytest.raises(RecipeError, match="'<<' is given twice"):
         parse_yaml("a: &a {x: 1}\nb: &b {y: 1}\nc:\n  <<: *a\n  <<: *b\n", "x")
@@ -45,10 +45,13 @@ def test_a_key_at_the_top_that_belongs_into_a_section_is_told_where(key, here):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"space": {"alpha": 1e300}}, r"space\.alpha = 1e\+300 .*<= 1e\+?0?6"), ({"space": {"alpha": 1e-300}}, "alpha"),
-    ({"clients": {"latency": 1e300}}, r"clients\.latency = 1e\+300"), ({"clients": {"step_seconds": 1e300}}, "step_sec"),
-    ({"clients": {"speed": 1e-300}}, r"clients\.speed = 1e-300.*1e-9"), ({"energy": {"utilization": 1e-300}}, "utiliz"),
-    ({"local": {"neftune": 1e15}}, r"local\.neftune .*<= 1e?0"), ({"name": "x" * 300}, "has 300 bytes; allowed are 200"),
+    ({"space": {"alpha": 1e300}}, r"space\.alpha = 1e\+300 .*<= 1000000\.0 \("), ({"space": {"alpha": 1e-300}}, "alpha"),
+    ({"clients": {"latency": 1e300}}, r"clients\.latency = 1e\+300"),
+    ({"clients": {"step_seconds": 1e300}}, "step_seconds = 1e"),
+    ({"clients": {"speed": 1e-300}}, r"clients\.speed = 1e-300.*1e-9"),
+    ({"energy": {"utilization": 1e-300}}, r"energy\.utilization = 1e"),
+    ({"local": {"neftune": 1e15}}, r"local\.neftune .*<= 1e?0"),
+    ({"name": "x" * 300}, "has 300 bytes; allowed are 200"),
     ({"method": {"name": "fedavg", "server_lr": 1e300}}, r"server_lr = 1e\+300 .*<= 1e\+15"),
     ({"clients": {"profiles": {"nobody": {"speed": 2}}}}, r"no such client\. The data has")])
 def test_numbers_without_a_meaning_are_refused_with_what_is_allowed(recipe, tmp_path, changes, said):
