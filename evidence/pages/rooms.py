@@ -40,11 +40,13 @@ MAY: Mapping[str, str] = {
     "api": "runs report comparisons",
     "cli": "core data local models spaces tasks methods runs report comparisons advice audits evaluation "
            "federation dashboard api",
+    "__main__": "cli",
     "fedllm": "core data runs comparisons api",
     "evidence": "core data environments gate local models spaces tasks wire privacy defenses attacks selectors methods "
                 "engines trackers runs report comparisons advice audits evaluation federation dashboard api cli fedllm",
 }
-"""What each room may import beside itself. `api` and `fedllm` are the faces, `evidence` stands beside the package."""
+"""What each room may import beside itself. `api`, `__main__` and `fedllm` are the faces, `evidence` stands beside the
+package."""
 
 
 def room(module: str) -> str:

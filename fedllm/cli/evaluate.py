@@ -44,6 +44,8 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's f
     """
     from fedllm.evaluation.measure import on_rows, on_tasks
 
+    if data is not None and not data.strip():
+        raise RecipeError(f"--data = {data!r}: a path is not empty; without --data it is the recipe's own test")
     if tasks and (data or metric or max_new_tokens):
         raise RecipeError("--tasks and --data (with --metric, --max-new-tokens) are two measurements; ask for one")
     if not tasks and (shots is not None or chat is not None or not base):

@@ -73,7 +73,8 @@ def refuse(error: FedLLMError, as_json: bool = False) -> None:
     if as_json:
         put_error(error, str(error))
     else:
-        title = type(error).__name__.removesuffix("Error").lower() + " error"
+        name = type(error).__name__
+        title = f"{name.removesuffix('Error').lower()} error" if name.endswith("Error") else "run error"
         err.print(Panel(escape(str(error)), title=title, title_align="left", border_style="red"))
     raise SystemExit(2)
 
@@ -91,5 +92,5 @@ def quiet(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes"):
+    for name in ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)

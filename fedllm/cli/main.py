@@ -72,6 +72,18 @@ Plugins = Annotated[list[Path] | None, typer.Option("--plugin", metavar="FILE", 
     "Python file with a method, layer, space or selector of your own (repeat)."))]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedllm {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedllm(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                 help="Print the version and end.")] = False) -> None:
+    """Train, tune, prompt and test large language models across clients whose data must not move."""
+
+
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
         root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
@@ -289,7 +301,7 @@ def main(args: list[str] | None = None) -> None:
     word = next((a for a in given if not a.startswith("-")), None)
     if word and given[0] == word and word not in known:
         near = difflib.get_close_matches(word, known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         return refuse(RecipeError(f"'{word}' is no command{hint} Commands: {', '.join(known)}"))
     guarded(lambda: app(given, standalone_mode=True), debug, "--json" in given)
 

@@ -255,7 +255,7 @@ def schema_of(command: str) -> dict[str, Any]:
     """The JSON Schema of one command's output, one object a line; it may hold more keys than are told."""
     if command not in SHAPES:
         near = difflib.get_close_matches(command, SHAPES, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise RecipeError(f"'{command}' is no command with --json{hint} Allowed are {', '.join(SHAPES)}")
     return TypeAdapter(SHAPES[command]).json_schema()
 

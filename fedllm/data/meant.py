@@ -4,6 +4,7 @@ that are there twice."""
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from fedllm.data.table import Table
@@ -18,6 +19,10 @@ INPUTS = ("input", "inputs", "context", "passage", "document", "article", "backg
 """Names of columns that people put in for a model to read."""
 
 
+QUOTES = "\"'`\u201c\u201d\u2018\u2019"
+JOINS = re.compile(r"(?<=\w)[\s_/\u2013\u2014-]+(?=\w)")
+SAME = (("yes", "y", "true", "t", "positive", "pos"), ("no", "n", "false", "f", "negative", "neg"))
+"""Words that mean one thing where a label is one of two."""
 MISSING = ("nan", "none", "null", "na", "n/a", "nil", "missing", "undefined")
 """What programs write where a value is missing."""
 
@@ -47,6 +52,7 @@ def odd_labels(labels: Sequence[str]) -> Iterator[str]:
     missing = [x for x in labels if x.strip(" <>[]").casefold() in MISSING]
     if missing and len(labels) > 1:
         yield f"the label {missing[0]!r} is a class of its own; where it stands for 'not known', leave its rows out"
+    yield from _spelled(labels)
     if len(labels) == 1:
         yield f"there is one label alone, {labels[0]!r}: every answer is right, and nothing is learned"
     numbers = {int(x) for x in labels if x.removeprefix("-").isdecimal()}
@@ -54,13 +60,26 @@ def odd_labels(labels: Sequence[str]) -> Iterator[str]:
         yield "the label -1 is a class beside 0, 1, ...; where it stands for 'not known', leave its rows out"
 
 
-def twice(train: Sequence[Row], test: Sequence[Row]) -> Iterator[str]:
-    """Rows of the global test that are trained on, word for word: what is measured on them is memory."""
+def _spelled(labels: Sequence[str]) -> Iterator[str]:
+    """Two labels that one person may write for the other: with other marks, or as another word for yes or no."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        bare = JOINS.sub(" ", label.strip(QUOTES)).rstrip(".,;:").casefold()
+        if bare and (other := seen.setdefault(bare, label)) != label:
+            yield (f"the labels {other!r:.80} and {label!r:.80} are two classes and differ in marks alone (quotes, "
+                   "_, -, a full stop); write them one way if they are one")
+    for words in SAME:
+        if len(both := [x for x in labels if x.strip().casefold() in words]) > 1:
+            yield (f"the labels {both[0]!r} and {both[1]!r} are two classes; write them one way if they mean the same")
+
+
+def twice(train: Sequence[Row], test: Sequence[Row], name: str = "the global test") -> Iterator[str]:
+    """Rows of a test that are trained on, word for word: what is measured on them is memory."""
     if not test:
         return
     known = {_key(row) for row in train}
     if both := sum(_key(row) in known for row in test):
-        yield (f"{both} of {len(test)} rows of the global test stand among the training rows word for word; what is "
+        yield (f"{both} of {len(test)} rows of {name} stand among the training rows word for word; what is "
                "measured on them is memory")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from fedllm.core.errors import RecipeError
+from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.partition import partitioner
 from fedllm.data.scenes import SCENE, EnvironmentSpec
 from fedllm.data.sequences import SequenceSpec
@@ -15,11 +16,15 @@ from fedllm.data.simulated.registry import PREFIX as MADE
 from fedllm.data.sources import nearest
 from fedllm.data.spec import Spec
 from fedllm.data.windows import WindowSpec
+from fedllm.tasks.labels import told_apart
 from fedllm.tasks.registry import task_of, tasks
+from fedllm.tasks.row import is_blank
 from fedllm.tasks.templates import template
 
 TEXTS = ("prompt", "response", "text", "system", "chosen", "rejected")
 """Fields that may be joined of several columns."""
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*%?")
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -132,6 +137,31 @@ class DataSpec(Spec):
     def made(self) -> bool:
         """Whether the source makes its rows."""
         return isinstance(self.source, str) and self.source.startswith(MADE)
+
+    @field_validator("source", "test", "public")
+    @classmethod
+    def _a_path_is_one(cls, value: Any, info: ValidationInfo) -> Any:
+        if any(isinstance(path, str) and not path.strip() for path in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"data.{info.field_name} = {value!r}: a path is not empty; `.` is the folder that this is "
+                             "started in")
+        if info.field_name != "source" and isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+            raise ValueError(f"data.{info.field_name} = {value!r}: a fraction is a number without quotes and without "
+                             "a %, as in 0.1; a file that is called so is written ./...")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_told_apart(cls, value: list[str] | None) -> list[str] | None:
+        if value is None:
+            return value
+        if not value or any(is_blank(name) for name in value) or len(set(value)) < len(value):
+            raise ValueError(f"data.labels = {value!r:.200}: allowed are names, each once and none of them empty; "
+                             "without the key they are the labels found")
+        try:
+            told_apart(value)
+        except DataError as error:
+            raise ValueError(f"data.labels = {value!r:.200}: {error}") from None
+        return value
 
     @field_validator("test", "public")
     @classmethod

@@ -15,13 +15,19 @@ from fedllm.core.errors import DataError
 from fedllm.data.files import PACKAGE, each_once, files_in, identities, identity, in_package, no_pointer
 from fedllm.data.hub import hub_table, saved_table
 from fedllm.data.memory import Held
-from fedllm.data.strict import bounded, delimited, loads, whole
+from fedllm.data.strict import bounded, columnar, delimited, loads, named_once, whole
 from fedllm.data.table import Table
 from fedllm.tasks.row import as_text, nearest, value_of
 
 __all__ = ["map_fields", "nearest", "read_tables", "resolve", "value_of"]
 Reader = Callable[[Path, Held], Table]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+OTHERWISE = {(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"): "unpack it first",
+             (".xlsx", ".xls", ".ods", ".numbers"): "save the sheet as CSV, in UTF-8",
+             (".arrow", ".feather", ".orc", ".avro", ".h5", ".sqlite", ".db"): "write it as Parquet or JSONL",
+             (".pkl", ".pickle", ".pt", ".npy", ".npz", ".joblib"): "such a file may run code when it is read; write "
+                                                                   "it as Parquet or JSONL"}
+"""Endings that rows often have and that are not read, and what to do about it."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -97,14 +103,23 @@ def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int,
                         "files", file=str(path), kind="unreadable")
     if HUB_ID.fullmatch(source) and path.suffix.lower() not in known:
         return [hub_table(source, split, subset)]
-    raise DataError(f"{source!r}: no such file or folder (looked in {Path.cwd()}); a dataset of the Hub is written "
-                    "'owner/name' or 'hub:name'")
+    raise DataError(f"{source!r}: no such file or folder (looked in {Path.cwd()}); {_instead(source)}")
+
+
+def _instead(source: str) -> str:
+    """What may have been meant by a path that leads to nothing."""
+    if "://" in source:
+        return "nothing is fetched from a URL: fetch the file, and give its path"
+    if any(c in source for c in "*?[$%"):
+        return "patterns and variables are not put in: give a file, a folder, or a list of them"
+    return "a dataset of the Hub is written 'owner/name' or 'hub:name'"
 
 
 def _file(path: Path, room: Held, known: Mapping[str, Reader]) -> Table:
     reader = known.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: unknown extension {path.suffix!r}; known are {', '.join(known)}")
+        how = next((f"; {how}" for endings, how in OTHERWISE.items() if path.suffix.lower() in endings), "")
+        raise DataError(f"{path}: unknown extension {path.suffix!r}; known are {', '.join(known)}{how}")
     try:
         no_pointer(path)
         return replace(reader(path, room), path=path.resolve(), folder=path.parent)
@@ -133,9 +148,9 @@ def _folder(path: Path, split: str, but: frozenset[tuple[int, int]], room: Held,
     return [_file(file, room, known) for file in files]
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: Any, where: str, lines: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
-        hint = "; one JSON list over the whole file is called .json" if isinstance(value, list) else ""
+        hint = "; one JSON list over the whole file is called .json" if lines and isinstance(value, list) else ""
         raise DataError(f"{where} is a JSON {type(value).__name__}, not an object with named fields{hint}",
                         kind="broken")
     return value
@@ -150,7 +165,7 @@ def _jsonl(path: Path, room: Held) -> Table:
                 where = f"{path}, line {number}"
                 room.takes(path, len(line))
                 try:
-                    rows.append(_object(loads(line, where), where))
+                    rows.append(_object(loads(line, where), where, True))
                 except DataError as error:
                     raise error.at(str(path), len(rows) + 1) from None
                 lines.append(number)
@@ -193,8 +208,7 @@ def _delimited(delimiter: str) -> Reader:
         _, header = next(found, (0, []))
         if not header:
             raise DataError(f"{path} is empty: it holds no rows", kind="empty")
-        if twice := sorted({name for name in header if header.count(name) > 1}):
-            raise DataError(f"{path}: the header names {', '.join(twice)} more than once", kind="broken")
+        named_once(header, path)
         rows, lines = [], []
         for line, row in found:
             room.takes(path, sum(map(len, row)))
@@ -206,18 +220,11 @@ def _delimited(delimiter: str) -> Reader:
 
 
 def _parquet(path: Path, room: Held) -> Table:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        rows = []
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                room.takes(path, sum(len(v) if isinstance(v, str | bytes) else len(repr(v)) for v in row.values()))
-                rows.append(row)
-        return Table(str(path), rows)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file that can be read: {error}") from error
+    rows = []
+    for row in columnar(path):
+        room.takes(path, sum(len(v) if isinstance(v, str | bytes) else len(repr(v)) for v in row.values()))
+        rows.append(row)
+    return Table(str(path), rows)
 
 
 def _text(path: Path, room: Held) -> Table:

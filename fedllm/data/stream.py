@@ -9,7 +9,7 @@ from typing import Any
 
 from fedllm.core.errors import DataError
 from fedllm.data.sources import resolve
-from fedllm.data.strict import bounded, delimited, loads
+from fedllm.data.strict import bounded, columnar, delimited, loads, named_once
 
 Placed = tuple[int, str, dict[str, Any], bytes]
 """Number of the row, how an error names it, the row, and the row as one line of JSON."""
@@ -53,6 +53,7 @@ def _delimited(delimiter: str) -> Any:
     def read(path: Path, mine: Any) -> Iterator[Placed]:
         found = delimited(path, delimiter)
         _, header = next(found, (0, []))
+        named_once(header, path)
         for i, (line, values) in enumerate(found):
             if mine(i):
                 row = dict(zip(header, values, strict=True))
@@ -62,18 +63,9 @@ def _delimited(delimiter: str) -> Any:
 
 
 def _parquet(path: Path, mine: Any) -> Iterator[Placed]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        i = 0
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                if mine(i):
-                    yield i, f"{path.name}, row {i + 1}", row, packed(row, path, i)
-                i += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file that can be read: {error}") from error
+    for i, row in enumerate(columnar(path)):
+        if mine(i):
+            yield i, f"{path.name}, row {i + 1}", row, packed(row, path, i)
 
 
 def packed(row: dict[str, Any], path: Path, i: int) -> bytes:

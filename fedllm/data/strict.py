@@ -1,4 +1,4 @@
-"""Reads JSON and delimited text as what they say, or not at all: nothing is dropped, joined or made up on the way."""
+"""Reads JSON, delimited text and Parquet as what they say, or not at all: nothing is dropped, joined or made up."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 from fedllm.core.errors import DataError
 
@@ -114,7 +116,7 @@ def delimited(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines: list[str] = []
         reader = csv.reader(_kept(file, lines, path), delimiter=delimiter, strict=True)
-        begins, number, width = 1, 0, 0
+        begins, number, width, header = 1, 0, 0, [""]
         while True:
             lines.clear()
             try:
@@ -133,8 +135,42 @@ def delimited(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                             "what look like rows of their own; close it, or write \"\" for a quote mark")
                     raise DataError(f"{path}, line {begins}: {said} (the header is row 1)", row=number - 1,
                                     kind="broken")
+                if number > 1 and width > 1 and [row[0].removeprefix("\ufeff"), *row[1:]] == header:
+                    raise DataError(f"{path}, line {begins}: Row #{number} is the header once more, as files have it "
+                                    "that were joined; take the line out", row=number - 1, kind="broken")
+                header = row if number == 1 else header
                 yield begins, row
             begins = reader.line_num + 1
+
+
+def columnar(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file; numbers of half and single precision are the decimal ones that they stand for (0.1,
+    and not 0.10000000149). A DataError names what cannot be read, and columns that have one name."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{path}: {_named(twice)} is the name of more than one column", kind="broken")
+        kinds = {f.name: np.float16 if pa.types.is_float16(f.type) else np.float32 for f in file.schema_arrow
+                 if pa.types.is_float16(f.type) or pa.types.is_float32(f.type)}
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield {**row, **{n: None if row[n] is None else float(str(kind(row[n]))) for n, kind in kinds.items()}}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file that can be read: {error}", kind="unreadable") from error
+
+
+def named_once(header: Sequence[str], path: Path) -> None:
+    """A DataError for a header that gives two columns one name."""
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{path}: the header names {_named(twice)} more than once", kind="broken")
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(f"{name!r:.80}" for name in names[:8])
 
 
 def _kept(file: Iterator[str], lines: list[str], path: Path) -> Iterator[str]:

@@ -50,7 +50,7 @@ class LocalSpec(Knobs):
     lora_plus: float | None = knob(None, "LoRA+: the rate of LoRA's B factors is this many times `lr`; None: the same",
                                    gt=0, le=1024)
     neftune: float | None = knob(None, "NEFTune: uniform noise of alpha / sqrt(tokens * width) on the word embeddings "
-                                       "while training; None: none", gt=0)
+                                       "while training; None: none", gt=0, le=1e4)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,14 +69,14 @@ def sound_files(name: str, folder: Path) -> None:
 def complete(name: str, net: nn.Module, told: Mapping[str, Any]) -> list[str]:
     """Refuse a network of which weights that are used would be random; gives sentences on weights that are left out."""
     own = dict(net.named_parameters(remove_duplicate=False))
+    odd = sorted(str(k[0] if isinstance(k, tuple) else k) for k in told.get("mismatched_keys", ()))
+    if odd:
+        raise ModelError(f"model {name!r}: {_some(odd)} have other shapes than its config says")
     lost = sorted(n for n in told.get("missing_keys", ()) if n in own)
     if lost:
         raise ModelError(f"model {name!r}: its files have no weights for {_some(lost)}, which "
                          f"{type(net).__name__} uses; they would be random. Give the folder of a whole "
                          f"{type(net).__name__}")
-    odd = sorted(str(k[0] if isinstance(k, tuple) else k) for k in told.get("mismatched_keys", ()))
-    if odd:
-        raise ModelError(f"model {name!r}: {_some(odd)} have other shapes than its config says")
     rest = sorted(told.get("unexpected_keys", ()))
     what = f"model {name!r}: {_some(rest)} of its files are no part of {type(net).__name__} and not used"
     return [what] if rest else []

@@ -138,7 +138,8 @@ def bare(kind: Any, name: str, said: list[str], *, weights: str = "pretrained", 
     Random weights are drawn on the CPU in fp32: the same bits everywhere.
     """
     if weights == "pretrained":
-        net, told = _load(kind, name, trust_remote_code, dtype=dtype, output_loading_info=True, **how)
+        net, told = _load(kind, name, trust_remote_code, dtype=dtype, output_loading_info=True,
+                          ignore_mismatched_sizes=True, **how)  # they are refused below, by name
         if "pooler" in dict(net.named_children()):
             net.pooler = None  # its output is not used: pooling is ours
         said += complete(name, net, told)

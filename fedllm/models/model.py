@@ -175,7 +175,11 @@ class Model:
         """Tokens that end an answer: the tokenizer's, and all that the model's generation_config names."""
         own = getattr(self.net, "generation_config", None)
         said = (self.tokenizer and self.tokenizer.eos_token_id, own and own.eos_token_id)
-        return {int(t) for s in said if s is not None for t in np.atleast_1d(s)}
+        ends = [t for s in said if s is not None for t in (s if isinstance(s, list | tuple) else [s])]
+        if odd := [t for t in ends if not isinstance(t, int)]:
+            raise ModelError(f"model {self.name!r}: the eos_token_id of its generation_config is {odd[0]!r:.80}; "
+                             "allowed are numbers of tokens")
+        return set(ends)
 
     @property
     def pad(self) -> int:

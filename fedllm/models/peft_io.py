@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -96,7 +97,7 @@ def load_adapter(folder: str | Path, model: Model) -> Tree:
     if (folder / SPACE).exists():
         return _fitting(folder, _tensors(folder / TRAINED), fresh, model.space.ragged)
     config = _config(folder)
-    tree = _tensors(folder / WEIGHTS)
+    tree = sound(folder)
     if path := inside(model.net)[0]:
         tree = {n.replace(PEFT, PEFT + path, 1): t for n, t in tree.items()}
     if isinstance(model.net, HeadedEncoder):
@@ -106,7 +107,8 @@ def load_adapter(folder: str | Path, model: Model) -> Tree:
         tree |= {n: t for n, t in fresh.items() if n.startswith(PEFT + "classifier.") and n not in tree}
     if config.get("lora_dropout") and not model.space.draws:
         model.tell([f"{folder}: lora_dropout = {config['lora_dropout']} is off while clients train"])
-    tree = _fitting(folder, model.space.from_peft(config, tree, fresh), fresh, model.space.ragged)
+    told = _as_peft(folder, lambda: model.space.from_peft(config, tree, fresh))
+    tree = _fitting(folder, told, fresh, model.space.ragged)
     return fitted_to(tree, fresh) if model.space.ragged else tree
 
 
@@ -122,8 +124,11 @@ def _fitting(folder: Path, tree: Tree, fresh: Tree, ragged: bool) -> Tree:
 
 
 def _check_shape(folder: Path, name: str, t: Tensor, want: Tensor, ragged: bool) -> None:
-    fits = t.shape == want.shape or (ragged and t.dim() == want.dim() and all(
-        x == y or (".lora_" in name) for x, y in zip(t.shape, want.shape, strict=True)))
+    if t.is_floating_point() != want.is_floating_point():
+        raise ModelError(f"{folder}: {name!r} is of type {t.dtype}, the model's space wants {want.dtype}")
+    free = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None  # the axis that is a rank
+    fits = t.shape == want.shape or (ragged and free is not None and t.dim() == want.dim() == 2
+                                     and t.shape[1 - free] == want.shape[1 - free])
     if not fits:
         raise ModelError(f"{folder}: {name!r} has shape {tuple(t.shape)}, the model's space wants {tuple(want.shape)}")
 
@@ -143,7 +148,21 @@ def knobs_of(folder: str | Path, space: str) -> dict[str, Any]:
         use = names.get(config.get("peft_type", ""))
         raise ModelError(f"space.start_from = {str(folder)!r} holds a {config.get('peft_type')} adapter, space.name "
                          f"is {space!r}; " + (f"use {use!r}" if use else f"allowed are {', '.join(names)}"))
-    return kind.peft_knobs(_exact(folder, config))
+    return _as_peft(folder, lambda: kind.peft_knobs(_exact(folder, config)))
+
+
+T = TypeVar("T")
+
+
+def _as_peft(folder: Path, make: Callable[[], T]) -> T:
+    """What is made of the adapter's config; a ModelError where it lacks something, or holds something of another type
+    than PEFT writes."""
+    try:
+        return make()
+    except KeyError as error:
+        raise ModelError(f"{folder / CONFIG} lacks {error}, which such an adapter needs") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / CONFIG} is not as PEFT writes it: {error}") from None
 
 
 UNSUPPORTED = {"bias": "none", "lora_bias": False, "trainable_token_indices": None,
@@ -193,19 +212,48 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ModelError(f"{path.parent} is no PEFT adapter folder: {path.name}: {error.strerror}") from None
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a JSON {type(value).__name__}; PEFT writes an object there")
+    return value
+
+
+def sound(folder: Path) -> Tree:
+    """The tensors of a PEFT adapter folder; a ModelError where its config or they are damaged, or not one adapter."""
+    config, tree = _config(folder), _tensors(folder / WEIGHTS)
+    pattern = config.get("rank_pattern") or {}
+    for name, a in tree.items():
+        path, mark, _ = name.removeprefix(PEFT).partition(".lora_A.")
+        if not mark:
+            continue
+        b = tree.get(name.replace(".lora_A.", ".lora_B."))
+        want = _as_peft(folder, lambda path=path: pattern.get(  # type: ignore[misc]
+            get_pattern_key(list(pattern), path), config["r"]))
+        if b is not None and a.dim() == b.dim() == 2 and not a.shape[0] == b.shape[1] == want:
+            raise ModelError(f"{folder}: the factors of {path!r} are {tuple(a.shape)} and {tuple(b.shape)}, and "
+                             f"{CONFIG} says that the rank is {want!r}: they do not belong together")
+    return tree
 
 
 def _tensors(path: Path) -> Tree:
     try:
-        return load_file(path)
+        tree = load_file(path)
     except (OSError, SafetensorError) as error:
         hint = "; save it with safe_serialization=True" if path.with_suffix(".bin").exists() else ""
         raise ModelError(f"{path} cannot be read: {error}{hint}") from None
+    if odd := next((n for n, t in tree.items() if t.is_floating_point() and not t.isfinite().all()), None):
+        raise ModelError(f"{path}: {odd!r} holds NaN or infinity, and so would all that is made with it; take a copy "
+                         "from before the training broke")
+    return tree
+
+
+def base_of(folder: Path) -> str:
+    """The base model that the adapter in this folder says it was made for; empty where it says none."""
+    return str(_config(folder).get("base_model_name_or_path") or "")
 
 
 def load_head(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from fedllm.data.encode import Encoded
 from fedllm.models.batch import Batch, collate
 from fedllm.models.dual import DualEncoder, tensor_of
 from fedllm.models.model import Model
-from fedllm.models.peft_io import CONFIG, inside, load_adapter, save_adapter
+from fedllm.models.peft_io import CONFIG, base_of, inside, load_adapter, save_adapter
 from fedllm.models.plain import unpatched
 
 NEAR = {torch.float64: 1e-5, torch.float32: 2e-3}
@@ -31,6 +31,10 @@ def begin_with(folder: str | Path, model: Model) -> None:
     trainables of `save_trainables`."""
     model.start = load_adapter(folder, model)
     if (Path(folder) / CONFIG).exists():
+        base = base_of(Path(folder))
+        if base and Path(base).name != Path(model.name).name:
+            model.tell([f"{folder} was made for the base model {base!r}, and this one is {model.name!r}; if these are "
+                        "not the same weights, it begins with what was meant for others"])
         reread(Path(folder), model, model.initial())
 
 
@@ -46,6 +50,9 @@ def reread(folder: Path, model: Model, theta: Mapping[str, Tensor]) -> None:
             with model.using([theta]):
                 ours = _made(model, batch)
             want = _made_by_peft(theirs, model, batch)
+        if not (ours.isfinite().all() and want.isfinite().all()):
+            raise ModelError(f"with what {folder} holds the model's logits are no longer finite: its numbers are too "
+                             "large; take a copy from before the training broke")
         near = NEAR.get(model.net.dtype, ROUGH) * float(ours.abs().max())
         if not torch.allclose(want.to(ours.dtype), ours, rtol=0, atol=near):
             raise ModelError(f"what {folder} holds is not one function here and in PEFT: {_apart(theirs, model)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -87,7 +88,7 @@ def build(recipe: Recipe) -> Parts:
     if recipe.engine.kind in FAR:
         raise RecipeError(f"engine.kind = {recipe.engine.kind!r} runs between organisations: start it with "
                           "`fedllm serve`. In a simulation allowed are in_process, vectorized, ray")
-    torch.set_num_threads(recipe.engine.threads)
+    _take_threads(recipe.engine.threads)
     method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
     check_ranks(recipe, method)
     check_metrics(method)
@@ -123,6 +124,14 @@ def build(recipe: Recipe) -> Parts:
         raise CompositionError("local.packing = true and clients.models do not fit together: whether rows stay apart "
                                "is tried on the main model alone; leave one out")
     return Parts(recipe, world, method, layers, left_out, heard_by(layers, selector))
+
+
+def _take_threads(wanted: int) -> None:
+    """Give torch its threads; a RecipeError for so many that they would only wait for one another."""
+    cores = os.cpu_count() or 1
+    if wanted > (most := max(64, 4 * cores)):
+        raise RecipeError(f"engine.threads = {wanted}: this machine has {cores} cores, and allowed on it are {most}")
+    torch.set_num_threads(wanted)
 
 
 def _shards(federation: Federation) -> Sequence[Any]:

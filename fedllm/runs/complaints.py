@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -27,20 +26,31 @@ LONGEST, LARGEST, MOST, DEEPEST = 1 << 20, 100_000, 20, 64
 values lie in one another."""
 
 
+MERGE, INT, FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("merge", "int", "float"))
+
+
 class Yaml(yaml.SafeLoader):
-    """YAML in which `3e-3` is a number, as people expect, and a key given twice is an error."""
+    """YAML in which a number is what people expect, and a key given twice is an error.
+
+    `3e-3` is a number; `010` and `1:30` are texts, and not 8 and 90 as in YAML 1.1. `<<: *other` takes in a mapping.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        counts = Counter(str(self.construct_object(key, deep=True)) for key, _ in node.value)
-        twice = sorted(k for k, n in counts.items() if n > 1)
-        if twice:
-            where = node.start_mark
-            raise yaml.MarkedYAMLError(problem=f"the key '{twice[0]}' is given twice", problem_mark=where)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = "<<" if key.tag == MERGE else str(self.construct_object(key, deep=True))
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{name}' is given twice", problem_mark=key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep=deep)
 
 
-Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+Yaml.yaml_implicit_resolvers = {first: [(tag, form) for tag, form in forms if tag not in (INT, FLOAT)]
+                                for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+Yaml.add_implicit_resolver(INT, re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789"))
+Yaml.add_implicit_resolver(FLOAT, re.compile(
+    r"^([-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -186,12 +196,24 @@ def complaint(root: type[BaseModel], one: Mapping[str, Any]) -> str:
     if one["type"] == "extra_forbidden":
         key = str(loc[-1])
         hint = hint_of(key, list(model.model_fields), path.rpartition(".")[0])
+        if "here it is" not in hint and len(loc) == 1 and (inside := _inside(root, key.replace("-", "_"))):
+            hint = f"; here it is '{inside}'."
         return f"{path}: unknown key{hint} Allowed here: {', '.join(model.model_fields)}"
     if one["type"] == "missing":
         return f"{path}: this key is needed"
     if one["type"] == "value_error" and text.startswith(f"{loc[0]}."):
         return text  # it names its key already
     return f"{path} = {one['input']!r:.200}: {text[0].lower() + text[1:]}"
+
+
+def _inside(root: type[BaseModel], key: str) -> str:
+    """The path of the one section's key that is called so; empty where there is none."""
+    from fedllm.local.spec import LocalSpec
+
+    sections = {name: set(inner.model_fields) for name, field in root.model_fields.items()
+                if (inner := _section(field.annotation)) and get_origin(field.annotation) not in (dict, list)}
+    sections["local"] = set(LocalSpec.knobs())
+    return next((f"{name}.{key}" for name, keys in sections.items() if key in keys and key != "name"), "")
 
 
 def _known(root: type[BaseModel], loc: Sequence[Any]) -> tuple[list[Any], type[BaseModel]]:

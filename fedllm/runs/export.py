@@ -16,7 +16,7 @@ from fedllm.models.checks import loaded
 from fedllm.models.gguf import is_gguf
 from fedllm.models.load import DTYPES, load_tokenizer, place_of, resolve
 from fedllm.models.merge import merge_adapter
-from fedllm.models.peft_io import SPACE
+from fedllm.models.peft_io import SPACE, sound
 from fedllm.models.quantized import options
 from fedllm.runs.build import build
 from fedllm.runs.folder import RunFolder
@@ -54,6 +54,8 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
                        f"{result.folder / 'clients'}; or it was deleted")
     goal = Path(out) if out else result.folder / ("merged" if merge else "export")
     _is_free(goal)
+    if served.name == "adapter":
+        sound(served)  # what is damaged is not handed out
     try:
         if merge and served.name == "trainables":
             made = json.loads((served / SPACE).read_text())

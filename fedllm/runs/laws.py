@@ -19,7 +19,7 @@ def _share(value: Any) -> int | float:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e15
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-9 <= value <= 1e15
 
 
 def _law(value: Any) -> Any:
@@ -35,7 +35,7 @@ def _law(value: Any) -> Any:
               and (kind != "uniform" or given[0] <= given[-1]))
     if not ok:
         raise ValueError("allowed is a number above 0, a list of such (dealt in order), {lognormal: sigma}, "
-                         "{uniform: [low, high]} or {choice: [...]}, all above 0")
+                         "{uniform: [low, high]} or {choice: [...]}, all above 0 (from 1e-9 to 1e15)")
     return value
 
 

@@ -70,6 +70,8 @@ class Plan:
         return {**asdict(self), "epsilon": self.epsilon}
 
 
+MOST_DRAWN = 10_000
+"""Rounds of which it is drawn who is asked; further ones are as these are."""
 Bytes = dict[tuple[str, str], float]
 """(direction, phase) -> bytes."""
 
@@ -116,7 +118,8 @@ def plan_parts(parts: Parts) -> Plan:
     said = [*parts.world.federation.cautions, *look(parts), *cautions(parts.world.local)]
     progress.info("plan: %d clients have %d rows; a slice of the run is tried", len(parts.world.infos()),
                   sum(c.n for c in parts.world.infos()))
-    cohorts = [draw_cohort(parts.world.infos(), recipe.clients.per_round, recipe.seed, r) for r in range(recipe.rounds)]
+    drawn = min(recipe.rounds, MOST_DRAWN)
+    cohorts = [draw_cohort(parts.world.infos(), recipe.clients.per_round, recipe.seed, r) for r in range(drawn)]
     asked = max((len(c) for c in cohorts), default=0)
     steps = _mean_steps(parts)
     thin = Thin.of(parts, asked, max(3, min(12, round(steps / 4))))
@@ -126,12 +129,13 @@ def plan_parts(parts: Parts) -> Plan:
     progress.info("plan: the rounds are tried (%.1f s each); now a test", probed.seconds)
     share, there, stays = asked / max(1, len(small.world.federation.clients)), *_odds(parts)
     total: Bytes = defaultdict(float)
-    for r in range(recipe.rounds):
+    for r in range(drawn):
         stay = _stayed(cohorts, r)
+        alike = (recipe.rounds - 1) / (drawn - 1) if r else 1.0  # rounds that this one stands for
         for key, size in probed.by_round[0 if r == 0 else 1 + (r + 1) % 2].items():
             size *= stay + (1 - stay) * probed.back.get(key, 1.0)
             odds = there * (stays if key[0] == "up" else 1.0)
-            total[key] += share * odds * (size + probed.per_step[key] * (steps - 1))
+            total[key] += alike * share * odds * (size + probed.per_step[key] * (steps - 1))
     tests = _tests(recipe)
     first, first_seconds = _probe_test(parts, small, small.method.init(small.world.model), {})
     later, test_seconds = _probe_test(parts, small, probed.course.state, probed.course.engine.memory)

@@ -26,7 +26,7 @@ def make_profiles(recipe: Recipe, clients: list[str]) -> dict[str, Profile]:
     alike: dict[Profile, Profile] = {}
     for unknown in spec.profiles.keys() - set(clients):
         near = difflib.get_close_matches(unknown, clients, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise RecipeError(f"clients.profiles.{unknown}: no such client{hint} The data has {', '.join(clients[:12])}")
     for i, client in enumerate(clients):
         values: dict[str, Any] = {"availability": spec.availability, "latency": spec.latency, "dropout": spec.dropout,
@@ -93,7 +93,7 @@ def check_profile(path: str, key: str, value: Any) -> None:
     names = [f.name for f in fields(Profile)]
     if key not in names:
         near = difflib.get_close_matches(key, names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise RecipeError(f"{path}.{key}: unknown key{hint} Allowed here: {', '.join(names)}")
     kind = next(f.type for f in fields(Profile) if f.name == key)
     check_knob(path, key, value, LIMITS.get(key, {}), kind)

@@ -100,6 +100,9 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         raise RecipeError(complaints(Recipe, error.errors())) from None
     if recipe.name in ("", ".", "..") or not all(c.isalnum() or c in "-_.+ " for c in recipe.name):
         raise RecipeError(f"name = {recipe.name!r}: allowed are letters, digits, spaces and - _ . +")
+    if len(recipe.name.encode()) > 200:
+        raise RecipeError(f"name = {recipe.name[:40]!r}... has {len(recipe.name.encode())} bytes; allowed are 200, as "
+                          "it is a folder's")
     return recipe
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from fedllm.core.client import SERVER
 from fedllm.data.federation import Row
 from fedllm.data.load import load_federation
@@ -13,7 +15,10 @@ from fedllm.models.model import Model
 from fedllm.runs.build import Parts
 from fedllm.runs.fits import overrides
 from fedllm.runs.recipe import Recipe
+from fedllm.tasks.row import IGNORE
 
+FEW, LAST = 50, 4
+"""Rows of which the ends are looked at, and their last tokens (a line break may follow an end token)."""
 MOST = 50_000
 """Rows that are looked at; those of further clients are read when they are asked for."""
 
@@ -34,7 +39,22 @@ def look(parts: Parts) -> list[str]:
     federation = parts.world.federation
     if federation.streamed or federation.acts or overrides(parts.method, "answer") or parts.engine is not None:
         return []  # rows are read when they are asked for, are no text or no rows to learn from, or lie at sites
-    return list(_cut(parts.world))
+    return [*_cut(parts.world), *(_template(parts.world) if parts.recipe.data.template == "chat" else ())]
+
+
+def _template(world: World) -> Iterator[str]:
+    """What of the model's chat template a user should know: that answers learn no end, or that it tells the day."""
+    model, first = world.model, next(iter(world.federation.clients), None)
+    if not isinstance(model, Model) or model.tokenizer is None or first is None:
+        return
+    rows = [row.labels[row.labels != IGNORE] for row in world.encoded(first, "train", model)[:FEW]
+            if not row.cut and isinstance(row.labels, np.ndarray)]
+    if rows and not any(model.ends & set(said[-LAST:].tolist()) for said in rows):
+        yield ("the model's chat template writes no end token after an answer, so that none is learned, and the model "
+               "goes on after what it had to say")
+    if "strftime_now" in str(model.tokenizer.chat_template):
+        yield ("the model's chat template may tell the date (strftime_now): a run on another day then trains on other "
+               "texts, and is not the same")
 
 
 def _cut(world: World) -> Iterator[str]:

@@ -21,7 +21,7 @@ from fedllm.runs.result import Result, finished
 from fedllm.runs.rows import look
 from fedllm.runs.seal import figures_digest, sealed
 from fedllm.runs.standing import Standing
-from fedllm.runs.training import cautions
+from fedllm.runs.training import cautions, unmoved
 from fedllm.runs.views import views
 
 log = logging.getLogger(__name__)
@@ -182,6 +182,9 @@ class Run(Standing):
             state_digest=digest(course.state), skipped=self.skipped, ended=ended, failed=self._failed(total, final),
             best=self._best(kept is not None), **spent)
         self._write(lambda: self.folder.write_json("samples.json", shown))
+        if total > len(self.skipped) and (why := unmoved(parts.method, course.state, parts.world.model)):
+            self.record.emit("caution", why=why)
+            log.warning(why)
         figures = figures_digest(result.as_json())
         if result.failed:
             self.record.emit("did_nothing", why=result.failed)

@@ -84,8 +84,8 @@ def _broken(lines: Iterable[str]) -> tuple[list[str], list[str], Mapping[str, An
 
 
 def _against_result(result: Mapping[str, Any], heads: list[str], last: Mapping[str, Any]) -> list[str]:
-    held = result.get("audit")
-    if not held:
+    held = result.get("audit") if isinstance(result, Mapping) else None
+    if not isinstance(held, Mapping) or not held.keys() >= {"events", "head"}:
         return ["result.json holds no head of the chain (written before there was one, or taken out)"]
     out = []
     if held["events"] != len(heads):

@@ -22,6 +22,8 @@ OWN = "each site's own"
 """Stands in a federation's recipe where a simulation's names the source of its rows."""
 Rule = Literal["persistence", "linear_ar", "popularity", "item_knn", "random", "equal_share", "proportional"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+LONG = 1e9
+"""Seconds: some thirty years."""
 Pair = Annotated[list[Annotated[int, Field(ge=2, le=4096)]], Field(min_length=2, max_length=2)]
 
 
@@ -146,7 +148,7 @@ class ClientsSpec(Spec):
     """Clients drawn each round: a share (1.0: all) or a count."""
     quorum: Share = 1
     """Answers that are enough: a share of those asked, or a count."""
-    deadline: Annotated[float, Field(gt=0)] | None = None
+    deadline: Annotated[float, Field(gt=0, le=LONG)] | None = None
     """Seconds after which an answer no longer counts."""
     ranks: list[Count] | None = None
     """LoRA ranks, dealt to the clients in order and over again."""
@@ -163,14 +165,14 @@ class ClientsSpec(Spec):
     {choice: [...]}, drawn once a client."""
     bandwidth: Law | None = None
     """Bytes a second, up and down; as for speed, with a lognormal around 1e6. None: messages take no time."""
-    latency: Annotated[float, Field(ge=0)] = 0.0
+    latency: Annotated[float, Field(ge=0, le=LONG)] = 0.0
     """Seconds that each message is under way beside what its bytes take."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a client is lost while it works."""
-    step_seconds: Annotated[float, Field(gt=0)] | None = None
+    step_seconds: Annotated[float, Field(gt=0, le=LONG)] | None = None
     """Seconds of one local step at speed 1. Given, time in a simulation is virtual (deadlines too): worked out from
     what clients declare. None: time is real."""
-    day_seconds: Annotated[float, Field(gt=0)] = 86400.0
+    day_seconds: Annotated[float, Field(gt=0, le=LONG)] = 86400.0
     """Length of a client's day in virtual seconds; each begins at an hour of its own."""
     day_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of its day in which a client is there to be asked."""
@@ -189,7 +191,7 @@ class EnergySpec(Spec):
     """What the server computes on."""
     server_link: str | dict[str, Any] = "lan"
     """The server's own end of the line, of which only joules a bit count."""
-    utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    utilization: Annotated[float, Field(ge=1e-6, le=1)] = 0.3
     """Share of a device's peak that training reaches, where no clients.step_seconds says how long a step takes."""
     measure: bool = False
     """Read RAPL and NVML around each client's work; for clients on machines of their own, or one at a time."""

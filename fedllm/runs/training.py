@@ -73,7 +73,21 @@ def _keeps_keys(model: Model) -> bool:
 
 def cautions(local: LocalSpec) -> list[str]:
     """What of `local` may not be meant."""
+    if local.optimizer == "adamw" and local.lr * local.weight_decay >= 1:
+        return [f"local.lr * local.weight_decay = {local.lr * local.weight_decay:g}: each step takes away all that a "
+                "weight is; usual are 0 to 0.1 for the decay"]
     if local.optimizer == "sgd" or local.lr <= FASTEST:
         return []
     return [f"local.lr = {local.lr:g} is the rate of {local.optimizer}, which moves every weight by about as much in "
             "each step: usual are 1e-5 to 1e-2"]
+
+
+def unmoved(method: Method, state: Any, model: Any) -> str:
+    """What is to be said of rounds after which the served model is to the bit the one that they began with."""
+    theta, base = method.served(state) if method.serves else ({}, None)
+    fresh = model.initial() if theta and not base else {}
+    if not theta or theta.keys() != fresh.keys() or any(not t.equal(fresh[n].to(t)) for n, t in theta.items()):
+        return ""
+    return (f"none of the {sum(t.numel() for t in theta.values()):,} numbers that are trained moved: the model is the "
+            "one that the run began with. Steps are too small for their type (local.lr, local.clip_norm, space.alpha, "
+            "server_lr), or no token is learned (local.max_length)")

@@ -43,7 +43,7 @@ class LoRA(Space):
     peft = "LORA"
 
     rank: int = knob(8, "rank r, where a client's profile does not say another", ge=1)
-    alpha: float = knob(16.0, "scale of the update", gt=0)
+    alpha: float = knob(16.0, "scale of the update", ge=1e-6, le=1e6)
     scaling: Literal["classic", "rslora", "shared"] = knob("classic", "how alpha and the rank make s",
                                                           options=("classic", "rslora", "shared"))
     targets: str | tuple[str, ...] = knob("all-linear", "names of the linear modules, or all-linear: every one but "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from fedllm.core.errors import DataError
@@ -20,13 +21,14 @@ def label_names(values: Iterable[Any]) -> tuple[str, ...]:
     A DataError names two that are one label written in two ways: another case, blanks, or here a name, there a number.
     """
     names = {str(value) for value in values}
-    one_way(names)
+    told_apart(names)
+    one_kind(names)
     numeric = all(is_number(name) for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))
 
 
-def one_way(names: Iterable[str]) -> None:
-    """Refuse labels that look like one label written in two ways."""
+def told_apart(names: Iterable[str]) -> None:
+    """Refuse labels that are one label written in two ways: by case, blanks, code points, or as a number."""
     seen: dict[str, str] = {}
     for name, form in itertools.product(sorted(names), (looks, drawn)):
         other = seen.setdefault(WHOLE.sub(r"\1", form(name)), name)
@@ -35,6 +37,24 @@ def one_way(names: Iterable[str]) -> None:
             said = (f"{other!r:.80} and {name!r:.80} differ in case or blanks alone" if plain else
                     f"{other!a:.80} and {name!a:.80} look alike (they differ in code points, or by a .0)")
             raise DataError(f"the labels {said} and would be two classes; write them one way")
+    numbers: dict[Decimal, str] = {}
+    for name in sorted(names):
+        if (value := _value(name)) is not None and (other := numbers.setdefault(value, name)) != name:
+            raise DataError(f"the labels {other!r:.80} and {name!r:.80} are one number and would be two classes; write "
+                            "them one way")
+
+
+def _value(name: str) -> Decimal | None:
+    """The number that a label is, in the digits of any script; None for a word."""
+    try:
+        value = Decimal(name.strip()) if len(name) <= 40 else None
+    except InvalidOperation:
+        return None
+    return value if value is not None and value.is_finite() else None
+
+
+def one_kind(names: Iterable[str]) -> None:
+    """Refuse labels of which some are numbers and some are words."""
     numbers, words = [n for n in sorted(names) if is_number(n)], [n for n in sorted(names) if not is_number(n)]
     if numbers and words:
         raise DataError(f"labels are numbers here and words there ({numbers[0]!r:.80}, {words[0]!r:.80}) and would all "
@@ -54,7 +74,9 @@ def raw_label(row: Row, where: str) -> int | str:
     if isinstance(label, float) and label.is_integer():  # a column of whole numbers with gaps, as pandas keeps it
         label = int(label)
     if not isinstance(label, int | str) or is_blank(str(label)):
-        raise DataError(f"{where}: 'label' is {label!r:.80}; a label must be a string or a whole number", kind="label")
+        raise DataError(f"{where}: 'label' is {label!r:.80}; a label must be a string or a whole number"
+                        + (" (numbers that are foreseen are of data.task: regression)" * isinstance(label, float)),
+                        kind="label")
     return label
 
 

@@ -113,7 +113,9 @@ def _told(row: Encoded) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'answer'?` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    names = [str(k) for k in known]
+    alike = [k for k in names if k.strip().casefold() == str(name).strip().casefold()]
+    close = alike or difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {close[0]!r:.80}?" if close else ""
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from fedllm.core.errors import DataError, RecipeError
-from fedllm.tasks.chat import messages_of
+from fedllm.tasks.chat import COLUMNS, messages_of
 from fedllm.tasks.row import Row, as_text, is_blank, nearest, value_of
 from fedllm.tasks.tools import said_in, tools_of
 
@@ -94,6 +94,8 @@ def _chat(row: Row, where: str = "row") -> dict[str, Any]:
     """
     turns = messages_of(row, where)
     if turns is None:
+        if (name := next((n for n in COLUMNS if n in row), None)) and "prompt" not in row:
+            raise DataError(f"{where}: {name!r} is null, so that there is nothing to learn", kind="empty")
         pair = NAMED["plain"](row, where)
         return {"messages": exchange(row, pair["prompt"], pair["response"], where), **pair}
     tools = tools_of(row, where)

@@ -20,8 +20,10 @@ from fedllm.tasks.row import is_blank
 Turn = Mapping[str, Any]
 Apply = Callable[[Sequence[Turn], Sequence[Any]], str]
 """(turns, tools) -> what the template makes of them."""
-SIGNS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
+SIGNS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template raises at turns that it does not take."""
+WEIGHED = ("weight", "train", "training", "train_detail", "training_detail")
+"""Keys by which a turn, or a part of it, is not to be learned: OpenAI's, and what Axolotl's rows have."""
 LOST = ("function_call", "reasoning_content", "reasoning", "thinking", "audio")
 """Parts of a turn that are not learned, and that nobody would miss before the model is asked."""
 
@@ -48,8 +50,8 @@ def calls_of(turn: Turn, where: str) -> list[dict[str, Any]]:
     if lost := [name for name in LOST if turn.get(name)]:
         raise DataError(f"{where} has {lost[0]!r}, which is not learned: calls are read from 'tool_calls', and text "
                         "from the content", kind="chat")
-    if turn.get("weight") not in (None, 1):
-        raise DataError(f"{where} has the weight {turn['weight']!r:.80}; allowed is 1: every assistant turn is "
+    if odd := next((n for n in WEIGHED if turn.get(n) not in (None, 1)), None):
+        raise DataError(f"{where} has the {odd} {turn[odd]!r:.80}; allowed is 1: every assistant turn is "
                         "learned, or with local.every_turn = false the last", kind="chat")
     given = turn.get("tool_calls") or []
     if not isinstance(given, list):

@@ -226,3 +226,22 @@ def test_an_answer_is_judged_as_the_recipe_says():
 def test_the_metric_of_a_recipe_is_what_its_test_tells(recipe, tmp_path):
     result = fedllm.run(recipe, root=tmp_path, rounds=1, evaluate={"metric": "call:operator:ne"})
     assert 0 <= result.evaluation["global"]["judged"] <= 1 and "exact_match" not in result.evaluation["global"]
+
+
+@pytest.mark.parametrize("key, value", [("weight", 0), ("train", False), ("training", False)])
+def test_a_turn_that_is_not_to_be_learned_is_refused_by_its_key(key, value):
+    talk = turns("red", "cat", "blue", "dog")
+    talk[1][key] = value
+    with pytest.raises(DataError, match=rf"turn 2 has the {key} {value}; allowed is 1"):
+        row_of(talk)
+
+
+def test_a_talk_that_is_null_is_said_to_be(tmp_path):
+    with pytest.raises(DataError, match="x: 'messages' is null"):
+        template("chat")({"messages": None}, "x")
+
+
+def test_a_template_that_asks_too_much_is_no_fault_of_ours():
+    loops = talker("{% for i in range(10**9) %}x{% endfor %}" + CHAT)
+    with pytest.raises(DataError, match=r"talks\.jsonl, row 3 .*chat template refuses these turns.*Range too big"):
+        encode_rows([row_of(turns("red", "cat"))], loops, "generation", 32)

@@ -31,6 +31,6 @@ def make_objective(name: str, **knobs: Any) -> Objective:
     """An objective by its name with these knobs; an unknown name is refused with the nearest one."""
     if name not in objectives():
         near = difflib.get_close_matches(name, objectives(), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise RecipeError(f"objective = {name!r} is unknown{hint} Allowed: {', '.join(objectives())}")
     return objectives()[name].make(knobs, f"objective.{name}")

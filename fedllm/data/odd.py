@@ -1,0 +1,88 @@
+"""What rows hold that was hardly meant, though each can be read: counted, and said with the place of the first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm.data.meant import MISSING
+from fedllm.data.table import Table
+from fedllm.tasks.row import Row, is_blank, where_of
+
+TESTS = ("test", "tests", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "heldout", "holdout")
+SPLITS = ("split", "subset", "fold", "set", "client")
+"""Columns that say which rows are a test (`client`: the keys of a .json that maps names to lists of rows)."""
+LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00c2[\u00a0-\u00bf]|\u00e2\u20ac[\u0080-\u02ff\u2018-\u2122]|"
+                  "\u00ef\u00bb\u00bf")
+"""A character that stands for lost ones, and UTF-8 that was read as Latin-1 or cp1252 and written once more."""
+ERRORS = (*MISSING, "ref!", "div/0!", "value!", "name?", "num!", "null!")
+"""What programs write where a value is missing or could not be worked out, beside `#`, `<>` and `[]`."""
+TEXTS = ("prompt", "response", "text", "chosen", "rejected")
+MANY = 20
+
+
+def tests_among(tables: Sequence[Table]) -> Iterator[str]:
+    """Files and rows that are called a test, and are trained on with the others."""
+    files = [t for t in tables if any(word in TESTS for word in re.split(r"[\W_]+", Path(t.name).stem.lower()))]
+    if files and len(files) < len(tables):
+        yield (f"{files[0].name} is among the rows that are trained on; if it is a test, as it is called, name it in "
+               "data.test")
+    for table in tables:
+        for column in (c for c in table.rows[0] if str(c).lower() in SPLITS):
+            said = [str(row.get(column)).strip().lower() in TESTS for row in table.rows]
+            if any(said) and not all(said):
+                yield (f"{table.name}: the column {column!r} calls {sum(said)} of {len(said)} rows a test, and all are "
+                       "trained on; write them into a file of their own, and name it in data.test")
+                return
+
+
+def odd_texts(rows: Sequence[Row]) -> Iterator[str]:
+    """Lost characters, missing values that are words, nothing to read, and prompts that end with their own answer."""
+    lost, missing, blank, told = [], [], [], 0
+    for i, row in enumerate(rows, 1):
+        if any(LOST.search(text) for text in _texts(row)):
+            lost.append(where_of(row, i))
+        said, asked = row.get("response"), row.get("prompt", row.get("text"))
+        if isinstance(said, str):
+            if said.strip(" #<>[]\n").casefold() in ERRORS:
+                missing.append(where_of(row, i))
+            told += isinstance(asked, str) and bool(said.strip()) and asked.rstrip().endswith(said.strip())
+        if isinstance(asked, str) and is_blank(asked) and not row.get("messages"):
+            blank.append(where_of(row, i))
+    if lost:
+        yield (f"{_rows(lost)} characters that were lost or read in another encoding (\ufffd, \u00c3\u00a9): make the "
+               "file anew from its source, as UTF-8")
+    if missing:
+        yield f"{_rows(missing)} as response what programs write for a missing value (nan, None, #N/A); it is learned"
+    if blank and (len(blank) < len(rows) or "text" in rows[0]):
+        yield f"{_rows(blank)} nothing to read (an empty prompt or text)"
+    if rows and told == len(rows):
+        yield "every prompt ends with its own response: the model copies what it is told, and learns nothing else"
+
+
+def odd_classes(rows: Sequence[Row], labels: Sequence[str], given: bool) -> Iterator[str]:
+    """Of texts with one label: labels for nearly each row, labels of no row, texts that have several."""
+    found = {row["label"] for row in rows if isinstance(row.get("label"), int)}
+    if not found:
+        return
+    if given and (none := [label for i, label in enumerate(labels) if i not in found]):
+        yield f"no row has the label {', '.join(f'{label!r:.40}' for label in none[:5])}, which data.labels names"
+    if len(found) > MANY and 2 * len(found) > len(rows):
+        yield (f"there are {len(found)} labels for {len(rows)} rows; if another column holds the label, data.fields "
+               "names it")
+    first: dict[Any, int] = {}
+    if several := {row["text"] for row in rows if "text" in row
+                   and first.setdefault(row["text"], row["label"]) != row["label"]}:
+        yield f"{len(several)} texts stand there under more than one label"
+
+
+def _texts(row: Row) -> list[str]:
+    turns = row.get("messages") or ()
+    return [text for text in (*(row.get(name) for name in TEXTS), *(turn.get("content") for turn in turns))
+            if isinstance(text, str)]
+
+
+def _rows(at: Sequence[str]) -> str:
+    return f"{at[0]} has" if len(at) == 1 else f"{len(at)} rows ({at[0]} is the first) have"
