@@ -48,18 +48,6 @@ for tool in (bench, claims):
 
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        out.print(f"fedllm {VERSION}", highlight=False)
-        raise typer.Exit
-
-
-@app.callback()
-def about(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                                help="Say the version and stop.")] = False) -> None:
-    """Train, tune, prompt and test large language models across clients whose data must not move."""
-
-
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the run's recipe names: of its "
                                             "model, of plugin files, of a metric.")]

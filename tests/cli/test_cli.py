@@ -146,9 +146,3 @@ def test_what_only_begins_or_watches_is_light(module):
     """Help is there at once; `join` lives as long as the site does: the model's packages are the watched process's."""
     code = f"import sys, fedllm.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_the_version_is_said(capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["--version"])
-    assert not ended.value.code and capsys.readouterr().out.strip() == f"fedllm {fedllm.__version__}"
