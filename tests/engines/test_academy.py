@@ -408,7 +408,7 @@ def test_questions_are_answered_after_the_rounds(tmp_path, tiny_bert_folder):
             (tmp_path / "docs" / site).mkdir(parents=True)
             (tmp_path / "docs" / site / "0.txt").write_text(text)
             rig.join(site, "--data", str(tmp_path / "docs" / site))
-        checked = of_sites({"name": "rag", "model": tiny_bert_folder, "method": {"name": "fed_rag", "wait": 5.0},
+        checked = of_sites({"name": "rag", "model": tiny_bert_folder, "method": {"name": "fed_rag", "wait": 60.0},
                             "rounds": 1, "data": {"task": "documents"}, "engine": "academy",
                             "layers": [{"name": "responsible_gate", **gate}], "evaluate": {"clients": False}})
         path = RunFolder.create(tmp_path / "rag", {**checked.model_dump(mode="json"), "versions": versions()}).path
@@ -417,7 +417,7 @@ def test_questions_are_answered_after_the_rounds(tmp_path, tiny_bert_folder):
         got = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", timeout=120, trust_env=False,
                          json={"messages": [{"role": "user", "content": "when does the ward open"}]}).json()
         found = {s["text"]: s["sites"] for s in got["sources"]}
-        assert found["the ward opens at nine"] == ["site-b"] and got["fedllm"]["rests_on"], got
+        assert found.get("the ward opens at nine") == ["site-b"] and not got["fedllm"]["missing"], got
         serving.terminate()
         assert serving.wait(60) is not None and not (path / "asking.json").exists()
     assert not rig.all_processes()
