@@ -94,7 +94,7 @@ def _digest(rig: Loopback, method: str) -> dict[str, Any]:
     loads = json.loads((far.folder / "sites.json").read_text())
     mine, theirs = (r.evaluation.get("clients") or {} for r in (here, far))
     return {"same": far.state_digest == here.state_digest, "digest": far.state_digest[:16],
-            "clients_same": bool(mine) and mine == theirs,
+            "clients_same": mine == theirs if mine or theirs else None,  # a method may have none of its clients'
             "bytes_same": far.bytes == here.bytes, "up": far.bytes["up"], "down": far.bytes["down"],
             "model_loads": sorted({s["loads"] for s in loads.values()}), "seconds": round(far.seconds, 1)}
 

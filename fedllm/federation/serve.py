@@ -79,6 +79,6 @@ def resume_serving(run: str | Path, federation: str | Path, *, needed: int | Non
 def may_answer(recipe: Recipe) -> None:
     """RecipeError where no questions can be put to this run's sites."""
     need_answers(recipe)
-    if recipe.engine.kind in ("flower", "academy"):
-        raise RecipeError(f"--ask: questions are answered over NVFlare alone, and engine.kind is "
-                          f"'{recipe.engine.kind}'; use keys of `fedllm keys new --engine flare`")
+    if recipe.engine.kind == "flower":
+        raise RecipeError("--ask: questions are answered over NVFlare and Academy, and engine.kind is 'flower'; use "
+                          "keys of `fedllm keys new --engine flare`")

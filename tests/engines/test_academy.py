@@ -45,8 +45,8 @@ from fedllm.federation.nvflare.loopback import events, until, write_rows
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.recipe import load_recipe
-from fedllm.runs.sections import OWN
+from fedllm.runs.recipe import of_sites
+from fedllm.runs.resolved import versions
 
 SGD = {"local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}}
 SITES = ("site-a", "site-b")
@@ -276,7 +276,7 @@ def test_fedavg_is_the_simulations_and_the_exchange_reads_nothing(tmp_path, tiny
     try:
         for site in SITES:
             made.start(site)
-        checked = load_recipe({**spec, "engine": "academy"}, {"data.source": OWN})
+        checked = of_sites({**spec, "engine": "academy"})
         path = RunFolder.create(tmp_path / "far", checked.model_dump(mode="json")).path
         far = carry_out_academy(made.keys, made.link, path, 2, 60.0)
     finally:
@@ -392,3 +392,32 @@ def killed_and_in_time(rig, tmp_path):
     assert not trouble and far.state_digest == run(spec, root=tmp_path / "again").state_digest
     assert [e["client"] for e in events(far.folder, "reopened")] == ["site-a"]
     assert not events(far.folder, "missing")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_questions_are_answered_after_the_rounds(tmp_path, tiny_bert_folder):
+    pytest.importorskip("bm25s")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with academy_loopback(tmp_path, tiny_bert_folder, join=False, sites=SITES) as rig:
+        gate = {"copies": "report", "personal": "report", "encoder": "off"}
+        rig.policy.write_text(json.dumps({"text_leaves": True, "gate": gate}))
+        for site, text in zip(SITES, ("the court hears appeals on monday", "the ward opens at nine"), strict=True):
+            (tmp_path / "docs" / site).mkdir(parents=True)
+            (tmp_path / "docs" / site / "0.txt").write_text(text)
+            rig.join(site, "--data", str(tmp_path / "docs" / site))
+        checked = of_sites({"name": "rag", "model": tiny_bert_folder, "method": {"name": "fed_rag", "wait": 60.0},
+                            "rounds": 1, "data": {"task": "documents"}, "engine": "academy",
+                            "layers": [{"name": "responsible_gate", **gate}], "evaluate": {"clients": False}})
+        path = RunFolder.create(tmp_path / "rag", {**checked.model_dump(mode="json"), "versions": versions()}).path
+        serving = rig.serve(path, "--ask", str(port))
+        until(lambda: (path / "asking.json").exists(), 300, "questions can be asked")
+        got = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", timeout=120, trust_env=False,
+                         json={"messages": [{"role": "user", "content": "when does the ward open"}]}).json()
+        found = {s["text"]: s["sites"] for s in got["sources"]}
+        assert found.get("the ward opens at nine") == ["site-b"] and not got["fedllm"]["missing"], got
+        serving.terminate()
+        assert serving.wait(60) is not None and not (path / "asking.json").exists()
+    assert not rig.all_processes()

@@ -127,7 +127,7 @@ def test_the_quorum_closes_a_window_and_grace_waits_within_the_slack():
     """Each window is 3 s of work; the last learner answers 2 x 0.2 s after the others."""
     all_of, race = raced(None, 0.0, late=0.2)
     assert all_of == pytest.approx([3.4] * 3) and race.state["holds"]["client-3"] == 2
-    assert race.state["pace"] == 0 < raced(3, 0.5)[1].state["pace"]  # time is no part of what it does not decide
+    assert race.state["pace"] == 0 < raced(3, 0.5)[1].state["pace"]  # a state holds no time that decides nothing
     few, race = raced(3, 0.0, late=0.2)
     assert few == pytest.approx([3.0] * 3) and "client-3" not in race.state["holds"]
     some, race = raced(3, 0.5, late=0.2)  # slack: 1 step of 1 s, known from the second window on

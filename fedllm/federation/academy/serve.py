@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from fedllm.engines.far.sites import PROTOCOL
 from fedllm.federation.academy.keys import AcademyFederation
 from fedllm.federation.academy.link import START, AcademyLink
 from fedllm.federation.academy.wire import SIZE, check_academy
+from fedllm.federation.answering import Desk, answer_questions
 from fedllm.federation.coordinator import drive_run
 from fedllm.federation.process import end_tree, need_port
 from fedllm.federation.watching import there
@@ -26,20 +28,23 @@ log = logging.getLogger(__name__)
 
 
 def serve_folder(run: Path, federation: Path, needed: int | None = None, wait: float = 600.0,
-                 patience: Patience | None = None) -> Result:
-    """Begin the run in a folder, or go on with it: an exchange for as long as it takes."""
+                 patience: Patience | None = None, desk: Desk | None = None) -> Result:
+    """Begin the run in a folder, or go on with it: an exchange for as long as it takes. At `desk` questions are then
+    answered, until this process ends."""
     keys = AcademyFederation(federation)
     with exchange(keys) as link:
-        return carry_out_academy(keys, link, run, needed, wait, patience)
+        return carry_out_academy(keys, link, run, needed, wait, patience, desk)
 
 
 def carry_out_academy(keys: AcademyFederation, link: AcademyLink, run: Path, needed: int | None = None,
-                      wait: float = 600.0, patience: Patience | None = None) -> Result:
+                      wait: float = 600.0, patience: Patience | None = None, desk: Desk | None = None) -> Result:
     """A run on an exchange that is up, with the sites that are there once `needed` are."""
     sites = [site for site in link.sites if not keys.barred(site)]
     needed = len(sites) if needed is None else needed
     here = await_agents(link, sites, needed, wait)
-    return drive_run(run, InPieces(link, SIZE), here, needed, patience or Patience(probe=5.0), kind="academy")
+    after = desk and functools.partial(answer_questions, desk=desk, name=run.name)
+    return drive_run(run, InPieces(link, SIZE), here, needed, patience or Patience(probe=5.0), kind="academy",
+                     after=after)
 
 
 @contextlib.contextmanager

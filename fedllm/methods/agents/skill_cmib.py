@@ -55,12 +55,10 @@ class SkillCMIB(Method):
         evidence="From a dossier of a third party's notes. Ours: cards are words that traces share, chosen by the net; "
                  "z joins the frozen state behind the encoder, and not as tokens before it: it runs once a row.",
     )
-    trial = Trial({"pixels": 64, "least": 2, "card_rounds": 1}, {"name": "head"}, task="classification",
-                  far={"data.fields": {"skill": "skill", "trace": "trace", "glyph": "strokes"}},
-                  apart="its rows hold pictures and traces; tests/methods/test_skill_cmib tries it")
+    trial = Trial({"pixels": 64, "least": 2, "card_rounds": 1}, {"name": "head"}, task="classification", far={
+        "data.fields": {"skill": "skill", "trace": "trace", "glyph": "strokes"}}, apart="its rows are trials")
     metrics: ClassVar = {"card_accuracy": "max", "agree": "max", "kl": "min"}
     serves, only_fits = False, False
-
     beta_c: float = knob(0.01, "nats that a word of a card costs", ge=0)
     beta_z: float = knob(0.01, "weight of the latent's KL, reached over `anneal` rounds", ge=0)
     card_rounds: int = knob(8, "rounds by cards alone, before the first card is chosen and the latent comes", ge=0)
@@ -116,8 +114,8 @@ class SkillCMIB(Method):
         if self.share == "nothing":
             client.memory["skills"] = {"theta": net, "cards": mine or cards}
             return told
-        told |= {"names": list(mine), "texts": list(mine.values()), "worth": worth}
-        return {**told, **pack(delta=sub(net, theta))}
+        told |= {"names": list(mine), "texts": list(mine.values()), "worth": worth, **pack(delta=sub(net, theta))}
+        return told
 
     def own(self, msg: Payload, client: Client) -> tuple[Any, dict[str, str]]:
         """The net and the cards that this client works with."""

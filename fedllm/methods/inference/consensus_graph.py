@@ -62,9 +62,8 @@ class ConsensusGraph(Owned):
                  "drawn by itself, on frozen features of whatever model it holds. That a learned graph pays is open.",
     )
     trial = Trial({"steps": 2, "batch": 3, "own_rounds": 1, "encoders": "trained"}, {"name": "mlp_head", "size": 8},
-                  task="classification", far={"data.entity": "id", "data.test": 0.0},
-                  silent="a silent owner's part is missing, and the sum over owners another",
-                  rounding="Adam at the server divides by a gradient's own size")
+                  task="classification", far={"data.entity": "id", "data.test": 0.0}, silent="a silent owner's part is "
+                  "missing, and the sum another", rounding="Adam at the server divides by a gradient's own size")
     lr: float = knob(0.01, "rate of the server's Adam", gt=0)
     align: Literal["linear", "none", "hungarian", "sinkhorn"] = knob(
         "linear", "A_k: learned, none, a matching of neurons, or a soft one that is learned",
