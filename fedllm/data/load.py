@@ -110,7 +110,7 @@ def _looked_at(spec: DataSpec, tables: Sequence[Table], mine: Sequence[Row], tes
     """What is to be said of people's own rows."""
     said = [*twice(mine, test), *tests_among(tables), *odd_texts(mine)]
     if labels and task_of(spec.task).columns[-1] == "label":
-        said += odd_classes([*mine, *test], labels, spec.labels is not None)
+        said += odd_classes(mine, test, labels, spec.labels is not None)
     if spec.entity is None and (own := [row for shard in clients.values() for row in shard.test]):
         said += twice([row for shard in clients.values() for row in shard.train], own, "clients' own tests")
     if isinstance(spec.test, float) and spec.test and not test:
