@@ -98,8 +98,8 @@ def check_knob(owner: str, name: str, value: Any, meta: Mapping[str, Any], kind:
     """Raise RecipeError naming the knob, the value and what is allowed."""
     limits = [f"{sign} {meta[op]}" for op, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
               if meta.get(op) is not None]
-    open_ended = meta.get("le") is None and meta.get("lt") is None
-    if open_ended and isinstance(value, int | float) and abs(value) > LARGEST:  # the type's own bound is what it breaks
+    unbounded = meta.get("le") is meta.get("lt") is None
+    if unbounded and isinstance(value, int | float) and abs(value) > LARGEST:  # the type's own bound is what it breaks
         limits.append(f"<= {LARGEST:g}")
     allowed = f"one of {list(meta['options'])}" if meta.get("options") else " and ".join(limits)
     kind = kind.__name__ if isinstance(kind, type) else str(kind)
