@@ -209,3 +209,10 @@ def test_a_target_that_no_loss_can_hold_and_a_hub_name_that_is_none_are_refused(
         load_federation({"source": source, "task": "regression", "partition": {"kind": "iid", "clients": 1}}, 0)
     with pytest.raises(DataError, match=r"'hub:' names no dataset"):
         read_tables("hub:")
+
+
+@pytest.mark.parametrize("ending, sign", [("csv", ";"), ("csv", "\t"), ("csv", "|"), ("tsv", ",")])
+def test_fields_that_another_sign_parts_are_told_as_such(tmp_path, ending, sign):
+    (tmp_path / f"a.{ending}").write_text(f"q{sign}a\nx{sign}y\n")
+    with pytest.raises(DataError, match=r"has no field 'q'; it has .* parted by another sign than its ending says"):
+        load_federation({"source": str(tmp_path / f"a.{ending}"), **QA}, 0)
