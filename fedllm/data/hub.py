@@ -47,9 +47,11 @@ def saved_table(path: Path, split: str) -> Table:
 def hub_table(name: str, split: str, subset: str | None) -> Table:
     import datasets
 
+    if not name.strip():
+        raise DataError("'hub:' names no dataset; one of the Hub is written 'owner/name' or 'hub:name'")
     try:
         return of_dataset(name, datasets.load_dataset(name, subset, split=split))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever the library makes of a name, or of what it was sent
         # Hub errors run over many lines; the first says what happened.
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"the dataset {name!r} is no local file and could not be reached on the Hub ({cause}); "

@@ -110,9 +110,9 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
 def _looked_at(spec: DataSpec, tables: Sequence[Table], mine: Sequence[Row], test: Sequence[Row],
                labels: Sequence[str], clients: Mapping[str, Shard]) -> list[str]:
     """What is to be said of people's own rows."""
-    said = [*twice(mine, test), *tests_among(tables), *odd_texts(mine)]
+    said = [*twice(mine, test), *odd_texts(mine), *(tests_among(tables) if spec.task != DOCUMENTS_TASK else ())]
     if labels and task_of(spec.task).columns[-1] == "label":
-        said += odd_classes([*mine, *test], labels, spec.labels is not None)
+        said += odd_classes(mine, test, labels, spec.labels is not None)
     if spec.entity is None and (own := [row for shard in clients.values() for row in shard.test]):
         said += twice([row for shard in clients.values() for row in shard.train], own, "clients' own tests")
     if isinstance(spec.test, float) and spec.test and not test:

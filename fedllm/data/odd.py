@@ -25,7 +25,8 @@ MANY = 20
 
 def tests_among(tables: Sequence[Table]) -> Iterator[str]:
     """Files and rows that are called a test, and are trained on with the others."""
-    files = [t for t in tables if any(word in TESTS for word in re.split(r"[\W_]+", Path(t.name).stem.lower()))]
+    words = [re.split(r"[\W_]+", Path(table.name).stem.lower()) for table in tables]
+    files = [table for table, said in zip(tables, words, strict=True) if said[0] in TESTS or said[-1] in TESTS]
     if files and len(files) < len(tables):
         yield (f"{files[0].name} is among the rows that are trained on; if it is a test, as it is called, name it in "
                "data.test")
@@ -62,11 +63,16 @@ def odd_texts(rows: Sequence[Row]) -> Iterator[str]:
         yield "every prompt ends with its own response: the model copies what it is told, and learns nothing else"
 
 
-def odd_classes(rows: Sequence[Row], labels: Sequence[str], given: bool) -> Iterator[str]:
-    """Of texts with one label: labels for nearly each row, labels of no row, texts that have several."""
-    found = {row["label"] for row in rows if isinstance(row.get("label"), int)}
+def odd_classes(train: Sequence[Row], test: Sequence[Row], labels: Sequence[str], given: bool) -> Iterator[str]:
+    """Of texts with one label: labels for nearly each row, of no row and of the test's alone, texts that have
+    several."""
+    rows = [*train, *test]
+    found, learned = ({row["label"] for row in some if isinstance(row.get("label"), int)} for some in (rows, train))
     if not found:
         return
+    if alone := sorted(found - learned):
+        yield (f"the label {labels[alone[0]]!r:.40} is of rows of the test alone, so that nobody learns it"
+               + (f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""))
     if given and (none := [label for i, label in enumerate(labels) if i not in found]):
         yield f"no row has the label {', '.join(f'{label!r:.40}' for label in none[:5])}, which data.labels names"
     if len(found) > MANY and 2 * len(found) > len(rows):

@@ -109,6 +109,9 @@ class Run(Standing):
         parts = self.parts
         said = list(parts.method.cautions(cohort_size(parts.recipe.clients.per_round, len(self.course.clients))))
         said += [*parts.world.federation.cautions, *look(parts), *cautions(parts.world.local)]
+        asked, there = parts.recipe.clients.per_round, len(self.course.clients)
+        if isinstance(asked, int) and asked > there:
+            said.append(f"clients.per_round = {asked}, and there are {there} clients: all of them are asked")
         for name, spec in parts.recipe.models.items():
             if spec.endpoint is not None:
                 said.append(f"models.{name} is an endpoint at {spec.endpoint.get('base_url', 'its default address')}: "

@@ -17,6 +17,9 @@ from fedllm.tasks.task import How, Losses, Metric, Shape, Task, wide
 
 TARGET = "target"
 
+LARGEST = 1e18
+"""The largest target whose square a single-precision loss can hold."""
+
 
 class Regression(Task):
     """A number of a text, by an encoder's pooled states; the loss is the squared error."""
@@ -59,6 +62,6 @@ def number_of(row: Row, where: str) -> float:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{where}: {TARGET!r} is {value!r:.80}; it must be a finite number")
+    if not abs(number) <= LARGEST:
+        raise DataError(f"{where}: {TARGET!r} is {value!r:.80}; it must be a finite number, of 1e18 at most")
     return number

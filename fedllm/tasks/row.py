@@ -6,6 +6,7 @@ import datetime
 import decimal
 import difflib
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -122,7 +123,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def value_of(row: Mapping[str, Any], name: str, where: str) -> Any:
     """A field of a row; a DataError names the row, the missing field, those present and the nearest."""
     if name not in row:
-        raise DataError(f"{where} has no field {name!r:.80}; it has {names_in(row)}{nearest(name, row)}")
+        parted = len(row) == 1 and name in re.split(r"[,;|\t]", str(next(iter(row))))
+        raise DataError(f"{where} has no field {name!r:.80}; it has {names_in(row)}" + (
+            "; its fields are parted by another sign than its ending says (.csv: a comma, .tsv: a tab)" if parted else
+            nearest(name, row)))
     return row[name]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import DataError, ModelError
-from fedllm.tasks.labels import index_of
+from fedllm.tasks.labels import index_of, label_names
 from fedllm.tasks.row import IGNORE, Encoded, Row, value_of
 from fedllm.tasks.task import How, Losses, Metric, Shape, Task, hits, wide
 
@@ -32,7 +32,7 @@ class Tokens(Task):
 
     def found(self, rows: Iterable[tuple[Row, str]]) -> tuple[str, ...]:
         """The tags of all rows, `O` first, B-x beside I-x."""
-        seen = {str(tag) for row, where in rows for tag in _lists(row, where)[1]}
+        seen = set(label_names(tag for row, where in rows for tag in _lists(row, where)[1]))
         return tuple(sorted(seen, key=lambda tag: (tag != OUTSIDE, entity_type(tag) or "", tag)))
 
     def encode(self, rows: Sequence[Row], how: How) -> list[Encoded]:

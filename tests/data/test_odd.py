@@ -149,6 +149,9 @@ def test_a_label_of_no_row_and_a_text_of_two_labels_are_said(tmp_path):
     said = load_federation({"source": source, **CLASSES, "labels": ["a", "b", "c"], "client_test": 0.0}, 0).cautions
     assert any("no row has the label 'c'" in s for s in said)
     assert any("1 texts stand there under more" in s for s in said)
+    test = lines(tmp_path / "t.jsonl", [{"t": "new", "l": "z"}, {"t": "old", "l": "a"}])
+    said = load_federation({"source": source, **CLASSES, "test": test}, 0).cautions
+    assert any("the label 'z' is of rows of the test alone" in s for s in said)
 
 
 def test_a_test_among_the_training_rows_is_said_by_its_name(tmp_path):
@@ -191,3 +194,25 @@ def test_a_prompt_that_tells_the_answer_is_said(tmp_path, template):
     source = lines(tmp_path / "a.jsonl", qa())
     (said,) = load_federation({"source": source, **QA, "template": template, "client_test": 0.0}, 0).cautions
     assert "every prompt ends with its own response" in said
+
+
+@pytest.mark.parametrize("tags", [["X", 1], ["x", "X"], ["B-PER", "B-per"]])
+def test_tags_are_held_to_what_labels_are(tmp_path, tags):
+    source = lines(tmp_path / "a.jsonl", [{"tokens": ["a", "b"], "tags": tags}] * 4)
+    with pytest.raises(DataError, match=r"would (be two|all be) classes"):
+        load_federation({"source": source, "task": "tokens", "partition": {"kind": "iid", "clients": 1}}, 0)
+
+
+def test_a_target_that_no_loss_can_hold_and_a_hub_name_that_is_none_are_refused(tmp_path):
+    source = lines(tmp_path / "a.jsonl", [{"text": "x", "target": 1.5}, {"text": "y", "target": 1e300}])
+    with pytest.raises(DataError, match=r"row 2 .*'target' is 1e\+300; it must be a finite number, of 1e18 at most"):
+        load_federation({"source": source, "task": "regression", "partition": {"kind": "iid", "clients": 1}}, 0)
+    with pytest.raises(DataError, match=r"'hub:' names no dataset"):
+        read_tables("hub:")
+
+
+@pytest.mark.parametrize("ending, sign", [("csv", ";"), ("csv", "\t"), ("csv", "|"), ("tsv", ",")])
+def test_fields_that_another_sign_parts_are_told_as_such(tmp_path, ending, sign):
+    (tmp_path / f"a.{ending}").write_text(f"q{sign}a\nx{sign}y\n")
+    with pytest.raises(DataError, match=r"has no field 'q'; it has .* parted by another sign than its ending says"):
+        load_federation({"source": str(tmp_path / f"a.{ending}"), **QA}, 0)

@@ -74,7 +74,9 @@ def test_rounds_that_move_nothing_are_said(recipe, tmp_path, local):
 
 
 def test_rounds_that_move_something_say_nothing(recipe, tmp_path):
-    result = fedllm.run(recipe, root=tmp_path, rounds=1)
+    result = fedllm.run(recipe, root=tmp_path, rounds=1, clients={"per_round": 90})
+    said = [e["why"] for e in RunFolder(result.folder).events() if e["kind"] == "caution"]
+    assert any("clients.per_round = 90, and there are 5 clients: all of them are asked" in why for why in said)
     assert not [e for e in RunFolder(result.folder).events() if e["kind"] == "caution" and "moved" in e["why"]]
     done = json.loads((result.folder / "result.json").read_text())
     assert _against_result([done], [], {}) == _against_result({"audit": []}, [], {}) == [

@@ -245,3 +245,13 @@ def test_a_template_that_asks_too_much_is_no_fault_of_ours():
     loops = talker("{% for i in range(10**9) %}x{% endfor %}" + CHAT)
     with pytest.raises(DataError, match=r"talks\.jsonl, row 3 .*chat template refuses these turns.*Range too big"):
         encode_rows([row_of(turns("red", "cat"))], loops, "generation", 32)
+
+
+@pytest.mark.parametrize("chat, said", [
+    (CHAT.replace("' <end> '", "' '"), "writes no end token after an answer"),
+    ("{% if false %}{{ strftime_now('%d %B') }}{% endif %}" + CHAT, "may tell the date"), (CHAT, None)])
+def test_what_a_user_should_know_of_a_template_is_said(talks, models, chat, said):
+    parts = build(load_recipe(talks(turns("red", "cat")), {"model": str(models / "strict")}))
+    parts.world.model.tokenizer.chat_template = chat
+    found = [why for why in look(parts) if "template" in why]
+    assert (said is None and not found) or (len(found) == 1 and said in found[0])
