@@ -32,6 +32,7 @@ TREE = {"name": "dp_ftrl", "unit": "example", "epsilon": 8.0, "clip_norm": 0.1, 
 HIDES = {"name": "secagg", "threshold": 0.5}
 """Of three sites two open a sum."""
 PLUS = {**HIDES, "name": "secagg_plus", "degree": 2, "corrupt": 0.0}
+FOUR = (*SITES, "site-d")
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_a_large_site_does_not_refuse_a_grid_for_rows_that_nobody_has():
 
 @pytest.fixture(scope="module", params=["nvflare", "flower"])
 def rig(request, tmp_path_factory, tiny_llama_folder):
-    """Three sites, each a process of its own, over mutual TLS."""
+    """Four sites, each a process of its own, over mutual TLS: three are left to hide among when one is gone."""
     if importlib.util.find_spec({"nvflare": "nvflare", "flower": "flwr"}[request.param]) is None:
         pytest.skip(f"{request.param} is not installed")
     from fedllm.federation.flower.loopback import flower_loopback
@@ -152,9 +153,10 @@ def rig(request, tmp_path_factory, tiny_llama_folder):
     from fedllm.federation.nvflare.loopback import loopback
 
     make, part = {"nvflare": (loopback, "worker"), "flower": (flower_loopback, "desk")}[request.param]
-    with make(tmp_path_factory.mktemp(request.param).resolve(), tiny_llama_folder) as rig, rig.serving_session():
+    folder = tmp_path_factory.mktemp(request.param).resolve()
+    with make(folder, tiny_llama_folder, sites=FOUR) as rig, rig.serving_session():
         if part == "worker":  # many processes begin at once
-            federate.await_sites(rig.session, len(SITES), 400.0)
+            federate.await_sites(rig.session, len(FOUR), 400.0)
         rig.pid_of = (lambda site: rig.worker(site)) if part == "worker" else (lambda site: rig.part(site, part))
         yield rig
 
@@ -169,7 +171,7 @@ def test_real_sites_share_their_noise(rig):
     assert far.skipped == [] and far.state_digest == here.state_digest
     assert far.privacy["claim"] == here.privacy["claim"] == "none"  # a seed voids it
     spec = rig.recipe("fedavg", name="killed", layers=[SHARED, HIDES], rounds=8,
-                      clients={"deadline": 20.0, "quorum": 2}, **more)
+                      clients={"deadline": 20.0, "quorum": 3}, **more)
     import threading
 
     trouble = []
@@ -188,8 +190,8 @@ def test_real_sites_share_their_noise(rig):
     thread.join(10)
     assert not trouble and far.skipped == [] and far.rounds == 8
     assert {e["client"] for e in events(far.folder, "missing")} == {"site-c"}
-    says, z = far.privacy["layers"][0], DPSGD(**SHARED).bind(Facts(dict.fromkeys(SITES, 9), 3, 8, LocalSpec(**STEP),
-                                                                   below=(SecAgg(threshold=0.5),))).noise_multiplier
-    book = Ledger({})
-    book.book(Release(z, law="discrete"), 8)
-    assert far.privacy["claim"] == "private" and says["epsilon"] == pytest.approx(book.epsilon(1e-5)) <= 8.0
+    facts = Facts(dict.fromkeys(FOUR, 9), 4, 8, LocalSpec(**STEP), below=(SecAgg(threshold=0.5),))
+    says, book = far.privacy["layers"][0], Ledger({})
+    book.book(Release(DPSGD(**SHARED).bind(facts).noise_multiplier, law="discrete"), 8)
+    assert far.privacy["claim"] == "private" and says["epsilon"] == pytest.approx(book.epsilon(1e-5))
+    assert 7.5 < says["epsilon"] <= 8.0 and set(says["clients"]) == set(FOUR)
