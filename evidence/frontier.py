@@ -2,7 +2,8 @@
 
 `python -m evidence.frontier [KEY=VALUE ...]` measures the cells that are not in docs/results/frontier.json yet (a cell
 is one run of the framework) and writes that file after each, so that it can be stopped at any moment; then the page.
-`data=sst2 space=head noise=shared epsilon=3` picks some; `seconds=600` stops by itself.
+`data=sst2 space=head noise=shared epsilon=3` picks some; `seconds=600` stops by itself. Under a head each row passes
+through the body once, and is remembered for the cells after it (and in FEDLLM_CACHE for other processes).
 """
 
 from __future__ import annotations
@@ -10,14 +11,21 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evidence.pages.frontier import write_page
+from evidence.rigs.topics import cache_dir
+from evidence.rigs.worlds import Remembered
 from fedllm.core.record import Record
+from fedllm.data.load import load_federation
+from fedllm.data.section import DataSpec
 from fedllm.runs.build import Parts, build
 from fedllm.runs.course import Course
 from fedllm.runs.judge import Judge
@@ -36,6 +44,11 @@ SPACES: dict[str, tuple[Any, float]] = {
     "head": ("head", 10.0), "bias": ("bias", 1.0), "soft_prompt": ({"name": "soft_prompt", "length": 8}, 1.0),
     "lora": ({"name": "lora", "rank": 8, "targets": ["query", "value"]}, 0.5)}
 """What is trained, and the rate of one step on all rows at clip 1; only the head's was tuned."""
+EACH = 7
+"""Rows of a client where clients are what is private."""
+MANY, RATE = 10_000, 0.1
+"""So many clients are more than there are rows for: each then has rows drawn from all of them, which others have too,
+and takes part in a round by a coin that falls in secret."""
 Cell = Mapping[str, Any]
 
 
@@ -65,25 +78,53 @@ def recipe_of(cell: Cell) -> dict[str, Any]:
         noise = {"name": "dp_fedavg", "epsilon": cell["epsilon"], "delta": 1e-5, "clip_norm": 0.037, "clip_lr": 0.0}
         if not cell["epsilon"]:
             noise |= {"epsilon": None, "noise_multiplier": 0.0}
+        if cell["clients"] >= MANY:
+            noise |= {"sampling": "poisson", "rate": RATE}
         layers = [noise]
     method = {"name": "fedavg", "server_lr": 30.0 if cell["unit"] == "client" else 1.0}
     data = {**DATA[cell["data"]], "task": "classification", "fields": {"text": "text", "label": "label"},
             "client_test": 0.0, "partition": {"kind": "iid", "clients": cell["clients"]}}
+    if cell["clients"] >= MANY:
+        data |= {"source": str(people_file(cell)), "partition": {"kind": "by_key", "key": "person"}}
     return {"name": "frontier", "model": {"name": "minilm", "pooling": "mean"}, "data": data, "method": method,
             "space": space, "layers": layers, "local": {**local, "max_length": 64}, "rounds": 40, "seed": cell["seed"],
             "evaluate": {"clients": False, "samples": 0}}
 
 
+def people_file(cell: Cell) -> Path:
+    """Where the rows of very many clients lie."""
+    return cache_dir() / "frontier" / f"{cell['data']}-{cell['clients']}-{cell['seed']}.jsonl"
+
+
+def write_people(path: Path, rows: Sequence[Mapping[str, Any]], clients: int, seed: int) -> None:
+    """`EACH` rows for each client, drawn with replacement: what a person has, others may have too."""
+    drawn = np.random.default_rng(seed).integers(len(rows), size=(clients, EACH))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps({**rows[i], "person": f"p{k:05}"}) + "\n"
+                            for k, mine in enumerate(drawn.tolist()) for i in mine))
+    part.replace(path)
+
+
 def measure(cell: Cell) -> dict[str, Any]:
     """Accuracy on the test, and the epsilon that the run's own statement says."""
+    if cell["clients"] >= MANY and not people_file(cell).exists():
+        data = {**recipe_of({**cell, "clients": 1})["data"]}
+        shards = load_federation(DataSpec.model_validate(data), cell["seed"]).clients.values()
+        write_people(people_file(cell), [r for s in shards for r in s.train], cell["clients"], cell["seed"])
     parts = build(load_recipe(recipe_of(cell), {}))
-    began = time.process_time()
+    net, began = parts.world.model.net, time.process_time()
+    if cell["space"] == "head":
+        net.body, net.pooling = Remembered(net.body), "cls"  # type: ignore[attr-defined]
     course = _gone(parts)
     found = Judge(parts, parts.method, Record(lambda event: None)).test(course.state, course.engine.memory, 0)
     says = [x.statement(s) or {} for x, s in zip(course.layers, course.states, strict=True)]
     spent = max((float(s["epsilon"]) for s in says if "epsilon" in s), default=None) if cell["epsilon"] else None
+    if isinstance(net.body, Remembered):
+        net.body.save()
     return {**cell, "accuracy": round(found["global"]["accuracy"], 4), "spent": spent,
-            "cpu_seconds": round(time.process_time() - began, 1)}
+            "cpu_seconds": round(time.process_time() - began, 1),
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}
 
 
 def _gone(parts: Parts) -> Course:

@@ -25,15 +25,16 @@ from evidence.bench.scale import scale
 from evidence.bench.server import aggregation, codec_rows, svd
 from evidence.bench.shards import shards
 from evidence.bench.simulation import simulation
+from evidence.bench.strength import strength
 from evidence.bench.zeroth import zeroth_order
 from fedllm.core.errors import RecipeError
 from fedllm.models.kernels import keep_freed_memory
 
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "simulation": simulation, "aggregation": aggregation, "codec": codec_rows, "svd": svd, "scale": scale,
-    "federation": federation, "privacy": privacy, "quality": quality, "arena": arena,
+    "federation": federation, "privacy": privacy, "quality": quality, "arena": arena, "strength": strength,
     "zeroth_order": zeroth_order, "shards": shards, "gpu": gpu, "llm": llm}
-APART = ("quality", "arena", "gpu", "llm")
+APART = ("quality", "arena", "strength", "gpu", "llm")
 """Hours of work, for machines with a card, or with a model and data that must be there: only when named."""
 OUT = Path("docs/results/bench.json")
 

@@ -20,9 +20,14 @@ def write_page(rows: Rows, missing: Rows, folder: Path) -> None:
              "`make frontier` (`python -m evidence.frontier`): MiniLM, full participation, delta 1e-5, 40 rounds; mean",
              "of the seeds, their standard deviation, and how many there were. `shared`: the clients make the noise",
              "under `secagg`, and no server is trusted; `central`: the server adds it; `local`: each client hides its",
-             "own sum. Of whole clients: seven rows each. Rates and clip of the head at example level were chosen on",
-             "SST-2's test rows, those of clients by `fedllm plan --propose` on a tenth of its training rows; nothing",
-             "else was tuned.", ""]
+             "own sum. Rates and clip of the head at example level were chosen on SST-2's test rows, those of clients",
+             "by `fedllm plan --propose` on a tenth of its training rows; nothing else was tuned.", "",
+             "Of whole clients (`python -m evidence.frontier data=sst2 space=head unit=client seed=0`): seven rows",
+             "each. A thousand share the training rows out and all take part in each round. Ten thousand are more than",
+             "there are rows for: each has seven that are drawn from all, so that a row is about ten people's, and a",
+             "tenth of them takes part in a round, by coins that fall in secret (`sampling: poisson`). What is learned",
+             "there is no more than 6,920 reviews tell; the row shows what hiding one of many costs. In the file",
+             "stand the CPU seconds of each run and the most memory that its process has held.", ""]
     for data in dict.fromkeys(r["data"] for r in rows):
         mine = series([r for r in rows if r["data"] == data])
         (folder / f"frontier-{data}.svg").write_text(picture(mine))

@@ -148,9 +148,9 @@ def show_proposal(console: Console, found: Proposal) -> None:
 
 def privacy_line(says: Mapping[str, Any]) -> str:
     """For example `dp_fedavg: epsilon 7.99 at delta 1e-05 with noise multiplier 0.94; 10 rounds fit the budget`."""
-    z = says["noise_multiplier"]
+    z, spent = says["noise_multiplier"], format(says["epsilon"], ".2f" if says["epsilon"] >= 0.1 else ".2g")
     fits = says.get("rounds_that_fit")
-    return (f"{says['layer']}: epsilon {says['epsilon']:.2f} at delta {says['delta']:.3g} with noise multiplier {z:.3g}"
+    return (f"{says['layer']}: epsilon {spent} at delta {says['delta']:.3g} with noise multiplier {z:.3g}"
             + ("" if fits is None else f"; {fits} rounds fit the budget")
             + ("; noise is {:.2g} of the longest way that the run can go{}".format(
                 share, ": hardly anything will be learned" if share > 0.3 else "")

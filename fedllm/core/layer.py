@@ -126,6 +126,10 @@ class Layer:
         """
         return ()
 
+    def doubts(self, asked: int, odds: float) -> Sequence[str]:
+        """What a plan says where of so many clients asked each answers with these odds."""
+        return ()
+
     def facts(self, state: MutableMapping[str, Any]) -> Mapping[str, Any] | None:
         """What it adds to the record of the round that has just ended, asked once a round. None: nothing."""
         return None

@@ -1,30 +1,28 @@
-"""One noisy sum of clipped gradients a round: both halves of `dp_sgd` with `noise: shared` or `central`.
+"""One noisy sum of clipped gradients a round, for `dp_sgd` with `noise: shared` or `central` and for `dp_ftrl` with
+`unit: example`: the server's half. The client's is `_share`.
 
 What leaves a client is a vector of whole numbers, G_k = sum over its rows of trunc(s g_i min(1, C / ||g_i||)), and
 under `shared` its share of discrete noise beside it, mod 2^32. A row moves the sum by at most s C, rounding included;
-weights and the learning rate come after.
+weights and the learning rate come after. Which rows, and how one round's noise hangs together with another's: `_turns`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.core.errors import CompositionError, PayloadError, RecipeError
+from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.layer import Facts
 from fedllm.core.payload import digest
 from fedllm.core.reduce import Lifted, Mean
-from fedllm.core.sums import EVALUATION, LEAST, WHOLE, must_lift, without
-from fedllm.local.requests import Fit
-from fedllm.local.summed import Clipped, Summed
+from fedllm.core.sums import EVALUATION, LEAST, WHOLE, must_lift
 from fedllm.privacy._discrete import Coins, discrete_gaussian
-from fedllm.privacy.accountant import Ledger, Release, check_delta
+from fedllm.privacy.accountant import Ledger, check_delta, check_reach, noise_for, rounds_for
 
 OWN = "_step/"
 RATE = 1e9
@@ -32,9 +30,9 @@ RATE = 1e9
 RING = 2.0**31
 FAR = 16
 """Standard deviations of noise that the ring has room for beside the clipped sum: more never happens (1e-56)."""
-FINEST = 8.0
-"""Quanta of a share's standard deviation below which a sum of shares would no longer be as good as a Gaussian."""
-MORE = "a round under noise: {} is one step of gradient descent on all rows of each client"
+MORE = "a round under {} is one step of gradient descent on {} of each client"
+CLOSED = ("layer '{}' lets a client function learn from its rows through client.fit only, and this one reads the "
+          "rows or their losses, so they do not fit together; use dp_fedavg, or a method that only trains (fedavg)")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,23 @@ class Terms:
     """Standard deviation of one client's noise, in quanta; under `central` of all of it."""
 
 
+def name_of(layer: Any) -> str:
+    """As messages call it."""
+    return type(layer).__name__
+
+
+def whole(layer: Any) -> str:
+    """What a round is under this layer, in words."""
+    rows = "all rows" if layer.turns.parts == 1 else f"one in {layer.turns.parts} of the rows"
+    return MORE.format(f"{name_of(layer)} with noise: {layer.noise}", rows)
+
+
+def check_fits(layer: Any, method: Any) -> None:
+    """CompositionError for a method that reads rows beside training on them."""
+    if not method.only_fits:
+        raise CompositionError(f"{CLOSED.format(name_of(layer))}; method {type(method).__name__!r} does so")
+
+
 def check_method(layer: Any, method: Any, reducers: Mapping[str, Any]) -> None:
     """CompositionError unless what the method sends is the change of what it trained, weighed by rows."""
     for name, reducer in reducers.items():
@@ -60,14 +75,37 @@ def check_method(layer: Any, method: Any, reducers: Mapping[str, Any]) -> None:
         rest = set() if form is None else set(form.parts) - {*trees, "n", "loss"}
         if reducer != Mean() or len(trees) != 1 or rest:
             raise CompositionError(
-                f"layer 'DPSGD' with noise: {layer.noise} sends the clipped sum of gradients in the place of a mean "
-                f"change weighed by rows, and '{type(method).__name__}.{name}' sends something else; fedavg, fedavgm, "
-                "fedadam, fedit and ffa_lora work, or noise: local")
+                f"layer '{name_of(layer)}' with noise: {layer.noise} sends the clipped sum of gradients in the place "
+                f"of a mean change weighed by rows, and '{type(method).__name__}.{name}' sends something else; fedavg, "
+                "fedavgm, fedadam, fedit and ffa_lora work, or dp_sgd with noise: local")
+
+
+def bind(layer: Any, facts: Facts) -> Any:
+    """The layer with noise from its budget, and refused where the run is not what it can protect."""
+    bound = replace(layer, delta=layer.delta or 1e-5)
+    object.__setattr__(bound, "_facts", facts)
+    turns = bound.turns
+    if bound.noise_multiplier is None:
+        times = math.ceil(max(1, facts.rounds) / turns.parts)
+        z = noise_for(bound.epsilon, bound.delta, times, law="discrete") * turns.sensitivity
+        bound = replace(bound, noise_multiplier=z)
+        object.__setattr__(bound, "_facts", facts)
+    check_facts(bound, facts)
+    check_reach(bound, turns.release(bound.noise_multiplier), bound.delta)
+    return bound
+
+
+def free(layer: Any) -> Any:
+    """The bound layer without its budget, for a plan's trial of rounds that may have more steps than the run's."""
+    out = replace(layer, epsilon=None)
+    object.__setattr__(out, "_facts", layer._facts)
+    object.__setattr__(out, "_trial", True)
+    return out
 
 
 def check_facts(layer: Any, facts: Facts) -> None:
     """RecipeError for training that is more than one step on all rows, for too many colluders, or too large a delta."""
-    local, why = facts.local, MORE.format(layer.noise)
+    local, why, parts = facts.local, whole(layer), layer.turns.parts
     if local is not None:
         plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_norm": None}
         for key, only in plain.items():
@@ -75,17 +113,19 @@ def check_facts(layer: Any, facts: Facts) -> None:
                 raise RecipeError(f"local.{key} = {getattr(local, key)!r} is not allowed: {why}; allowed is {only!r} "
                                   "(fedavgm and fedadam have momentum at the server)")
         most = max(facts.rows.values(), default=1)
-        if local.lot < most and not facts.guessed:
+        if local.lot < (least := -(-most // parts)) and not facts.guessed:
             raise RecipeError(f"local.batch_size = {local.batch_size} is not allowed: a client has {most} rows, a part "
                               f"of them would be a sampling that the accountant of discrete noise does not cover, and "
-                              f"{why}; set it to {most} or more (memory does not depend on it)")
+                              f"{why}; set it to {least} or more (memory does not depend on it)")
         if (steps := local.count(most)) != 1 and not facts.guessed:
             raise RecipeError(f"local.steps or local.epochs, {steps} steps a round, is not allowed: {why}; set steps: "
                               "1 and take more rounds")
     if layer.delta is not None and not facts.guessed:
-        check_delta(layer.delta, sum(facts.rows.values()))
-    if layer.colluding and layer.noise != "shared":
-        raise RecipeError(f"DPSGD.colluding = {layer.colluding} is for noise: shared, where clients know their share")
+        check_delta(layer.delta, sum(facts.rows.values()), layer)
+    if (few := min(facts.rows.values(), default=parts)) < parts:
+        raise RecipeError(f"{name_of(layer)}.restart_every = {parts} is not allowed: a client has {few} rows, and a "
+                          f"round reads one in {parts} of them, so that some would read none; set it to {few} or less: "
+                          "noise then starts anew more often, at a price that the plan tells")
     if layer.noise == "shared":
         terms(layer, facts, largest(facts))
 
@@ -101,49 +141,48 @@ def terms(layer: Any, facts: Facts, asked: Sequence[str]) -> Terms:
     Each of `least` - t clients that do not collude adds N_Z(0, (z C s)^2 / (least - t)).
     """
     ring = next((x for x in facts.below if x.algebra.ring), None)
-    count = len(asked)
+    count, turns = len(asked), layer.turns
     least = ring.needed(count) if layer.noise == "shared" and ring is not None else 1  # type: ignore[attr-defined]
     if layer.noise == "shared" and layer.colluding >= least:
-        raise RecipeError(f"DPSGD.colluding = {layer.colluding} is not allowed: a sum opens when {least} of {count} "
-                          f"clients have answered, and of these one at least must not collude; allowed is {least - 1} "
-                          "at most, or raise the threshold of the secure sum, or ask more clients")
+        raise RecipeError(f"{name_of(layer)}.colluding = {layer.colluding} is not allowed: a sum opens when {least} of "
+                          f"{count} clients have answered, and of these one at least must not collude; allowed is "
+                          f"{least - 1} at most, or raise the threshold of the secure sum, or ask more clients")
     honest = max(1, least - layer.colluding)
     z = layer.noise_multiplier or 1.0
     spread = z * layer.clip_norm * (math.sqrt(count / honest) if layer.noise == "shared" else 1.0)
-    rows = sum(facts.rows.get(c, 0) for c in asked) or 1
-    scale = 2.0 ** math.floor(math.log2((RING - 1) / (rows * layer.clip_norm + FAR * spread)))
+    rows = sum(turns.count(facts.rows.get(c, 0), 1) for c in asked) or 1
+    room = rows * layer.clip_norm + FAR * spread * math.sqrt(turns.draws)
+    scale = 2.0 ** math.floor(math.log2((RING - 1) / room))
     share = z * layer.clip_norm * scale / math.sqrt(honest)
-    if share < FINEST and layer.noise_multiplier is not None:
-        raise RecipeError(f"DPSGD.noise_multiplier = {z:g} is not allowed over {rows} rows: their sum leaves the ring "
-                          f"of 2^32 a grid on which a client's noise is {share:.3g} quanta wide, and the accountant "
-                          f"wants {FINEST:g}; take more noise or fewer clients a round")
+    if share < turns.finest and layer.noise_multiplier is not None and not facts.guessed:  # there the client looks
+        raise RecipeError(f"{name_of(layer)}.noise_multiplier = {z:g} is not allowed over {rows} rows: their sum "
+                          f"leaves the ring of 2^32 a grid on which a client's noise is {share:.3g} quanta wide, and "
+                          f"the accountant wants {turns.finest:.3g}; take more noise or fewer clients a round")
     return Terms(least, scale, share)
-
-
-def release(layer: Any) -> Release:
-    """One round, to one row."""
-    return Release(layer.noise_multiplier, law="discrete")
 
 
 def server(layer: Any, ask: Any, state: Any) -> Any:
     """Pay, ask for sums, and make the mean step of them."""
-    facts, asked = layer._facts, list(ask.msgs)
+    facts, asked, turns = layer._facts, list(ask.msgs), layer.turns
     must_lift(ask, layer)
     if layer.noise_multiplier is None or not facts.rows:
-        raise RecipeError("DPSGD.noise_multiplier or the clients' rows are unknown: bind the layer first")
-    t = terms(layer, facts, asked)
+        raise RecipeError(f"{name_of(layer)}.noise_multiplier or the clients' rows are unknown: bind the layer first")
+    t, at = terms(layer, facts, asked), state.get("asked", 0) + 1
     for c in asked:
-        pay(layer, c, state)
-    state["asked"] = state.get("asked", 0) + 1
-    tell = {OWN + "scale": t.scale, OWN + "noise": float(layer.noise_multiplier), LEAST: t.least}
-    out = yield replace(ask, msgs={c: {**m, **tell} for c, m in ask.msgs.items()}, reduce=Lifted(), form=ask.lifted())
+        if turns.due(state, c, at):
+            pay(layer, c, state)
+    state["asked"] = at
+    tell = {OWN + "scale": t.scale, OWN + "noise": float(layer.noise_multiplier), OWN + "round": at, LEAST: t.least}
+    out = yield replace(ask, msgs={c: {**m, **tell, **{OWN + k: v for k, v in turns.told(state, c, at).items()}}
+                                   for c, m in ask.msgs.items()}, reduce=Lifted(), form=ask.lifted())
+    turns.heard(state, out.answered, at)
     total = dict(out.value)
     rate = total.pop(OWN + "rate") / RATE / len(out.answered)
     if layer.noise == "central":
         secret = state["secret"] if layer.seed is None else layer.seed
         coins = Coins.of(secret, ask.phase, state["asked"], digest(total))
         total = {k: v.long() + torch.from_numpy(discrete_gaussian(coins, v.shape, t.share)) for k, v in total.items()}
-    rows = sum(facts.rows[c] for c in out.answered)  # public: the divisor says nothing about any row
+    rows = sum(turns.count(facts.rows[c], at) for c in out.answered)  # public: the divisor says nothing about any row
     like = {k.rpartition("/")[2]: v.dtype for m in ask.msgs.values() for k, v in m.items() if isinstance(v, Tensor)}
     value: dict[str, Any] = {"n": float(rows)}
     for key, v in total.items():  # Delta = -eta G / (s N)
@@ -155,78 +194,10 @@ def server(layer: Any, ask: Any, state: Any) -> Any:
 def pay(layer: Any, client: str, state: Any) -> None:
     """Book one release for the rows of this client, before it is asked: paid even if the round fails."""
     book = {"releases": [list(r) for r in state["clients"].get(client, [])]}
-    ledger = Ledger(book)
-    ledger.afford(release(layer), layer.epsilon, layer.delta)
-    ledger.book(release(layer))
+    ledger, release = Ledger(book), layer.turns.release(layer.noise_multiplier)
+    ledger.afford(release, layer.epsilon, layer.delta)
+    ledger.book(release)
     state["clients"][client] = ledger.rows
-
-
-def client(layer: Any, msg: Any, client: Any, call: Any, closed: str) -> dict[str, Any]:
-    """The clipped sum of this client's rows, and its share of the noise, mod 2^32."""
-    if OWN + "scale" not in msg:
-        raise PayloadError(f"client '{client.id}' was asked outside of a round of dp_sgd, where nothing hides its rows")
-    scale, least = float(msg[OWN + "scale"]), int(msg[LEAST])
-    z = float(msg[OWN + "noise"])
-    if layer.noise_multiplier is not None and z < layer.noise_multiplier * (1 - 1e-9):
-        raise PayloadError(f"client '{client.id}' was told noise_multiplier = {z:g}, and the run that it joined has "
-                           f"{layer.noise_multiplier:g}")
-    share = z * layer.clip_norm * scale / math.sqrt(max(1, least - layer.colluding))
-    if not (math.isfinite(share) and 0 < scale <= RING) or (layer.noise == "shared" and (
-            share < FINEST or least <= layer.colluding)):
-        raise PayloadError(f"client '{client.id}' was told scale = {scale:g} and least = {least}, with which its noise "
-                           "hides nothing")
-    heard: list[Clipped] = []
-    with client.through(lambda request: one_step(layer, request, client, scale), closed, heard.append):
-        reply = dict(call(without(without(msg, OWN), LEAST)))
-    if len(heard) != 1:
-        raise CompositionError(f"layer 'DPSGD' with noise: {layer.noise} releases one gradient for each question, and "
-                               f"this client function trained {len(heard)} times; use noise: local")
-    client.spend(Release(z, law="discrete"))
-    ints = placed(reply, heard[0], client)
-    if layer.noise == "shared":
-        coins = layer.coins(client)
-        ints = {k: v + torch.from_numpy(discrete_gaussian(coins, v.shape, share)) for k, v in ints.items()}
-    ring = {k: torch.from_numpy(v.numpy().astype(np.int64).astype(np.int32)) for k, v in ints.items()}
-    return {**ring, OWN + "rate": float(round(heard[0].lr_sum * RATE))}
-
-
-def one_step(layer: Any, request: Any, client: Any, scale: float) -> Summed:
-    """The same training as one sum over all rows; CompositionError for what is more than that."""
-    if not isinstance(request, Fit):
-        raise CompositionError(f"layer 'DPSGD' with noise: {layer.noise} lets a client function train once and ask "
-                               f"for nothing else, and this one asks for {type(request).__name__}")
-    steps = 1 if layer._trial else len(request.plan)
-    if steps != 1 or request.terms or request.moments is not False or len(request.rows) != client.n:
-        raise CompositionError(f"{MORE.format(layer.noise)}, without penalties, other rows or an optimizer's state, "
-                               f"and this method asks for {len(request.plan)} steps on {len(request.rows)} of "
-                               f"{client.n} rows, {len(request.terms)} penalties; set local.steps: 1, "
-                               f"local.batch_size to {client.n} or more, and use fedavg or fedavgm")
-    own = {f.name: getattr(request, f.name) for f in fields(Fit)}
-    return Summed(**{**own, "plan": [np.arange(client.n)]}, clip_norm=layer.clip_norm, scale=scale)
-
-
-def placed(reply: Mapping[str, Any], got: Clipped, client: Any) -> dict[str, Tensor]:
-    """The sums under the keys of the reply; CompositionError where the reply is not the change that was trained."""
-    tree = {k: v for k, v in reply.items() if k not in ("n", "loss") and not k.startswith("note/")}
-    out: dict[str, Tensor] = {}
-    for key, v in tree.items():
-        name = key.partition("/")[2]
-        if not isinstance(v, Tensor) or name not in got.sums or not _is_change(v, got, name):
-            raise CompositionError(f"layer 'DPSGD' sends the clipped sum of gradients in the place of the change of "
-                                   f"what was trained, and '{key}' is something else; use noise: local")
-        out[WHOLE + key] = got.sums[name]
-    if len(out) != len(got.sums):
-        raise CompositionError(f"layer 'DPSGD': {len(got.sums)} tensors were trained and {len(out)} of them are sent; "
-                               "what is trained must be sent once, or use noise: local")
-    if reply.get("n", client.n) != client.n:
-        raise CompositionError(f"layer 'DPSGD' weighs every row alike, and this method weighs its {client.n} rows as "
-                               f"{reply['n']}; set method.weighting: n, or noise: local")
-    return out
-
-
-def _is_change(v: Tensor, got: Clipped, name: str) -> bool:
-    change = got.theta[name] - got.start[name]
-    return v.shape == change.shape and torch.allclose(v, change.to(v.dtype), rtol=1e-4, atol=1e-7)
 
 
 def sees(layer: Any, delta: float, count: int) -> dict[str, float]:
@@ -239,22 +210,35 @@ def sees(layer: Any, delta: float, count: int) -> dict[str, float]:
     for t in sorted({0, layer.colluding, min(layer.colluding + 1, least - 1), least - 1}):
         z = layer.noise_multiplier * math.sqrt((least - t) / (least - layer.colluding))
         ledger = Ledger({})
-        ledger.book(Release(z, law="discrete"), count)
+        ledger.book(layer.turns.release(z), count)
         out[str(t)] = ledger.epsilon(delta)
     return out
 
 
 def noise_share(layer: Any, size: int) -> float:
-    """The noise of a run's mean steps by the longest that these could be together: sqrt(d) z / (N sqrt(T)), in clips.
+    """The noise of a run's steps together by the longest that these could be: sqrt(d) z / (N sqrt(T)), in clips, where
+    each has noise of its own.
 
     Above about 0.3, what is learned is noise. It falls with more rows and fewer trainables, and hardly with rounds,
     since z grows as sqrt(T) does.
     """
-    facts = layer._facts
-    asked = largest(facts)
-    t, rows = terms(layer, facts, asked), sum(facts.rows[c] for c in asked)
+    facts, turns = layer._facts, layer.turns
+    asked, rounds = largest(facts), max(1, facts.rounds)
+    t, rows = terms(layer, facts, asked), sum(facts.rows[c] for c in asked) / turns.parts
     spread = t.share / t.scale * math.sqrt(len(asked) if layer.noise == "shared" else 1)
-    return math.sqrt(size) * spread / (layer.clip_norm * rows * math.sqrt(max(1, facts.rounds)))
+    return math.sqrt(size * turns.left(rounds)) * spread / (layer.clip_norm * rows * rounds)
+
+
+def foresee(layer: Any, facts: Facts) -> dict[str, Any]:
+    """What the bound layer expects of a whole run, to a row of a client that is asked in every round."""
+    delta, ledger, turns = layer.delta or 1e-5, Ledger({}), layer.turns
+    release, times = turns.release(layer.noise_multiplier), math.ceil(facts.rounds / turns.parts)
+    ledger.book(release, times)
+    fits = None if layer.epsilon is None else rounds_for(layer.epsilon, delta, release) * turns.parts
+    seen = {"sees": sees(layer, delta, times)} if layer.noise == "shared" else {}
+    share = {"noise_share": noise_share(layer, facts.size)} if facts.size else {}
+    return {"layer": layer.book, "unit": "example", "noise_multiplier": layer.noise_multiplier, "delta": delta,
+            "epsilon": ledger.epsilon(delta), "rounds_that_fit": fits, **seen, **share}
 
 
 def says(layer: Any, state: Mapping[str, Any], delta: float) -> dict[str, Any]:
@@ -268,3 +252,16 @@ def says(layer: Any, state: Mapping[str, Any], delta: float) -> dict[str, Any]:
     return out | {"holds against": f"a server that follows the protocol and {layer.colluding} clients that tell it "
                                    "their share of the noise; a client that adds none is one of these",
                   "sees": sees(layer, delta, count)}
+
+
+def statement(layer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the layer says of a run: the largest epsilon of a client's rows, since clients hold different ones."""
+    delta = layer.delta or 1e-5
+    void = [] if layer.seed is None else [
+        f"{name_of(layer)}.seed is set, so whoever knows the recipe can take the noise off"]
+    each = {c: Ledger({"releases": [list(r) for r in rows]}).epsilon(delta)
+            for c, rows in sorted(state["clients"].items())}
+    return {"layer": layer.book, "unit": "example", "delta": delta, "clients": each, "void": void,
+            "epsilon": math.inf if void else max(each.values(), default=0.0),
+            "adjacency": "one training row more or less", "noise_multiplier": layer.noise_multiplier,
+            "clip": layer.clip_norm, **says(layer, state, delta)}

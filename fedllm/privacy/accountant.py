@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
 log = logging.getLogger(__name__)
+logging.getLogger("absl").addFilter(lambda record: "Excluding this order" not in record.getMessage())
+"""dp-accounting says so of each order whose series does not end, tens of times: one bound less is still a bound."""
 Kind = Literal["pld", "rdp"]
 Sampling = Literal["none", "poisson", "fixed"]
 Law = Literal["gaussian", "discrete", "pure"]
@@ -237,12 +239,16 @@ def check_epsilon(epsilon: float) -> None:
                           "promises nothing")
 
 
-def check_delta(delta: float, units: int | None = None) -> None:
-    """Raise RecipeError for a delta that promises nothing; with `units` people a delta of 1/units may expose one."""
+def check_delta(delta: float, units: int | None = None, of: Any = None) -> None:
+    """Raise RecipeError for a delta that promises nothing; with `units` people a delta of 1/units may expose one.
+
+    `of` is the layer whose key it is.
+    """
+    key = "delta" if of is None else f"{type(of).__name__}.delta"
     if not 0 < delta < 1:
-        raise RecipeError(f"delta = {delta!r} is not allowed; it must be > 0 and < 1")
+        raise RecipeError(f"{key} = {delta!r} is not allowed; it must be > 0 and < 1")
     if units and delta >= 1 / units:
-        raise RecipeError(f"delta = {delta!r} is not allowed with {units} units; it must be < 1/{units}, since a "
+        raise RecipeError(f"{key} = {delta!r} is not allowed with {units} units; it must be < 1/{units}, since a "
                           f"mechanism that publishes one unit's data outright has that delta; take {units ** -1.1:.1e}")
 
 

@@ -81,7 +81,7 @@ class DPFedAvg(Knobs, Layer):
     def bind(self, facts: Facts) -> DPFedAvg:
         n = len(facts.rows)
         if self.delta is not None:
-            check_delta(self.delta, n)
+            check_delta(self.delta, n, self)
         cohort = min(facts.cohort or n, n)
         bound = replace(self, population=n, delta=self.delta or usual_delta(n))
         if bound.noise_multiplier is None:
@@ -105,6 +105,12 @@ class DPFedAvg(Knobs, Layer):
         if self.epsilon is not None:
             says["rounds_that_fit"] = rounds_for(self.epsilon, delta, release)
         return says | {"epsilon": ledger.epsilon(delta)}
+
+    def doubts(self, asked: int, odds: float) -> list[str]:
+        if asked >= self.population or self.sampling != "none":
+            return []
+        return [f"{asked} of {self.population} clients are asked (clients.per_round), who follow from the recipe's "
+                "seed: no epsilon is saved by that; sampling: poisson or fixed draws in secret among those asked"]
 
     def unlimited(self) -> DPFedAvg:
         return replace(self, epsilon=None)

@@ -1,4 +1,5 @@
-"""Client-level DP without random sampling: noise that is correlated over the rounds and mostly cancels in their sum."""
+"""DP without random sampling, of clients or of rows: noise that hangs together over the rounds and mostly cancels in
+their sum."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.payload import Tree, digest
 from fedllm.core.reduce import Lifted
-from fedllm.core.sums import is_control, must_lift, need_sums
+from fedllm.core.sums import WHOLE, is_control, must_lift, need_sums
+from fedllm.privacy import _share, _shared, _turns
 from fedllm.privacy._clip import OWN, UNCOVERED, contribution, fresh_secret, noise_stream, put_back, told
+from fedllm.privacy._discrete import Coins
 from fedllm.privacy.accountant import (
     Ledger,
     Release,
@@ -46,6 +49,10 @@ class DPFTRL(Knobs, Layer):
     banded  at least `min_separation` rounds apart; with as many bands, no two contributions of a client share noise
 
     The live noise is in the layer's state, and is checkpointed: fresh noise after a restart would void the proof.
+
+    With `unit: example` a training row is what is private, against everyone, as under `dp_sgd` with `noise: shared`: a
+    round is one step on one in `restart_every` of each client's rows, each row is read once between restarts, and each
+    client keeps a tree of its own, whose shares add up under `secagg` or `secagg_plus` (`privacy._turns.Tree`).
     """
 
     card = Card(
@@ -57,14 +64,18 @@ class DPFTRL(Knobs, Layer):
                     metric="over_independent", holds="<=", threshold=0.6, options={"rounds": 256, "epsilon": 4.0}),
         evidence="The tree is the plain one: Google's library by default refines a node by those below it (Honaker's "
                  "estimator, `efficient_tree`), which has less noise at the same price and is not here.")
-    algebra = Algebra("dp", needs="sum", instead="dp_sgd, which works at the client under any method")
-    session = (OWN + "clip",)
     secrets = ("secret", "phases")
+    book = "dp_ftrl"
+    noise = "shared"
 
     noise_multiplier: float | None = knob(None, "fresh noise of a round / clip; None: from epsilon and rounds. 0 adds "
                                                 "none", ge=0)
     clip_norm: float = knob(0.1, "largest L2 norm of what a client adds, for the whole run", gt=0)
     mechanism: Literal["tree", "banded"] = knob("tree", "how noise is correlated", options=("tree", "banded"))
+    unit: Literal["client", "example"] = knob(
+        "client", "client: whole clients, and the server adds the noise; example: training rows, and each client adds "
+                  "a share under a secure sum", options=("client", "example"))
+    colluding: int = knob(0, "unit example: clients that may tell the server their share of the noise", ge=0)
     restart_every: int = knob(0, "rounds until noise starts anew, at a price of its own; 0: never", ge=0)
     min_separation: int = knob(1, "banded: rounds from one part of a client to its next, and number of bands", ge=1)
     cohort: int | None = knob(None, "clients used in a round; None: as many as can always be found", ge=1)
@@ -79,6 +90,38 @@ class DPFTRL(Knobs, Layer):
         if self.mechanism == "tree" and self.min_separation != 1:
             raise RecipeError(f"DPFTRL.min_separation = {self.min_separation} is not allowed with mechanism 'tree', "
                               "where a client takes part once between restarts; use restart_every, or 'banded'")
+        given = {"mechanism": self.mechanism == "banded", "cohort": self.cohort is not None}
+        if odd := [k for k, is_set in given.items() if is_set and self.unit == "example"]:
+            raise RecipeError(f"DPFTRL.{odd[0]} = {getattr(self, odd[0])!r} is not allowed with unit 'example': "
+                              "clients add up whole numbers of a tree, and all who are asked take part; leave it out")
+        if self.colluding and self.unit == "client":
+            raise RecipeError(f"DPFTRL.colluding = {self.colluding} is not allowed with unit 'client', where the "
+                              "server adds the noise; leave it out, or set unit: example")
+        object.__setattr__(self, "_facts", Facts())
+        object.__setattr__(self, "_trial", False)
+
+    @property
+    def algebra(self) -> Algebra:  # type: ignore[override]
+        instead = "dp_sgd, which works at the client under any method"
+        rows = self.unit == "example"
+        return Algebra("dp", needs="sum", whole=rows, shares=rows, instead=instead)
+
+    @property
+    def session(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (_shared.OWN + "scale",) if self.unit == "example" else (OWN + "clip",)
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (WHOLE, _shared.OWN + "rate") if self.unit == "example" else ()
+
+    @property
+    def by_example(self) -> bool:  # type: ignore[override]
+        return self.unit == "example"
+
+    @property
+    def turns(self) -> _turns.Tree:
+        """Which rows a round reads, and how its noise hangs together with the others'."""
+        return _turns.Tree(max(1, self.restart_every))
 
     @property
     def apart(self) -> int:
@@ -106,15 +149,21 @@ class DPFTRL(Knobs, Layer):
         return self.sensitivity / math.sqrt(parts)
 
     def init(self) -> dict[str, Any]:
-        return {"secret": fresh_secret(), "phases": {}}
+        return {"clients": {}} if self.unit == "example" else {"secret": fresh_secret(), "phases": {}}
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
+        if self.unit == "example":
+            _shared.check_fits(self, method)
+            _shared.check_method(self, method, reducers)
 
     def bind(self, facts: Facts) -> DPFTRL:
+        if self.unit == "example":
+            span = min(self.restart_every or facts.rounds, max(1, facts.rounds))
+            return _shared.bind(replace(self, restart_every=span), facts)  # type: ignore[no-any-return]
         n, asked = len(facts.rows), min(facts.cohort or len(facts.rows), len(facts.rows))
         if self.delta is not None:
-            check_delta(self.delta, n)
+            check_delta(self.delta, n, self)
         bound = replace(self, population=n, delta=self.delta or usual_delta(n),
                         restart_every=min(self.restart_every or facts.rounds, max(1, facts.rounds)))
         most = min(asked, n // bound.apart)
@@ -134,6 +183,8 @@ class DPFTRL(Knobs, Layer):
         return bound
 
     def foresee(self, facts: Facts) -> dict[str, Any]:
+        if self.unit == "example":
+            return _shared.foresee(self, facts)
         z, delta = self._noise(), self.delta or usual_delta(self.population or 2)
         says = {"layer": "dp_ftrl", "unit": "client", "noise_multiplier": z, "delta": delta, "rounds_that_fit": None}
         if not z:
@@ -145,11 +196,13 @@ class DPFTRL(Knobs, Layer):
         return says | {"epsilon": ledger.epsilon(delta)}
 
     def unlimited(self) -> DPFTRL:
-        return replace(self, epsilon=None)
+        return _shared.free(self)  # type: ignore[no-any-return]
 
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
             return (yield ask)
+        if self.unit == "example":
+            return (yield from _shared.server(self, ask, state))
         lift, at = must_lift(ask, self), state["phases"].setdefault(ask.phase, {"t": 0, "last": {}, "live": []})
         if not self.restart_every:
             raise RecipeError("DPFTRL.restart_every is unknown: with 0, bind the layer first")
@@ -172,13 +225,22 @@ class DPFTRL(Knobs, Layer):
         return replace(out, value=put_back(value, common))
 
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
+        if self.unit == "example":
+            return _share.client(self, fn, msg, client, call)
         if OWN + "clip" not in msg:
             return call(msg)
         if (z := self._noise()) and self.restart_every:
             client.spend(Release(z / self.one_part))
         return contribution(fn, msg, call)[0]
 
+    def coins(self, client: Any) -> Coins:
+        """What this client's next noise is drawn from."""
+        return _share.coins(self, client)
+
     def statement(self, state: Any) -> dict[str, Any]:
+        if self.unit == "example":
+            return {**_shared.statement(self, state), "mechanism": self.mechanism, "takes_part":
+                    f"a row once in {self.restart_every} rounds"}
         ledger, delta = Ledger(dict(state)), self.delta or usual_delta(self.population or 2)
         return {"layer": "dp_ftrl", "unit": "client", "epsilon": ledger.epsilon(delta), "delta": delta,
                 "epsilon_rdp": ledger.epsilon(delta, "rdp"), "releases": ledger.count, "sampling": "none",

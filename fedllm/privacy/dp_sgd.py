@@ -19,9 +19,10 @@ from fedllm.core.rng import numpy_stream, torch_stream
 from fedllm.core.sums import WHOLE, is_control, need_sums
 from fedllm.local.private import Private
 from fedllm.local.requests import Fit
-from fedllm.privacy import _shared
+from fedllm.privacy import _share, _shared
 from fedllm.privacy._clip import fresh_secret
 from fedllm.privacy._discrete import Coins
+from fedllm.privacy._turns import Every
 from fedllm.privacy.accountant import (
     Ledger,
     Release,
@@ -34,8 +35,7 @@ from fedllm.privacy.accountant import (
 )
 
 BOOK = "dp_sgd"
-CLOSED = ("layer 'DPSGD' lets a client function learn from its rows through client.fit only, and this one reads the "
-          "rows or their losses, so they do not fit together; use dp_fedavg, or a method that only trains (fedavg)")
+CLOSED = _shared.CLOSED.format("DPSGD")
 LEAST, LOUDEST = 1e-3, 1e6
 """Noise multipliers that a ledger holds: with less noise an epsilon is a number in the millions, and no promise."""
 
@@ -59,6 +59,8 @@ class DPSGD(Knobs, Layer):
 
     by_example = True
     secrets = ("secret",)
+    book = BOOK
+    turns = Every()
 
     noise_multiplier: float | None = knob(None, "noise / clip; None: from epsilon, the rounds and local steps",
                                          ge=LEAST, le=LOUDEST)
@@ -93,8 +95,7 @@ class DPSGD(Knobs, Layer):
         return () if self.noise == "local" else (WHOLE, _shared.OWN + "rate")
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
-        if not method.only_fits:
-            raise CompositionError(f"{CLOSED}; method {type(method).__name__!r} does so")
+        _shared.check_fits(self, method)
         if self.noise != "local":
             need_sums(self, method, reducers)
             _shared.check_method(self, method, reducers)
@@ -106,10 +107,13 @@ class DPSGD(Knobs, Layer):
     def bind(self, facts: Facts) -> DPSGD:
         """Noise from the budget: the client with the fewest rows spends the most, as its rows are drawn most often."""
         if self.noise != "local":
-            return self._bind_sums(facts)
+            if self.colluding and self.noise == "central":
+                raise RecipeError(f"DPSGD.colluding = {self.colluding} is for noise: shared, where clients know their "
+                                  "share")
+            return _shared.bind(self, facts)  # type: ignore[no-any-return]
         most = max(facts.rows.values(), default=2)
         if self.delta is not None:
-            check_delta(self.delta, most)
+            check_delta(self.delta, most, self)
         bound = replace(self, delta=self.delta or usual_delta(most))
         if bound.noise_multiplier is None:
             assert bound.epsilon is not None and bound.delta is not None
@@ -122,37 +126,20 @@ class DPSGD(Knobs, Layer):
             check_reach(bound, cost[0], bound.delta or 1e-5, cost[1])
         return bound
 
-    def _bind_sums(self, facts: Facts) -> DPSGD:
-        """Noise from the budget: every row takes part in every round that its client is asked in."""
-        bound = replace(self, delta=self.delta or 1e-5)
-        object.__setattr__(bound, "_facts", facts)
-        if bound.noise_multiplier is None:
-            assert bound.epsilon is not None and bound.delta is not None
-            z = noise_for(bound.epsilon, bound.delta, max(1, facts.rounds), law="discrete")
-            bound = replace(bound, noise_multiplier=z)
-            object.__setattr__(bound, "_facts", facts)
-        _shared.check_facts(bound, facts)
-        check_reach(bound, _shared.release(bound), bound.delta or 1e-5)
-        return bound
-
     def foresee(self, facts: Facts) -> dict[str, Any]:
         """Of the client that spends most: the one with the fewest rows, if it is asked in every round."""
+        if self.noise != "local":
+            return _shared.foresee(self, facts)
         poorest = min(facts.rows, key=lambda c: facts.rows[c])
         release, steps = self._cost(poorest, {}) or (Release(1.0), 0)
         delta, ledger = self.delta or 1e-5, Ledger({})
         ledger.book(release, steps * facts.rounds)
         fits = None if self.epsilon is None else rounds_for(self.epsilon, delta, release) // max(1, steps)
-        seen = {"sees": _shared.sees(self, delta, facts.rounds)} if self.noise == "shared" else {}
-        if self.noise != "local" and facts.size:
-            seen["noise_share"] = _shared.noise_share(self, facts.size)
         return {"layer": "dp_sgd", "unit": "example", "noise_multiplier": self.noise_multiplier, "delta": delta,
-                "epsilon": ledger.epsilon(delta), "rounds_that_fit": fits, **seen}
+                "epsilon": ledger.epsilon(delta), "rounds_that_fit": fits}
 
     def unlimited(self) -> DPSGD:
-        free = replace(self, epsilon=None)
-        object.__setattr__(free, "_facts", self._facts)  # type: ignore[attr-defined]
-        object.__setattr__(free, "_trial", True)  # a plan tries rounds of more steps than the run has
-        return free
+        return _shared.free(self)  # type: ignore[no-any-return]
 
     def server(self, ask: Any, state: Any) -> Any:
         if is_control(ask):
@@ -174,10 +161,10 @@ class DPSGD(Knobs, Layer):
         return out
 
     def client(self, fn: Any, msg: Any, client: Any, call: Any) -> Any:
+        if self.noise != "local":
+            return _share.client(self, fn, msg, client, call)
         if not fn.__dict__.get("runs_on_client") or isinstance(fn.__self__, Layer):
             return call(msg)
-        if self.noise != "local":
-            return _shared.client(self, msg, client, call, CLOSED)
         with client.through(lambda request: self._private(request, client), CLOSED):
             reply = dict(call(msg))
         reply.pop("loss", None)  # the training loss is a release without noise
@@ -197,6 +184,8 @@ class DPSGD(Knobs, Layer):
         return {"rows": [list(row) for row in client.memory.get(BOOK, {}).get("releases", [])]}
 
     def statement(self, state: Any) -> dict[str, Any]:
+        if self.noise != "local":
+            return _shared.statement(self, state)
         delta, void = self.delta or 1e-5, []
         if self.seed is not None:
             void.append("DPSGD.seed is set, so whoever knows the recipe can take the noise off")
@@ -210,17 +199,14 @@ class DPSGD(Knobs, Layer):
                 void.append(f"client '{c}' was asked {missing} times without telling what it released")
             each[c] = ledger.epsilon(delta)
         worst = float("inf") if void else max(each.values(), default=0.0)
-        more = {} if self.noise == "local" else _shared.says(self, state, delta)
         return {"layer": "dp_sgd", "unit": "example", "epsilon": worst, "delta": delta,
                 "clients": each, "adjacency": "one training row more or less", "sampling": "poisson",
                 "noise_multiplier": self.noise_multiplier, "clip": self.clip_norm, "void": void,
-                "not_covered": "how many rows a client has; evaluation on held-out rows", **more}
+                "not_covered": "how many rows a client has; evaluation on held-out rows"}
 
     def coins(self, client: Any) -> Coins:
         """What this client's next noise is drawn from."""
-        book = client.memory.setdefault(BOOK, {})
-        book["fits"] = book.get("fits", 0) + 1
-        return Coins() if self.seed is None else Coins.of(self.seed, client.id, book["fits"])
+        return _share.coins(self, client)
 
     def _private(self, request: Any, client: Any) -> Any:
         """The same training on Poisson batches, clipped and noised, and booked."""
@@ -249,7 +235,7 @@ class DPSGD(Knobs, Layer):
         if not rows or not z:
             return None
         if self.noise != "local":
-            return _shared.release(self), 1
+            return self.turns.release(z), 1
         local = self._facts.local  # type: ignore[attr-defined]
         rate = min(1.0, local.lot / rows)
         return Release(z, "poisson" if rate < 1 else "none", rate, 0), local.count(rows)

@@ -26,6 +26,8 @@ from fedllm.wire import _keys as keys
 
 SMALLEST = 3
 """A sum over two tells each of them the other's part."""
+SURE = 0.05
+"""Fewer lost rounds than this share are not worth a word."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,15 @@ class SecAgg(Knobs, Layer):
         object.__setattr__(free, "_tried", [0.0])
         return free
 
+    def doubts(self, asked: int, odds: float) -> list[str]:
+        least = self.needed(asked)
+        lost = sum(math.comb(asked, k) * odds**k * (1 - odds) ** (asked - k) for k in range(least))
+        if lost < SURE:
+            return []
+        return [f"of {asked} clients asked {asked * odds:.3g} answer on average (availability, dropout), and a sum "
+                f"opens where {least} do: {100 * lost:.0f} % of the rounds would be lost; ask more "
+                f"(clients.per_round), or lower threshold = {self.threshold:.3g}"]
+
     def warns(self, steps: float, tried: int) -> list[str]:
         most = (self.__dict__["_tried"] or [0.0])[0]
         foreseen = most * max(1.0, steps / tried)
@@ -83,7 +94,7 @@ class SecAgg(Knobs, Layer):
         name = type(self).__name__
         if count < SMALLEST:
             raise CompositionError(f"{name} hides a client among at least {SMALLEST} and {count} take part; ask more "
-                                   "clients, or use dp_fedavg alone")
+                                   "clients (clients.per_round), or use dp_fedavg alone")
         return fraction_bits(self.clip, count, self.quantum, name)
 
     def needed(self, holders: int) -> int:

@@ -149,9 +149,20 @@ def plan_parts(parts: Parts) -> Plan:
     sent = summed(total)
     rows = {c.id: c.n for c in parts.world.infos()}
     facts = replace(make_facts(recipe, rows, parts.world.local), size=_size(parts.world.model))
-    privacy = [says for layer in parts.layers if (says := layer.foresee(facts))]
+    foreseen = {i: says for i, layer in enumerate(parts.layers) if (says := layer.foresee(facts))}
+    said += [f"layers.{i}: {why}" for i, layer in enumerate(parts.layers) for why in (
+        *layer.doubts(asked, there * stays), *_too_long(layer, foreseen.get(i), recipe.rounds))]
     return Plan(sent["up"], sent["down"], sent["by_phase"], spent, extra, peak, recipe.rounds,
-                asked, summed(of_tests), dict(parts.method.metrics), privacy, said)
+                asked, summed(of_tests), dict(parts.method.metrics), list(foreseen.values()), said)
+
+
+def _too_long(layer: Any, says: Mapping[str, Any] | None, rounds: int) -> list[str]:
+    """Where a budget ends before the rounds do."""
+    fits = None if says is None else says.get("rounds_that_fit")
+    if says is None or fits is None or fits >= rounds:
+        return []
+    return [f"{rounds} rounds would cost epsilon {says['epsilon']:.3g}, and the budget is {layer.epsilon:g}: the run "
+            f"will end after {fits} of them; leave noise_multiplier out, and it follows from epsilon and rounds"]
 
 
 def _size(model: Any) -> int:

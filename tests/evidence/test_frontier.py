@@ -1,6 +1,9 @@
 """Every cell of the frontier is a recipe that holds, and the page says what was measured and what was not."""
 
-from evidence.frontier import cells, recipe_of
+import json
+from collections import Counter
+
+from evidence.frontier import EACH, MANY, RATE, cells, recipe_of, write_people
 from evidence.pages.frontier import write_page
 from fedllm.runs.build import make_layers
 from fedllm.runs.recipe import load_recipe
@@ -14,6 +17,17 @@ def test_each_cell_is_a_recipe():
         assert type(layers[0]).__name__ == ("DPSGD" if unit == "example" else "DPFedAvg")
         assert (len(layers) == 2) == (noise == "shared")
         assert layers[0].epsilon == cell["epsilon"]
+
+
+def test_very_many_people_share_the_rows_and_take_part_by_coins(tmp_path):
+    write_people(tmp_path / "people" / "a.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(20)], 50, 0)
+    rows = [json.loads(line) for line in (tmp_path / "people" / "a.jsonl").read_text().splitlines()]
+    assert set(Counter(r["person"] for r in rows).values()) == {EACH} and len({r["text"] for r in rows}) == 20
+    assert [p.name for p in (tmp_path / "people").iterdir()] == ["a.jsonl"]
+    cell = next(c for c in cells() if c["clients"] == MANY and c["epsilon"])
+    layer, spec = recipe_of(cell)["layers"][0], recipe_of(cell)["data"]
+    assert (layer["sampling"], layer["rate"]) == ("poisson", RATE) and spec["partition"]["key"] == "person"
+    assert "sampling" not in recipe_of({**cell, "clients": 1000})["layers"][0]
 
 
 def test_the_page_has_a_mean_for_each_cell_and_names_what_is_missing(tmp_path):

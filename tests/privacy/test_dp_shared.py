@@ -56,7 +56,7 @@ def one_round(tiny, layers, k, method="fedavg", engine="vectorized", dtype=torch
 @pytest.mark.parametrize("space", ["lora", "head"])
 def test_the_opened_sum_is_the_clipped_gradient_of_all_rows(tiny, monkeypatch, engine, space):
     """Without noise: against one DP-SGD step in floating point on everybody's rows, at the mean over all of them."""
-    monkeypatch.setattr("fedllm.privacy._shared.discrete_gaussian", lambda coins, shape, std: np.zeros(shape, np.int64))
+    monkeypatch.setattr("fedllm.privacy._share.discrete_gaussian", lambda coins, shape, std: np.zeros(shape, np.int64))
     layers = stack_of(4, clip_norm=0.05)
     got, world, state, _ = one_round(tiny, layers, 4, engine=engine, space=space, dtype=torch.float64)
     theta, total = state["theta"], None
