@@ -200,7 +200,7 @@ def alone(side: str, name: str) -> dict[str, float]:
 
             tokenizer = load_tokenizer(name_of())
             reader: Any = SimpleNamespace(tokenizer=tokenizer, task="generation", images=None, rules=task_of(
-                "generation"), positions=8192, space=space(), read=list)
+                "generation"), positions=8192, room=8192, space=space(), read=list)
             work = theirs(Ours.rows(SimpleNamespace(world=World(  # type: ignore[arg-type]
                 reader, Federation(shards(case), [], "generation"), LocalSpec(max_length=case.length),
                 completion_only=case.chat))), case, tokenizer.pad_token_id or 0)

@@ -6,24 +6,18 @@ cache, a long sequence, another device) goes through the module's own forward.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from fedllm.models.attention import SHORT, CausalAttention, Laid, Span, read, readable
 from fedllm.models.heads import body_of
+from fedllm.models.norm_and_mlp import GatedMlp, RmsNorm, SwiGlu
+from fedllm.spaces.frozen import bare, linear
 from fedllm.spaces.twice import wanted
-
-SHORT = 256
-"""Up to this length plain attention beats the CPU's flash kernel, whose backward is slow."""
-
-PART = 512
-"""Tokens that a gated MLP takes at once."""
 
 
 def quicken(net: nn.Module) -> None:
@@ -42,6 +36,11 @@ def quicken(net: nn.Module) -> None:
         if not (_answer(net) - before).norm() <= (1e-3 if before.dtype != torch.bfloat16 else 5e-2) * before.norm():
             for module in modules:
                 del module.__dict__["forward"]
+
+
+def attentions(net: nn.Module) -> int:
+    """How many attentions of the network are in our form."""
+    return sum("forward" in m.__dict__ for m in _attentions(net))
 
 
 STRENGTHS = (1.0, 30.0, 1000.0)
@@ -119,17 +118,29 @@ def _quick_norm(m: Any, slow: Callable) -> Callable:
 
 def _quick_attention(m: Any, slow: Callable) -> Callable:
     def forward(hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, cache: Any = None,
-                **kwargs: Any) -> tuple[Tensor, None]:
+                laid: Laid | None = None, **kwargs: Any) -> tuple[Tensor, None]:
         x, turns = hidden_states, position_embeddings
-        if cache is not None and turns is not None and _readable(m, x, turns, attention_mask):
-            return m.o_proj(_read(m, x, turns, attention_mask, cache)), None
-        odd = attention_mask is not None or cache is not None or turns is None or x.device.type != "cpu" or wanted()
-        if odd or x.shape[1] > SHORT or turns[0].shape[-1] != m.head_dim:
+        if cache is not None and turns is not None and readable(m, x, turns, attention_mask):
+            return m.o_proj(read(m, x, turns, attention_mask, cache)), None
+        odd = (attention_mask is not None and laid is None) or cache is not None or turns is None or (
+            x.device.type != "cpu" or wanted())
+        spans = laid.spans if laid else ((0, *x.shape[:2]),)
+        longest = max(spans, key=lambda span: span[2])
+        if odd or longest[2] > SHORT or turns[0].shape[-1] != m.head_dim or (laid is None and len(turns[0]) > 1):
+            if laid is not None:
+                raise RuntimeError("rows that lie end to end have no plain attention")
             return slow(hidden_states, position_embeddings=turns, attention_mask=attention_mask, cache=cache, **kwargs)
-        cos, sin = (t.to(x.dtype).unsqueeze(1) for t in turns)  # [1, 1, T, h]
-        return m.o_proj(CausalAttention.apply(m.q_proj(x), m.k_proj(x), m.v_proj(x), cos, sin, m.scaling)), None
+        cos, sin = (_of_row(t.to(x.dtype), longest) for t in turns)  # [1, T, h]
+        q, k, v = (linear(p, x) for p in (m.q_proj, m.k_proj, m.v_proj))
+        return linear(m.o_proj, CausalAttention.apply(q, k, v, cos, sin, m.scaling, spans)), None
 
     return forward
+
+
+def _of_row(turn: Tensor, span: Span) -> Tensor:
+    """Of cosines or sines [N, T, h] of all tokens those of a row [1, t, h]."""
+    first, _, t = span
+    return turn.reshape(1, -1, turn.shape[-1])[:, first : first + t]
 
 
 def _quick_mlp(m: Any, slow: Callable) -> Callable:
@@ -138,169 +149,11 @@ def _quick_mlp(m: Any, slow: Callable) -> Callable:
     def forward(x: Tensor) -> Tensor:
         if wanted():
             return slow(x)
-        if not all(_bare(linear) for linear in (gate, up, down)):  # adapters, or weights that are trained
+        if not all(bare(linear) for linear in (gate, up, down)):  # adapters, or weights that are trained
             return down(SwiGlu.apply(gate(x), up(x)))
         return GatedMlp.apply(x, gate.weight, up.weight, down.weight)
 
     return forward
-
-
-def _bare(linear: Any) -> bool:
-    """Whether a linear map is what it was built as: frozen, without a bias, and nothing put in its forward's place."""
-    return "forward" not in linear.__dict__ and linear.bias is None and not (
-        linear.weight.requires_grad or linear._forward_hooks or linear._forward_pre_hooks)
-
-
-class SwiGlu(torch.autograd.Function):
-    """silu(g) u; keeps g and u alone."""
-
-    @staticmethod
-    def forward(ctx, g: Tensor, u: Tensor) -> Tensor:
-        ctx.save_for_backward(g, u)
-        return F.silu(g).mul_(u)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
-        g, u = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(d * u, g), F.silu(g).mul_(d)
-
-
-class GatedMlp(torch.autograd.Function):
-    """(silu(x G^T) * x U^T) D^T with frozen G, U [o, i] and D [i, o]; keeps the two products, and no third."""
-    @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        g, u = F.linear(x, gate), F.linear(x, up)
-        ctx.save_for_backward(g, u, gate, up, down)
-        y = torch.empty_like(x)
-        for out, a, b in zip(_parts(y), _parts(g), _parts(u), strict=True):
-            torch.mm(F.silu(a).mul_(b), down.T, out=out)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
-        g, u, gate, up, down = ctx.saved_tensors
-        dx = torch.empty_like(d, memory_format=torch.contiguous_format)
-        for out, a, b, e in zip(_parts(dx), _parts(g), _parts(u), _parts(d), strict=True):
-            e = e @ down
-            right = F.silu(a).mul_(e)
-            torch.mm(torch.ops.aten.silu_backward(e.mul_(b), a), gate, out=out)
-            out.addmm_(right, up)
-        return dx, None, None, None
-
-
-def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """[..., d] as pieces [m, d] of it, few enough rows that what is made of them stays in the cache."""
-    return x.reshape(-1, x.shape[-1]).split(PART)
-
-
-class RmsNorm(torch.autograd.Function):
-    """w * x / rms(x) with a frozen gain w; keeps x and one number a row."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None]:
-        # dx = r (w d) - x r^3 mean(x w d)
-        x, weight, scale = ctx.saved_tensors
-        g, wide = (d * weight).to(scale.dtype), x.to(scale.dtype)
-        along = (g * wide).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(x.shape[-1])
-        return g.mul_(scale).addcmul_(wide, along, value=-1).to(x.dtype), None, None
-
-
-class CausalAttention(torch.autograd.Function):
-    """Rotate queries and keys, and attend to what came before: q [N, T, H*h], k and v [N, T, G*h] -> [N, T, H*h].
-
-    The rotation writes straight into the layout that the products want, and grouped heads share their keys in place.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-        h, t = cos.shape[-1], q.shape[1]
-        groups = k.shape[-1] // h
-        q, k, v = _heads(q, h), _heads(k, h), _heads(v, h)
-        shape = (q.shape[0] * groups, -1, h)
-        q, k = (_rotate(x, cos, sin, torch.empty(x.shape, dtype=x.dtype)).view(shape) for x in (q, k))
-        v = v.reshape(shape)
-        ahead = _ahead(t, q.shape[1] // t, q.dtype)
-        p = torch.softmax(torch.baddbmm(ahead, q, k.mT, alpha=scale), -1)  # [N*G, H/G*T, T]
-        ctx.save_for_backward(q, k, v, p, cos, sin)
-        ctx.scale, ctx.rows = scale, t
-        return _flat(torch.bmm(p, v), t, groups)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p, cos, sin = ctx.saved_tensors
-        t, h = ctx.rows, cos.shape[-1]
-        groups = v.shape[0] // d.shape[0]
-        d = _heads(d, h).reshape(q.shape)
-        dv = _flat(torch.bmm(p.mT, d), t, groups) if ctx.needs_input_grad[2] else None
-        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            return None, None, dv, None, None, None
-        ds = torch.ops.aten._softmax_backward_data(torch.bmm(d, v.mT), p, -1, p.dtype)
-        cos, sin = cos * ctx.scale, -sin.roll(h // 2, -1) * ctx.scale  # the rotation backwards
-        back = [None, None]
-        for i, (left, right) in enumerate(((ds, k), (ds.mT, q))):
-            if ctx.needs_input_grad[i]:
-                g = torch.bmm(left, right).view(v.shape[0] // groups, -1, t, h)
-                out = torch.empty(g.shape[0], t, g.shape[1] * h, dtype=g.dtype)
-                _rotate(g, cos, sin, _heads(out, h))
-                back[i] = out
-        return back[0], back[1], dv, None, None, None
-
-
-def _readable(m: Any, x: Tensor, turns: Any, mask: Tensor | None) -> bool:
-    plain = (mask is not None and mask.dtype == torch.bool and mask.dim() == 4) or (mask is None and x.shape[1] == 1)
-    return plain and x.device.type == "cpu" and x.shape[1] <= SHORT and turns[0].shape[-1] == m.head_dim and not (
-        torch.is_grad_enabled())
-
-
-def _read(m: Any, x: Tensor, turns: Any, mask: Tensor | None, cache: Any) -> Tensor:
-    """Attention of new tokens x [N, T, d] to all that the cache holds; grouped heads share their keys in place."""
-    h, t = m.head_dim, x.shape[1]
-    cos, sin = (c.to(x.dtype).unsqueeze(1) for c in turns)
-    q, k, v = _heads(m.q_proj(x), h), _heads(m.k_proj(x), h), _heads(m.v_proj(x), h)
-    q, k = (_rotate(y, cos, sin, torch.empty(y.shape, dtype=y.dtype)) for y in (q, k))
-    k, v = (y.flatten(0, 1) for y in cache.update(k, v, m.layer_idx))  # [N*G, t_all, h]
-    z = torch.bmm(q.view(len(k), -1, h), k.mT).mul_(m.scaling).view(len(x), -1, t, k.shape[1])
-    if mask is not None:  # padding's own rows see nothing, and are nothing to anybody
-        z.masked_fill_(~mask[..., : k.shape[1]], torch.finfo(z.dtype).min)
-    return _flat(torch.bmm(torch.softmax(z, -1).view(len(k), -1, k.shape[1]), v), t, len(k) // len(x))
-
-
-def _heads(x: Tensor, h: int) -> Tensor:
-    """[N, T, H*h] -> [N, H, T, h], a view."""
-    return x.view(*x.shape[:2], -1, h).transpose(1, 2)
-
-
-def _flat(x: Tensor, t: int, groups: int) -> Tensor:
-    """[N*G, H/G*T, h] -> [N, T, H*h]."""
-    n = x.shape[0] // groups
-    return x.view(n, -1, t, x.shape[-1]).transpose(1, 2).reshape(n, t, -1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """out = x cos + (-x2, x1) sin, on [N, H, T, h] in any layout."""
-    half = x.shape[-1] // 2
-    torch.mul(x, cos, out=out)
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return out
-
-
-@functools.lru_cache(maxsize=64)
-def _ahead(t: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """0 where a position may look and -inf ahead of it: [heads*T, T]."""
-    return torch.full((t, t), float("-inf"), dtype=dtype).triu(1).repeat(heads, 1)
 
 
 FORMS = ((_norms, _quick_norm, _ask_norm), (_mlps, _quick_mlp, _ask_mlp),

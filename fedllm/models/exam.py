@@ -118,6 +118,7 @@ class Exam:
 
     def differs(self, model: Model) -> list[str]:
         """Where `model` answers otherwise: trainables, the worst first, or what went wrong; empty where nowhere."""
+        worth, model.worth = model.worth, 0
         try:
             if model.stackable and sum(t.numel() * t.element_size() for t in self.trees[0].values()) > LANE_BYTES:
                 model.stackable, model.ways = False, replace(model.ways, together=False)
@@ -132,6 +133,8 @@ class Exam:
                     return ["its loss"]
         except Exception as error:
             return [f"{_where(model, error)}{type(error).__name__}: {_line(error)}"]
+        finally:
+            model.worth = worth
         return []
 
     def near(self, which: int) -> float:

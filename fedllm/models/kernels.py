@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedllm.models.blocks import SHORT
+from fedllm.models.attention import SHORT
 from fedllm.tasks.task import wide
 
 PRIMITIVES = 64

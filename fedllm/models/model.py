@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.payload import Tree
@@ -24,7 +23,10 @@ from fedllm.models.blocks import quicken
 from fedllm.models.dual import CHUNK, TEXT, VISION, DualEncoder, inside
 from fedllm.models.encoder import HeadedEncoder as HeadedEncoder
 from fedllm.models.encoder import Pooling as Pooling
-from fedllm.models.heads import Head, body_of
+from fedllm.models.heads import Head
+from fedllm.models.hidden import POSITIONS as POSITIONS
+from fedllm.models.hidden import WORTH, by_length, densely, hidden
+from fedllm.models.hidden import as_cache as as_cache
 from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
 from fedllm.models.pairs import PairNet
 from fedllm.models.pieces import piecewise_losses
@@ -40,8 +42,6 @@ from fedllm.tasks.task import Task, wide
 
 log = logging.getLogger(__name__)
 UNBOUND = 1 << 20
-POSITIONS = "positions"
-"""The part of packed rows that says where in its own row each token stands."""
 PADDED = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet", "data2vec-text", "esm")
 """Families that number a row's places from the padding token's on."""
 
@@ -62,6 +62,7 @@ class Model:
         self.labels, self.seed, self.name = tuple(labels), seed, name
         self.silent = ""  # why it cannot continue texts, where it cannot
         self.share = 1.0  # how much of the owner's blocks it has: a step takes so much of the whole model's time
+        self.dense, self.worth = 0, WORTH  # weights of a layer, where padding may be left out; and when it pays
         self.said: list[str] = []
         """What its user must know: what is not done as the config has it, and which quicker ways it does not take."""
         self.weights, self.loss = weights, loss
@@ -97,6 +98,7 @@ class Model:
         if ways.quick:
             keep_freed_memory()
             quicken(self.net.body if isinstance(self.net, HeadedEncoder) else self.net)
+        self.dense = densely(self.net) if ways.quick and self.rules.net == "causal" and self.space.by_token else 0
         self.head = Head(self.net) if self.rules.net == "causal" and self._is_language_model() else None
         if ways.sites:
             self.stackable = self.space.install(self.net, self.stack) and ways.together
@@ -245,7 +247,7 @@ class Model:
     def word_logits(self, batch: Batch) -> Tensor:
         """[N, T, V] of a masked language model, through its head as it applies it."""
         if not self.ways.uneven and not bool(batch.mask.all()):
-            return self._by_length(batch, self.word_logits)
+            return by_length(batch, self.word_logits)
         self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
         return self.net(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
 
@@ -324,66 +326,13 @@ class Model:
         h = self.net.body(inputs_embeds=embeds.to(self.net.dtype), attention_mask=mask.long()).last_hidden_state
         return wide(self.net.classifier(self.net.pool(h, mask)))
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again."""
-        if isinstance(self.net, DualEncoder):
-            raise ModelError("an image-text model has no hidden states of tokens; its class logits are what it gives")
-        if not self.ways.uneven and not bool(batch.mask.all()):
-            return self._by_length(batch, self.hidden)
-        self.stack.rows, self.stack.mask = batch.ids.shape[0], batch.mask
-        encoder = self.rules.net != "causal"
-        body = self.net.body if isinstance(self.net, HeadedEncoder) else body_of(self.net)
-        prompt = self.space.before(self.net, self.stack, batch.ids.shape[0])
-        feed: dict[str, Any] = {} if encoder else {"use_cache": False}
-        if encoder or not self.ways.cut or (prompt is None and not _right_padded(batch)):
-            feed["attention_mask"] = _grow(batch.mask, prompt).long()
-        if prompt is not None and prompt.cache is not None:
-            feed |= {"cache": as_cache(prompt), "use_cache": True}
-        if prompt is not None and prompt.embeds is not None:
-            text = self.net.get_input_embeddings()(batch.ids)
-            feed["inputs_embeds"] = torch.cat([prompt.embeds.to(text.dtype), text], 1)
-        else:
-            feed["input_ids"] = batch.ids
-        if (places := batch.parts.get(POSITIONS)) is not None:  # rows end to end: transformers keeps them apart by it
-            if prompt is not None or "attention_mask" in feed:
-                raise CompositionError("packed rows go with neither virtual tokens nor a mask; leave local.packing out")
-            feed["position_ids"] = places
-        h = body(**feed).last_hidden_state
-        return h[:, -batch.ids.shape[1] :]
-
-    def _by_length(self, batch: Batch, ask: Callable[[Batch], Tensor]) -> Tensor:
-        """`ask` [N, T, ...] for a network to which padding matters: one lane's right-padded rows; zeros on padding."""
-        lengths, out = batch.mask.sum(1), None
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            part = Batch(1, *(x[rows, :length] if x.dim() == 2 else x[rows] for x in (
-                batch.ids, batch.mask, batch.labels)))
-            h = F.pad(ask(part), (0, 0, 0, batch.ids.shape[1] - length))
-            out = h.new_zeros(*batch.ids.shape, h.shape[-1]) if out is None else out
-            out = out.index_copy(0, rows, h)
-        assert out is not None
-        return out
+    def hidden(self, batch: Batch, padded: bool = True) -> Tensor:
+        """Last hidden states of the text positions [N, T, d]; virtual tokens in front are cut off again. Who looks at
+        no padding says `padded=False`: where that saves work it is left out then."""
+        return hidden(self, batch, padded)
 
     def logits_of(self, h: Tensor) -> Tensor:
         """Hidden states [..., d] -> vocabulary logits, as the model makes them: caps, scales and all."""
         if self.head is None:
             raise ModelError(f"{self.name or type(self.net).__name__} is no language model and has no logits of words")
         return self.head(h)
-
-
-def _right_padded(batch: Batch) -> bool:
-    return bool((batch.mask[:, :-1] >= batch.mask[:, 1:]).all())
-
-
-def _grow(mask: Tensor, prompt: Any) -> Tensor:
-    if prompt is None:
-        return mask
-    return torch.cat([mask.new_ones(len(mask), prompt.length), mask], 1)
-
-
-def as_cache(prompt: Any) -> DynamicCache:
-    """The prompt's keys and values as a cache that transformers models take."""
-    cache = DynamicCache()
-    for layer, (k, v) in enumerate(prompt.cache):
-        cache.update(k, v, layer)
-    return cache

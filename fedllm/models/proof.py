@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from fedllm.models.exam import Exam, what
+from fedllm.models.hidden import WINDOWS
 from fedllm.models.model import Model
 from fedllm.models.taken_for import check
 from fedllm.models.verdicts import keep, kept
@@ -18,10 +19,6 @@ from fedllm.models.ways import WORDS, Ways
 from fedllm.spaces.mask import Mask
 from fedllm.spaces.params import Params
 from fedllm.spaces.prefix import Prefix
-
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "attention_window_size",
-           "attention_window")
-"""How configs name the reach of a layer that sees no farther."""
 
 
 def examine(model: Model, cache: bool = True) -> None:
@@ -59,7 +56,7 @@ def _settle(model: Model, exam: Exam) -> list[str]:
     if wrong := exam.differs(model):
         raise exam.refusal(model, wrong)
     best = least
-    for way in ("sites", "uneven", "together", "cut", "quick", "fused"):
+    for way in ("sites", "uneven", "together", "cut", "quick", "fused", "dense"):
         if vars(best)[way] or not vars(asked)[way] or (way == "together" and not (best.sites and best.uneven)):
             continue
         model.go(replace(best, **{way: True}))

@@ -12,6 +12,7 @@ WORDS: Mapping[str, str] = {
     "cut": "right padding is masked",
     "quick": "the network's own kernels",
     "fused": "the network's own logits",
+    "dense": "padding is computed",
     "padded": "texts of one length at a time where it generates",
     "cached": "no cache where it generates",
 }
@@ -34,6 +35,8 @@ class Ways:
     """Our forms of norms, attention and products."""
     fused: bool = True
     """Head and loss in one pass where the head is a frozen linear map."""
+    dense: bool = True
+    """Rows of unequal lengths lie end to end where that is less work than their padding."""
     padded: bool = True
     """Prompts of unequal lengths are continued in one batch, padded on the left."""
     cached: bool = True

@@ -28,6 +28,7 @@ class Adapter(Space):
 
     stays = "its bottlenecks are modules of their own"
     over_packed = True
+    by_token = True
 
     size: int = knob(16, "width of the bottleneck", ge=1)
     modules_to_save: tuple[str, ...] = knob(("classifier",), "modules trained whole beside the adapters, where present")

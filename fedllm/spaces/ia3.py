@@ -26,6 +26,7 @@ class IA3(Space):
     """Multiply the output of `targets` by a vector; for those in `feedforward` multiply the input instead."""
 
     stays = ""
+    by_token = True
     peft = "IA3"
 
     targets: str | tuple[str, ...] = knob(SCALED, "linear modules that get a vector (those present)")

@@ -20,6 +20,7 @@ from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.adaptable import adaptable
 from fedllm.spaces.dropout import dropped
+from fedllm.spaces.frozen import back
 from fedllm.spaces.magnitude import MAGNITUDE, turned, weight_of
 from fedllm.spaces.params import saved_params, with_ties
 from fedllm.spaces.principal import principal, with_start, without_start
@@ -39,6 +40,7 @@ class LoRA(Space):
 
     ragged = True
     over_packed = True
+    by_token = True
     stays = ""
     peft = "LORA"
 
@@ -293,7 +295,7 @@ class Adapted(torch.autograd.Function):
         dh = torch.bmm(b.mT, wide.mT).mul_(ctx.scale)  # [K, r, N]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = d @ weight  # [K*n, ..., i]
+            dx = back(d, weight)  # [K*n, ..., i]
             dx.view(lanes.shape).baddbmm_(dh.mT, a)
         da = torch.bmm(dh, lanes) if ctx.needs_input_grad[3] else None
         db = torch.bmm(ht, wide).mT if ctx.needs_input_grad[4] else None

@@ -26,6 +26,7 @@ class LoRASB(Space):
     """
 
     stays = ""
+    by_token = True
 
     rank: int = knob(8, "rank r, the side of R", ge=1)
     alpha: float = knob(8.0, "s = alpha / r", gt=0)

@@ -18,6 +18,7 @@ class Params(Space):
     """A subset of the network's parameters, replaced by trainables; names are the network's own."""
 
     stays = ""
+    by_token = True
 
     def picks(self, net: nn.Module, name: str, parameter: Tensor) -> bool:
         """Whether this parameter is trained."""

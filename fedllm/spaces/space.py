@@ -60,6 +60,8 @@ class Space(Knobs):
     """Why trainables cannot be merged into the network's weights; empty where `merge` does it."""
     over_packed: ClassVar[bool] = False
     """Whether it works over a base whose weights are packed in few bits (`model.quantize`)."""
+    by_token: ClassVar[bool] = False
+    """Whether it does to each token the same, whatever lies beside it."""
     peft: ClassVar[str] = ""
     """PEFT's name for adapters of this kind ("LORA"); empty where PEFT has none."""
     personal: ClassVar[tuple[str, ...]] = ()

@@ -75,6 +75,10 @@ class Streams(Space):
         return all(space.over_packed for space in self.made.values())
 
     @property
+    def by_token(self) -> bool:  # type: ignore[override]
+        return all(space.by_token for space in self.made.values())
+
+    @property
     def draws(self) -> bool:
         return any(space.draws for space in self.made.values())
 

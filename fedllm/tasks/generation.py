@@ -48,7 +48,7 @@ class Generation(Task):
 
 def next_words(model: Any, batch: Any) -> Losses:
     """Cross-entropy of each labelled token after those before it, summed over the row."""
-    h = model.hidden(batch)[:, :-1]
+    h = model.hidden(batch, padded=False)[:, :-1]
     rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     ce = model.word_losses(h, rows, cols, batch.labels[:, 1:][rows, cols])
     n = batch.ids.shape[0]

@@ -71,8 +71,8 @@ def test_a_clip_that_weak_inputs_do_not_reach_keeps_the_networks_own_attention()
 def test_what_is_wrong_falls_back_and_says_so_once(monkeypatch, caplog):
     real = Model.hidden
 
-    def mixing(self, batch):
-        h = real(self, batch)
+    def mixing(self, batch, padded=True):
+        h = real(self, batch, padded)
         return h + 1e-2 * h.mean(0, keepdim=True) if batch.k > 1 else h
 
     monkeypatch.setattr(Model, "hidden", mixing)
