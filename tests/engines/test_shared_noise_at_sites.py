@@ -17,7 +17,7 @@ from fedllm.federation.coordinator import drive_run
 from fedllm.federation.ledger import SiteLedger
 from fedllm.federation.nvflare.loopback import events, until
 from fedllm.local.spec import LocalSpec
-from fedllm.privacy.accountant import Ledger, Release
+from fedllm.privacy.accountant import Ledger, Release, noise_for
 from fedllm.privacy.dp_sgd import DPSGD
 from fedllm.privacy.secagg import SecAgg
 from fedllm.runs.build import build
@@ -190,8 +190,7 @@ def test_real_sites_share_their_noise(rig):
     thread.join(10)
     assert not trouble and far.skipped == [] and far.rounds == 8
     assert {e["client"] for e in events(far.folder, "missing")} == {"site-c"}
-    facts = Facts(dict.fromkeys(FOUR, 9), 4, 8, LocalSpec(**STEP), below=(SecAgg(threshold=0.5),))
     says, book = far.privacy["layers"][0], Ledger({})
-    book.book(Release(DPSGD(**SHARED).bind(facts).noise_multiplier, law="discrete"), 8)
+    book.book(Release(noise_for(8.0, 1e-5, 8, law="discrete"), law="discrete"), 8)
     assert far.privacy["claim"] == "private" and says["epsilon"] == pytest.approx(book.epsilon(1e-5))
     assert 7.5 < says["epsilon"] <= 8.0 and set(says["clients"]) == set(FOUR)
