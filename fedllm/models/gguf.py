@@ -27,6 +27,7 @@ from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, lo
 
 from fedllm.core.errors import ModelError
 from fedllm.models.cache import made_once
+from fedllm.models.kernels import freeing
 from fedllm.models.plain import plain_copy
 from fedllm.models.splits import split_of
 
@@ -81,7 +82,8 @@ def _folder(name: str, file: str, size: int, changed: int) -> str:
 
     def make(folder: Path) -> None:
         log.warning("model %r: %s is read and kept as an ordinary folder; the next time it is there", name, file)
-        save(folder, *read(name, Path(file), head))
+        with freeing():
+            save(folder, *read(name, Path(file), head))
 
     return str(made_once("gguf", key, _reader(), make))
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,30 +19,28 @@ from fedllm.core.rng import torch_stream
 from fedllm.data.encode import Encoded
 from fedllm.models.batch import Batch
 from fedllm.models.blocks import quicken
-from fedllm.models.dual import CHUNK, TEXT, VISION, DualEncoder, inside
+from fedllm.models.dual import TEXT, VISION, DualEncoder, inside
 from fedllm.models.encoder import HeadedEncoder as HeadedEncoder
 from fedllm.models.encoder import Pooling as Pooling
 from fedllm.models.heads import Head
 from fedllm.models.hidden import POSITIONS as POSITIONS
 from fedllm.models.hidden import WORTH, by_length, densely, hidden
 from fedllm.models.hidden import as_cache as as_cache
-from fedllm.models.kernels import fast, frozen_head_loss, keep_freed_memory, repeatable
+from fedllm.models.kernels import fast, keep_freed_memory, repeatable
 from fedllm.models.pairs import PairNet
-from fedllm.models.pieces import piecewise_losses
+from fedllm.models.pictures import with_features
+from fedllm.models.pieces import target_logits, word_losses
+from fedllm.models.places import UNBOUND as UNBOUND
+from fedllm.models.places import positions_of
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
 from fedllm.models.settled import is_settled, part_of, with_states
 from fedllm.models.shop import ShopNet
 from fedllm.models.ways import Ways
 from fedllm.spaces.space import Space, Stack, fitted_to, stack_lanes, tree_to
-from fedllm.spaces.twice import wanted
 from fedllm.tasks.registry import task_of
-from fedllm.tasks.row import IGNORE
 from fedllm.tasks.task import Task, wide
 
 log = logging.getLogger(__name__)
-UNBOUND = 1 << 20
-PADDED = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet", "data2vec-text", "esm")
-"""Families that number a row's places from the padding token's on."""
 
 RowLoss = Callable[["Model", Batch], tuple[Tensor, Tensor, Tensor]]
 
@@ -158,14 +155,7 @@ class Model:
     @functools.cached_property
     def positions(self) -> int:
         """Tokens that the network has places for, virtual ones among them; a large number where it sets no bound."""
-        config = getattr(self.net, "config", None)  # a policy has none
-        said: dict[str, Any] = config.to_dict() if config else {}
-        said |= said.get("text_config") or {}
-        keys = ("max_position_embeddings", "n_positions", "max_seq_len")
-        bound = [said[k] for k in keys if isinstance(said.get(k), int)]
-        if said.get("model_type") in PADDED:  # their first places are the padding's
-            bound = [b - 1 - (said.get("pad_token_id") or 1) for b in bound]
-        return min((b for b in bound if b > 1), default=UNBOUND)
+        return positions_of(self.net)
 
     @property
     def room(self) -> int:
@@ -236,13 +226,7 @@ class Model:
 
     def word_losses(self, h: Tensor, rows: Tensor, cols: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy [M] of the words `y` [M] through the head at h[rows, cols]."""
-        if self.head is not None and self.head.trained(self.stack.tensors):  # a stacked head wants all rows together
-            return piecewise_losses(self, h, rows, cols, y)
-        if self.head is not None and self.head.plain and self.ways.fused and not wanted():
-            head = self.net.get_output_embeddings()
-            return frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
-        at = torch.arange(len(y), device=y.device)
-        return piecewise_losses(self, h[rows, cols][None], torch.zeros_like(at), at, y)
+        return word_losses(self, h, rows, cols, y)
 
     def word_logits(self, batch: Batch) -> Tensor:
         """[N, T, V] of a masked language model, through its head as it applies it."""
@@ -253,13 +237,7 @@ class Model:
 
     def target_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of every target, row by row: whose it is [M], the logits that predict it [M, V or C], and itself [M]."""
-        self.stack.rows = batch.ids.shape[0]
-        if isinstance(self.net, HeadedEncoder):
-            rows = (batch.labels != IGNORE).nonzero()[:, 0]
-            return rows, self.class_logits(batch)[rows], batch.labels[rows]
-        rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        z = self.logits_of(self.hidden(batch)[:, :-1])[rows, cols]  # a stacked head wants all lanes' rows together
-        return rows, wide(z), batch.labels[:, 1:][rows, cols]
+        return target_logits(self, batch)
 
     def class_logits(self, batch: Batch) -> Tensor:
         """[N, classes], or [N, T, classes] where every token has a class; in fp32 or better."""
@@ -300,21 +278,7 @@ class Model:
         alone is trained get their `state`, once; other pictures count their tower's tokens."""
         if not isinstance(self.net, DualEncoder):
             return with_states(self, rows) if self.settled else list(rows)
-        out = list(rows)
-        seen = [i for i, row in enumerate(rows) if "pixels" in row.parts]
-        if not self.seen_once:
-            for i in seen:
-                out[i] = replace(rows[i], ids=np.zeros(self.net.vision_tokens + self.space.beside_patches, np.int32))
-            return out
-        for i in range(0, len(seen), CHUNK):
-            at = seen[i : i + CHUNK]
-            pixels = torch.from_numpy(np.stack([rows[j].parts["pixels"] for j in at])).to(self.device)
-            with torch.no_grad(), self.using([{}]):
-                made = self.net.images(pixels).cpu().numpy()
-            for j, features in zip(at, made, strict=True):
-                rest = {n: p for n, p in rows[j].parts.items() if n != "pixels"}
-                out[j] = replace(rows[j], parts={**rest, "features": features})
-        return out
+        return with_features(self, rows)
 
     def outputs(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Class logits [N, classes] of texts that are given as embeddings [N, T, d], padded on the right."""

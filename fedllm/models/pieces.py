@@ -15,10 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fedllm.models.batch import Batch
+from fedllm.models.encoder import HeadedEncoder
+from fedllm.models.kernels import frozen_head_loss
+from fedllm.spaces.twice import wanted
+from fedllm.tasks.row import IGNORE
 from fedllm.tasks.task import wide
 
 PIECE = 1 << 24
 """Logits that exist at once: 64 MB of them in fp32."""
+
+
+def word_losses(model: Any, h: Tensor, rows: Tensor, cols: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy [M] of the words `y` [M] through the model's head at h[rows, cols], in the quickest way it has."""
+    if model.head is not None and model.head.trained(model.stack.tensors):  # a stacked head wants all rows together
+        return piecewise_losses(model, h, rows, cols, y)
+    if model.head is not None and model.head.plain and model.ways.fused and not wanted():
+        head = model.net.get_output_embeddings()
+        return frozen_head_loss(h[rows, cols], head.weight, head.bias, y)
+    at = torch.arange(len(y), device=y.device)
+    return piecewise_losses(model, h[rows, cols][None], torch.zeros_like(at), at, y)
+
+
+def target_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Model.target_logits`."""
+    model.stack.rows = batch.ids.shape[0]
+    if isinstance(model.net, HeadedEncoder):
+        rows = (batch.labels != IGNORE).nonzero()[:, 0]
+        return rows, model.class_logits(batch)[rows], batch.labels[rows]
+    rows, cols = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    z = model.logits_of(model.hidden(batch)[:, :-1])[rows, cols]  # a stacked head wants all lanes' rows together
+    return rows, wide(z), batch.labels[:, 1:][rows, cols]
 
 
 def piecewise_losses(model: Any, h: Tensor, rows: Tensor, cols: Tensor, y: Tensor) -> Tensor:

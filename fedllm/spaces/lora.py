@@ -8,25 +8,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.core.errors import ModelError, RecipeError
 from fedllm.core.knobs import knob
 from fedllm.core.payload import Tree
 from fedllm.spaces.adaptable import adaptable
-from fedllm.spaces.dropout import dropped
-from fedllm.spaces.frozen import back
-from fedllm.spaces.magnitude import MAGNITUDE, turned, weight_of
+from fedllm.spaces.adapted import adapted
+from fedllm.spaces.factors import factors as factors
+from fedllm.spaces.factors import is_adapter as is_adapter
+from fedllm.spaces.factors import names_of as names_of
+from fedllm.spaces.magnitude import MAGNITUDE, weight_of
 from fedllm.spaces.params import saved_params, with_ties
 from fedllm.spaces.principal import principal, with_start, without_start
 from fedllm.spaces.space import CAUSAL, PEFT, Space, Stack, find_linears, linear_size, patch, set_params
 from fedllm.spaces.stacked import install_params
-from fedllm.spaces.twice import wanted
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class LoRA(Space):
 
     def install(self, net: nn.Module, stack: Stack) -> bool:
         for path, module in self.sites(net).items():
-            patch(module, lambda frozen, path=path, module=module: _adapted(frozen, path, module, stack, self))
+            patch(module, lambda frozen, path=path, module=module: adapted(frozen, path, module, stack, self))
         names = with_ties(net, self._saved(net))
         return install_params(net, stack, {path: PEFT + name for path, name in names.items()})
 
@@ -234,86 +233,3 @@ class LoRA(Space):
 
     def _saved(self, net: nn.Module) -> dict[str, nn.Parameter]:
         return saved_params(net, self.modules_to_save, self.trains)
-
-
-def _adapted(frozen: Any, path: str, module: nn.Module, stack: Stack, space: LoRA) -> Any:
-    (b_name, a_name), w_name = names_of(path), f"{path}.weight"
-
-    plain = type(module) in (nn.Linear, Conv1D) and "forward" not in module.__dict__  # no other stream beneath
-
-    def forward(x: Tensor) -> Tensor:
-        a = stack.tensors.get(a_name)  # [K, r, i]
-        drift = stack.base.get(w_name) if stack.base else None
-        seen = x if a is None else dropped(x, space.dropout, path, stack)  # what the update is given
-        if a is not None:
-            a, b = a.to(x.dtype), stack.tensors[b_name].to(x.dtype)
-            scale: Any = stack.extra["lora_scale"]
-            one = len(set(scale)) == 1
-            scale = scale[0] if one else torch.tensor(scale, dtype=x.dtype, device=x.device)[:, None, None]
-            if space.init == "pissa" and seen is x:
-                a, b = with_start(a, b, module, scale)
-            if plain and drift is None and stack.quick and seen is x and not space.dora and not wanted():
-                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-                return Adapted.apply(x, weight, module.bias, a, b, scale)
-        y = frozen(x) if drift is None else frozen(x) + F.linear(x, drift.to(x.dtype))
-        if a is None:
-            return y
-        h = torch.bmm(stack.lanes(seen), a.mT) * scale  # [K, N, r]
-        if space.dora:
-            m, off = stack.tensors[f"{PEFT}{path}{MAGNITUDE}"], None if seen is x else stack.lanes(seen)
-            return turned(module, stack.lanes(y), torch.bmm(h, b.mT), off, m, a, b, scale).view(y.shape)
-        if space.init == "pissa" and seen is not x:
-            p, q = (m.to(x) for m in principal(module, a.shape[1]))
-            y = y - F.linear(F.linear(x, q), p)
-        return torch.baddbmm(stack.lanes(y), h, b.mT).view(y.shape)
-
-    return forward
-
-
-class Adapted(torch.autograd.Function):
-    """x W^T + bias + s x A_k^T B_k^T for K lanes, W frozen: x [K*n, ..., i], W [o, i], A [K, r, i], B [K, o, r].
-
-    Thin products are written with the rank as the number of rows, which runs up to three times as fast, and wide
-    results are added to in place.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Any) -> Tensor:
-        y = F.linear(x, weight, bias)
-        lanes = x.reshape(len(a), -1, x.shape[-1])  # [K, N, i]
-        ht = torch.bmm(a, lanes.mT).mul_(scale)  # [K, r, N]
-        y.view(len(a), -1, y.shape[-1]).baddbmm_(ht.mT, b.mT)
-        ctx.save_for_backward(lanes, weight, a, b, ht)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
-        lanes, weight, a, b, ht = ctx.saved_tensors
-        wide = d.reshape(len(a), -1, d.shape[-1])  # [K, N, o]
-        dh = torch.bmm(b.mT, wide.mT).mul_(ctx.scale)  # [K, r, N]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = back(d, weight)  # [K*n, ..., i]
-            dx.view(lanes.shape).baddbmm_(dh.mT, a)
-        da = torch.bmm(dh, lanes) if ctx.needs_input_grad[3] else None
-        db = torch.bmm(ht, wide).mT if ctx.needs_input_grad[4] else None
-        return dx, None, None, da, db, None
-
-
-def factors(tree: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The (B, A) pairs of a tree, by module path."""
-    ends = ".lora_A.weight"
-    paths = [n[: -len(ends)] for n in tree if n.endswith(ends)]
-    return {p.removeprefix(PEFT): (tree[f"{p}.lora_B.weight"], tree[f"{p}{ends}"]) for p in paths}
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a trainable of this name belongs to an adapter, and is no module trained whole."""
-    return any(part in name for part in (".lora_A.", ".lora_B.", MAGNITUDE))
-
-
-def names_of(path: str) -> tuple[str, str]:
-    """The tree's names of B and A for a module path."""
-    return f"{PEFT}{path}.lora_B.weight", f"{PEFT}{path}.lora_A.weight"

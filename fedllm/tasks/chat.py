@@ -165,7 +165,7 @@ def spans(tokenizer: Any, row: Row, i: int, every: bool) -> list[tuple[str, bool
         if not (whole.startswith(before) and whole.startswith(after) and len(before) >= at):
             if k < len(turns) - 1:
                 _said_once(str(tokenizer.name_or_path))
-                continue  # the template rewrites earlier turns (it drops their reasoning): the last one is learned
+                continue  # the template rewrites this turn (it drops its reasoning); the last one is always learned
             if turns[k].get("tool_calls"):
                 raise bad_row(row, i, f": the chat template of {tokenizer.name_or_path!r} writes a last turn with a "
                               "call otherwise than after what is asked of it, so that the call cannot be learned; "
@@ -190,8 +190,9 @@ def wanted(row: Row, tokenizer: Any) -> str:
 
 @functools.cache
 def _said_once(name: str) -> None:
-    log.warning("the chat template of %s rewrites earlier turns once a later one stands: only the last assistant turn "
-                "of such rows is learned", name)
+    log.warning("the chat template of %s rewrites earlier turns once a later one stands: assistant turns that it writes "
+                "otherwise are not learned, the last one of every row is; write such a conversation once for each "
+                "answer, ending there, to learn them all", name)
 
 
 def pieces(tokenizer: Any, texts: Sequence[str], how: Any) -> list[list[int]]:
