@@ -20,6 +20,7 @@ from fedllm.engines import ray_pool
 from fedllm.engines.parcel import unwrap, wrap
 from fedllm.engines.ray import Ray, Worker
 from fedllm.engines.ray_pool import Lost, Pool
+from fedllm.methods.registry import method_class
 from fedllm.runs.build import build
 from fedllm.runs.course import Course
 from fedllm.runs.recipe import load_recipe
@@ -28,9 +29,9 @@ from fedllm.runs.spread import over
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "say", "the", "word", "is", "good"]
 CASES = {"fedavg": {}, "scaffold": {}, "fedbuff": {}, "fedex_lora": {}, "hetlora": {
     "space": {"name": "lora", "rank": 4, "scaling": "shared"}, "clients": {"ranks": [1, 2, 4, 4, 3]}},
-    "streaming_diloco": {"method": {"name": "streaming_diloco", "fragments": 2, "delay": 1}},
-    "sparse_loco": {"method": {"name": "sparse_loco", "k": 400}},
-    "prime_elastic": {"method": {"name": "prime_elastic", "min_replicas": 2}}}
+    "streaming_diloco": {"fragments": 2, "delay": 1},
+    "sparse_loco": {"k": 400},
+    "prime_elastic": {"min_replicas": 2}}
 SLOW = ("streaming_diloco", "sparse_loco", "prime_elastic")
 
 
@@ -59,7 +60,9 @@ def data(tmp_path_factory):
 
 
 def recipe(data, model, method="fedavg", kind="ray", dtype="float64", **more):
-    return {"name": method, "model": {"name": model, "dtype": dtype, "fast_kernels": False}, "method": method,
+    knobs = {k: more.pop(k) for k in list(more) if k in method_class(method).knobs()}
+    return {"name": method, "model": {"name": model, "dtype": dtype, "fast_kernels": False},
+            "method": {"name": method, **knobs},
             "space": {"name": "lora", "rank": 2}, "rounds": 2, "engine": {"kind": kind},
             "local": {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4},
             "data": {"source": str(data), "partition": {"kind": "per_file"}, "test": 0.0},
@@ -152,11 +155,11 @@ def test_a_share_that_is_late_is_missing_and_its_worker_replaced(pool, data, tin
         os.kill(held[0], signal.SIGSTOP)
 
     started = time.monotonic()
-    spec = recipe(data, tiny_llama_folder, clients={"quorum": 1, "deadline": 20.0})
+    spec = recipe(data, tiny_llama_folder, clients={"quorum": 1, "deadline": 45.0})
     missing = [e for e in course(spec, pool, during=hold)[2].events if e["kind"] == "missing"]
     assert {e["round"] for e in missing} == {1} and 2 <= len(missing) <= 3
-    assert all("deadline of 20.0 s passed before it answered" in e["why"] for e in missing)
-    assert time.monotonic() - started < 120 and held[0] not in pool.pids
+    assert all("deadline of 45.0 s passed before it answered" in e["why"] for e in missing)
+    assert time.monotonic() - started < 240 and held[0] not in pool.pids
 
 
 def test_an_error_of_a_client_ends_the_run_and_names_it(pool, data, tiny_llama_folder):
