@@ -76,7 +76,8 @@ class Trained:
         self.folder, made = RunFolder.open(result.folder), result.adapter_path
         self.recipe = received(result.folder, trust_remote_code)
         if made is None:
-            raise RunError(f"{path} left no single model that can be loaded: each client has its own")
+            raise RunError(f"{path} left no single model that can be loaded: each client has its own, in "
+                           f"{result.folder / 'clients'}; or it was deleted")
         if self.recipe.model.name in BUILT:
             raise RunError(f"{path}: 'fedllm evaluate' loads models of transformers, and {self.recipe.model.name!r} is "
                            f"built from the recipe; its weights lie in {made}")

@@ -32,6 +32,8 @@ class Facts:
     rounds: list[Mapping[str, Any]] = field(default_factory=list)
     evaluations: list[Mapping[str, Any]] = field(default_factory=list)
     trouble: list[Mapping[str, Any]] = field(default_factory=list)
+    cautions: list[str] = field(default_factory=list)
+    """What the run said of its data, model or settings, each once."""
     client_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Client -> bytes "up" and "down" of the rounds."""
     messages: dict[tuple[bool, str, str], int] = field(default_factory=dict)
@@ -62,6 +64,8 @@ def read_facts(folder: RunFolder) -> Facts:
             facts.rounds.append(event)
         elif kind == "evaluation":
             facts.evaluations.append(event)
+        elif kind == "caution":
+            facts.cautions += [event["why"]] if event["why"] not in facts.cautions else []
         elif kind in TROUBLE:
             facts.trouble.append(event)
     facts.client_bytes = dict(sizes)

@@ -59,7 +59,7 @@ def report_html(folder: RunFolder, result: Result) -> str:
         _header(facts, result), _figures(facts, result), _table(result),
         _learning(facts, result),
         clients(facts, result), _samples(facts), _bytes(facts, result), _energy(result),
-        _privacy(facts, result), _audit(folder), _trouble(facts), _recipe(facts)) if part)
+        _privacy(facts, result), _audit(folder), _cautions(facts), _trouble(facts), _recipe(facts)) if part)
     return page(facts.recipe["name"], body)
 
 
@@ -214,6 +214,12 @@ def _audit(folder: RunFolder) -> str:
     says = "What the model and the messages give away, by `fedllm audit`: " + (
         "every figure is within its limit." if found["pass"] else "a figure is over its limit.")
     return section("Audit", says, table)
+
+
+def _cautions(facts: Facts) -> str:
+    said = "".join(f"<li>{escape(why)}</li>" for why in facts.cautions)
+    return section("To bear in mind", "What the run said of its rows, its model and its settings.",
+                   f"<div class='card'><ul>{said}</ul></div>" if said else None)
 
 
 def _trouble(facts: Facts) -> str:

@@ -31,9 +31,13 @@ Turns = list[dict[str, Any]]
 
 def messages_of(row: Row, where: str) -> Turns | None:
     """The row's turns as `role` and `content`, None where no column holds any; a DataError names what is wrong."""
-    column = next((name for name in COLUMNS if row.get(name) is not None), None)
-    if column is None:
+    columns = [name for name in COLUMNS if row.get(name) is not None]
+    if not columns:
         return None
+    if odd := [name for name in columns[1:] if row[name] != row[columns[0]]]:
+        raise DataError(f"{where}: {columns[0]!r} and {odd[0]!r} hold different turns; a row is one conversation, so "
+                        "leave one of the columns out", kind="chat")
+    column = columns[0]
     turns = row[column]
     if not isinstance(turns, list) or not all(isinstance(t, Mapping) and _keys(t) for t in turns):
         raise DataError(f"{where}: {column!r} must be a list of objects with 'role' and 'content' (or 'from' and "

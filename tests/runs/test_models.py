@@ -300,3 +300,4 @@ def test_an_endpoint_is_a_caution(named, teacher, tmp_path):
     result = fedllm.run(named, root=tmp_path, rounds=1)
     said = [e["why"] for e in RunFolder(result.folder).events() if e["kind"] == "caution"]
     assert [teacher.base_url in s for s in said if "leaves them" in s] == [True]
+    assert "To bear in mind" in (page := result.report_path.read_text()) and teacher.base_url in page

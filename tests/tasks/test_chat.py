@@ -64,6 +64,13 @@ def test_every_shape_of_a_conversation_gives_the_same_turns(shape):
     assert template("chat")(SHAPES[shape], "x")["messages"] == turns("red", "cat", system="say")
 
 
+def test_a_row_is_one_conversation():
+    row = {"messages": turns("red", "cat"), "conversations": turns("red", "dog")}
+    with pytest.raises(DataError, match="f, row 3: 'messages' and 'conversations' hold different turns"):
+        template("chat")(row, "f, row 3")
+    assert template("chat")({**row, "conversations": row["messages"]}, "x")["messages"] == turns("red", "cat")
+
+
 @pytest.mark.parametrize("last, why", [
     ({"role": "assistant", "content": None}, "content is null"),
     ({"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}, "call 1 must be"),
