@@ -190,9 +190,9 @@ def wanted(row: Row, tokenizer: Any) -> str:
 
 @functools.cache
 def _said_once(name: str) -> None:
-    log.warning("the chat template of %s rewrites earlier turns once a later one stands: assistant turns that it writes "
-                "otherwise are not learned, the last one of every row is; write such a conversation once for each "
-                "answer, ending there, to learn them all", name)
+    log.warning("the chat template of %s rewrites earlier turns once a later one stands: assistant turns that it "
+                "rewrites are not learned, the last one of every row is; write such a conversation once for each "
+                "answer, to learn them all", name)
 
 
 def pieces(tokenizer: Any, texts: Sequence[str], how: Any) -> list[list[int]]:
