@@ -88,6 +88,10 @@ class Method(Knobs):
     def check(self, model: Any) -> None:
         """Raise CompositionError or ModelError when this method cannot work with the model's space or task."""
 
+    def check_named(self, main: Any, models: Mapping[str, Any]) -> None:
+        """Raise CompositionError when the method cannot work with the recipe's models beside the main one, by name;
+        asked when a run is built, and of those alone that the method asks for."""
+
     def check_clients(self, ids: Sequence[str], cohort: int) -> None:
         """Raise RecipeError or CompositionError when the method cannot work with these clients, or so many a round."""
 

@@ -108,7 +108,7 @@ class CausalAttention(torch.autograd.Function):
                 _put(gk, dz.mT, some, b == t)
                 if dq is not None:
                     g = torch.bmm(dz, ks[:, :b]).view(span[1], -1, b - a, h)
-                    _rotate(g, *(c[:, a:b] for c in turn), dq[:, :, a:b])
+                    _rotate(g, turn[0][:, a:b], turn[1][:, a:b], dq[:, :, a:b])
             if dk is not None:
                 _rotate(gk.view(dk.shape), cos[:, :t], sin[:, :t], dk)
             if dv is not None:

@@ -80,6 +80,7 @@ def check_models(recipe: Recipe, method: Method, world: World) -> None:
     for model in map(world.models.__getitem__, world.models):
         if isinstance(model, Endpoint):
             model.reach()
+    method.check_named(world.model, {n: world.models[n] for n in (*method.asks_for(), *method.server_asks_for())})
     for name in sorted(world.held):
         check_held(recipe, method, name, world.held[name])
 

@@ -80,6 +80,11 @@ class CrossLM(Own):
             raise CompositionError(f"method 'crosslm' and data.task = {model.task!r} do not fit together: clients "
                                    "grade texts by their label; use data.task = 'classification'")
 
+    def check_named(self, main: Any, models: Any) -> None:
+        if self.reinforce and not isinstance(models[self.writer], Model):
+            raise CompositionError(f"models.{self.writer} cannot be trained, which method.reinforce wants; use an open "
+                                   "model, or reinforce = false")
+
     def server_asks_for(self):
         return (self.writer,)
 
@@ -121,8 +126,7 @@ class CrossLM(Own):
         added, new = (client.encode([{"text": t, "label": y} for t, y in zip(msg[a], msg[b], strict=True)])
                       for a, b in (("texts", "of"), ("new", "meant")))
         w = [1.0] * client.n + [self.weight] * len(added)
-        fitted = client.fit(own(client), on=[*client.tokens, *added],
-                            objective=Weighted(), side={"weight": w})
+        fitted = client.fit(own(client), on=[*client.tokens, *added], objective=Weighted(), side={"weight": w})
         client.memory["theta"] = fitted.theta
         grades = client.measure(fitted.theta, new, meant)[:, 0]
         mine = {int(r.labels) for r in client.tokens}  # a label without rows is one that it knows nothing of
@@ -131,17 +135,13 @@ class CrossLM(Own):
 
     @on_server
     def learn(self, msg, client):
-        if not isinstance((held := client.holding(self.writer)).model, Model):
-            raise CompositionError(f"models.{self.writer} cannot be trained, which method.reinforce wants; use an open "
-                                   "model, or reinforce = false")
+        self.check_named(client.model, {self.writer: (held := client.holding(self.writer)).model})
         s = np.array(msg["grades"])
         r = np.clip((s - s.mean()) / max(s.std(), 1e-8), -1, 1)
-        if self.grades == "shuffled":
-            r = client.rng("shuffled").permutation(r)
+        r = client.rng("shuffled").permutation(r) if self.grades == "shuffled" else r
         rows = held.encode([{"prompt": self.prompt.format(label=msg["labels"][y]), "response": t}
                             for t, y in zip(msg["texts"], msg["of"], strict=True)])
-        start = held.model.initial()
-        before = knows(held, start, rows, 16, 1.0)
+        before = knows(held, start := held.model.initial(), rows, 16, 1.0)
         fitted = held.fit(part(msg, "writer") or start, on=rows, steps=self.write_steps, objective=Rewarded(self.beta),
                           side={"reward": r.tolist(), **before.side()})
         return pack(writer=fitted.theta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,9 @@ class FedCoLLM(Star):
         if model.task != "generation":
             raise CompositionError(f"method 'fedcollm' and data.task = {model.task!r} do not fit together: it distils "
                                    "what is said next; use data.task = 'generation'")
+
+    def check_named(self, main: Any, models: Mapping[str, Any]) -> None:
+        need_one_vocabulary(self.teacher, main, models[self.teacher])
 
     def server_asks_for(self):
         return (self.teacher,)

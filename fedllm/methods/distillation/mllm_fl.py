@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -76,6 +77,12 @@ class MLLMFL(Averaged):
             raise CompositionError(f"method 'mllm_fl' and data.task = {model.task!r} do not fit together: it sets rare "
                                    "classes right; use data.task = 'classification'")
 
+    def check_named(self, main: Any, models: Mapping[str, Any]) -> None:
+        held = models.get(self.teacher)
+        if "1" in self.stages and not isinstance(getattr(held, "net", None), HeadedEncoder):
+            raise CompositionError(f"models.{self.teacher}: stage 1 needs its pooled states, which an encoder has; use "
+                                   "method.stages = '2,3'")
+
     def server_asks_for(self):
         return () if self.stages == "2" else (self.teacher,)
 
@@ -100,9 +107,7 @@ class MLLMFL(Averaged):
     @on_server
     def pretrain(self, msg, client):
         theta, held = part(msg, "theta"), client.holding(self.teacher)
-        if not isinstance(getattr(held.model, "net", None), HeadedEncoder):
-            raise CompositionError(f"models.{self.teacher}: stage 1 needs its pooled states, which an encoder has; use "
-                                   "method.stages = '2,3'")
+        self.check_named(client.model, {self.teacher: held.model})
         t = torch.from_numpy(held.measure(held.model.initial(), held.public, pooled))
         now = {**theta, **maps(client.model.net.config.hidden_size, (t.shape[1],),
                                torch_stream(client.model.seed, "mllm_fl"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,6 +64,12 @@ class MultiFMKD(Averaged):
             raise CompositionError(f"method 'multi_fm_kd' and data.task = {model.task!r} do not fit together: it "
                                    "teaches pooled states; use data.task = 'classification'")
 
+    def check_named(self, main: Any, models: Mapping[str, Any]) -> None:
+        for name, model in models.items():
+            if not isinstance(getattr(model, "net", None), HeadedEncoder) or model.net.pooling == "each":
+                raise CompositionError(f"models.{name}: method 'multi_fm_kd' needs a row's pooled state, which an "
+                                       "encoder for task classification or embedding has")
+
     def server_asks_for(self):
         return self.teachers if self.pretrain_steps else ()
 
@@ -84,9 +91,7 @@ class MultiFMKD(Averaged):
         theta, said = part(msg, "theta"), []
         for name in self.teachers:
             held = client.holding(name)
-            if not isinstance(getattr(held.model, "net", None), HeadedEncoder) or held.model.net.pooling == "each":
-                raise CompositionError(f"models.{name}: method 'multi_fm_kd' needs a row's pooled state, which an "
-                                       "encoder for task classification or embedding has")
+            self.check_named(client.model, {name: held.model})
             said.append(held.measure(held.model.initial(), held.public, pooled))
         t = np.concatenate(said, 1)  # [rows, sum of widths]
         widths = tuple(x.shape[1] for x in said)
