@@ -12,13 +12,14 @@ from typing import Any
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import FedLLMError
 from fedllm.core.method import Method, State
-from fedllm.core.record import Event, Record, summed
+from fedllm.core.record import Record, summed
 from fedllm.data.federation import Federation
 from fedllm.engines.world import World
 from fedllm.methods.registry import make_method
 from fedllm.models.model import Model
 from fedllm.runs.build import Parts, build, make_facts
 from fedllm.runs.course import Course, draw_cohort
+from fedllm.runs.crossed import Bytes, Crossed
 from fedllm.runs.judge import Judge
 from fedllm.runs.made import rules_in
 from fedllm.runs.meter import Meter
@@ -72,8 +73,6 @@ class Plan:
 
 MOST_DRAWN = 10_000
 """Rounds of which it is drawn who is asked; further ones are as these are."""
-Bytes = dict[tuple[str, str], float]
-"""(direction, phase) -> bytes."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def _probe(small: Parts, method: Method, layers: list[Any], steps: float,
     """Rounds 0, 1 and 2 at one step, and round 2 once more at `thin.more`; `misses`: clients may miss rounds."""
     more = thin.more
     few, many = _with_steps(small, 1), _with_steps(small, more)
-    course, seen = Course(few, method, layers), _Counter()
+    course, seen = Course(few, method, layers), Crossed()
     course.record.sink = seen
     probes, state = [], course.state
     for round in range(3):
@@ -236,7 +235,7 @@ def _stayed(cohorts: Sequence[Sequence[ClientInfo]], r: int) -> float:
     return sum(c.id in before for c in cohorts[r]) / max(1, len(cohorts[r]))
 
 
-def _returning(course: Course, few: Parts, seen: _Counter) -> Bytes:
+def _returning(course: Course, few: Parts, seen: Crossed) -> Bytes:
     """Round 3 with some clients left out, and round 4 with all of them: what those weigh that come back."""
     everyone = course.clients
     stayed = everyone[::2]
@@ -265,20 +264,7 @@ def _with_steps(parts: Parts, steps: int) -> Parts:
     return replace(parts, world=_world(world, world.federation, world.profiles, steps))
 
 
-class _Counter:
-    """Adds up what crosses the wire."""
-
-    def __init__(self) -> None:
-        self.bytes: Bytes = defaultdict(float)
-        self.each: dict[tuple[str, str, str], float] = defaultdict(float)
-
-    def __call__(self, event: Event) -> None:
-        if event["kind"] == "wire":
-            self.bytes[event["direction"], event["phase"]] += event["bytes"]
-            self.each[event["direction"], event["phase"], event["client"]] += event["bytes"]
-
-
-def _round(course: Course, round: int, seen: _Counter) -> Probe:
+def _round(course: Course, round: int, seen: Crossed) -> Probe:
     seen.bytes, started = defaultdict(float), time.perf_counter()
     course.step(round)
     return Probe(seen.bytes, time.perf_counter() - started)
@@ -286,7 +272,7 @@ def _round(course: Course, round: int, seen: _Counter) -> Probe:
 
 def _probe_test(parts: Parts, small: Parts, state: State, memory: Mapping[str, Any]) -> tuple[Bytes, float]:
     """Bytes and seconds of one whole test, from one on few rows."""
-    seen = _Counter()
+    seen = Crossed()
     judge = Judge(small, small.method, Record(seen))
     whole, part = parts.world.federation, small.world.federation
     started = time.perf_counter()
