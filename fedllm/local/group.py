@@ -178,7 +178,8 @@ class Group:
                 except (EOFError, OSError):
                     raise RunError(self._lost(staff)) from None
                 if kind == "failed":
-                    raise RunError(f"process {rank + 1} of {self.size} of this client failed: {value}")
+                    raise RunError(self._lost(staff) if self._killed(staff) else
+                                   f"process {rank + 1} of {self.size} of this client failed: {value}")
                 if kind == "step" and rank == 0:
                     limits.did(1, next(steps, 0))
                 if kind == "ready":
@@ -190,12 +191,18 @@ class Group:
                                "and are ended; the fit is lost")
         return said[0]
 
+    @staticmethod
+    def _killed(staff: Staff) -> bool:
+        """Whether one of them was killed: what the others say then is that it does not answer."""
+        wait([p.sentinel for p in staff.processes], LOOK)
+        return any((p.exitcode or 0) < 0 for p in staff.processes)
+
     def _lost(self, staff: Staff) -> str:
         """Who has died."""
         for process in staff.processes:  # a pipe ends a moment before its process does
             process.join(0.5)
         gone = [(i, p.exitcode) for i, p in enumerate(staff.processes) if p.exitcode is not None]
-        rank, code = next(((i, c) for i, c in gone if c), gone[0] if gone else (0, None))
+        rank, code = min(gone, key=lambda one: (one[1] >= 0, not one[1]), default=(0, None))  # a kill first
         how = f"was killed by signal {-code}" if code and code < 0 else f"ended with {code}"
         hint = f" ({SCRIPT})" if code and code > 0 and rank not in staff.ready else ""
         return f"process {rank + 1} of {self.size} of this client {how} while it was needed; the fit is lost, and " \

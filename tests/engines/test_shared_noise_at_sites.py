@@ -56,22 +56,22 @@ class Lossy(InProcess):
                              if out else a for a, out in zip(asks, gone, strict=True)])
 
 
-def silent():
+def silent(run):
     """Trouble on the line: site-c is gone from the method's question of round 1 on, until that round is over."""
     gone = []
 
     def trouble(line, site, head, body):
-        if site == "site-c" and head["op"] == "ask" and head["round"] == 1 and head["phase"].endswith(".local"):
+        if site != "site-c":
+            return
+        if head["op"] == "ask" and head["round"] == 1 and head["phase"].endswith(".local"):
             gone[:] = [True]
-        if site != "site-c" and head.get("round", 0) > 1:
-            gone.clear()
-        if site == "site-c" and gone:
+        if gone and not any(event["round"] == 1 for event in events(run, "round")):
             raise Silence("no route")
 
     return trouble
 
 
-def refusing():
+def refusing(run):
     """Trouble on the line: site-c does not answer the method's question of round 1, and is there all the same."""
     def trouble(line, site, head, body):
         if site == "site-c" and head["op"] == "ask" and head["round"] == 1 and head["phase"].endswith(".local"):
@@ -86,8 +86,8 @@ def test_a_site_that_drops_out_leaves_the_simulations_sum(folder, tiny_llama_fol
     """The same integers, the others' shares of the noise, and the masks that were shared with it taken off; in a tree
     of noise the site goes on from what of it was in the sums."""
     spec = private(folder, tiny_llama_folder, {**noise, "seed": 5}, hides, rounds=rounds)
-    line = Line(folder, tiny_llama_folder, trouble())
-    far = drive_run(far_folder(folder, spec), line, SITES, patience=QUICK)
+    line = Line(folder, tiny_llama_folder, trouble(made := far_folder(folder, spec)))
+    far = drive_run(made, line, SITES, patience=QUICK)
     assert far.skipped == [] and {(e["round"], e["client"]) for e in events(far.folder, "missing")} == {(1, "site-c")}
     parts = build(load_recipe(spec))
     parts.engine = Lossy
@@ -100,8 +100,9 @@ def test_a_site_that_drops_out_leaves_the_simulations_sum(folder, tiny_llama_fol
 def test_a_round_of_too_few_opens_nothing_and_is_paid_by_every_ledger(folder, tiny_llama_folder):
     """Where all three must answer: the round is lost, the others go on, and nobody's account forgets it."""
     spec = private(folder, tiny_llama_folder, SHARED, "secagg", rounds=3)
-    line = Line(folder, tiny_llama_folder, silent(), most_epsilon=8.0, layers=["dp_sgd", "secagg"])
-    far = drive_run(far_folder(folder, spec), line, SITES, patience=QUICK)
+    line = Line(folder, tiny_llama_folder, silent(made := far_folder(folder, spec)), most_epsilon=8.0,
+                layers=["dp_sgd", "secagg"])
+    far = drive_run(made, line, SITES, patience=QUICK)
     assert far.skipped == [1]
     says = far.privacy["layers"][0]
     assert far.privacy["claim"] == "private" and says["releases"] == 3 and 7.5 < says["epsilon"] <= 8.0

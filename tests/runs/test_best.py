@@ -50,10 +50,13 @@ def test_the_best_by_its_own_words():
 
 
 def test_it_ends_with_the_best_round(worse, tmp_path):
-    result = fedllm.run(worse, root=tmp_path, **{"evaluate.keep_best": True, "local.optimizer": "adamw",
-                                                 "local.lr": 0.2})
-    told = losses(result.folder)[:6]
-    best = min(range(6), key=lambda i: told[i])
+    for lr in (1.0, 0.2, 3.0, 0.1, 5.0):  # losses go up and down; whether the last is the best hangs on their last bits
+        result = fedllm.run(worse, root=tmp_path, **{"evaluate.keep_best": True, "local.optimizer": "adamw",
+                                                     "local.lr": lr, "name": f"at-{lr}"})
+        told = losses(result.folder)[:6]
+        best = min(range(6), key=lambda i: told[i])
+        if best < 5:
+            break
     assert result.best["round"] == best < 5 and result.best["kept"]
     assert result.best["loss"] == pytest.approx(told[best])
     assert result.state_digest == digest_after(result.folder, best)
