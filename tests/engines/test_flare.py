@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -449,6 +450,26 @@ def test_a_call_ends_at_its_deadline_whatever_the_line_does():
     with pytest.raises(Silence, match="silent until the deadline"):
         sites.ask("s", {"op": "ask"}, b"", 0.4)
     assert time.monotonic() - started < 5 and "suspect" in sites.table["s"].suspect
+
+
+def test_a_site_that_lives_and_whose_answers_break_off_is_not_asked_in_a_hot_loop(caplog):
+    asked = []
+
+    class Broken:
+        def call(self, site, head, body, seconds, over=None):
+            if head["op"] == "probe":
+                return {"boot": "b"}, b""
+            asked.append(time.monotonic())
+            raise Silence("the call broke off")
+
+        def revive(self, site):
+            pass
+
+    sites = Sites(Broken(), ["s"], replace(QUICK, every=5.0))
+    sites.table["s"].boot = "b"
+    with pytest.raises(Silence, match=r"its deadline passed|silent until the deadline"):
+        sites.ask("s", {"op": "ask"}, b"", 1.5)
+    assert 3 <= len(asked) <= 6 and "it is asked again until the deadline" in caplog.text
 
 
 def test_a_model_that_loads_again_does_not_outlast_the_deadline():

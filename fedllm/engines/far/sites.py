@@ -98,6 +98,10 @@ class Sites:
                         "dropped": list(site.dropped)}
             got = self._once(site, {**head, **told}, body, ends, over)
             if got is None:
+                if sent == 3:
+                    log.warning("site '%s' lives and its answers break off; it is asked again until the deadline, in "
+                                "%.0f s", name, max(0.0, ends - time.monotonic()))
+                over.wait(min(self.patience.every, 0.05 * 2**sent))
                 continue
             if got[0].get("closed"):
                 self._open_again(site, ends)
