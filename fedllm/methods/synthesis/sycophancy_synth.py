@@ -39,7 +39,8 @@ class SycophancySynth(Handed):
                              threshold=-0.02, **FLIPS)},
         evidence="Authors' code read by the dossier: persona, opinion and order of choices drawn each by itself, the "
                  "filter. Claims are about the run's public rows, where theirs are about labels of NLP sets. The names "
-                 "are half of ours; a test has the other half.",
+                 "are half of ours; a test has the other half. On our small model it does not work: answers change as "
+                 "often as after FedAvg (0.03 more, ten seeds), at no price.",
     )
     trial = Trial({"n": 0})
     only_fits = False
