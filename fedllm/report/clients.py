@@ -41,7 +41,8 @@ def _views_table(result: Result, found: Mapping[str, Mapping[str, Any]]) -> str:
         if each:
             cells = (number(sum(each) / len(each), name), number(each[0], name), number(each[-1], name), str(len(each)))
             told = f"<td style='min-width: 15em'>{escape(VIEWS[view])}</td>"
-            lines.append(f"<tr><th>{view}</th>" + "".join(f"<td>{x}</td>" for x in cells) + f"{told}</tr>")
+            lines.append(f"<tr><th>{view}</th>" + "".join(f"<td class='number'>{x}</td>" for x in cells) +
+                         f"{told}</tr>")
     alone = "" if "personal" in found else (
         "<p class='note'>The method keeps no part of the model at clients: each uses the one that all share.</p>")
     return (f"<div class='scroll text'><table><thead><tr><th>view</th><th>"
