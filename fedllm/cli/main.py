@@ -46,8 +46,6 @@ app.command()(schema)
 for tool in (bench, claims):
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tool)
 
-
-
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, as in runs/demo.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the run's recipe names: of its "
                                             "model, of plugin files, of a metric.")]
@@ -67,8 +65,8 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def fedllm(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                                 help="Print the version and end.")] = False) -> None:
+def about(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                help="Print the version and end.")] = False) -> None:
     """Train, tune, prompt and test large language models across clients whose data must not move."""
 
 

@@ -18,7 +18,6 @@ INPUTS = ("input", "inputs", "context", "passage", "document", "article", "backg
           "sentence2", "text", "knowledge", "evidence", "options", "choices")
 """Names of columns that people put in for a model to read."""
 
-
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 JOINS = re.compile(r"(?<=\w)[\s_/\u2013\u2014-]+(?=\w)")
 SAME = (("yes", "y", "true", "t", "positive", "pos"), ("no", "n", "false", "f", "negative", "neg"))

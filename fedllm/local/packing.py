@@ -11,7 +11,8 @@ import torch
 from fedllm.core.errors import CompositionError
 from fedllm.data.encode import IGNORE, Encoded
 from fedllm.models.batch import collate
-from fedllm.models.model import POSITIONS, Model
+from fedllm.models.hidden import POSITIONS
+from fedllm.models.model import Model
 from fedllm.tasks.registry import task_of
 
 NEAR = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicLayer
 from fedllm.core.errors import ModelError
 from fedllm.models.batch import Batch
 from fedllm.models.heads import body_of
-from fedllm.models.model import Model, as_cache
+from fedllm.models.hidden import as_cache
+from fedllm.models.model import Model
 
 
 class Roomy(DynamicLayer):

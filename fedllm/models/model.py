@@ -23,9 +23,7 @@ from fedllm.models.dual import TEXT, VISION, DualEncoder, inside
 from fedllm.models.encoder import HeadedEncoder as HeadedEncoder
 from fedllm.models.encoder import Pooling as Pooling
 from fedllm.models.heads import Head
-from fedllm.models.hidden import POSITIONS as POSITIONS
 from fedllm.models.hidden import WORTH, by_length, densely, hidden
-from fedllm.models.hidden import as_cache as as_cache
 from fedllm.models.kernels import fast, keep_freed_memory, repeatable
 from fedllm.models.pairs import PairNet
 from fedllm.models.pictures import with_features

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fedllm.engines.far.line import Barred, Body, Head, Link, Patience, Silence, Unsent
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 PROTOCOL = 3
 GIVEN_UP = "it was given up"
 """Why there is no answer for which nobody waits any longer."""
@@ -101,7 +102,7 @@ class Sites:
                 if sent == 3:
                     log.warning("site '%s' lives and its answers break off; it is asked again until the deadline, in "
                                 "%.0f s", name, max(0.0, ends - time.monotonic()))
-                over.wait(min(self.patience.every, 0.05 * 2**sent))
+                over.wait(min(self.patience.every, 0.05 * 2 ** min(sent, 10)))
                 continue
             if got[0].get("closed"):
                 self._open_again(site, ends)
@@ -152,7 +153,7 @@ class Sites:
         with self._lock:
             self.table[name].dropped.append([attempt, visit])
         head = {"op": "drop", "protocol": PROTOCOL, "visits": [[attempt, visit]]}
-        _started(lambda: self.link.call(name, head, b"", self.patience.probe))
+        started(lambda: self.link.call(name, head, b"", self.patience.probe))
 
     def remind(self, name: str, settled: Sequence[Sequence[Any]], dropped: Sequence[Sequence[Any]] = ()) -> None:
         """This site may not have heard that these counted and those did not; to hear it twice does nothing."""
@@ -170,7 +171,7 @@ class Sites:
         if left <= 0:
             raise self._give_up(site, "its deadline passed")
         ended = Ended(over)
-        call = _started(lambda: self.link.call(site.name, head, body, left, ended))
+        call = started(lambda: self.link.call(site.name, head, body, left, ended))
         try:
             return self._watched(site, call, ends, ended)
         finally:
@@ -202,7 +203,7 @@ class Sites:
                 if time.monotonic() - gone >= self.patience.grace:
                     raise self._give_up(site, f"it was gone for {self.patience.grace:g} s in the middle of its work")
                 if failed:
-                    call = _started(lambda: self._sign_of_life(site, ends, over))
+                    call = started(lambda: self._sign_of_life(site, ends, over))
                 continue
             if failed or boot != site.boot:
                 self._back(site, boot)
@@ -225,7 +226,7 @@ class Sites:
             return {}, b""
 
         try:
-            _started(open_run).result(max(0.0, ends - time.monotonic()))
+            started(open_run).result(max(0.0, ends - time.monotonic()))
         except NotYet:
             raise self._give_up(site, "its deadline passed while a new process loaded the model") from None
 
@@ -248,9 +249,9 @@ class Sites:
         return Silence(why)
 
 
-def _started(work: Callable[[], tuple[Head, Body]]) -> Future[tuple[Head, Body]]:
+def started(work: Callable[[], T]) -> Future[T]:
     """`work` on a thread of its own that does not keep the process alive."""
-    done: Future[tuple[Head, Body]] = Future()
+    done: Future[T] = Future()
 
     def run() -> None:
         try:

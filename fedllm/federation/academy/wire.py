@@ -12,17 +12,17 @@ import importlib.metadata
 import json
 import secrets
 import ssl
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedllm.core.errors import FedLLMError, PayloadError
 
-Head = Mapping[str, Any]
-"""As in `engines.far.line`; what `join` imports loads no model code, so that it stands here too."""
+if TYPE_CHECKING:  # what `join` imports loads no model code
+    from fedllm.engines.far.line import Head
+
 SIZE = 256 << 10
 """Bytes of a piece of a long body. As text it is 4/3 of that; the exchange takes no message above 512 KiB."""
 NONCE, LENGTH = 12, 4

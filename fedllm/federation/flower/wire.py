@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedllm.core.errors import FedLLMError, PayloadError
 
-Head = Mapping[str, Any]
-"""As in `engines.far.line`; what `join` imports loads no model code, so that it stands here too."""
+if TYPE_CHECKING:  # what `join` imports loads no model code
+    from fedllm.engines.far.line import Head
+
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 """Environment of every Flower process: it tells nobody that it runs."""
 KIND, HEAD, BODY, BUFFER = "query", "head", "body", "buffer"

@@ -8,16 +8,15 @@ import logging
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.engines.far.line import Patience
+from fedllm.engines.far.sites import started
 from fedllm.federation.answering import ASKING, Desk
 from fedllm.federation.coordinator import FAILED
 from fedllm.federation.nvflare.keys import ADMIN, NODES, Federation
@@ -141,15 +140,7 @@ def admin(keys: Federation, wait: float = 60.0, alive: Callable[[], bool] = lamb
 
 def _in_time(work: Callable[[], Any], late: Callable[[Any], None] = lambda made: None) -> Any:
     """What comes of this, in a thread of its own; TimeoutError after `TRY` seconds, and `late` has what still comes."""
-    found: Future[Any] = Future()
-
-    def go() -> None:
-        try:
-            found.set_result(work())
-        except Exception as error:
-            found.set_exception(error)
-
-    threading.Thread(target=go, daemon=True).start()
+    found = started(work)
     try:
         return found.result(TRY)
     except TimeoutError:
