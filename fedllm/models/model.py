@@ -28,7 +28,6 @@ from fedllm.models.kernels import fast, keep_freed_memory, repeatable
 from fedllm.models.pairs import PairNet
 from fedllm.models.pictures import with_features
 from fedllm.models.pieces import target_logits, word_losses
-from fedllm.models.places import UNBOUND as UNBOUND
 from fedllm.models.places import positions_of
 from fedllm.models.plain import are_weights, put_in, swapped, unpatched
 from fedllm.models.settled import is_settled, part_of, with_states
