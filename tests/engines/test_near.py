@@ -35,6 +35,32 @@ def test_a_message_comes_whole_and_one_that_breaks_off_is_none():
         take(other, lambda: True)
 
 
+@pytest.mark.parametrize("body", [b"", b"abc"])
+def test_an_answer_that_is_there_before_the_question_is_off_the_desk_is_taken(body):
+    """The other end has everything, answers and closes before this end's last call of `sendall` comes back."""
+    one, other = pair()
+
+    def answer():
+        head, got = take(other, lambda: True)
+        put(other, head, got)
+        other.close()
+
+    answered = threading.Thread(target=answer)
+    answered.start()
+
+    class Late:
+        sent = 0
+
+        def sendall(self, data):
+            one.sendall(data)
+            self.sent += len(data)
+            if self.sent == 12 + len(b'{"n": 3}') + len(body):
+                answered.join(5)
+
+    put(Late(), {"n": 3}, body)
+    assert take(one, lambda: True) == ({"n": 3}, body)
+
+
 def test_lengths_that_nobody_may_send_are_refused_before_anything_is_read():
     one, other = pair()
     one.sendall(struct.pack("<IQ", ENVELOPE + 1, 0))

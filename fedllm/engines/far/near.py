@@ -112,10 +112,11 @@ def _answer(host: SiteHost, line: socket.socket) -> None:
 
 
 def put(line: socket.socket, head: Head, body: Body) -> None:
-    """One message."""
+    """One message. Nothing is sent behind its last byte: who has it whole may have answered and closed by then."""
     said = json.dumps(dict(head)).encode()
     line.sendall(LENGTHS.pack(len(said), len(body)) + said)
-    line.sendall(body)
+    if len(body):
+        line.sendall(body)
 
 
 def take(line: socket.socket, go_on: Callable[[], bool]) -> tuple[dict[str, Any], bytearray]:
