@@ -7,7 +7,7 @@ ratio holds on a busy machine too. docs/results/bench.json keeps the rows with t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from evidence.bench.zeroth import zeroth_order
 from fedllm.core.errors import RecipeError
 from fedllm.models.kernels import keep_freed_memory
 
-BENCHES: dict[str, Callable[[], list[Row]]] = {
+BENCHES: dict[str, Callable[[], Iterable[Row]]] = {
     "simulation": simulation, "aggregation": aggregation, "codec": codec_rows, "svd": svd, "scale": scale,
     "federation": federation, "privacy": privacy, "quality": quality, "arena": arena, "strength": strength,
     "zeroth_order": zeroth_order, "shards": shards, "gpu": gpu, "llm": llm}
@@ -40,7 +40,8 @@ OUT = Path("docs/results/bench.json")
 
 
 def run_bench(names: Sequence[str], out: Path = OUT) -> list[Row]:
-    """Run these benches (none named: all) one after the other; rows land in `out` as soon as a bench is done."""
+    """Run these benches (none named: all) one after the other; a row lands in `out` as soon as its bench gives
+    it."""
     for name in names:
         if name not in BENCHES:
             raise RecipeError(f"bench {name!r} is unknown. Allowed: {', '.join(BENCHES)}")
@@ -49,7 +50,10 @@ def run_bench(names: Sequence[str], out: Path = OUT) -> list[Row]:
     keep_freed_memory()  # as every run does; a peer in this process profits from it too
     try:
         for name in names or [n for n in BENCHES if n not in APART]:
-            mine = BENCHES[name]()
+            mine: list[Row] = []
+            for made in BENCHES[name]():
+                mine.append(made)
+                merge([made], name, out, whole=False)
             merge(mine, name, out)
             rows += mine
     finally:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -142,20 +142,19 @@ def answer(model: Model, asked: Sequence[np.ndarray]) -> list[list[int]]:
     return run_generates([Generate("bench", model, model.initial(), None, asked, WORDS)], Limits())[0]
 
 
-def llm() -> list[Row]:
+def llm() -> Iterator[Row]:
     """Training in three shapes and generation: speed and peak memory."""
-    rows = []
     for name, case in CASES.items():
         mine = Ours(ours(), case)
         speeds = race({"ours": mine, "plain": theirs(mine.rows(), case, ours().pad)}, 3)
-        rows.append(row(f"llm/{name} vs plain PEFT", ratio(speeds, "ours", "plain"), "times", "plain PEFT loop",
-                        case.gate, case.moonshot, span=span(speeds, "ours", "plain"),
-                        tokens_per_cpu_s={n: round(median(s), 1) for n, s in speeds.items()}))
-        rows.append(_memory(name, 1.2))
-    return [*rows, *_generation()]
+        yield row(f"llm/{name} vs plain PEFT", ratio(speeds, "ours", "plain"), "times", "plain PEFT loop",
+                  case.gate, case.moonshot, span=span(speeds, "ours", "plain"),
+                  tokens_per_cpu_s={n: round(median(s), 1) for n, s in speeds.items()})
+        yield _memory(name, 1.2)
+    yield from _generation()
 
 
-def _generation(repeats: int = 2) -> list[Row]:
+def _generation(repeats: int = 2) -> Iterator[Row]:
     asked, model, plain = prompts(), ours(), net().eval()
     sides: dict[str, Callable[[], Any]] = {
         "ours": lambda: answer(model, asked),
@@ -168,10 +167,11 @@ def _generation(repeats: int = 2) -> list[Row]:
             said[side] = work()
             spent[side].append(time.process_time() - start)
     cut = [next((row[:i] for i, w in enumerate(row) if w in model.ends), row) for row in said["plain"]]
-    return [row(f"llm/{ANSWERS} answers vs transformers.generate", median(
+    yield row(f"llm/{ANSWERS} answers vs transformers.generate", median(
         p / o for o, p in zip(spent["ours"], spent["plain"], strict=True)), "times", "transformers, 16 at once",
         1.3, cpu_s={n: round(median(s), 1) for n, s in spent.items()},
-        equal=sum(a == b for a, b in zip(said["ours"], cut, strict=True))), _memory("answers", 1.0)]
+        equal=sum(a == b for a, b in zip(said["ours"], cut, strict=True)))
+    yield _memory("answers", 1.0)
 
 
 def _memory(name: str, gate: float) -> Row:

@@ -51,10 +51,12 @@ def _cpuinfo() -> str:
     return path.read_text() if path.exists() else ""
 
 
-def merge(rows: Sequence[Row], bench: str, out: Path) -> None:
-    """Put this bench's rows into the file, in the place of its earlier ones; rows of other benches stay."""
+def merge(rows: Sequence[Row], bench: str, out: Path, whole: bool = True) -> None:
+    """Put this bench's rows into the file, in the place of its earlier ones (not `whole`: of those of the same names
+    alone); rows of other benches stay."""
     kept = json.loads(out.read_text())["rows"] if out.exists() else []
-    kept = [r for r in kept if r["name"].split("/")[0] != bench]
+    mine = {r["name"] for r in rows}
+    kept = [r for r in kept if not (r["name"].split("/")[0] == bench if whole else r["name"] in mine)]
     where = machine()
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": where, "rows": kept + [{**r, "measured": where["date"]} for r in rows]}, indent=1)

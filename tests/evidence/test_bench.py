@@ -84,3 +84,18 @@ def test_an_unknown_bench_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(RecipeError, match="Allowed: simulation"):
         bench.run_bench(["codec", "speed"], tmp_path / "bench.json")
 
+
+
+def test_what_a_bench_measured_before_it_was_stopped_is_kept(tmp_path, monkeypatch):
+    out = tmp_path / "bench.json"
+
+    def cut():
+        yield row("codec/a", 2.0, "times", "b")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.BENCHES, "codec", lambda: [row(f"codec/{n}", 1.0, "times", "b") for n in "ab"])
+    bench.run_bench(["codec"], out)
+    monkeypatch.setitem(bench.BENCHES, "codec", cut)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_bench(["codec"], out)
+    assert {r["name"]: r["value"] for r in json.loads(out.read_text())["rows"]} == {"codec/a": 2.0, "codec/b": 1.0}
