@@ -1,4 +1,5 @@
-"""Pre-train a Llama of 1.9 M weights together from nothing: `make pretrain`, `python -m evidence.pretrain [seeds]`.
+"""Pre-train a Llama of 1.9 M weights together from nothing: `make pretrain`, `python -m evidence.pretrain [seeds]`;
+`python -m evidence.pretrain longer`: five times the steps, for who synchronizes seldom.
 
 Four clients, fp32, the same tokens in every arm; perplexity on held-out text against bytes on the wire. A cell (arm, H,
 seed) that docs/results/pretrain.json has is not run again, so that a killed run goes on where it was.
@@ -71,6 +72,9 @@ ARMS: Mapping[str, Arm] = {
     "fedavg": Arm("fedavg", {"weighting": "uniform"}),
 }
 SPANS = (30, 100)
+TIMES, LONGER = 5, ("ddp", "diloco", "streaming_diloco", "sparse_loco")
+"""How many times as many steps `longer` makes, on seed 0 at the longer H, and of which arms: those of which something
+is asked."""
 
 
 @functools.cache
@@ -119,10 +123,10 @@ def perplexity(of: World, theta: Tree) -> float:
     return math.exp(carry_out([Losses("held", of.model, theta, None, rows)], of.limits)[0].mean)
 
 
-def ddp(seed: int, rate: float) -> dict[str, Any]:
+def ddp(seed: int, rate: float, steps: int | None = None) -> dict[str, Any]:
     """Every step synchronous: AdamW on the mean gradient of all clients' rows, which is one process with all of them.
     Its bytes are those of a message with the gradient from and to each client, each step."""
-    at = world(seed, rate, EVERY, STEPS // EVERY, 1)
+    at = world(seed, rate, EVERY, (steps or STEPS) // EVERY, 1)
     run = Trial("diloco", at, dict(PLAIN))
     message = codec.size({f"gradient/{n}": t for n, t in at.model.initial().items()})
     return {**_curve(run, at, EVERY, lambda t: 2 * CLIENTS * message * t * EVERY), "message": message}
@@ -168,13 +172,13 @@ def cells(seeds: Sequence[int]) -> Iterator[tuple[str, int, int]]:
         yield from [("ddp", 1, seed), *((name, span, seed) for span in SPANS[::-1] for name in ARMS)]
 
 
-def main(seeds: Sequence[int]) -> None:
-    """Run what is not there yet, write each cell as it ends, and the page at the end."""
+def main(seeds: Sequence[int], longer: bool = False) -> None:
+    """Run what is not there yet (`longer`: of the long run), write each cell as it ends, and the page at the end."""
     torch.set_num_threads(1)
     console = Console()
     found = json.loads(OUT.read_text()) if OUT.is_file() else {}
     if found.get("settings") != settings():
-        found = {"settings": settings(), "cpu": machine()["cpu"], "tuning": {}, "cells": []}
+        found = {"settings": settings(), "cpu": machine()["cpu"], "tuning": {}, "cells": [], "longer": []}
 
     def keep() -> None:
         fresh = OUT.with_suffix(".part")
@@ -193,17 +197,24 @@ def main(seeds: Sequence[int]) -> None:
                 keep()
         return float(min(seen, key=seen.get))
 
+    here = found.setdefault("longer" if longer else "cells", [])
+    steps = STEPS * TIMES if longer else STEPS
     for name, span, seed in cells(seeds):
+        if longer and (name not in LONGER or span not in (1, SPANS[-1])):
+            continue
         rate = best(name)
-        mine = [c for c in found["cells"] if (c["arm"], c["H"], c["seed"]) == (name, span, seed)]
+        mine = [c for c in here if (c["arm"], c["H"], c["seed"]) == (name, span, seed)]
         if not any(c["lr"] == rate for c in mine):
-            got = ddp(seed, rate) if name == "ddp" else federated(name, span, seed, rate)
-            found["cells"] = [c for c in found["cells"] if c not in mine]  # of another rate, or of none
-            found["cells"].append({"arm": name, "H": span, "seed": seed, "lr": rate, **got})
+            got = ddp(seed, rate, steps) if name == "ddp" else federated(name, span, seed, rate, steps)
+            here[:] = [c for c in here if c not in mine]  # of another rate, or of none
+            here.append({"arm": name, "H": span, "seed": seed, "lr": rate, **got})
             console.log(f"{name} H={span} seed {seed}: perplexity {got['perplexity']:.2f}, {got['bytes']:.3g} bytes, "
                         f"{got['cpu_seconds']:.0f} s of CPU")
             keep()
 
 
 if __name__ == "__main__":
-    main([int(s) for s in sys.argv[1:]] or [0, 1, 2])
+    if sys.argv[1:] == ["longer"]:
+        main([0], longer=True)
+    else:
+        main([int(s) for s in sys.argv[1:]] or [0, 1, 2])

@@ -49,7 +49,7 @@ def compared(cells: Cells) -> list[dict[str, Any]]:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """Markdown: what ran, the table, what was asked for and whether it holds."""
+    """Markdown: what ran, the table, what was asked for and whether it holds; then the same of the long run."""
     s, rows = found["settings"], compared(found["cells"])
     tokens = s["steps"] * s["rows"] * s["clients"] * (s["length"] - 1)
     rates = tuned(found["tuning"], len(s["rates"]))
@@ -72,12 +72,34 @@ clients in each step; its bytes are those of a gradient in fp32 to and from ever
 
 ![Perplexity against bytes](pretrain.svg)
 
-| arm | H | seeds | perplexity | over DDP's | bytes | fewer than DDP | CPU s |
-|---|---|---|---|---|---|---|---|
 """
-    table = "\n".join(f"| {r['arm']} | {r['H']} | {r['seeds']} | {r['perplexity']:.1f} | {r['over'] - 1:+.1%} | "
-                      f"{r['bytes'] / 1e6:,.1f} MB | {r['fewer']:,.0f} x | {r['cpu']:.0f} |" for r in rows)
-    return f"{head}{table}\n\n{asked(rows)}\n\nMeasured on {found['cpu']}, one thread.\n"
+    return f"{head}{table(rows)}\n\n{asked(rows)}\n{longer(found)}\nMeasured on {found['cpu']}, one thread.\n"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row an arm and H."""
+    return "\n".join(["| arm | H | seeds | perplexity | over DDP's | bytes | fewer than DDP | CPU s |",
+                      "|---|---|---|---|---|---|---|---|", *(
+        f"| {r['arm']} | {r['H']} | {r['seeds']} | {r['perplexity']:.1f} | {r['over'] - 1:+.1%} | "
+        f"{r['bytes'] / 1e6:,.1f} MB | {r['fewer']:,.0f} x | {r['cpu']:.0f} |" for r in rows)])
+
+
+def longer(found: Mapping[str, Any]) -> str:
+    """The run of more steps, where there is one."""
+    cells = found.get("longer", [])
+    if not cells:
+        return ""
+    rows, times = compared(cells), cells[0]["tokens"] // found["cells"][0]["tokens"]
+    return f"""
+## {times} times as long
+
+`python -m evidence.pretrain longer`: {times} times the steps and tokens, at the rates of the table above (a rate of its
+own for this length was not looked for); the rows are read {times} times as often.
+
+{table(rows)}
+
+{asked(rows)}
+"""
 
 
 def tuned(found: Mapping[str, Mapping[str, float]], grid: int) -> str:
