@@ -31,7 +31,7 @@ SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
     "knowledge": (3, 1, ()),
     "vision_language": (1, 1, ()),
     "profit": (1, 1, ("data.office.test_rows=30", "local.steps=5")),
-    "ftl_fm": (1, 1, ("rounds=3", "local.steps=4")),
+    "ftl_fm": (1, 1, ()),
 }
 """Name -> seeds, tuning seeds, and keys of the recipe that differ from the family's own."""
 
