@@ -7,16 +7,19 @@ and bandwidth say (the kernel here has no netem, which would let `tc` do it betw
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from fedllm.core.errors import RunError
 from fedllm.methods._schedule import Lines, Schedule, cost, groups_of, search
 
 TIMEOUT = 20.0
@@ -78,14 +81,13 @@ class Machine:
                 self.send(plan.stages[at + step][r], c_pp)
         others = [m for m in plan.stages[at] if m != self.me]
         share = int(self.lines.c_dp / (1 + len(others)))
-        for _ in range(2):  # shares to their servers, then means to all
-            readers = [threading.Thread(target=self.read, args=(m, share)) for m in others]
-            for t in readers:
-                t.start()
-            for m in others:
-                self.send(m, share)
-            for t in readers:
-                t.join(TIMEOUT)
+        with ThreadPoolExecutor(max(1, len(others))) as pool:
+            for _ in range(2):  # shares to their servers, then means to all
+                readers = [pool.submit(self.read, m, share) for m in others]
+                for m in others:
+                    self.send(m, share)
+                for reading in readers:  # a line that is silent or ends is an error, and no quick iteration
+                    reading.result()
 
 
 def _run(me: int, lines: Lines, listener: socket.socket, ports: Sequence[int], plan: Schedule, iterations: int,
@@ -111,6 +113,8 @@ def measured(lines: Lines, plan: Schedule, iterations: int = 2) -> float:
         p.start()
     try:
         return max(told.get(timeout=TIMEOUT) for _ in some)
+    except queue.Empty:
+        raise RunError(f"not all of {n} machines said within {TIMEOUT:g} s what an iteration took") from None
     finally:
         for p in some:
             p.join(5)

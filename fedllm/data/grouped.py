@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,29 @@ READERS = 4
 
 
 class Rows(Sequence[Row]):
-    """Rows of one group; iterating reads them one by one, and nothing is kept."""
+    """Rows of one group; iterating reads them one by one, and nothing is kept.
 
-    def __init__(self, path: Path, offset: int, count: int) -> None:
-        self.path, self.offset, self.count = path, offset, count
+    A DataError says that their file is gone, or no longer as it was written: other rows would be taken for them.
+    """
+
+    def __init__(self, path: Path, offset: int, count: int, whole: int) -> None:
+        """`whole` are the bytes of the file."""
+        self.path, self.offset, self.count, self.whole = path, offset, count, whole
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Row]:
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            for line in itertools.islice(file, self.count):
-                yield json.loads(line)
+        try:
+            with self.path.open("rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) != self.whole:
+                    raise ValueError(f"it has {size:,} bytes, and {self.whole:,} were written")
+                file.seek(self.offset)
+                for line in itertools.islice(file, self.count):
+                    yield json.loads(line)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path} is not as `fedllm group` wrote it, or cannot be read ({error}); group the "
+                            "source anew, or bring the file back") from None
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
@@ -64,6 +75,8 @@ class Groups(Mapping[str, Rows]):
         self.ids = index["id"].chunk(0) if len(index["id"]) else pa.array([], pa.string())
         self.shard, self.offset, self.rows, self.bytes = (
             index[c].to_numpy() for c in ("shard", "offset", "rows", "bytes"))
+        self.ends = np.zeros(self.shards, np.int64)  # bytes of each shard
+        np.maximum.at(self.ends, self.shard, self.offset + self.bytes)
         self.starts = np.searchsorted(self.shard, np.arange(self.shards + 1))  # the index stands in the shards' order
 
     def __len__(self) -> int:
@@ -79,7 +92,9 @@ class Groups(Mapping[str, Rows]):
 
     def at(self, i: int) -> Rows:
         """The i-th group."""
-        return Rows(self.folder / f"shard-{self.shard[i]:05d}.jsonl", int(self.offset[i]), int(self.rows[i]))
+        shard = int(self.shard[i])
+        return Rows(self.folder / f"shard-{shard:05d}.jsonl", int(self.offset[i]), int(self.rows[i]),
+                    int(self.ends[shard]))
 
     def find(self, key: object) -> int | None:
         """Where this id stands: by halving, since a shard's ids are sorted as JSON."""

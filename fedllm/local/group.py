@@ -39,8 +39,10 @@ LOOK = 0.2
 """Seconds between two looks at whether the work is still wanted."""
 PATIENCE = 600.0
 """Seconds without a step, or without a start, after which the processes are ended."""
-HALT = 30.0
-"""Seconds in which a fit that is of no use any longer must end by itself."""
+HALT = 60.0
+"""Seconds without a step after which a fit that is of no use any longer is ended with its processes."""
+GONE = 5.0
+"""Seconds in which a process whose line has ended must be gone itself."""
 SCRIPT = "a script that begins a run with several processes does so under `if __name__ == \"__main__\":`"
 
 
@@ -122,16 +124,18 @@ class Group:
         if not r.plan:
             return fitted(r, dict(r.theta), torch.zeros(()), 0.0, Kept(r.moments or {}))
         staff, work = self._staffed(limits), told(r)
+        said = dict[int, Any]()
         try:
             staff.halted.clear()
             for line in staff.lines:
                 line.send(work)
             tokens = [int(r.lengths[at].sum()) for at in r.plan]
-            losses, lr_sum = self._watch(staff, "done", limits, tokens)
+            losses, lr_sum = self._watch(staff, "done", limits, said, self.patience, tokens)
         except BaseException as error:
-            self._halt(staff, isinstance(error, RunError | BrokenPipeError))
-            if isinstance(error, BrokenPipeError):
-                raise RunError(self._lost(staff)) from None
+            lost = self._lost(staff) if isinstance(error, ConnectionError) else ""  # asked before they are ended
+            self._halt(staff, isinstance(error, RunError | ConnectionError), said)
+            if lost:
+                raise RunError(lost) from None
             raise
         theta = {n: t.clone() for n, t in work.blob.under("theta").items()}
         own = Kept()
@@ -158,17 +162,17 @@ class Group:
             staff.processes.append(process)
             staff.lines.append(ours)
         try:
-            self._watch(staff, "ready", limits)
+            self._watch(staff, "ready", limits, {}, self.patience)
         except BaseException:
             self.close()
             raise
         log.info("%d processes train together: %s", self.size, self.pids)
         return staff
 
-    def _watch(self, staff: Staff, wanted: str, limits: Limits, tokens: Iterable[int] = ()) -> Any:
-        """Until every process has said what is wanted; what the first of them said."""
-        said, steps = dict[int, Any](), iter(tokens)
-        heard = time.monotonic()
+    def _watch(self, staff: Staff, wanted: str, limits: Limits, said: dict[int, Any], patience: float,
+               tokens: Iterable[int] = ()) -> Any:
+        """Until every process has `said` what is wanted (some may have, before); what the first of them said."""
+        steps, heard = iter(tokens), time.monotonic()
         while len(said) < self.size:
             limits.go_on()
             for line in wait(staff.lines, LOOK):
@@ -186,21 +190,23 @@ class Group:
                     staff.ready.add(rank)
                 if kind == wanted:
                     said[rank] = value
-            if time.monotonic() - heard > self.patience:
-                raise RunError(f"the {self.size} processes of this client have said nothing for {self.patience:g} s "
+            if time.monotonic() - heard > patience:
+                raise RunError(f"the {self.size} processes of this client have said nothing for {patience:g} s "
                                "and are ended; the fit is lost")
         return said[0]
 
     @staticmethod
     def _killed(staff: Staff) -> bool:
         """Whether one of them was killed: what the others say then is that it does not answer."""
-        wait([p.sentinel for p in staff.processes], LOOK)
+        for process in staff.processes:
+            process.join(LOOK)
         return any((p.exitcode or 0) < 0 for p in staff.processes)
 
     def _lost(self, staff: Staff) -> str:
         """Who has died."""
-        for process in staff.processes:  # a pipe ends a moment before its process does
-            process.join(0.5)
+        wait([p.sentinel for p in staff.processes], GONE)  # a pipe ends a moment before its process does
+        for process in staff.processes:
+            process.join(LOOK)
         gone = [(i, p.exitcode) for i, p in enumerate(staff.processes) if p.exitcode is not None]
         rank, code = min(gone, key=lambda one: (one[1] >= 0, not one[1]), default=(0, None))  # a kill first
         how = f"was killed by signal {-code}" if code and code < 0 else f"ended with {code}"
@@ -208,12 +214,12 @@ class Group:
         return f"process {rank + 1} of {self.size} of this client {how} while it was needed; the fit is lost, and " \
                f"the next one begins with new processes{hint}"
 
-    def _halt(self, staff: Staff, broken: bool) -> None:
+    def _halt(self, staff: Staff, broken: bool, said: dict[int, Any]) -> None:
         """The fit is of no use any longer: it ends after the present step, or its processes do."""
         if not broken:
             staff.halted.set()
             try:
-                return self._watch(staff, "done", Limits())
+                return self._watch(staff, "done", Limits(), said, HALT)
             except RunError:
                 pass
         self._lost(staff)

@@ -7,6 +7,7 @@ are cut too; trainables of other spaces are small, lie whole in each process, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,8 @@ def attend(place: Place, make: Callable[[int], Model], line: Any, halted: Any) -
     except EOFError:  # whoever asks has gone
         pass
     except Exception as error:
-        line.send(("failed", f"{type(error).__name__}: {error}"))
+        with contextlib.suppress(OSError):  # or because whoever asks has gone
+            line.send(("failed", f"{type(error).__name__}: {error}"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

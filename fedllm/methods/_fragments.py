@@ -19,7 +19,6 @@ def fragments(theta: Mapping[str, Tensor], count: int, key: str = "method.fragme
 
     RecipeError where so many fragments do not divide the layers.
     """
-    names: list[list[str]] = [[] for _ in range(count)]
     if count == 1:
         return [sorted(theta)]
     found = {n: int(m.group(1)) for n in theta if (m := NUMBER.search(n))}
@@ -28,7 +27,7 @@ def fragments(theta: Mapping[str, Tensor], count: int, key: str = "method.fragme
         allowed = [c for c in range(1, len(layers) + 1) if not len(layers) % c] or [1]
         raise RecipeError(f"{key} = {count} does not divide the {len(layers)} layers that the space trains; allowed "
                           f"are {', '.join(map(str, allowed))}")
-    sizes = [0] * count
+    names, sizes = [list[str]() for _ in range(count)], [0] * count
     for n in sorted(found):
         at = layers.index(found[n]) % count
         names[at].append(n)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig
@@ -89,6 +90,29 @@ def words_fit(name: str, tokenizer: Any, net: Any) -> None:
     if last >= rows:
         raise ModelError(f"model {name!r}: its tokenizer has the word {word!r} as number {last}, and the network has "
                          f"embeddings for {rows} words only; give the tokenizer that belongs to it")
+
+
+def pictures_fit(name: str, images: Any, net: Any) -> None:
+    """ModelError where the image processor does not make the pictures that the network's tower reads."""
+    vision = net.config.vision_config
+    wanted = (int(getattr(vision, "num_channels", 3)), int(vision.image_size), int(vision.image_size))
+    try:
+        made = tuple(images(np.zeros((31, 47, 3), np.uint8), return_tensors="np")["pixel_values"][0].shape)
+    except Exception as error:  # a processor raises whatever its file makes it come upon
+        raise ModelError(f"model {name!r}: its image processor (preprocessor_config.json) takes no picture: "
+                         f"{type(error).__name__}: {error!s:.200}") from None
+    if made != wanted:
+        raise ModelError(f"model {name!r}: its image processor (preprocessor_config.json) makes pictures of the shape "
+                         f"{list(made)}, and its tower reads {list(wanted)}; give the processor that belongs to it")
+
+
+def reads_names(name: str, tokenizer: Any, labels: Sequence[str]) -> None:
+    """ModelError where the tokenizer fails on the classes' names."""
+    try:
+        tokenizer(list(labels))
+    except Exception as error:  # tokenizers raise plain `Exception`
+        raise ModelError(f"model {name!r}: its tokenizer cannot read the classes' names ({error!s:.200}); give the "
+                         "tokenizer's files that belong to it, tokenizer_config.json among them") from None
 
 
 def reads_texts(name: str, config: Any, classify: bool = False) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.rng import seed_of
 from fedllm.models import quantized
-from fedllm.models.checks import complete, loaded, reads_texts, unused, words_fit
+from fedllm.models.checks import complete, loaded, pictures_fit, reads_names, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder
 from fedllm.models.gguf import gguf_folder, is_gguf
 from fedllm.models.kernels import freeing
@@ -112,6 +112,8 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
     with freeing() if once else contextlib.nullcontext():
         net = load_net(name, task, labels, pooling, tokenizer, said, **made_by)
         words_fit(name, tokenizer, net)
+        if images is not None:
+            pictures_fit(name, images, net)
         if quantize:  # it lies where it belongs, and packed weights are not converted
             quantized.settle(net)
             quantized.check(space, net)
@@ -163,6 +165,7 @@ def load_net(name: str, task: str, labels: Sequence[str], pooling: Pooling, toke
         if getattr(body, "get_image_features", None) is None:
             raise ModelError(f"model {name!r} is a {type(body).__name__}; data.task = {task!r} needs an image-text "
                              "model (CLIP, SigLIP)")
+        reads_names(name, tokenizer, labels)
         return DualEncoder(body, *class_prompts(tokenizer, labels, body), labels=labels,
                            names=names_of(tokenizer, labels, body))
     if "pooler" in dict(body.named_children()):

@@ -3,7 +3,8 @@ lost is sent again.
 
 A chunk is 24 bytes of head (message, index, length, CRC32) and its bytes; the receiver answers each with a verdict of
 one byte (credit, or again) and the index. Chunks may be dropped, doubled, changed or come in any order: `Faults` does
-so on purpose.
+so on purpose. A head without a chunk ends the message: until then the receiver stays, since what is under way twice
+would meet a closed line, and the last word with it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class Ring:
     """Times that one chunk is sent again before the transfer is given up."""
     chunk_timeout: float = 5.0
     """Seconds without an answer after which chunks under way are sent again."""
+    timeout: float = 30.0
+    """Seconds without a byte after which the connection counts as dead; no less than a receiver takes to look over the
+    whole message."""
 
     def __post_init__(self) -> None:
         if not 4 << 10 <= self.chunk_bytes <= 1 << 30:
@@ -48,8 +52,9 @@ class Ring:
             if getattr(self, name) < low:
                 raise RecipeError(f"{name} = {getattr(self, name)!r} is not allowed; it must be a whole number from "
                                   f"{low}")
-        if not self.chunk_timeout > 0:
-            raise RecipeError(f"chunk_timeout = {self.chunk_timeout!r} is not allowed; it must be above 0 seconds")
+        for name in ("chunk_timeout", "timeout"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"{name} = {getattr(self, name)!r} is not allowed; it must be above 0 seconds")
 
 
 @dataclass
@@ -108,7 +113,7 @@ def send(sock: socket.socket, data: bytes | bytearray | memoryview, ring: Ring, 
     """
     view, c, out = memoryview(data).cast("B"), ring.chunk_bytes, Sent()
     count = -(-len(view) // c)
-    sock.settimeout(ring.chunk_timeout)
+    sock.settimeout(ring.timeout)
     sock.sendall(OPEN.pack(message, len(view), c, zlib.crc32(view)))
     verdict, first = WORD.unpack(_exactly(sock, WORD.size))
     if verdict != GO:
@@ -146,6 +151,8 @@ def send(sock: socket.socket, data: bytes | bytearray | memoryview, ring: Ring, 
         if stop_at is not None and 1 - len(left) / max(1, count) >= stop_at:
             return out
     _finish(sock)
+    with contextlib.suppress(OSError):  # who has the message whole may have gone
+        sock.sendall(CHUNK.pack(message, count, 0, 0))
     return out
 
 
@@ -193,7 +200,17 @@ class Receiver:
         sock.sendall(WORD.pack(DONE if good else GO, 0))
         if not good:
             raise PayloadError("all chunks came and the message's checksum is another")
+        with contextlib.suppress(OSError, PayloadError):  # the message is here, whatever becomes of the line
+            self._stay(sock, message, count, buffer)
         return self.data
+
+    def _stay(self, sock: socket.socket, message: int, count: int, buffer: bytearray) -> None:
+        """Take what was sent twice until the sender has heard that all is here."""
+        while True:
+            of, i, length, _ = CHUNK.unpack(_exactly(sock, CHUNK.size))
+            if (of, i) == (message, count) or length > len(buffer):
+                return
+            _fill(sock, memoryview(buffer)[:length])
 
     def _chunk(self, sock: socket.socket, message: int, count: int, c: int, size: int, buffer: bytearray) -> None:
         of, i, length, crc = CHUNK.unpack(_exactly(sock, CHUNK.size))

@@ -56,7 +56,7 @@ def test_what_cannot_be_asked_is_refused(asking, recipe, tmp_path, capsys):
 
 class Slow(Method):
     def answer(self, query, clients):
-        for _ in range(50):
+        for _ in range(1000):
             yield Ask(self.wait, {c: {} for c in clients})
         return "late"
 
@@ -75,6 +75,6 @@ def test_no_question_takes_longer_than_it_may():
     from fedllm.core.program import drive
 
     started, heard = time.monotonic(), Heard()
-    with pytest.raises(RunError, match=r"timeout = 0\.3 s"):
-        drive(within(method.answer("q", ["c0", "c1"]), started + 0.3, 0.3, heard), run.engine)
-    assert time.monotonic() - started < 2 and set(heard.answered) == {"c0", "c1"}
+    with pytest.raises(RunError, match=r"timeout = 1\.5 s"):
+        drive(within(method.answer("q", ["c0", "c1"]), started + 1.5, 1.5, heard), run.engine)
+    assert time.monotonic() - started < 30 and set(heard.answered) == {"c0", "c1"}

@@ -57,14 +57,14 @@ def served(*folders, host="127.0.0.1"):
             yield address.replace("0.0.0.0", "127.0.0.1")
         finally:
             web.handle_exit(2, None)
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
 
 @pytest.fixture
 def web(root):
     """A client of the dashboard over `root`."""
-    with served(root) as address, httpx.Client(base_url=address, timeout=20) as client:
+    with served(root) as address, httpx.Client(base_url=address, timeout=60) as client:
         yield client
 
 

@@ -47,7 +47,7 @@ def test_stop_ends_the_process_that_holds_the_run(root, web, how):
         assert runs(web)["one"]["state"] == "running"
         answer = post(web, "stop", runs(web)["one"]["id"])
         assert answer.status_code == 200 and str(process.pid) in answer.json()["says"]
-        assert process.wait(10) != 0
+        assert process.wait(60) != 0
     time.sleep(0.8)
     assert runs(web)["one"]["state"] == "stopped"
 

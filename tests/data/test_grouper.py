@@ -209,6 +209,21 @@ def test_groups_are_clients_of_a_recipe(tmp_path):
     assert len(plain.clients) == 40
 
 
+@pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-9]),
+                                  lambda p: p.write_bytes(b"{}\n" + p.read_bytes()),
+                                  lambda p: p.write_bytes(2 * p.read_bytes()),
+                                  lambda p: p.write_bytes(b"\0" * p.stat().st_size)])
+def test_a_shard_that_is_gone_or_another_is_said_and_no_other_row_is_read(tmp_path, harm):
+    """Before the run, or in its midst: a client's rows are read whenever it is asked."""
+    group(write(tmp_path / "a.jsonl", corpus(50)), tmp_path / "out", "column:who", shards=1)
+    groups = Groups(tmp_path / "out")
+    assert all(list(rows) for rows in groups.values())
+    harm(tmp_path / "out" / "shard-00000.jsonl")
+    for _, rows in groups.stream(0):
+        with pytest.raises(DataError, match=r"shard-00000\.jsonl is not as `fedllm group` wrote it"):
+            next(iter(rows))
+
+
 @pytest.mark.parametrize("change, says", [
     ({"partition": {"kind": "iid", "clients": 3}}, "the groups of .* are the clients already"),
     ({"partition": {"kind": "grouped", "clients": 99}}, "has 5 groups .* and 99 clients are asked for"),

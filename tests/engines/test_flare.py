@@ -449,7 +449,7 @@ def test_a_call_ends_at_its_deadline_whatever_the_line_does():
     started = time.monotonic()
     with pytest.raises(Silence, match="silent until the deadline"):
         sites.ask("s", {"op": "ask"}, b"", 0.4)
-    assert time.monotonic() - started < 5 and "suspect" in sites.table["s"].suspect
+    assert time.monotonic() - started < 40 and "suspect" in sites.table["s"].suspect
 
 
 def test_a_site_that_lives_and_whose_answers_break_off_is_not_asked_in_a_hot_loop(caplog):
@@ -468,7 +468,7 @@ def test_a_site_that_lives_and_whose_answers_break_off_is_not_asked_in_a_hot_loo
     sites = Sites(Broken(), ["s"], replace(QUICK, every=5.0))
     sites.table["s"].boot = "b"
     with pytest.raises(Silence, match=r"its deadline passed|silent until the deadline"):
-        sites.ask("s", {"op": "ask"}, b"", 1.5)
+        sites.ask("s", {"op": "ask"}, b"", 3.0)
     assert 3 <= len(asked) <= 6 and "it is asked again until the deadline" in caplog.text
 
 
@@ -481,11 +481,30 @@ def test_a_model_that_loads_again_does_not_outlast_the_deadline():
             pass
 
     sites = Sites(Closed(), ["s"], QUICK)
-    sites.table["s"].boot, sites.reopen = "b", lambda site: time.sleep(30)
+    sites.table["s"].boot, sites.reopen = "b", lambda site: time.sleep(60)
     started = time.monotonic()
     with pytest.raises(Silence, match="while a new process loaded the model"):
         sites.ask("s", {"op": "ask"}, b"", 0.3)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 40
+
+
+def test_a_timeout_of_the_line_itself_is_a_line_that_broke_and_not_a_wait_that_goes_on():
+    """Both are one class: it was looked at again and again, without a pause, until the deadline."""
+    said = []
+
+    class Late:
+        def call(self, site, head, body, seconds, over=None):
+            said.append(head["op"])
+            if head["op"] == "ask" and said.count("ask") == 1:
+                raise TimeoutError("a library's own")
+            return {"boot": "b"}, b"x"
+
+        def revive(self, site):
+            pass
+
+    sites = Sites(Late(), ["s"], replace(QUICK, every=5.0))
+    sites.table["s"].boot = "b"
+    assert sites.ask("s", {"op": "ask"}, b"", 60.0)[1:] == (b"x", 2) and said == ["ask", "probe", "ask"]
 
 
 def test_a_coordinator_that_hangs_is_ended(tmp_path):
@@ -493,7 +512,7 @@ def test_a_coordinator_that_hangs_is_ended(tmp_path):
     session = SimpleNamespace(get_job_status=lambda job: "RUNNING", abort_job=ended.append)
     started = time.monotonic()
     assert _follow(session, tmp_path, "job", lambda: True, 0.8) is False
-    assert ended == ["job"] and 0.8 <= time.monotonic() - started < 10
+    assert ended == ["job"] and 0.8 <= time.monotonic() - started < 60
     with pytest.raises(ServerGone):
         _follow(session, tmp_path, "job", lambda: False, 60)
 

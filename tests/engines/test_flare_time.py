@@ -168,7 +168,7 @@ def test_a_site_that_dies_in_flight_is_reported_and_blocks_nobody(tmp_path):
     engine = far(line, method)
     began = time.monotonic()
     state = go(engine, method, 4)
-    assert state["version"] == 4 and time.monotonic() - began < 25
+    assert state["version"] == 4 and time.monotonic() - began < 100
     until(lambda: engine.sites.table["c001"].suspect)
     line.dead.clear()
     until(lambda: engine.clock.flying == [] or all(t.answer.done() for t in engine.clock.flying))
@@ -247,7 +247,7 @@ def test_what_a_late_site_noted_does_not_count(tmp_path):
     method = Tally()
     engine = far(Line(tmp_path, method, hold=hold), method)
     assert go(engine, method, 1)["seen"] == {"c000": 1, "c001": 1}
-    assert held.wait(5)
+    assert held.wait(60)
     assert go(engine, method, 1, first=1)["seen"] == {"c000": 2, "c002": 1}
     assert "2 answers were enough" in missing(engine)["c002"]
 
@@ -263,12 +263,15 @@ class Only:
             time.sleep(0.005)
 
 
+DEADLINE = {"seconds": 60.0}
+
+
 class Hurried(type(make_method("fedbuff"))):
-    """FedBuff, whose asks have a deadline."""
+    """FedBuff, whose asks have a deadline: a short one for a round that is to fail alone, since machines are busy."""
 
     def round(self, state, clients):
         program = super().round(state, clients)
-        out = yield replace(next(program), deadline=0.7)
+        out = yield replace(next(program), deadline=DEADLINE["seconds"])
         try:
             program.send(out)
         except StopIteration as end:
@@ -278,18 +281,20 @@ class Hurried(type(make_method("fedbuff"))):
 Hurried.__name__ = "FedBuff"
 
 
-def test_a_deadline_ends_a_round_and_who_began_in_it_begins_again(tmp_path):
+def test_a_deadline_ends_a_round_and_who_began_in_it_begins_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(DEADLINE, "seconds", 0.7)
     method, hold = Hurried(buffer_size=2, concurrency=3), Only(("c000", 0, 1))
     engine = far(Line(tmp_path, method, hold=hold), method)
     began = time.monotonic()
     state = go(engine, method, 1)
-    assert state["version"] == 0 and engine.clock.flying == [] and 0.7 <= time.monotonic() - began < 20
+    assert state["version"] == 0 and engine.clock.flying == [] and 0.7 <= time.monotonic() - began < 60
     assert {c for c, why in missing(engine).items() if "does not count" in why} == {"c000", "c001", "c002"}
     hold.all = True
+    monkeypatch.setitem(DEADLINE, "seconds", 60.0)
     assert go(engine, method, 2, state, 1)["version"] == 2
 
 
-def test_an_answer_that_landed_in_a_round_that_failed_lands_again(tmp_path):
+def test_an_answer_that_landed_in_a_round_that_failed_lands_again(tmp_path, monkeypatch):
     """As in virtual time: what was under way when the last round was committed is under way again."""
     method, hold = Hurried(buffer_size=2, concurrency=3), Only(("c000", 0, 1), ("c001", 0, 1))
     engine = far(Line(tmp_path, method, hold=hold), method)
@@ -297,7 +302,10 @@ def test_an_answer_that_landed_in_a_round_that_failed_lands_again(tmp_path):
     assert state["version"] == 1
     trip = next(t for t in engine.clock.flying if t.client == "c002")
     hold.free.add(("c002", 0, 1))
+    until(trip.answer.done)
+    monkeypatch.setitem(DEADLINE, "seconds", 0.7)
     state = go(engine, method, 1, state, 1)
+    monkeypatch.setitem(DEADLINE, "seconds", 60.0)
     assert state["version"] == 1 and trip in engine.clock.flying and answered(engine.record)[-1] == "c002"
     counted = len([e for e in engine.record.events if e["kind"] == "wire" and e["direction"] == "up"])
     hold.all = True
@@ -352,6 +360,7 @@ def test_a_call_that_is_given_up_ends_soon_and_the_site_is_not_suspect():
         def call(self, site, head, body, seconds, over=None):
             if head["op"] != "ask":
                 return {"boot": "b"}, b""
+            ends.pop()()
             while not over.is_set():
                 time.sleep(0.005)
             raise Silence("over")
@@ -361,9 +370,9 @@ def test_a_call_that_is_given_up_ends_soon_and_the_site_is_not_suspect():
 
     sites = Sites(Busy(), ["s"], QUICK)
     sites.table["s"].boot, over = "b", threading.Event()
-    for end in (over.set, sites.hang_up):
+    ends = [over.set, sites.hang_up]
+    while ends:
         over.clear()
-        threading.Timer(0.1, end).start()
         with pytest.raises(Silence, match="it was given up"):
             sites.ask("s", {"op": "ask"}, b"", None, over)
         assert sites.table["s"].suspect is None

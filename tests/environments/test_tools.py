@@ -131,14 +131,15 @@ def test_no_call_outlasts_its_time():
         while True:
             pass
 
-    box = Toolbox([Tool("wait", "", forever), Tool("die", "", lambda _: __import__("os")._exit(3)),
-                   Tool("talk", "", lambda _: "x" * 10**6), Tool("fail", "", lambda _: [][1])], seconds=0.3)
-    assert box.call("wait", "").text == "tool 'wait' failed: it did not end within 0.3 s"
+    short = Toolbox([Tool("wait", "", forever)], seconds=0.3)
+    assert short.call("wait", "").text == "tool 'wait' failed: it did not end within 0.3 s"
+    box = Toolbox([Tool("die", "", lambda _: __import__("os")._exit(3)), Tool("talk", "", lambda _: "x" * 10**6),
+                   Tool("fail", "", lambda _: [][1])], seconds=30.0)
     assert "ended without an answer" in box.call("die", "").text and not box.call("die", "").ok
     assert len(box.call("talk", "").text) == box.longest
     assert box.call("fail", "").text == "tool 'fail' failed: IndexError: list index out of range"
-    assert apart(lambda text: text[::-1], "abc", 5.0) == ("cba", True)
-    assert time.monotonic() - began < 30
+    assert apart(lambda text: text[::-1], "abc", 30.0) == ("cba", True)
+    assert time.monotonic() - began < 60
 
 
 def test_the_calculator():

@@ -64,8 +64,8 @@ LINE = re.compile(r'(# (HELP|TYPE) fedllm_\w+ .+|fedllm_\w+(\{\w+="(\\.|[^"\\])*
 def test_prometheus_reads_the_figures(run):
     write(run, [{**WIRE, "client": 'a"b\\c\nd'}])
     with metrics(run, 0) as port:
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10).read() == b"ok\n"
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=60).read() == b"ok\n"
         with pytest.raises(RunError, match=f"port {port} cannot be opened"), metrics(run, port):
             pass
     assert all(LINE.fullmatch(line) for line in text.splitlines()), text
@@ -86,7 +86,7 @@ def test_one_process_serves_a_run_and_stop_ends_it(run):
         assert Tally(run).look().state == "running"
         told = CliRunner().invoke(app, ["stop", str(run)])
         assert told.exit_code == 0 and f"process {process.pid} ended" in told.output
-        assert process.wait(10) != 0 and not (run / SERVING).exists()
+        assert process.wait(60) != 0 and not (run / SERVING).exists()
     finally:
         process.kill()
         process.wait(10)

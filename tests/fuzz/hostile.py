@@ -30,7 +30,7 @@ ODD: tuple[Any, ...] = (
     {"name": None}, {"a": {"name": "x"}}, {"x": math.nan})
 """Values, of which none is a good one everywhere."""
 
-SECONDS = 20.0
+SECONDS = 60.0
 """Longest that one input may take to be refused or taken, on a slow and busy machine."""
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats()

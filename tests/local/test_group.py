@@ -2,8 +2,11 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 import fedllm
 from fedllm.core.errors import CompositionError, RecipeError, RunError, Withheld
 from fedllm.local.fit import run_fits
+from fedllm.local.group import Group, Staff
 from fedllm.local.objectives.registry import make_objective
 from fedllm.local.private import Private
 from fedllm.local.requests import Fit, Limits
@@ -116,6 +120,31 @@ def test_two_processes_train_all_weights_as_one_does_and_a_dead_one_is_named(rec
             run_fits([request(parts, [4] * 400)], replace(parts.world.limits, did=kill))
         assert group.pids == []
     assert parts.world.limits.group is None
+
+
+def test_a_process_that_was_done_before_the_fit_was_given_up_is_not_waited_for_again():
+    """Its word was heard and forgotten, and the client stood still until the others' patience ended."""
+    ours, theirs = zip(*(multiprocessing.Pipe() for _ in range(2)), strict=True)
+    group, halted, said, looks = object.__new__(Group), threading.Event(), {}, iter(range(100))
+    group.size, group.patience = 2, 600.0
+    staff = group._staff = Staff([], list(ours), halted, "")
+
+    def other():
+        halted.wait(60)
+        theirs[1].send(("done", None))
+
+    def go_on():
+        if said:
+            raise Withheld("nobody waits for it")
+        assert next(looks) < 99
+
+    threading.Thread(target=other, daemon=True).start()
+    theirs[0].send(("done", (1.0, 0.1)))
+    with pytest.raises(Withheld):
+        group._watch(staff, "done", Limits(go_on=go_on), said, 600.0)
+    began = time.monotonic()
+    group._halt(staff, False, said)
+    assert time.monotonic() - began < 30 and set(said) == {0, 1} and group._staff is staff
 
 
 @pytest.mark.parametrize(("overrides", "kind", "why"), [

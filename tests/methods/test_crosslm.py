@@ -144,7 +144,7 @@ def serving():
 def test_an_endpoint_writes_and_is_paid(begin, serving):
     ledger, url = ModelUsage({"writer": (1.0, 3.0)}), serving(Ready)
     run = begun(begin, reinforce=False, accept=0.0, layers=(ledger,))
-    run.world.models = Shelf({"writer": lambda: Endpoint(url, timeout=5.0, retries=0, logprobs=False)})
+    run.world.models = Shelf({"writer": lambda: Endpoint(url, timeout=60.0, retries=0, logprobs=False)})
     states = [ledger.init()]
     run.engine.begin(0)
     state = drive(run.method.round(run.state, run.world.infos()), run.engine, (ledger,), states)
@@ -152,7 +152,7 @@ def test_an_endpoint_writes_and_is_paid(begin, serving):
     said = ledger.report(states[0])["writer"]
     assert said == {"calls": 6, "prompt_tokens": 12, "completion_tokens": 18, "cost": pytest.approx(66e-6)}
     run = begun(begin)
-    run.world.models = Shelf({"writer": lambda: Endpoint(url, timeout=5.0, retries=0, logprobs=False)})
+    run.world.models = Shelf({"writer": lambda: Endpoint(url, timeout=60.0, retries=0, logprobs=False)})
     with pytest.raises(CompositionError, match=r"models.writer cannot be trained, which method.reinforce wants"):
         run.go(1)
 

@@ -200,7 +200,7 @@ def test_processes_train_as_one_and_a_killed_one_is_replaced(tmp_path):
     knobs, began = {"pieces": 3, "backups": 1, "deadline": 60.0}, time.monotonic()
     world = machines(3, layers=3)
     with Killing(functools.partial(site, 3, tmp_path, 3, knobs), [c.id for c in world.infos()]) as near:
-        sites = Sites(near, list(near.processes), Patience(answer=60.0, probe=2.0, every=0.2, grace=0.5))
+        sites = Sites(near, list(near.processes), Patience(answer=200.0, probe=10.0, every=0.2, grace=2.0))
         near.meet(sites)
         run = Trial("fusionai", world, knobs, functools.partial(Flare, sites=sites)).rounds(1)
         near.who, near.after = run.state["plan"]["machines"][1], 6

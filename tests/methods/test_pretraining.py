@@ -78,6 +78,8 @@ def test_fragments_cover_every_trainable_once_and_are_of_like_size(begin):
     assert max(sizes) / sum(sizes) < 0.56
     with pytest.raises(RecipeError, match=r"fragments = 3 does not divide the 2 layers .* allowed are 1, 2"):
         fragments(theta, 3)
+    with pytest.raises(RecipeError, match="fragments = 1000000000 does not divide"):
+        fragments(theta, 10**9)  # at once: a list for each had taken all memory first
 
 
 def test_the_largest_message_and_all_bytes_fall(begin):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 
 import numpy as np
 import pytest
@@ -84,6 +85,17 @@ def test_what_does_not_fit_is_refused():
         Lines(lines.delay, np.ones((8, 7)), 1.0, 1.0)
     with pytest.raises(RecipeError, match="c_dp = 0"):
         Lines(lines.delay, lines.bandwidth, 0.0, 1.0)
+
+
+def test_a_machine_whose_line_ends_has_done_no_quick_iteration():
+    from evidence.bench.slow_lines import Machine
+
+    lines = Lines(np.zeros((2, 2)), np.full((2, 2), 1e9), 8.0, 8.0)
+    machine, (mine, other) = object.__new__(Machine), socket.socketpair()
+    machine.me, machine.lines, machine.out, machine.got = 0, lines, {1: mine}, {1: mine}
+    other.shutdown(socket.SHUT_WR)
+    with pytest.raises(ConnectionError, match="machine 1 is gone"):
+        machine.iterate(cost(lines, ((0, 1),)))
 
 
 @pytest.mark.slow  # seconds of this machine, which no test of CI goes by

@@ -2,18 +2,14 @@
 
 import json
 import logging
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 import fedllm
 from fedllm.core.errors import CompositionError, RecipeError
+from tests.dying import killed
 
 QUIET = {"exact_match": False, "clients": False, "samples": 0}
-START = "import json, sys, fedllm; fedllm.run(json.loads(sys.argv[1]), root=sys.argv[2])"
 LAYERS = {
     "dp_fedavg": {"name": "dp_fedavg", "noise_multiplier": 1.5, "clip_norm": 0.5, "delta": 0.01},
     "dp_ftrl": {"name": "dp_ftrl", "noise_multiplier": 3.0, "mechanism": "banded", "min_separation": 2, "delta": 0.01},
@@ -48,18 +44,8 @@ def test_a_plan_foresees_shared_noise_and_the_run_keeps_to_it(spec, tmp_path):
 
 
 def killed_and_resumed(spec, root, rounds=3):
-    run = root / "small"
-    process = subprocess.Popen([sys.executable, "-c", START, json.dumps(spec), str(root)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    ends = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < ends:
-        if (run / "events.jsonl").exists() and (run / "events.jsonl").read_bytes().count(b'"kind":"round"') >= rounds:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    return fedllm.resume(run)
+    killed(spec, root, rounds)
+    return fedllm.resume(root / "small")
 
 
 @pytest.mark.parametrize("layer", ["dp_sgd", *(pytest.param(x, marks=pytest.mark.slow) for x in LAYERS

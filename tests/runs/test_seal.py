@@ -1,10 +1,6 @@
 """A run's record holds what the run wrote: any line that is touched is found, also after a kill and a resume."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -14,8 +10,7 @@ from fedllm.runs.event_log import CHAIN, EventLog, link
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.seal import verify
 from tests.cli.test_cli import call
-
-START = "import json, sys, fedllm; fedllm.run(json.loads(sys.argv[1]), root=sys.argv[2])"
+from tests.dying import killed
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +94,7 @@ def test_the_chain_goes_on_after_a_kill(recipe, tmp_path):
     """kill -9 in mid-run: what stands verifies, the resumed run verifies, and the chain is one."""
     recipe |= {"rounds": 8, "layers": ["secagg"]}
     run = tmp_path / "small"
-    process = subprocess.Popen([sys.executable, "-c", START, json.dumps(recipe), str(tmp_path)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    ends = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < ends:
-        if (run / "events.jsonl").exists() and (run / "events.jsonl").read_bytes().count(b'"kind":"round"') >= 2:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.01)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    killed(recipe, tmp_path, 2)
     half = verify(run)
     assert half.intact and not half.finished and half.events > 10
     log = run / "events.jsonl"

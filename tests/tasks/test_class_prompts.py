@@ -1,6 +1,7 @@
 """Prompts of classes: learned tokens about their names in a frozen tower, exact, and refused where they do not fit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -160,6 +161,25 @@ def siglip_folder(tmp_path_factory):
     words.save_pretrained(folder)
     SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.parametrize(("file", "change", "says"), [
+    ("preprocessor_config.json", {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+     r"makes pictures of the shape \[3, 32, 32\], and its tower reads \[3, 16, 16\]"),
+    ("preprocessor_config.json", {"image_mean": [0.5]},
+     r"image processor \(preprocessor_config\.json\) takes no picture"),
+    ("tokenizer_config.json", None, "its tokenizer cannot read the classes' names .*give the tokenizer's files")])
+def test_a_folder_whose_parts_are_of_different_models_is_refused_as_it_is_loaded(clip_folder, tmp_path, file,  # noqa: F811
+                                                                                 change, says):
+    """It was refused by the tower at the first picture, or by a tokenizer's bare Exception."""
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    path = tmp_path / "clip" / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=says):
+        load_model(str(tmp_path / "clip"), "image_text", make_space("class_prompt", length=2), labels=("red", "blue"))
 
 
 @pytest.mark.parametrize("family", ["clip_folder", "siglip_folder"])

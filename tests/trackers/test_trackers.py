@@ -103,7 +103,7 @@ def test_a_tracker_that_fails_ends_no_run_and_says_so_once(recipe, tmp_path, mon
     slow = Tracking(result.folder.parent, ["odd"], {})
     slow({"kind": "round", "round": 0, "cohort": [], "loss": 1.0})
     began = time.monotonic()
-    assert "within 0.2 s" in slow.close(0.2)[0] and time.monotonic() - began < 5
+    assert "within 0.2 s" in slow.close(0.2)[0] and time.monotonic() - began < 40
 
 
 def test_unknown_and_missing_trackers_are_refused_before_any_work(recipe, tmp_path, monkeypatch):

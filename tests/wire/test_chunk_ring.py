@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 import uuid
 
@@ -50,6 +51,43 @@ def test_a_line_that_is_too_bad_is_given_up():
         carried(b"x" * 9 * C, Ring(C, max_retries=2, chunk_timeout=0.02), Faults(drop=1.0))
 
 
+def test_what_is_sent_twice_meets_a_receiver_that_is_still_there():
+    """A chunk that is long under way is sent again; its receiver had everything by then, and hung up."""
+    data, job, receiver = random.Random(0).randbytes(4 << 20), None, Receiver()
+
+    class Slow:
+        """A sender's socket, whose second copy goes off when the receiver's last word is here."""
+
+        def __init__(self, sock):
+            self.sock = sock
+
+        def __getattr__(self, name):
+            return getattr(self.sock, name)
+
+        def sendall(self, part):
+            if len(part) > len(data) and self.sent:
+                ends = time.monotonic() + 60
+                while b"!" not in self.sock.recv(99, socket.MSG_PEEK)[::9] and time.monotonic() < ends:
+                    time.sleep(0.01)
+                job.join(0.2)
+            self.sent = len(part) > len(data)
+            self.sock.sendall(part)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def take():
+            sock, _ = server.accept()
+            with sock:
+                receiver.take(sock)
+
+        job = threading.Thread(target=take, daemon=True)
+        job.start()
+        with socket.create_connection(server.getsockname(), timeout=60) as sock:
+            sent = send(Slow(sock), data, Ring(8 << 20, chunk_timeout=60.0), faults=Faults(double=1.0))
+            job.join(60)
+            assert not job.is_alive()  # the connection stands, and is free for the next message
+    assert receiver.data == data and sent.chunks == 1
+
+
 def test_what_a_sender_declares_is_not_trusted():
     with pytest.raises(PayloadError, match="refuses a message of 9000"):
         carried(b"x" * 9000, FAST, receiver=Receiver(limit=8000))
@@ -64,7 +102,8 @@ def test_what_a_sender_declares_is_not_trusted():
 
 
 @pytest.mark.parametrize("knobs, says", [({"depth": 0}, "depth = 0"), ({"chunk_bytes": 100}, "from 4 KiB to 1 GiB"),
-                                         ({"max_retries": -1}, "max_retries = -1"), ({"chunk_timeout": 0}, "above 0")])
+                                         ({"max_retries": -1}, "max_retries = -1"), ({"chunk_timeout": 0}, "above 0"),
+                                         ({"timeout": 0}, "timeout = 0 is not allowed")])
 def test_bad_knobs(knobs, says):
     with pytest.raises(RecipeError, match=says):
         Ring(**knobs)

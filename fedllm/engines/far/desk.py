@@ -52,13 +52,13 @@ class Desk:
             return self.host.answer(head, body)
         if op != "fetch":
             self._begin(ticket, head, body)
-        if ticket not in self.work:
+        if (work := self.work.get(ticket)) is None:
             return {"unknown": True, "boot": BOOT}, b""
         try:
-            answer = self.work[ticket].result(self.hold)
+            answer = work.result(self.hold)
         except NotYet:
             return {"pending": True, "boot": BOOT}, b""
-        del self.work[ticket]
+        self.work.pop(ticket, None)  # whoever asked twice at once has it too
         return answer
 
     def _begin(self, ticket: str, head: Head, body: Any) -> None:
@@ -70,8 +70,8 @@ class Desk:
         if head.get("op") == "open":
             self.run = str(head.get("run"))
         host = self.host
-        while len(self.work) > KEPT:
-            del self.work[next(iter(self.work))]
+        for old in list(self.work)[:-KEPT]:
+            self.work.pop(old, None)
 
         def run() -> None:
             try:

@@ -187,6 +187,7 @@ class Sites:
             try:
                 return call.result(max(0.0, min(self.patience.every, left)))
             except NotYet:
+                failed = call.done() and call.exception() is not None  # a timeout of the line's own
                 if left <= 0:
                     raise self._give_up(site, "it was silent until the deadline") from None
             except Barred as why:

@@ -109,7 +109,8 @@ class AcademyLink:
             try:
                 return asked.result(max(0.0, min(left, 0.5)))
             except TimeoutError:
-                if left <= 0 or (over is not None and over.is_set()):
+                own = asked.done() and not asked.cancelled() and asked.exception() is not None  # a timeout of Academy's
+                if left <= 0 or own or (over is not None and over.is_set()):
                     asked.cancel()
                     raise Silence("no answer came in time") from None
             except Exception as error:  # the exchange is gone, refuses, or the site's agent does
