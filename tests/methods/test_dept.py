@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.errors import CompositionError, FedLLMError, PayloadError
 from fedllm.core.layer import Layer
 from fedllm.methods.pretraining.dept import DEPT
 from fedllm.methods.registry import make_method
@@ -102,3 +102,5 @@ def test_what_does_not_fit_is_refused(begin):
     for words in (torch.tensor([3, 64]), torch.tensor([5, 5]), torch.tensor([-1, 2]), torch.zeros(0).int()):
         with pytest.raises(PayloadError, match="ascending tokens below 64"):
             DEPT.greet.__dict__["fits"](DEPT(), {"size": 64}, {"words": words})
+    with pytest.raises(FedLLMError, match=r"no token stands 1000000 times.*lower min_count"):
+        begin("dept", space="full", min_count=10**6).go(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.ask import Ask, Program, on_client
-from fedllm.core.errors import CompositionError
+from fedllm.core.errors import CompositionError, DataError
 from fedllm.core.form import need
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import add, pack, part, sub
@@ -103,7 +103,11 @@ class DEPT(Method):
         size = client.model.words.shape[0]
         seen = np.bincount(np.concatenate([row.ids for row in client.tokens]), minlength=size)
         special = client.model.tokenizer.all_special_ids if client.model.tokenizer else []
-        seen[[t for t in special if t < size]] = self.min_count
+        known = [t for t in special if t < size]
+        if np.delete(seen, known).max(initial=0) < self.min_count:
+            raise DataError(f"client '{client.id}': no token stands {self.min_count} times in its rows "
+                            "(method.min_count), so that it has no word of its own; lower min_count", kind="value")
+        seen[known] = self.min_count
         return torch.from_numpy(np.flatnonzero(seen >= self.min_count).astype(np.int32))
 
     @on_client(reduce=Covered(), gives="delta: some, at: places, n: rows, loss?: number")
