@@ -212,6 +212,34 @@ def test_equal_ids_of_two_sites_are_two_documents_unless_all_know_them():
         assert shared or {p.text for p in found} == {"a clerk signs", "the manager signs"}
 
 
+def test_two_documents_that_a_site_calls_alike_are_two():
+    """Files of the same name in two folders, rows with the same id: neither hides the other or adds to its worth."""
+    docs = {"c0": ["the court hears appeals", "the ward opens at nine", "a clerk"], "c1": ["buses"], "c2": ["trams"]}
+    for shared in (False, True):
+        run = world(docs, shared_ids=shared)
+        for row in run.world.federation.clients["c0"].train:
+            row["id"] = "rules.txt"
+        run.go(1)
+        got = ask(run, "when does the ward open the court")
+        assert got.answer == "the court hears appeals [1]" and got.passages[0].clients == ("c0",)
+        [(found, _, _)] = drive(run.method.search(["the ward opens"], run.world.infos(), run.state, 3), run.engine)
+        assert [p.text for p in found] == ["the ward opens at nine", "the court hears appeals"][: 2 - shared]
+
+
+def test_documents_that_changed_since_the_index_was_made_are_found_as_they_are():
+    """Rows are read anew where a site is started again, or a run is asked later: its index follows them."""
+    run = world().go(1)
+    before = {c: dict(m) for c, m in run.engine.memory.items()}
+    shard = run.world.federation.clients["c2"]
+    run.world.federation.clients["c2"] = Shard([{"text": "trams stop at the harbor"}, {"text": "a ferry"}])
+    assert ask(run, "where do trams stop").answer == "trams stop at the harbor [1]"
+    assert "c2" not in ask(world(rank_by="bm25").go(1), "zebra").clients
+    assert not any("buses" in p.text for p in ask(run, "buses leave").passages)
+    run.world.federation.clients["c2"] = shard
+    assert ask(run, "where do buses leave").answer == "buses leave the north station [1]"
+    assert all(run.engine.memory[c][k] is v for c, m in before.items() for k, v in m.items())  # a question keeps nothing
+
+
 def test_what_a_model_is_asked_for_by_name_is_there():
     assert make_method("fed_rag", writer="w", encoder="e").server_asks_for() == ("w",)
     assert make_method("fed_rag", writer="w", encoder="e").asks_for() == ("e",)
