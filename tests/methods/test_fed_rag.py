@@ -237,7 +237,7 @@ def test_documents_that_changed_since_the_index_was_made_are_found_as_they_are()
     assert not any("buses" in p.text for p in ask(run, "buses leave").passages)
     run.world.federation.clients["c2"] = shard
     assert ask(run, "where do buses leave").answer == "buses leave the north station [1]"
-    assert all(run.engine.memory[c][k] is v for c, m in before.items() for k, v in m.items())  # a question keeps nothing
+    assert all(run.engine.memory[c][k] is v for c, m in before.items() for k, v in m.items())  # none kept
 
 
 def test_what_a_model_is_asked_for_by_name_is_there():
