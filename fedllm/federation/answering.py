@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import FedLLMError, RecipeError, RunError
+from fedllm.core.errors import EndpointError, FedLLMError, RecipeError, RunError
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.engines.far.sites import Sites
@@ -149,7 +149,7 @@ class AskServer(ApiServer):
         """The answer in the API's shape, with its sources beside it."""
         if path != "/v1/chat/completions":
             raise Refusal(404, f"{path} is not served; /v1/chat/completions is")
-        if body.get("n", 1) != 1:
+        if body.get("n") not in (None, 1):
             raise Refusal(400, "'n' above 1 is not offered")
         asked = [m["content"] for m in messages(body) if m["role"] == "user"]
         if not asked or not asked[-1].strip():
@@ -158,6 +158,8 @@ class AskServer(ApiServer):
             got = self.answering.ask(asked[-1])
         except RunError as late:
             raise Refusal(504, str(late)) from None
+        except EndpointError as why:  # the writer's, and no fault of who asked
+            raise Refusal(502, str(why)) from None
         return told(got, self.name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import unicodedata
 import warnings
@@ -109,6 +110,7 @@ def bm25_index(texts: Sequence[str]) -> tuple[Tree, list[str]]:
         empty = torch.zeros(0, dtype=torch.int64)
         return {"data": torch.zeros(0), "rows": empty, "starts": torch.zeros(1, dtype=torch.int64)}, []
     ids = [[known[w] for w in doc] for doc in tokens]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG as it is imported
     engine = bm25s.BM25()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a document without words: 0 / 0, in no entry that is kept
