@@ -266,3 +266,24 @@ def test_the_compliance_report_is_one_command(tmp_path, tiny_llama_folder):
     assert "FedSPSC.offer/texts" in shown.output.replace("\n", "") or "copy:run" in shown.output
     bare = CliRunner().invoke(app, ["compliance", str(tmp_path / "open")])
     assert bare.exit_code == 1 and "no gate looked at the text of FedSPSC.offer" in bare.output
+
+
+def test_a_clients_rows_are_laid_out_once_and_again_when_they_change():
+    """A site that answers questions has thousands of documents, and no time to lay them out for each."""
+    class Holder:
+        def __init__(self, name):
+            self.id, self.data, self.tests = name, list(ROWS), []
+
+        def held_out(self, on):
+            return self.tests
+
+    gate, holders = ResponsibleGate(encoder="off"), [Holder(f"c{i}") for i in range(6)]
+    first = gate.laid_out(holders[0])
+    assert gate.laid_out(holders[0]) is first and first.copied(ROWS[0]["prompt"]) == "copy:run"
+    holders[0].data.append({"text": "the new ward is painted green and white"})
+    again = gate.laid_out(holders[0])
+    assert again is not first and again.copied("the new ward is painted green and white") == "copy:run"
+    holders[0].data = list(holders[0].data)
+    assert gate.laid_out(holders[0]) is not again
+    held = [gate.laid_out(h) for h in holders]
+    assert len(gate._laid) == 4 and gate.laid_out(holders[-1]) is held[-1]

@@ -247,10 +247,32 @@ def test_what_a_model_is_asked_for_by_name_is_there():
         make_method("fed_rag", select_by="best")
 
 
-def test_generation_reads_the_passages():
-    got = ask(world(generate=True, max_new_tokens=3).go(1), "the clerk")
+def test_generation_reads_the_passages(monkeypatch):
+    run = world(generate=True, max_new_tokens=3).go(1)
+    monkeypatch.setattr(run.world.model.net.config, "max_position_embeddings", 256)
+    got = ask(run, "the clerk")
     assert got.answer and len(got.passages) == 3 and set(got.clients) == {"c0", "c1", "c2"} == set(got.asked)
     assert got.cited == () and "[" not in got.answer  # three random words, which no passage holds
+
+
+def test_a_writer_reads_as_many_passages_as_fit(monkeypatch):
+    """Too long a prompt would lose its start: the rules, and the best passage."""
+    docs = {c: [f"the clerk signs {w} " + "word " * 30] for c, w in (("c0", "one"), ("c1", "two"), ("c2", "three"))}
+    run = world(docs, generate=True, max_new_tokens=3, snippet=150).go(1)
+    for window, passages in ((200, 3), (150, 2), (110, 1)):
+        monkeypatch.setattr(run.world.model.net.config, "max_position_embeddings", window)
+        assert len(ask(run, "the clerk").passages) == passages
+    monkeypatch.setattr(run.world.model.net.config, "max_position_embeddings", 70)
+    with pytest.raises(RecipeError, match="one passage take more than the 67 tokens that the writer reads"):
+        ask(run, "the clerk")
+
+
+def test_a_writer_is_a_model_that_writes(recipe_of_documents):
+    data = {**recipe_of_documents["data"], "task": "documents", "template": None, "fields": {}}
+    for knobs, models, who in (({}, {}, "the main model"), ({"writer": "w"}, {"w": "embedded"}, r"models\.w")):
+        with pytest.raises(CompositionError, match=rf"method\.generate: {who} is there for documents and writes no"):
+            fedllm.ask({**recipe_of_documents, "data": data, "models": models,
+                        "method": {"name": "fed_rag", "generate": True, **knobs}}, "x")
 
 
 def test_without_the_extra_words_are_refused(monkeypatch):
