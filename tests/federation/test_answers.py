@@ -22,6 +22,7 @@ from fedllm.federation.opening import for_sites
 from fedllm.federation.serve import may_answer
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
+from fedllm.report.compliance import compliance
 from fedllm.runs.asked_far import FarSession
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.openai_api import running
@@ -252,6 +253,23 @@ def test_a_site_that_lets_no_text_leave_answers_with_scores(far):
     assert "site-a" in got.clients or "site-b" in got.clients
     mine = [p for p in got.said["passages"] if "site-a" in p["clients"]]
     assert got.said["asked"] == tuple(DOCS) and all(p["id"].startswith("site-a/") and not p["text"] for p in mine)
+
+
+def test_what_left_for_questions_stands_in_the_compliance_report(far, tmp_path):
+    """As what leaves in rounds does: who, what, by which rule; never the words of question or passage."""
+    def then(answering, line):
+        answering.ask(QUESTIONS[0])
+        line.settings["site-b"] = line.settings["site-b"].model_copy(update={"gate": {**GATE, "copies": "withhold"}})
+        line.start("site-b")
+        return answering.ask(QUESTIONS[0])
+
+    got = far(then)
+    found = compliance(tmp_path / "far")
+    assert ("site-a", "FedRAG.lookup", "texts", "report") in {(p.client, p.phase, p.key, p.done) for p in found.pieces}
+    assert len(found.rules) == 1 and found.demands["copies"] == "report" and not found.silent
+    own = compliance(tmp_path / "store" / "site-a")
+    assert {p.sha for p in own.pieces} == {p.sha for p in found.pieces if p.client == "site-a"}
+    assert "clerk" not in (tmp_path / "far" / "questions.jsonl").read_text() and "site-a" in got.clients
 
 
 def test_where_nobody_is_there_the_answer_says_so(far):
