@@ -216,9 +216,11 @@ class Searching(Asking):
     def _updated(self, client: Client, memory: MutableMapping[str, Any], texts: Sequence[str], charted: bool = False
                  ) -> indexing.Changed:
         """The memory is the index of these documents; they become vectors where anybody reads vectors."""
-        wanted = charted or client.profile.shares == "counts" or self._by(client) != "bm25" or self.merge_by == "rerank"
-        embed = self._encoding(client).embed if wanted else None
+        embed = self._encoding(client).embed if charted or self._reads_vectors(client) else None
         return indexing.update(memory, texts, self._by(client) != "vectors", embed, self.encoder)
+
+    def _reads_vectors(self, client: Client) -> bool:
+        return client.profile.shares == "counts" or self._by(client) != "bm25" or self.merge_by == "rerank"
 
     @cached_property
     def _followed(self) -> indexing.Followed:
@@ -228,7 +230,10 @@ class Searching(Asking):
         """The index of the client's documents as they are now; without a round before it is this process's alone."""
         rows = client.data
         texts = lambda: [rt.document(r) for r in rows]  # noqa: E731
-        return self._followed.of(client.id, rows, texts, client.memory, lambda m: self._updated(client, m, texts()))
+        parts = [*(("bm25", "words") if self._by(client) != "vectors" else ()),
+                 *(("vectors",) if self._reads_vectors(client) else ())]
+        return self._followed.of(client.id, rows, texts, client.memory, parts,
+                                 lambda m: self._updated(client, m, texts()))
 
     def fits(self, msg: Payload, reply: Payload) -> None:
         aligned(reply, ("at", "scores"))

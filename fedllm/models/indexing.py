@@ -45,7 +45,7 @@ def update(memory: MutableMapping[str, Any], texts: Sequence[str], by_words: boo
     if embed is not None and not (same and "vectors" in memory and memory.get("encoder") == encoder):
         kept = at if "vectors" in memory and memory.get("encoder") == encoder else {}
         memory["vectors"], memory["encoder"] = _vectors(texts, now, kept, memory.get("vectors"), embed), encoder
-    if by_words and not (same and "bm25" in memory):
+    if by_words and not (same and "bm25" in memory and "words" in memory):
         memory["bm25"], memory["words"] = bm25_index(texts)
     if not same:
         memory["marks"] = marks
@@ -69,14 +69,14 @@ class Followed:
         self._fresh: dict[str, dict[str, Any]] = {}
 
     def of(self, client: str, rows: Sequence[Any], texts: Callable[[], Sequence[str]], memory: Mapping[str, Any],
-           make: Callable[[MutableMapping[str, Any]], Any]) -> Mapping[str, Any]:
+           parts: Sequence[str], make: Callable[[MutableMapping[str, Any]], Any]) -> Mapping[str, Any]:
         """The client's index of its `rows`, whose texts are read where they are other rows than before; `make` brings
-        a copy of the memory up to date."""
+        a copy of the memory up to date, also where it lacks some of the `parts` (another version's)."""
         had = self._known.get(client)
         if had is None or had[0] is not rows or had[1] != len(rows):
             had = self._known[client] = rows, len(rows), marks_of(texts())
             self._fresh.pop(client, None)
-        if "marks" in memory and torch.equal(memory["marks"], had[2]):
+        if all(part in memory for part in ("marks", *parts)) and torch.equal(memory["marks"], had[2]):
             return memory
         if client not in self._fresh:
             made = dict(memory)

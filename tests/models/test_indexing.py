@@ -38,6 +38,25 @@ def test_only_what_is_new_is_read_again():
     assert indexing.update(memory, [], True, None).gone == 3 and len(memory["marks"]) == 0
 
 
+def test_an_index_that_lacks_a_part_or_is_of_other_documents_is_made_anew_once():
+    """Another version's, or of documents that have changed since; the memory itself stays as it was."""
+    followed, encoder, rows, made = indexing.Followed(), Encoder(), ["a b", "c d"], []
+
+    def of(memory, rows=rows):
+        return followed.of("c", rows, lambda: rows, memory, ["bm25", "words", "vectors"],
+                           lambda m: made.append(1) or indexing.update(m, rows, True, encoder))
+
+    memory = {}
+    indexing.update(memory, rows, True, encoder)
+    assert of(memory) is memory and not made
+    for lost in ("words", "bm25", "vectors"):
+        part = {k: v for k, v in memory.items() if k != lost}
+        followed.__init__()
+        again = of(part)
+        assert lost in again and lost not in part and of(part) is again and again["words"] == memory["words"]
+    assert len(made) == 3 and len(of(memory, ["e f"])["marks"]) == 1 and len(made) == 4
+
+
 def test_both_rankings_are_added_each_by_its_own_spread():
     memory, encoder = {}, Encoder()
     texts = ["red cat", "blue dog", "green bird"]
