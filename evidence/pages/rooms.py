@@ -30,7 +30,7 @@ MAY: Mapping[str, str] = {
     "engines": "core data environments local models tasks wire",
     "trackers": "core",
     "runs": "core data environments local models spaces tasks wire privacy defenses selectors methods engines trackers",
-    "report": "core methods models tasks runs",
+    "report": "core gate methods models tasks runs",
     "comparisons": "core data local methods models spaces tasks runs report",
     "advice": "core data methods models runs",
     "evaluation": "core data engines local models spaces tasks runs",

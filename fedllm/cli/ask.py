@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedllm.cli.federate import printable
+from fedllm.cli.guard import stopped
 from fedllm.cli.said import Json, put
 from fedllm.cli.typed import lines
 from fedllm.core.errors import RecipeError
@@ -44,10 +45,11 @@ def ask(source: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE_OR_URL", sh
     if (far and change) or (key_env and not far):
         raise RecipeError("--set is for a recipe, and --key-env for a URL: "
                           f"{source!r} is {'a URL' if far else 'none'}; leave it out")
-    session = FarSession(source, timeout, key_env) if far else Session(
-        Path(source), dict(parse_override(text) for text in change or ()), timeout, trust_remote_code)
-    for question in questions or lines():
-        show(session.ask(question), as_json)
+    with stopped("a question that was under way has no answer, and nothing was to be kept"):
+        session = FarSession(source, timeout, key_env) if far else Session(
+            Path(source), dict(parse_override(text) for text in change or ()), timeout, trust_remote_code)
+        for question in questions or lines():
+            show(session.ask(question), as_json)
 
 
 def show(got: Answered, as_json: bool) -> None:

@@ -41,8 +41,9 @@ def compliance(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's
             table.add_row(*(escape(str("" if v is None else v)) for v in row))
         out.print(table)
         for reply in found.whole:
-            out.print(f"round {reply['round']}, {reply['client']}, {reply['phase']}: no reply that counts: "
-                      f"{reply['why']}", markup=False, highlight=False, soft_wrap=True)
+            at = "" if reply["round"] is None else f"round {reply['round']}, "
+            out.print(f"{at}{reply['client']}, {reply['phase']}: no reply that counts: {reply['why']}", markup=False,
+                      highlight=False, soft_wrap=True)
         said = f"; it demanded {json.dumps(dict(found.demands))}" if found.demands else ""
         out.print(f"rules {', '.join(found.rules) or '(a site keeps its own)' if found.pieces else 'none'}{said}",
                   markup=False, highlight=False, soft_wrap=True)

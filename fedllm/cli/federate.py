@@ -100,8 +100,8 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
                                                            "put to, whatever the recipe names.")] = None,
          public: Annotated[Path | None, typer.Option(help="A copy of the run's public rows.")] = None,
          rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
-         shares: Annotated[str | None, typer.Option(help="What answers to queries hold: snippets, ids, or scores "
-                                                         "(no text).")] = None,
+         shares: Annotated[str | None, typer.Option(help="What answers to queries hold: snippets, ids, or (no "
+                                                         "text) scores, or counts.")] = None,
          policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
                                                           "docs/federation.md.")] = None,
          text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = False,

@@ -88,7 +88,9 @@ def hint_of(key: str, names: Sequence[str], path: str = "") -> str:
 
 
 def _cased(value: Any, options: Sequence[Any] | None) -> Any:
-    """An option written in another case (AdamW) as it is called here."""
+    """An option written in another case (AdamW) as it is called here, and YAML's `off`, which it takes for a no."""
+    if value is False and "off" in (options or ()):
+        return "off"
     if not options or not isinstance(value, str) or value in options:
         return value
     return next((o for o in options if isinstance(o, str) and o.lower() == value.lower()), value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +36,12 @@ def _pdf(path: Path, room: Held) -> Table:
     """One row for each page that holds text; a scanned page holds none, and it is said how many were passed over."""
     try:
         import pypdf
+        from pypdf.errors import FileNotDecryptedError
     except ImportError:
         raise RecipeError(f"{path}: PDF files need the optional extra: pip install 'fedlm[rag]'") from None
     rows, empty = [], 0
+    if not path.stat().st_size:
+        return Table(str(path), [])
     try:
         for number, page in enumerate(pypdf.PdfReader(path).pages, start=1):
             text = page.extract_text()
@@ -48,6 +52,9 @@ def _pdf(path: Path, room: Held) -> Table:
                 rows.append({"id": f"{path.name}, page {number}", "text": text})
     except DataError:
         raise
+    except FileNotDecryptedError:
+        raise DataError(f"{path} is locked with a password; save it without one, or move it out of the folder",
+                        file=str(path), kind="unreadable") from None
     except Exception as error:  # pypdf raises errors of many kinds for a file that is none
         raise DataError(f"{path} is not a PDF that can be read: {type(error).__name__}: {error}"[:400],
                         kind="unreadable") from error
@@ -61,6 +68,30 @@ def _pdf(path: Path, room: Held) -> Table:
 
 DOCUMENTS: Mapping[str, Callable[[Path, Held], Table]] = {".txt": _text, ".md": _text, ".pdf": _pdf}
 """How files are read where `data.task` is documents; those of other endings hold a document a row, as ever."""
+
+
+def told_apart(tables: Sequence[Table]) -> list[Table]:
+    """The same tables; documents of files of one name are called by their folders too (`north/rules.txt`)."""
+    alike = defaultdict(list)
+    for table in tables:
+        if Path(table.name).suffix.lower() in DOCUMENTS:
+            alike[Path(table.name).name].append(Path(table.name).parts)
+    known = {path: end for paths in alike.values() for path, end in ends(paths).items()}
+    return [_called(t, known[Path(t.name).parts]) if Path(t.name).parts in known else t for t in tables]
+
+
+def ends(paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """What each of these paths is called: its end, as long as it must be to be no other's."""
+    out: dict[tuple[str, ...], str] = {}
+    for n in range(1, 1 + max(map(len, paths))):
+        count = Counter(p[-n:] for p in paths)
+        out |= {p: "/".join(p[-n:]) for p in paths if p not in out and count[p[-n:]] == 1}
+    return out
+
+
+def _called(table: Table, name: str) -> Table:
+    short = Path(table.name).name
+    return replace(table, rows=[{**row, "id": name + str(row["id"]).removeprefix(short)} for row in table.rows])
 
 
 def passages(table: Table, column: str, words: int) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fedllm.core.errors import DataError
@@ -63,30 +63,51 @@ def each_once(paths: Iterable[Path]) -> None:
             raise DataError(f"data.source: {names}, and its rows would count twice; name it once", file=str(path))
 
 
-def files_in(folder: Path, known: Collection[str], but: frozenset[tuple[int, int]]) -> list[Path]:
+def files_in(folder: Path, known: Collection[str], but: frozenset[tuple[int, int]], deep: bool = False) -> list[Path]:
     """The files of a folder with an extension that is known, sorted; hidden ones and those `but` are passed over.
+    `deep`: of the folders in it, too, but not of those that are links.
 
     What else is not read is said: files about the data, files of other kinds, folders. A DataError names what has a
     file's name and cannot be read as one.
     """
     files, passed = [], []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith((".", "~$")):  # hidden, and what an office program locks with
-            continue
+    for path in _inside(folder, deep):
+        name = str(path.relative_to(folder))
         if path.suffix.lower() not in known:
-            passed.append(path.name + ("/" if path.is_dir() else ""))
+            passed.append(name + ("/" if path.is_dir() else ""))
         elif path.stem.lower().rstrip("_-.0123456789") in ABOUT:
-            passed.append(path.name)
+            passed.append(name)
         elif not _is_file(path):
             raise DataError(f"{path} is no file that can be read (a folder, a pipe or a broken link); move it out of "
                             f"{folder}", file=str(path), kind="unreadable")
         elif identity(path) not in but:
             files.append(path)
     if files and passed:
-        log.warning("%s: %s left out, as what is not read (known are %s; of folders the files alone)", folder,
-                    ", ".join(passed[:8]) + (f" and {len(passed) - 8} more are" if len(passed) > 8 else
-                                             " is" if len(passed) == 1 else " are"), ", ".join(known))
+        log.warning("%s: %s left out, as what is not read (known are %s%s)", folder, these(passed), ", ".join(known),
+                    "" if deep else "; of folders the files alone")
     return files
+
+
+def these(names: Sequence[str]) -> str:
+    """The first eight names, and their verb."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{', '.join(names[:8])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def _inside(folder: Path, deep: bool) -> Iterator[Path]:
+    """What lies in a folder, sorted, without what is hidden."""
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror or error}", file=str(folder),
+                        kind="unreadable") from None
+    for path in found:
+        if path.name.startswith((".", "~$")):  # hidden, and what an office program locks with
+            continue
+        if deep and path.is_dir() and not path.is_symlink():
+            yield from _inside(path, deep)
+        else:
+            yield path
 
 
 def _is_file(path: Path) -> bool:

@@ -124,9 +124,9 @@ def _sources(spec: DataSpec, but: Sequence[Path]) -> list[Table]:
     """The tables of `data.source`; documents among them are cut into passages."""
     if spec.task != DOCUMENTS_TASK:
         return read_tables(spec.source, spec.split, spec.subset, but=but)
-    from fedllm.data.documents import DOCUMENTS, passages
+    from fedllm.data.documents import DOCUMENTS, passages, told_apart
 
-    tables = read_tables(spec.source, spec.split, spec.subset, but, DOCUMENTS)
+    tables = told_apart(read_tables(spec.source, spec.split, spec.subset, but, DOCUMENTS))
     return [passages(table, str(spec.fields.get("text", "text")), spec.passages) for table in tables]
 
 

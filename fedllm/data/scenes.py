@@ -27,7 +27,7 @@ class EnvironmentSpec(Spec):
     """Environments that no client has, with layouts of their own: the global test. 0: the test is in all clients'."""
     may: list[Literal["write", "network"]] = Field(default_factory=list)
     """What tools may do beside reading, at every client: such a tool is off unless it is named here."""
-    mcp: Literal["builtin"] | list[str] | None = None
+    mcp: Literal["builtin"] | Annotated[list[str], Field(min_length=1)] | None = None
     """Where tools come from: builtin (fedllm's own MCP server, a process over stdio), or the command of an MCP server
     as a list of words ({db}, {files} and {layout} are filled in). None: this process has them. Never sent to a site."""
     seconds: Annotated[float, Field(gt=0, le=600)] = PATIENCE

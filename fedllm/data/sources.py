@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fedllm.core.errors import DataError
-from fedllm.data.files import PACKAGE, each_once, files_in, identities, identity, in_package, no_pointer
+from fedllm.data.files import PACKAGE, each_once, files_in, identities, identity, in_package, no_pointer, these
 from fedllm.data.hub import hub_table, saved_table
 from fedllm.data.memory import Held
 from fedllm.data.strict import bounded, columnar, delimited, loads, named_once, whole
@@ -20,6 +21,7 @@ from fedllm.data.table import Table
 from fedllm.tasks.row import as_text, nearest, value_of
 
 __all__ = ["map_fields", "nearest", "read_tables", "resolve", "value_of"]
+log = logging.getLogger(__name__)
 Reader = Callable[[Path, Held], Table]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 OTHERWISE = {(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"): "unpack it first",
@@ -67,18 +69,22 @@ def resolve(path: str) -> Path:
 
 
 def read_tables(source: str | Sequence[str], split: str = "train", subset: str | None = None,
-                but: Iterable[Path] = (), readers: Mapping[str, Reader] = MappingProxyType({})) -> list[Table]:
+                but: Iterable[Path] = (), documents: Mapping[str, Reader] = MappingProxyType({})) -> list[Table]:
     """All tables of a source: a path, a list of paths, a folder of files, a saved `datasets` folder or a Hub id.
 
     `split` and `subset` pick a part of a `datasets` source. Files `but` are left out of folders under any name, as are
-    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). `readers` read files by their ending
-    in the place of the usual ones. Raises DataError for what is missing, empty, broken or named twice.
+    hidden files (`.x`, `._x`) and those that are about the data (README, LICENSE). `documents` read files by their
+    ending in the place of the usual ones, in folders of a folder too; one that holds nothing is left out (it is said).
+    Raises DataError for what is missing, empty, broken or named twice.
     """
     paths = [source] if isinstance(source, str) else list(source)
     if not paths:
         raise DataError("data.source is an empty list: give at least one path")
-    held, room, known = identities(but), Held(), {**READERS, **readers}
-    tables = [table for path in paths for table in _read(path, split, subset, held, room, known)]
+    held, room, known = identities(but), Held(), {**READERS, **documents}
+    tables = [table for path in paths for table in _read(path, split, subset, held, room, known, bool(documents))]
+    if documents and (empty := [t.name for t in tables if not t.rows]) and len(empty) < len(tables):
+        log.warning("%s left out, as what holds nothing", these(empty))
+        tables = [t for t in tables if t.rows]
     for table in tables:
         if not table.rows:
             raise DataError(f"{table.name} is empty: it holds no rows", file=table.name, kind="empty")
@@ -87,12 +93,12 @@ def read_tables(source: str | Sequence[str], split: str = "train", subset: str |
 
 
 def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int, int]], room: Held,
-          known: Mapping[str, Reader]) -> list[Table]:
+          known: Mapping[str, Reader], deep: bool) -> list[Table]:
     if source.startswith("hub:"):
         return [hub_table(source.removeprefix("hub:"), split, subset)]
     path = resolve(source)
     if path.is_dir():
-        return _folder(path, split, but, room, known)
+        return _folder(path, split, but, room, known, deep)
     if path.is_file():
         if identity(path) in but:
             raise DataError(f"{source!r} is both in data.source and held out (data.test or data.public): nothing may "
@@ -133,18 +139,20 @@ def _file(path: Path, room: Held, known: Mapping[str, Reader]) -> Table:
         raise error.at(str(path), 0) from error.__cause__
 
 
-def _folder(path: Path, split: str, but: frozenset[tuple[int, int]], room: Held, known: Mapping[str, Reader]
-            ) -> list[Table]:
+def _folder(path: Path, split: str, but: frozenset[tuple[int, int]], room: Held, known: Mapping[str, Reader],
+            deep: bool) -> list[Table]:
     """A saved `datasets` folder is one table, and so is a folder of pictures, with a folder for each label; any other
     folder is one table for each file with a known extension."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return [saved_table(path, split)]
-    files = files_in(path, known, but)
+    files = files_in(path, known, but, deep)
     if not files and (pictures := sorted(p for p in path.glob("*/*") if p.suffix.lower() in PICTURES)):
         return [Table(str(path), [{"image": str(p), "label": p.parent.name} for p in pictures])]
     if not files:
+        inside = sorted(p.name + "/" for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         raise DataError(f"{path}: the folder holds no saved dataset, no folders of pictures ({', '.join(PICTURES)}), "
-                        f"and no file with one of {', '.join(known)}")
+                        f"and no file with one of {', '.join(known)}"
+                        + (f"; {these(inside)} not looked into: name the folder itself" if inside and not deep else ""))
     return [_file(file, room, known) for file in files]
 
 

@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import FedLLMError, RecipeError, RunError
+from fedllm.core.errors import EndpointError, FedLLMError, RecipeError, RunError
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.engines.far.sites import Sites
 from fedllm.runs.asking import Answered, put
 from fedllm.runs.course import Course
+from fedllm.runs.folder import QUESTIONS
 from fedllm.runs.openai_api import ApiServer, Refusal, messages, running
 
 log = logging.getLogger(__name__)
 ASKING = "asking.json"
 """In the run's folder while it answers questions: where."""
-QUESTIONS = "questions.jsonl"
-"""In the run's folder: what each question took, and whom its answer rests on; never its words."""
 PAGE = (Path(__file__).parent / "chat.html")
 LOCAL = ("127.0.0.1", "localhost")
 HEAL = 2.0
@@ -89,14 +88,16 @@ class Answering:
             self.course.engine.begin(self.at)
             got = put(question, self.course, here, self.course.state, self.timeout)
             got = Answered(**{**vars(got), "missing": {**gone, **got.missing}})
-            self._note(got)
+            self._note(got, self.course.told())
             return got
         finally:
             self._turn.release()
 
-    def _note(self, got: Answered) -> None:
+    def _note(self, got: Answered, told: Mapping[str, Any]) -> None:
+        """`told` is what layers say of the question: the gate's verdicts, by the hashes of what left."""
         doc = {"at": time.time(), "seconds": got.seconds, "spent": dict(got.spent), "rests": list(got.clients),
-               "asked": list(got.said.get("asked", ())), "missing": dict(got.missing), "bytes": dict(got.bytes)}
+               "asked": list(got.said.get("asked", ())), "missing": dict(got.missing), "bytes": dict(got.bytes),
+               **{name: told[name] for name in ("gate", "gate_rules") if name in told}}
         with (self.folder / QUESTIONS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(doc) + "\n")
 
@@ -149,7 +150,7 @@ class AskServer(ApiServer):
         """The answer in the API's shape, with its sources beside it."""
         if path != "/v1/chat/completions":
             raise Refusal(404, f"{path} is not served; /v1/chat/completions is")
-        if body.get("n", 1) != 1:
+        if body.get("n") not in (None, 1):
             raise Refusal(400, "'n' above 1 is not offered")
         asked = [m["content"] for m in messages(body) if m["role"] == "user"]
         if not asked or not asked[-1].strip():
@@ -158,6 +159,8 @@ class AskServer(ApiServer):
             got = self.answering.ask(asked[-1])
         except RunError as late:
             raise Refusal(504, str(late)) from None
+        except EndpointError as why:  # the writer's, and no fault of who asked
+            raise Refusal(502, str(why)) from None
         return told(got, self.name)
 
 

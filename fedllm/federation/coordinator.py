@@ -30,7 +30,7 @@ from fedllm.report.report import publish
 from fedllm.runs.build import Parts, bound, heard_by, make_layers, make_recipe_space, recipe_model
 from fedllm.runs.fits import check_cohort, compose, need_public, no_stages
 from fedllm.runs.folder import RUN_ID, RunFolder
-from fedllm.runs.models import check_names, need_named, shelves
+from fedllm.runs.models import check_names, check_servers, need_named, shelves
 from fedllm.runs.progress import Lines, Quiet
 from fedllm.runs.recipe import Recipe, load_recipe
 from fedllm.runs.result import Result, finished
@@ -84,6 +84,7 @@ def coordinator_parts(recipe: Recipe, said: Mapping[str, Mapping[str, Any]], sit
     method.check_work(local, recipe.rounds)
     method.check_profiles(model, list(infos.values()))
     named, _ = shelves(recipe, federation.task, federation.labels, lambda: model, {})
+    check_servers(method, model, named)
     world = FarWorld(model, federation, local, recipe.seed,
                      {s: i.profile for s, i in infos.items()}, Limits(batch_tokens=recipe.engine.step_tokens),
                      e.exact_match, e.max_new_tokens, recipe.data.completion_only, recipe.rounds, models=named,

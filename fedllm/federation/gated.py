@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,11 +28,19 @@ def demanded(gate: Mapping[str, Any], detector: str | None) -> ResponsibleGate:
     if detector is not None:
         module, _, name = detector.partition(":")
         try:
-            object.__setattr__(made, "detector", getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError, ValueError) as error:
+            object.__setattr__(made, "detector", tried(getattr(importlib.import_module(module), name)))
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise RecipeError(f"gate_detector = {detector!r} is not allowed ({error}); it must be "
                               "module:function of a module that is installed here") from None
     return made
+
+
+def tried(detector: Any) -> Any:
+    """The function, if what it says of a text are findings; TypeError or ValueError where it says anything else."""
+    for begin, end, kind in detector("A word."):
+        if not (isinstance(begin, int) and isinstance(end, int) and isinstance(kind, str)):
+            raise TypeError("of 'A word.' it says what is no list of (begin, end, TYPE)")
+    return detector
 
 
 def gated(method: Any, layers: Sequence[Any], gate: Mapping[str, Any], detector: str | None) -> list[Any]:
@@ -57,8 +66,10 @@ def only_judged(reply: Payload, words: Words, sealed: bool, tells: Sequence[str]
         raise Refused("gate", str(error)) from None
     line = {"time": time.time(), "run": run, "phase": phase, "items": [v.listed() for v in verdicts]}
     try:
-        with open(store / BOOK, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(store / BOOK, "ab+") as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
+                file.write(b"\n")  # who was killed as it wrote has a line of its own
+            file.write(json.dumps(line).encode() + b"\n")
     except OSError as error:
         raise RunError(f"{store / BOOK} cannot be written: {error.strerror}; no text leaves without its verdict on "
                        "record") from None

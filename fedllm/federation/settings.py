@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.core.errors import RecipeError
 from fedllm.data.spec import Spec
 from fedllm.federation.declared import Declared
+from fedllm.federation.policy import need_names, written
+from fedllm.runs.complaints import complaints
 from fedllm.runs.device import Device
 
 if TYPE_CHECKING:  # `join` lives as long as a site does and reads settings: it loads no model code
@@ -147,13 +148,11 @@ class SiteSettings(Spec):
     @classmethod
     def make(cls, values: Mapping[str, Any], policy: str | Path | None = None) -> SiteSettings:
         """Settings from values and from a site's policy file (YAML), which wins; RecipeError names what is wrong."""
+        where = str(policy or "the settings of this site")
         try:
-            said = yaml.safe_load(Path(policy).read_text(encoding="utf-8")) if policy is not None else {}
-            if not isinstance(said, Mapping):
-                raise ValueError("allowed is a mapping of keys, as in docs/federation.md")
-            return cls.model_validate({**values, **said})
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise RecipeError(f"{policy or 'the settings of this site'}: {error}") from None
+            return cls.model_validate({**values, **(written(Path(policy)) if policy is not None else {})})
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {complaints(cls, error.errors())}") from None
 
     @classmethod
     def settle(cls, kit: Path, address: str, target: str, data: str | Path, *, methods: Sequence[str] | None,
@@ -166,6 +165,7 @@ class SiteSettings(Spec):
         mine = cls.make({"data": where, "store": str(Path(store or kit / "memory").resolve()),
                          "methods": None if methods is None else list(methods),
                          "models": [str(Path(m).resolve()) for m in models], **settings, **here}, policy)
+        need_names(mine)
         if mine.environment:
             mine.own_environment()
         if mine.gate or mine.gate_detector:

@@ -61,7 +61,7 @@ class Private:
         said = [words(t) for t in self.texts]
         self.codes = {c.lower() for t in self.texts for c in CODE.findall(t)}
         self.lengths = {limits.run, min(8, limits.run)}
-        self.grams: dict[int, set[tuple[str, ...]]] = {n: {g for w in said for g in grams(w, n)} for n in self.lengths}
+        self.grams = {n: {hash(g) for w in said for g in grams(w, n)} for n in self.lengths}  # a quarter of the room
         self.whole: dict[int, set[tuple[str, ...]]] = defaultdict(set)
         self.holds: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.count = [len(w) for w in said]
@@ -79,7 +79,7 @@ class Private:
         if len(said) < FEWEST:
             return None
         run = self.limits.run if len(said) >= SHORT else min(self.lengths)
-        if any(w in self.grams[run] for w in grams(said, run)):
+        if any(hash(w) in self.grams[run] for w in grams(said, run)):
             return "copy:run"
         if any(w in known for n, known in self.whole.items() for w in grams(said, n)):
             return "copy:whole"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -141,13 +142,19 @@ class Searching(Asking):
         return routing.redde(query, samples, state["documents"])
 
     def _merged(self, out: Mapping[str, Payload], value: Mapping[str, float]) -> list[rt.Passage]:
-        """Where a site gives no ids, its documents are called by its name and their number there."""
-        names = {c: [(c * (not self.shared_ids or not r["ids"]), d) for d in
-                     r["ids"] or [f"{c}/{int(i)}" for i in r["at"]]] for c, r in out.items()}
+        """Where a site gives no ids, its documents are called by its name and their number there. Two documents that a
+        site calls alike are two (files of the same name in two folders)."""
+        names = {c: [("", d, 0) if self.shared_ids and r["ids"] else (c, d, int(i)) for d, i in
+                     zip(r["ids"] or [f"{c}/{int(i)}" for i in r["at"]], r["at"], strict=True)] for c, r in out.items()}
         marks = {c: r["near"] if self.merge_by == "rerank" else r["scores"] for c, r in out.items()}
         lists = {c: list(zip(names[c], marks[c], strict=True)) for c in out}
-        said = {i: t for c, r in out.items() for i, t in zip(names[c], r["texts"], strict=False)}
-        where = {(c, i): int(at) for c, r in out.items() for i, at in zip(names[c], r["at"], strict=True)}
+        said: dict[Any, str] = {}
+        where: dict[Any, int] = {}
+        for c, r in out.items():
+            for i, at in zip(names[c], r["at"], strict=True):
+                where.setdefault((c, i), int(at))
+            for i, t in zip(names[c], r["texts"], strict=False):
+                said.setdefault(i, t)
         merged = rt.merge(lists, self.merge_by, self.rrf_k, {c: (r["mean"], r["deviation"]) for c, r in out.items()},
                           value)
         return [rt.Passage(d[1], at, worth, said.get(d, ""), where[at[0], d]) for d, worth, at in merged]
@@ -195,18 +202,38 @@ class Searching(Asking):
         documents their number."""
         texts = [rt.document(r) for r in client.data]
         counts, private = client.profile.shares == "counts", client.profile.shares in ("scores", "counts")
-        chart = msg.get("sample") or msg.get("centers")
-        wanted = counts or chart or self._by(client) != "bm25" or self.merge_by == "rerank"
-        embed = self._encoding(client).embed if wanted else None
-        done = indexing.update(client.memory, texts, self._by(client) != "vectors", embed, self.encoder)
+        charted = bool(msg.get("sample") or msg.get("centers"))
+        done = self._updated(client, client.memory, texts, charted)
         reply = {"documents": done.documents, "new": done.new * (not counts), "gone": done.gone * (not counts)}
-        if embed is None or private or not texts:
+        if not charted or private or not texts:
             return reply
         x, rng = client.memory["vectors"], client.rng("sample")
         if msg.get("sample"):
             drawn = np.sort(rng.choice(len(x), min(msg["sample"], len(x)), replace=False))
             return {**reply, "sample": x[drawn]}
-        return {**reply, "sample": routing.centers_of(x, msg["centers"], rng)} if msg.get("centers") else reply
+        return {**reply, "sample": routing.centers_of(x, msg["centers"], rng)}
+
+    def _updated(self, client: Client, memory: MutableMapping[str, Any], texts: Sequence[str], charted: bool = False
+                 ) -> indexing.Changed:
+        """The memory is the index of these documents; they become vectors where anybody reads vectors."""
+        embed = self._encoding(client).embed if charted or self._reads_vectors(client) else None
+        return indexing.update(memory, texts, self._by(client) != "vectors", embed, self.encoder)
+
+    def _reads_vectors(self, client: Client) -> bool:
+        return client.profile.shares == "counts" or self._by(client) != "bm25" or self.merge_by == "rerank"
+
+    @cached_property
+    def _followed(self) -> indexing.Followed:
+        return indexing.Followed()
+
+    def _index(self, client: Client) -> Mapping[str, Any]:
+        """The index of the client's documents as they are now; without a round before it is this process's alone."""
+        rows = client.data
+        texts = lambda: [rt.document(r) for r in rows]  # noqa: E731
+        parts = [*(("bm25", "words") if self._by(client) != "vectors" else ()),
+                 *(("vectors",) if self._reads_vectors(client) else ())]
+        return self._followed.of(client.id, rows, texts, client.memory, parts,
+                                 lambda m: self._updated(client, m, texts()))
 
     def fits(self, msg: Payload, reply: Payload) -> None:
         aligned(reply, ("at", "scores"))
@@ -223,37 +250,36 @@ class Searching(Asking):
                      "near: numbers, counts: numbers", fits=fits)
     def lookup(self, msg: Payload, client: Client) -> Payload:
         """The best documents of this site, as far as it shares them."""
-        if "marks" not in client.memory:
-            self.index({}, client)  # no round went before: the index is this question's alone
+        index = self._index(client)
         client.spend(Query())
         if client.profile.shares == "counts":
-            return self._counted(msg, client)
+            return self._counted(index, msg, client)
         rows, shares, by = client.data, client.profile.shares or "snippets", self._by(client)
-        vector = self._vector(msg, client) if by != "bm25" or self.merge_by == "rerank" else None
-        score, hit = indexing.scores(client.memory, by, msg["query"], vector, self.least)
+        vector = self._vector(index, msg, client) if by != "bm25" or self.merge_by == "rerank" else None
+        score, hit = indexing.scores(index, by, msg["query"], vector, self.least)
         best = [int(i) for i in np.argsort(-score, kind="stable") if hit[i]][: msg["k"]]
         client.session["named"] = {*client.session.get("named", ()), *best}
-        near = (client.memory["vectors"][best] @ vector).tolist() if self.merge_by == "rerank" and best else []
+        near = (index["vectors"][best] @ vector).tolist() if self.merge_by == "rerank" and best else []
         return {"at": best, "counts": [], "scores": [float(score[i]) for i in best], "near": near,
                 "mean": float(score.mean()) if len(score) else 0.0,
                 "deviation": float(score.std()) if len(score) else 0.0,
                 "ids": [rt.name(rows[i], client.id, i) for i in best] if shares != "scores" else [],
                 "texts": [rt.document(rows[i])[: self.snippet] for i in best] * (shares == "snippets" and msg["text"])}
 
-    def _counted(self, msg: Payload, client: Client) -> Payload:
+    def _counted(self, index: Mapping[str, Any], msg: Payload, client: Client) -> Payload:
         """How many documents have which cosine to the query. One that comes or goes moves one count by one, so that
         Gaussian noise of that deviation is a release of that multiplier, which the site books before it answers."""
-        x = client.memory["vectors"]
-        counts, _ = np.histogram((x @ self._vector(msg, client)).double().numpy(), [*EDGES, 2.0])
+        x = index["vectors"]
+        counts, _ = np.histogram((x @ self._vector(index, msg, client)).double().numpy(), [*EDGES, 2.0])
         client.spend(Release(self.noise_multiplier, law="discrete"))
         noise = discrete_gaussian(Coins(), counts.shape, self.noise_multiplier)
         return {"at": [], "scores": [], "near": [], "mean": 0.0, "deviation": 0.0, "ids": [], "texts": [],
                 "counts": (counts + noise).tolist()}
 
-    def _vector(self, msg: Payload, client: Client) -> torch.Tensor:
+    def _vector(self, index: Mapping[str, Any], msg: Payload, client: Client) -> torch.Tensor:
         """The query's, as the server made it, or by the model that this client holds in its place."""
         if "vector" in msg and (self.encoder or client.profile.model is None):
-            return msg["vector"].to(client.memory["vectors"].dtype)
+            return msg["vector"].to(index["vectors"].dtype)
         return indexing.unit(self._encoding(client).embed([msg["query"]]))[0]
 
     @on_client(gives="texts: texts", fits=lambda self, msg, reply: need(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -16,13 +17,14 @@ import httpx
 
 from fedllm.core.errors import EndpointError, RecipeError
 from fedllm.core.knobs import Knobs, knob
+from fedllm.models.bounded import TooLong, client_for, whole
 
 SEEDS = 2**63
 LONGEST_PAUSE = 30.0  # seconds between two attempts
-LARGEST = 64 << 20
-"""Bytes of the longest answer."""
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same question may be asked once more."""
+WORDY = 200
+"""Characters of a token, at most (and a thousand more for all): who says more was not stopped by `max_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Endpoint(Knobs):
 
     @cached_property
     def _http(self) -> httpx.Client:
-        return httpx.Client(timeout=self.timeout)
+        return client_for(self.base_url, self.timeout)
 
     @property
     def url(self) -> str:
@@ -120,8 +122,10 @@ class Endpoint(Knobs):
             if attempt:
                 time.sleep(min(self.backoff * 2 ** (attempt - 1), LONGEST_PAUSE))
             try:
-                answer = self._http.get(f"{self.base_url.rstrip('/')}/models", headers=headers)
-            except httpx.TransportError as error:
+                answer = whole(self._http, "GET", f"{self.base_url.rstrip('/')}/models", self.timeout, headers=headers)
+            except TooLong:
+                return  # somebody is there, and has many models
+            except httpx.RequestError as error:
                 why = f"{type(error).__name__}: {hidden(str(error), key)}"
                 continue
             if answer.status_code in (401, 403):
@@ -166,44 +170,54 @@ class Endpoint(Knobs):
             if attempt:
                 time.sleep(min(self.backoff * 2 ** (attempt - 1), LONGEST_PAUSE))
             try:
-                answer = self._posted(body, {"Authorization": f"Bearer {key}"} if key else {})
+                answer = whole(self._http, "POST", self.url, self.timeout, json=body,
+                               headers={"Authorization": f"Bearer {key}"} if key else {})
+            except TooLong as error:
+                raise EndpointError(f"{self._who}: {error}") from None
             except httpx.TimeoutException:
                 why = f"no answer within {self.timeout} s"
                 continue
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 why = f"{type(error).__name__}: {hidden(str(error), key)}"
                 continue
             if answer.status_code == 200:
-                return self._completion(answer, key)
+                return self._completion(answer, key, 1000 + WORDY * int(body["max_tokens"]))
             why = f"HTTP {answer.status_code}: {hidden(complaint(answer), key)}"
             if answer.status_code not in AGAIN:
                 raise EndpointError(f"{self._who}: {why}")
         raise EndpointError(f"{self._who}: {why} ({self.retries + 1} attempts)")
 
-    def _posted(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> httpx.Response:
-        """The whole answer within `timeout`: the HTTP library's own is from one byte to the next."""
-        ends, data = time.monotonic() + self.timeout, bytearray()
-        with self._http.stream("POST", self.url, json=body, headers=headers) as answer:
-            for piece in answer.iter_bytes():
-                data += piece
-                if time.monotonic() > ends or len(data) > LARGEST:
-                    raise httpx.ReadTimeout("it goes on and on")
-        return httpx.Response(answer.status_code, content=bytes(data))
-
-    def _completion(self, answer: httpx.Response, key: str) -> Completion:
-        """The first choice of an answer; EndpointError for anything of another shape."""
+    def _completion(self, answer: httpx.Response, key: str, most: int) -> Completion:
+        """The first choice of an answer; EndpointError for anything of another shape, or of more characters."""
         try:
             doc = answer.json()
             choice, used = doc["choices"][0], doc.get("usage") or {}
             text = choice["message"]["content"] if self.api == "chat" else choice["text"]
             if not isinstance(text, str):
                 raise TypeError(f"its text is {type(text).__name__}")
-            return Completion(text, total_logprob(choice.get("logprobs")), int(used.get("prompt_tokens", 0)),
-                              int(used.get("completion_tokens", 0)))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            if len(text) > most:
+                raise ValueError(f"its text has {len(text):,} characters, and max_tokens was asked for")
+            logprob = total_logprob(choice.get("logprobs"))
+            if logprob is not None and not math.isfinite(logprob):
+                raise ValueError("its log-probability is no number")
+            return Completion(characters(text), logprob, counted(used, "prompt_tokens"),
+                              counted(used, "completion_tokens"))
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             start = hidden(answer.text[:200], key)
             raise EndpointError(f"{self._who}: its answer is not what the API promises "
                                 f"({type(error).__name__}: {hidden(str(error), key)}): {start!r}") from None
+
+
+def characters(text: str) -> str:
+    """The text as whole characters: halves of one (JSON's \\ud83d alone) are U+FFFD, which every encoding can hold."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def counted(used: Mapping[str, Any], name: str) -> int:
+    """A count of tokens; null is 0. ValueError for what is none."""
+    if (count := int(used.get(name) or 0)) < 0:
+        raise ValueError(f"{name} = {count}")
+    return count
 
 
 def total_logprob(given: Mapping[str, Any] | None) -> float | None:

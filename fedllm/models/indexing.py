@@ -37,7 +37,7 @@ def update(memory: MutableMapping[str, Any], texts: Sequence[str], by_words: boo
     Keys: `marks` [documents, 2] (128 bits of each text's digest), `vectors` [documents, d] of length 1 by `encoder`,
     and `bm25`, `words`.
     """
-    marks = torch.tensor([_mark(t) for t in texts], dtype=torch.int64).reshape(len(texts), 2)
+    marks = marks_of(texts)
     had = memory.get("marks", torch.zeros(0, 2, dtype=torch.int64))
     at = {tuple(m): i for i, m in enumerate(had.tolist())}
     now = [tuple(m) for m in marks.tolist()]
@@ -45,11 +45,44 @@ def update(memory: MutableMapping[str, Any], texts: Sequence[str], by_words: boo
     if embed is not None and not (same and "vectors" in memory and memory.get("encoder") == encoder):
         kept = at if "vectors" in memory and memory.get("encoder") == encoder else {}
         memory["vectors"], memory["encoder"] = _vectors(texts, now, kept, memory.get("vectors"), embed), encoder
-    if by_words and not (same and "bm25" in memory):
+    if by_words and not (same and "bm25" in memory and "words" in memory):
         memory["bm25"], memory["words"] = bm25_index(texts)
     if not same:
         memory["marks"] = marks
     return Changed(len(set(now) - at.keys()), len(at.keys() - set(now)), len(texts))
+
+
+def marks_of(texts: Sequence[str]) -> torch.Tensor:
+    """128 bits of each text's digest [texts, 2]."""
+    return torch.tensor([_mark(t) for t in texts], dtype=torch.int64).reshape(len(texts), 2)
+
+
+class Followed:
+    """Indexes of the documents that are there now, whatever their clients' memories are of.
+
+    A memory is of the documents of its last round: a site that was started again, or a run that is asked later, may
+    have read others since. Such an index is made anew once in this process, and the memory left as it is.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Any, int, torch.Tensor]] = {}
+        self._fresh: dict[str, dict[str, Any]] = {}
+
+    def of(self, client: str, rows: Sequence[Any], texts: Callable[[], Sequence[str]], memory: Mapping[str, Any],
+           parts: Sequence[str], make: Callable[[MutableMapping[str, Any]], Any]) -> Mapping[str, Any]:
+        """The client's index of its `rows`, whose texts are read where they are other rows than before; `make` brings
+        a copy of the memory up to date, also where it lacks some of the `parts` (another version's)."""
+        had = self._known.get(client)
+        if had is None or had[0] is not rows or had[1] != len(rows):
+            had = self._known[client] = rows, len(rows), marks_of(texts())
+            self._fresh.pop(client, None)
+        if all(part in memory for part in ("marks", *parts)) and torch.equal(memory["marks"], had[2]):
+            return memory
+        if client not in self._fresh:
+            made = dict(memory)
+            make(made)
+            self._fresh[client] = made
+        return self._fresh[client]
 
 
 def _mark(text: str) -> tuple[int, int]:

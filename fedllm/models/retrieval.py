@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +19,8 @@ from fedllm.core.errors import RecipeError
 from fedllm.core.payload import Tree
 
 WORD = re.compile(r"\w+")
+UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]+)")
+"""Characters of Chinese and Japanese, which put nothing between words."""
 Hit = tuple[Any, float]
 """(what the document is called: an id, or whose it is and its id; its score at the engine that found it)."""
 
@@ -73,8 +79,13 @@ def relevant(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, of any language that puts something between them."""
-    return WORD.findall(text.lower())
+    """Lower-case words, whatever code points a letter is written with (NFKC: ligatures of PDFs, letters and their marks
+    apart). Of Chinese and Japanese they are the characters and each two in a row."""
+    found = WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    if text.isascii():
+        return found
+    pieces = [piece for word in found for piece in UNSPACED.split(word) if piece]
+    return [w for p in pieces for w in ([*p, *map("".join, itertools.pairwise(p))] if UNSPACED.match(p) else [p])]
 
 
 def lexical() -> None:
@@ -99,6 +110,7 @@ def bm25_index(texts: Sequence[str]) -> tuple[Tree, list[str]]:
         empty = torch.zeros(0, dtype=torch.int64)
         return {"data": torch.zeros(0), "rows": empty, "starts": torch.zeros(1, dtype=torch.int64)}, []
     ids = [[known[w] for w in doc] for doc in tokens]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG as it is imported
     engine = bm25s.BM25()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a document without words: 0 / 0, in no entry that is kept
@@ -112,15 +124,17 @@ def bm25_scores(index: Mapping[str, torch.Tensor], known: Sequence[str], documen
     """Each document's score [documents]: the sum of the query's columns, 0 where no word is shared."""
     at = {w: i for i, w in enumerate(known)}
     starts, out = index["starts"].numpy(), np.zeros(documents)
-    for w in words(query):
+    for w, times in Counter(words(query)).items():
         if (i := at.get(w)) is not None and i + 1 < len(starts):
             rows = index["rows"][starts[i]: starts[i + 1]].numpy()
-            np.add.at(out, rows, index["data"][starts[i]: starts[i + 1]].numpy())
+            np.add.at(out, rows, times * index["data"][starts[i]: starts[i + 1]].numpy())
     return out
 
 
 WAYS = ("rrf", "zscore", "minmax", "cori", "round_robin", "rerank")
 """How lists are merged; see `merge`."""
+SCORED = ("zscore", "minmax", "cori")
+"""Ways in which scores count, and not ranks alone."""
 
 
 def merge(lists: Mapping[str, Sequence[Hit]], by: str, rrf_k: int = 60,
@@ -132,19 +146,27 @@ def merge(lists: Mapping[str, Sequence[Hit]], by: str, rrf_k: int = 60,
     the scores that the engine gave to ALL its documents: how far a hit stands out where it was found. `minmax`: sum of
     (score - least) / (most - least) of the list. `cori`: (D + 0.4 D C) / 1.4 of that D and the engine's `value` C,
     both from 0 to 1 (Callan, Lu, Croft 1995). `round_robin`: rank by rank, engine by engine (FeB4RAG's naive-fed).
-    `rerank`: scores that one model gave to all, of which a document keeps its best. Equals stand in the order of rank,
-    then of id.
+    `rerank`: scores that one model gave to all, of which a document keeps its best. Equals of the ways that read scores
+    stand in the order of how far they stand out where they were found, then of their scores as they are: each site's
+    best is worth 1 by `minmax`, and where a site has one document, 0 by `zscore`. Then by rank, then by id. What an
+    engine lists twice counts once, where it stands first.
     """
     worth: dict[Any, float] = {}
-    first: dict[Any, tuple[int, int]] = {}
+    first: dict[Any, tuple[float, ...]] = {}
     found: dict[Any, list[str]] = {}
     share = _valued(value or {})
     for turn, (engine, hits) in enumerate(lists.items()):
-        for rank, (doc, one) in enumerate(zip((d for d, _ in hits), _worths(by, hits, rrf_k, (spread or {}).get(engine),
-                                                                            share.get(engine, 0.0)), strict=True), 1):
+        around = (spread or {}).get(engine)
+        worths = _worths(by, hits, rrf_k, around, share.get(engine, 0.0))
+        apart = _worths("zscore", hits, rrf_k, around, 0.0)
+        for rank, ((doc, score), one, out) in enumerate(zip(hits, worths, apart, strict=True), 1):
+            if engine in found.get(doc, ())[-1:]:
+                continue
             best = max(worth.get(doc, one), one)
             worth[doc] = best if by in ("rerank", "round_robin") else worth.get(doc, 0.0) + one
-            first[doc] = min((rank, turn * (by == "round_robin")), first.get(doc, (rank, turn)))
+            scored = (-round(out, 12), -round(score, 12)) if by in SCORED else ()
+            place = (*scored, rank, turn * (by == "round_robin"))
+            first[doc] = min(place, first.get(doc, place))
             found.setdefault(doc, []).append(engine)
     order = sorted(worth, key=lambda d: (-round(worth[d], 12), first[d], d))
     return [(d, worth[d], tuple(found[d])) for d in order]

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -26,6 +27,8 @@ from fedllm.gate.verdict import KEY, STRICT, Verdict, judged, sha, spoken, told,
 
 LIMITS = ("run", "rouge", "jaccard", "cosine", "near")
 SCRATCH = "responsible_gate"
+KEPT = 4
+"""Clients whose rows stay laid out."""
 CHECKS = ("copies", "paraphrases", "personal", "provenance")
 LEAK = {"rig": "text_leak", "kind": "level"}
 WAYS = ("off", "report", "blank", "withhold")
@@ -139,8 +142,8 @@ class ResponsibleGate(Knobs, Layer):
         found: list[Verdict] = []
 
         def look(key: str, at: int, text: str) -> str:
-            if SCRATCH not in client.session:  # laid out once a round
-                client.session[SCRATCH] = Private([*client.data, *client.held_out("local")], self.limits)
+            if SCRATCH not in client.session:
+                client.session[SCRATCH] = self.laid_out(client)
             out, done, rules = self.judge(text, client.session[SCRATCH], kinds.get(key.partition("/")[0], ""))
             if done == "withhold":
                 raise Withheld(f"the gate: text {at} of '{key[:80]}' may not leave ({', '.join(rules)})")
@@ -149,6 +152,22 @@ class ResponsibleGate(Knobs, Layer):
 
         new = told(reply, look)
         return {**new, KEY: written(found, self.demands)} if found else new
+
+    def laid_out(self, client: Any) -> Private:
+        """The client's rows; those of the last few clients are kept for as long as they hold the same ones: a site that
+        answers questions would lay out all of its documents for each."""
+        held = client.data, client.held_out("local")
+        had = self._laid.pop(client.id, None)
+        if had is None or any(a is not b or len(b) != n for a, b, n in zip(had[0], held, had[1], strict=True)):
+            had = held, tuple(map(len, held)), Private([*held[0], *held[1]], self.limits)
+        self._laid[client.id] = had
+        while len(self._laid) > KEPT:
+            self._laid.popitem(last=False)
+        return had[2]
+
+    @cached_property
+    def _laid(self) -> OrderedDict[str, tuple[Any, tuple[int, ...], Private]]:
+        return OrderedDict()
 
     def judge(self, text: str, rows: Private, kind: str = "text") -> tuple[str, str, tuple[str, ...]]:
         """(what leaves, what was done, by which rules) of a text; `kind` is how the reply declares it."""

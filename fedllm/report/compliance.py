@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from fedllm.core.errors import RunError
-from fedllm.runs.folder import RunFolder
+from fedllm.core.errors import PayloadError, RunError
+from fedllm.gate.verdict import Verdict
+from fedllm.runs.folder import QUESTIONS, RunFolder
 
 BOOK = "gate.jsonl"
 """A site's own verdicts, in its store."""
@@ -25,6 +26,7 @@ class Piece:
     """One text that was looked at."""
 
     round: int | None
+    """None: of a question, or in a site's own book."""
     client: str
     phase: str
     key: str
@@ -65,36 +67,65 @@ class Compliance:
 
 
 def compliance(path: Path) -> Compliance:
-    """The verdicts in a run's folder, or in a site's store; RunError where there is neither."""
+    """The verdicts in a run's folder, or in a site's store; RunError where there is neither, or what cannot be read."""
     if (path / BOOK).is_file():
-        return Compliance(str(path), list(_book(path / BOOK)))
-    return _run(RunFolder.open(path))
+        return _book(path / BOOK)
+    folder = RunFolder.open(path)
+    try:
+        return _run(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: its record is none that a run has written ({type(error).__name__}: {error})"[:400]
+                       ) from None
 
 
-def _book(file: Path) -> Iterator[Piece]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Each line's number and what it says; None where it is no JSON object (a process that was killed as it wrote)."""
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             told = json.loads(line)
-            for key, _, sha, done, rules in told["items"]:
-                yield Piece(None, f"this site, run {told['run'][:8]}", told["phase"], key, sha, done, tuple(rules))
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"{file}, line {number}: it is no entry of the gate's book") from None
+        except ValueError:
+            told = None
+        yield number, told if isinstance(told, dict) else None
+
+
+def _book(file: Path) -> Compliance:
+    """A site's own; what cannot be read of it is named, and hides no other line."""
+    pieces, whole = list[Piece](), list[Mapping[str, Any]]()
+    for number, told in _lines(file):
+        try:
+            who, phase = f"this site, run {told['run'][:8]}", told["phase"]  # type: ignore[index]
+            pieces += [Piece(None, who, str(phase), v.key, v.sha, v.done, v.rules)
+                       for v in map(Verdict.of, told["items"])]  # type: ignore[index]
+        except (PayloadError, KeyError, TypeError):
+            whole.append({"round": None, "client": "this site", "phase": f"line {number}", "why":
+                          "it is no entry of the gate's book (a process that was killed as it wrote leaves one)"})
+    return Compliance(str(file.parent), pieces, whole)
 
 
 def _run(folder: RunFolder) -> Compliance:
-    layers = yaml.safe_load((folder.path / "recipe.yaml").read_text()).get("layers") or ()
+    layers = yaml.safe_load((folder.path / "recipe.yaml").read_text(encoding="utf-8")).get("layers") or ()
     demands = next((layer for layer in layers if layer["name"] == "responsible_gate"), {})
     pieces, whole, rules, silent = list[Piece](), [], dict[str, None](), dict[str, None]()
     for event in folder.events(lambda e: e["kind"] in ("round", "missing", "refused", "wire")):
         if event["kind"] == "round":
             rules |= dict.fromkeys([event["gate_rules"]] if "gate_rules" in event else [])
-            pieces += [Piece(event["round"], client, phase, key, sha, done, tuple(why))
-                       for client, phase, key, _, sha, done, why in event.get("gate", ())]
+            pieces += _judged(event, event["round"])
         elif event["kind"] == "wire":
             if event["direction"] == "up" and "text" in (event.get("clear") or "").split(", "):
                 silent[event["phase"]] = None
         elif any(mark in event["why"] for mark in MARKS):
             whole.append({k: event.get(k) for k in ("round", "client", "phase", "why")})
+    for _, asked in _lines(folder.path / QUESTIONS) if (folder.path / QUESTIONS).is_file() else ():
+        said = asked or {}
+        rules |= dict.fromkeys([said["gate_rules"]] if "gate_rules" in said else [])
+        pieces += _judged(said, None)
+        whole += [{"round": None, "client": client, "phase": "a question", "why": why}
+                  for client, why in said.get("missing", {}).items() if any(mark in why for mark in MARKS)]
     judged = {p.phase for p in pieces}
     bare = tuple(phase for phase in silent if phase not in judged)
     return Compliance(str(folder.path), pieces, whole, tuple(rules), demands, bare)
+
+
+def _judged(event: Mapping[str, Any], round: int | None) -> list[Piece]:
+    return [Piece(round, client, phase, key, sha, done, tuple(why))
+            for client, phase, key, _, sha, done, why in event.get("gate", ())]

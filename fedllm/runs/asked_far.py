@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from fedllm.core.errors import EndpointError, RecipeError
+from fedllm.models.bounded import client_for, whole
 from fedllm.models.endpoint import complaint, hidden
 from fedllm.runs.asking import Answered, check_question
 
@@ -23,22 +24,35 @@ class FarSession:
         self.key = "" if key_env is None else os.environ.get(key_env, "")
         if key_env is not None and not self.key:
             raise RecipeError(f"--key-env {key_env}: this environment variable is not set")
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise RecipeError(f"--key-env {key_env}: this environment variable holds characters that no HTTP header "
+                              "can carry")
         self.url, self.timeout = f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions", timeout
+        try:
+            self.http = client_for(self.url, timeout)
+            if not self.http.build_request("POST", self.url).url.host:
+                raise httpx.InvalidURL("it names no host")
+        except (httpx.InvalidURL, ValueError) as error:
+            raise RecipeError(f"{url!r} is no address: {error}") from None
 
     def ask(self, question: str) -> Answered:
         """Its answer; EndpointError when none comes within `timeout`, or one of another shape."""
         check_question(question)
         began = time.monotonic()
         try:
-            said = httpx.post(self.url, json={"messages": [{"role": "user", "content": question}]},
-                              timeout=self.timeout, headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
+            said = whole(self.http, "POST", self.url, self.timeout,
+                         json={"messages": [{"role": "user", "content": question}]},
+                         headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
+        except httpx.ConnectError:
+            raise EndpointError(f"{self.url}: nobody answers there (ConnectError); is `fedllm serve --ask` still "
+                                "running?") from None
         except httpx.HTTPError as error:
             raise EndpointError(f"{self.url}: {type(error).__name__}: {hidden(str(error), self.key)}") from None
         if said.status_code != 200:
             raise EndpointError(f"{self.url}: HTTP {said.status_code}: {hidden(complaint(said), self.key)}")
         try:
             return _answered(question, said.json(), time.monotonic() - began)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise EndpointError(f"{self.url}: its answer is not that of `fedllm serve --ask` "
                                 f"({type(error).__name__}: {error})") from None
 

@@ -24,6 +24,8 @@ from fedllm.runs.sections import OWN
 
 PATIENCE = 300.0
 """Seconds that one question, or all rounds before the first, may take."""
+LONGEST = 20_000
+"""Characters of a question."""
 
 
 @dataclass(frozen=True)
@@ -175,4 +177,9 @@ def check_question(question: Any) -> None:
     """RecipeError for what is no question."""
     if not isinstance(question, str) or not question.strip():
         raise RecipeError(f"question = {question!r} is not allowed; it must be a text that is not empty")
+    if len(question) > LONGEST:
+        raise RecipeError(f"the question has {len(question):,} characters; allowed are {LONGEST:,}")
+    if any("\ud800" <= c <= "\udfff" for c in question):
+        raise RecipeError(f"question = {question[:80]!r} is not allowed: it holds bytes that are no UTF-8, or half a "
+                          "character")
 

@@ -32,6 +32,10 @@ from fedllm.runs.store import (
 KEEP = 2
 """Checkpoints kept: the newest, and one before it."""
 
+QUESTIONS = "questions.jsonl"
+"""In the folder of a run that answers questions: what each took, whom its answer rests on, and the gate's verdicts on
+what left for it; never its words."""
+
 RUN_ID = "run_id"
 """In a run's folder where the run is of a real federation: its name at the sites."""
 

@@ -85,6 +85,15 @@ def check_models(recipe: Recipe, method: Method, world: World) -> None:
         check_held(recipe, method, name, world.held[name])
 
 
+def check_servers(method: Method, main: Any, named: Shelf) -> None:
+    """The same for the coordinator of a real federation, of the models that its server uses; no other is loaded."""
+    for name in method.server_asks_for():
+        if isinstance(model := named[name], Endpoint):
+            model.reach()
+    asked = (*method.asks_for(), *method.server_asks_for())
+    method.check_named(main, Shelf({n: functools.partial(named.__getitem__, n) for n in asked}))
+
+
 def need_named(recipe: Recipe, method: Method, server: bool = True) -> None:
     """CompositionError when the method uses a model by a name that the recipe does not have; `server`: the models that
     the server alone uses count, too."""

@@ -46,6 +46,10 @@ class ApiServer(ThreadingHTTPServer):
         """What clients are given."""
         return f"http://{self.server_address[0]!s}:{self.server_address[1]}/v1"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke is nobody's fault here, and no traceback on the terminal."""
+        log.debug("the connection of %s broke", client_address, exc_info=True)
+
     def allows(self, authorization: str) -> bool:
         """Whether the request carries the key, where one is asked for."""
         if not self.api_key_env:
@@ -102,6 +106,9 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(Refusal(500, "the model failed; the server's log says why"))
 
     def _body(self) -> Mapping[str, Any]:
+        if self.headers.get("Transfer-Encoding"):
+            self.close_connection = True
+            raise Refusal(411, "the body must come in one piece, with its Content-Length")
         said = self.headers.get("Content-Length") or "0"
         if not (said.isascii() and said.isdigit() and len(said) < 20):
             self.close_connection = True
@@ -114,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         except TimeoutError:
             self.close_connection = True
             raise Refusal(408, f"the body of {length} bytes did not come in {self.timeout:.0f} s") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Refusal(400, "the body is not JSON") from None
         if not isinstance(body, dict):
             raise Refusal(400, "the body is not a JSON object")
@@ -127,11 +134,15 @@ class Handler(BaseHTTPRequestHandler):
         self._reply(status, "application/json", json.dumps(doc).encode())
 
     def _reply(self, status: int, kind: str, data: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError as gone:  # who asked has hung up
+            self.close_connection = True
+            log.debug("%s %s: nobody takes the answer: %s", self.command, self.path, gone)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("%s %s", self.command, self.path)  # never headers: they hold the key
@@ -151,11 +162,20 @@ def messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
     if odd := [name for name in ("tools", "functions") if body.get(name)]:
         raise Refusal(400, f"'{odd[0]}' is not offered: answers are text")
     given = body.get("messages")
-    good = isinstance(given, list) and given and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in given)
-    if not good:
+    good = isinstance(given, list) and given and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                                                     for m in given)
+    told = [{"role": m["role"], "content": plain(m.get("content"))} for m in given] if good else []
+    if not told or any(m["content"] is None for m in told):
         raise Refusal(400, "'messages' must be a list of objects with 'role' and 'content' as text")
-    return given  # type: ignore[return-value]
+    return told  # type: ignore[return-value]
+
+
+def plain(content: Any) -> str | None:
+    """What a message says, also where it comes as a list of parts that are text; None where it is anything else."""
+    if isinstance(content, list) and content and all(
+            isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+        return "\n".join(p["text"] for p in content)
+    return content if isinstance(content, str) else None
 
 
 def number(body: Mapping[str, Any], key: str, default: Any, least: float = 0,

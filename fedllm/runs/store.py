@@ -131,7 +131,10 @@ def thaw(doc: Any, blobs: Blobs) -> Any:
     """The value that `freeze` was given."""
     if not isinstance(doc, dict):
         return doc
-    ((tag, inner),) = doc.items()
+    tag, inner = next(iter(doc.items()), ("", None))
+    known = ("$tensor", "$array", "$bytes", "$map", *(f"${n}" for n in SEQUENCES.values()))
+    if len(doc) != 1 or tag not in known:
+        raise RunError(f"{blobs.folder.parent} holds {str(doc)[:60]!r}, which this version of fedllm has not written")
     if tag == "$tensor":
         return blobs.get(inner)
     if tag == "$array":

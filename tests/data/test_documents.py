@@ -1,5 +1,6 @@
 """Documents: files that are read whole or page by page, cut into passages, and held out of nothing."""
 
+import io
 import json
 
 import pyarrow as pa
@@ -94,3 +95,34 @@ def test_cutting_keeps_every_word():
     pieces = cut(text, 10)
     assert " ".join(pieces).split() == text.split() and max(len(p.split()) for p in pieces) <= 10
     assert cut("short", 10) == ["short"] and cut(" \n\n ", 10) == []
+
+
+def test_folders_of_a_folder_are_read_and_files_of_one_name_are_told_apart(tmp_path, caplog):
+    for name, text in {"a.txt": "top", "north/rules.txt": "one", "south/deep/rules.txt": "two", "south/x.docx": "?",
+                       ".git/rules.txt": "hidden", "north/empty.txt": " \n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "link").symlink_to(tmp_path)  # a circle
+    got = {r["id"]: r["text"] for rows in read(tmp_path).values() for r in rows}
+    assert got == {"a.txt": "top", "north/rules.txt": "one", "deep/rules.txt": "two"}
+    assert "south/x.docx are left out, as what is not read" in caplog.text and "link/" in caplog.text
+    assert "empty.txt is left out, as what holds nothing" in caplog.text
+    with pytest.raises(DataError, match="; north/ is not looked into: name the folder itself"):
+        (tmp_path / "rows" / "north").mkdir(parents=True)
+        load_federation({"source": str(tmp_path / "rows"), "task": "masked_words"}, 0)
+
+
+def test_a_pdf_that_is_locked_or_empty(tmp_path):
+    pypdf = pytest.importorskip("pypdf")
+    writer = pypdf.PdfWriter(clone_from=io.BytesIO(pdf("a secret page")))
+    for user, said in (("word", "locked with a password; save it without one"), ("", None)):
+        writer.encrypt(user, "owner", algorithm="RC4-128")
+        writer.write(tmp_path / "a.pdf")
+        if said is None:
+            assert read(tmp_path)["a"][0]["text"] == "a secret page"  # anybody may read it, and not all may print it
+        else:
+            with pytest.raises(DataError, match=said):
+                read(tmp_path)
+    (tmp_path / "a.pdf").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.pdf is empty: it holds no rows"):
+        read(tmp_path)

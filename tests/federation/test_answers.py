@@ -3,6 +3,8 @@
 import json
 import logging
 import random
+import socket
+import struct
 import threading
 import time
 
@@ -20,6 +22,7 @@ from fedllm.federation.opening import for_sites
 from fedllm.federation.serve import may_answer
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
+from fedllm.report.compliance import compliance
 from fedllm.runs.asked_far import FarSession
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.openai_api import running
@@ -164,16 +167,37 @@ def served(answering, line, **body):
         got = FarSession(base, 60.0).ask(QUESTIONS[0])
         unknown = post({"messages": [{"role": "user", "content": QUESTIONS[-1]}]}).json()
         streamed = post({**question, "stream": True})
+        parts = post({"messages": [{"role": "user", "content": [{"type": "text", "text": QUESTIONS[0]}]}], "n": None})
         refusals = [post({"messages": []}).status_code, post({"messages": [{"role": "system", "content": "x"}]}
                                                              ).status_code,
                     httpx.post(f"{base}/completions", json={"prompt": "x"}).status_code,
                     httpx.post(f"{base}/chat/completions", content=json.dumps(question),
                                headers={"Content-Type": "text/plain"}).status_code,
-                    post(question, headers={"Host": "elsewhere.example:80"}).status_code]
+                    post(question, headers={"Host": "elsewhere.example:80"}).status_code,
+                    *(ask_raw(base, body) for body in (b"[" * 100_000, b'{"messages": [{"role": "user", "content": '
+                                                       b'"ward \\ud83d"}]}')),
+                    post({"messages": [{"role": "user", "content": "ward " * 5000}]}).status_code,
+                    post({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}).status_code]
+        assert parts.json()["choices"] == post(question).json()["choices"]
+        hang_up(server, json.dumps(question).encode())
         page = httpx.get(base.removesuffix("/v1") + "/")
         health = httpx.get(base.removesuffix("/v1") + "/health").json()
         models = httpx.get(f"{base}/models").json()
         return got, post(question).json(), unknown, streamed, refusals, page, health, models, base
+
+
+def ask_raw(base, body):
+    return httpx.post(f"{base}/chat/completions", content=body, headers={"Content-Type": "application/json"}
+                      ).status_code
+
+
+def hang_up(server, body):
+    """Whoever asked is gone before the answer: with a reset, which no traceback tells."""
+    with socket.create_connection(server.server_address) as line:
+        line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:1\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    time.sleep(0.2)
 
 
 def test_the_api_before_it(far, capsys):
@@ -192,14 +216,29 @@ def test_the_api_before_it(far, capsys):
     assert unknown["choices"][0]["message"]["content"].startswith("No document of the sites that answered matches")
     chunks = [json.loads(x[6:]) for x in streamed.text.split("\n\n") if x.startswith("data: {")]
     assert chunks[0]["choices"][0]["delta"]["content"] == got.answer and streamed.text.endswith("[DONE]\n\n")
-    assert refusals == [400, 400, 404, 415, 403]
+    assert refusals == [400, 400, 404, 415, 403, 400, 400, 400, 400]
+    assert "Traceback" not in capsys.readouterr().err
     assert page.status_code == 200 and "Ask the federation" in page.text and models["data"][0]["id"] == "rag"
     assert health["sites"] == dict.fromkeys(DOCS, "here")
     assert shown[0] == 0 and "[1] site-a: 1.txt: a clerk signs every invoice" in shown[1]
     assert "rests on site-a" in shown[1]
     assert wrong[0] == 2 and "--set is for a recipe" in wrong[2]
-    with pytest.raises(EndpointError, match="ConnectError"):
+    with pytest.raises(EndpointError, match="nobody answers there"):
         FarSession(base, 2.0).ask("anybody there?")
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://x\0y"])
+def test_what_is_no_address(url):
+    with pytest.raises(RecipeError, match="is no address"):
+        FarSession(url, 2.0)
+
+
+def test_a_question_to_who_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setenv("K", "k\u00e9y")
+    with pytest.raises(RecipeError, match="no HTTP header can carry"):
+        FarSession("http://127.0.0.1:1", 2.0, "K")
+    with socket.create_server(("127.0.0.1", 0)) as there, pytest.raises(EndpointError, match="ReadTimeout"):
+        FarSession(f"http://127.0.0.1:{there.getsockname()[1]}", 0.3).ask("anybody there?")
 
 
 def test_a_finished_run_is_served_again_with_the_documents_as_they_are(far, tmp_path):
@@ -215,6 +254,23 @@ def test_a_site_that_lets_no_text_leave_answers_with_scores(far):
     assert "site-a" in got.clients or "site-b" in got.clients
     mine = [p for p in got.said["passages"] if "site-a" in p["clients"]]
     assert got.said["asked"] == tuple(DOCS) and all(p["id"].startswith("site-a/") and not p["text"] for p in mine)
+
+
+def test_what_left_for_questions_stands_in_the_compliance_report(far, tmp_path):
+    """As what leaves in rounds does: who, what, by which rule; never the words of question or passage."""
+    def then(answering, line):
+        answering.ask(QUESTIONS[0])
+        line.settings["site-b"] = line.settings["site-b"].model_copy(update={"gate": {**GATE, "copies": "withhold"}})
+        line.start("site-b")
+        return answering.ask(QUESTIONS[0])
+
+    got = far(then)
+    found = compliance(tmp_path / "far")
+    assert ("site-a", "FedRAG.lookup", "texts", "report") in {(p.client, p.phase, p.key, p.done) for p in found.pieces}
+    assert len(found.rules) == 1 and found.demands["copies"] == "report" and not found.silent
+    own = compliance(tmp_path / "store" / "site-a")
+    assert {p.sha for p in own.pieces} == {p.sha for p in found.pieces if p.client == "site-a"}
+    assert "clerk" not in (tmp_path / "far" / "questions.jsonl").read_text() and "site-a" in got.clients
 
 
 def test_where_nobody_is_there_the_answer_says_so(far):

@@ -42,9 +42,11 @@ def test_a_chat_with_sources(tmp_path):
             "name": "rag", "model": "minilm", "models": {"writer": {"name": "smollm2", "task": "generation"}},
             "method": {"name": "fed_rag", "rank_by": "both", "merge_by": "rerank", "generate": True, "writer": "writer",
                        "read": 2, "max_new_tokens": 24, "wait": 5.0},
+            "layers": [{"name": "responsible_gate", "copies": "report", "personal": "report"}],
             "rounds": 1, "data": {"task": "documents"}, "space": "head", "evaluate": {"clients": False}})
-        made.serve(run, "--ask", str(port))
-        until(lambda: (run / "asking.json").exists(), 400, "questions can be asked")
+        serving = made.serve(run, "--ask", str(port))
+        until(lambda: (run / "asking.json").exists() or serving.poll() is not None, 400, "questions can be asked")
+        assert serving.poll() is None, (tmp_path / "serve.log").read_text()
         url = f"http://127.0.0.1:{port}"
         ask(url, QUESTIONS[0])  # the writer is loaded by its first answer
         got = [ask(url, q) for q in QUESTIONS * 3]

@@ -138,10 +138,29 @@ def test_a_policy_file_wins_and_its_mistakes_are_named(tmp_path):
     path.write_text("text_leaves: false\nspaces: [lora]\nmost_epsilon: 3\n")
     mine = SiteSettings.make({"data": "d", "store": "s", "text_leaves": True}, path)
     assert (mine.text_leaves, mine.spaces, mine.most_epsilon) == (False, ["lora"], 3)
-    for wrong, why in (("most_epsilon: -1", "most_epsilon"), ("text: no", "text"), ("- 1", "mapping")):
+    for wrong, why in (("most_epsilon: -1", "most_epsilon = -1: input should be greater than 0$"),
+                       ("text_leave: no", "text_leave: unknown key; did you mean 'text_leaves'"), ("- 1", "mapping"),
+                       ("text_leaves: true\ntext_leaves: false", "the key 'text_leaves' is given twice"),
+                       ("gate: [a", "not YAML"), ("a: &a [*a]", "values with its aliases written out")):
         path.write_text(wrong)
-        with pytest.raises(RecipeError, match=f"policy.yaml: (.|\n)*{why}"):
+        with pytest.raises(RecipeError, match=f"policy.yaml(, line \\d)?: (.|\n)*{why}"):
             SiteSettings.make({"data": "d", "store": "s"}, path)
+
+
+def test_what_nothing_is_called_is_refused_as_a_site_joins(tmp_path):
+    """A slip in a list of names would keep every run away, without a word at the site."""
+    path = tmp_path / "policy.yaml"
+    (tmp_path / "local").mkdir()
+    for wrong, why in (("methods: [fed_rga]", "methods: there is no 'fed_rga'; did you mean 'fed_rag'"),
+                       ("layers: [secag]", "layers: there is no 'secag'; did you mean 'secagg'"),
+                       ("spaces: [Lora]", "spaces: there is no 'Lora'; did you mean 'lora'"),
+                       ("data: /nowhere/at/all", "data = '/nowhere/at/all': no such file or folder")):
+        path.write_text(wrong)
+        with pytest.raises(RecipeError, match=why):
+            SiteSettings.settle(tmp_path, "h:1", "h:1", tmp_path, methods=None, models=[], store=None, policy=path)
+    path.write_text("methods: [fed_rag]\nlayers: [responsible_gate]\nspaces: [head]\ngate: {copies: off}")
+    SiteSettings.settle(tmp_path, "h:1", "h:1", tmp_path, methods=None, models=[], store=None, policy=path)
+    assert SiteSettings.read(tmp_path / "local" / "fedllm.json").methods == ["fed_rag"]
 
 
 def test_a_revoked_sites_name_is_not_given_again(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedllm.core.ask import Ask, on_client
-from fedllm.core.errors import PayloadError, RecipeError
+from fedllm.core.errors import PayloadError, RecipeError, RunError
 from fedllm.core.method import Method
 from fedllm.core.program import drive
 from fedllm.engines.far.leaving import Words
@@ -20,6 +20,8 @@ from fedllm.gate.personal import OWN, own_patterns, personal, redacted
 from fedllm.gate.verdict import KEY, judged
 from fedllm.methods.registry import method_class
 from fedllm.privacy.responsible_gate import ResponsibleGate
+from fedllm.report.compliance import compliance
+from fedllm.runs.build import make_layers
 from fedllm.runs.recipe import read_recipe
 from tests.methods.conftest import begin
 
@@ -236,6 +238,34 @@ def test_without_a_gate_no_text_leaves_a_site(tmp_path):
     good = {"texts": [FREE], KEY: written([Verdict("texts", 0, sha(FREE), "pass")], {})}
     only_judged(good, words, False, (), tmp_path, "r1", "X.y")
     assert judged(good)[0] and json.loads((tmp_path / BOOK).read_text())["items"][0][3] == "pass"
+    with (tmp_path / BOOK).open("a") as book:
+        book.write('{"time": 1.0, "ru')  # killed as it wrote
+    only_judged(good, words, False, (), tmp_path, "r1", "X.y")
+    found = compliance(tmp_path)
+    assert [(p.done, p.sha) for p in found.pieces] == [("pass", sha(FREE))] * 2
+    assert [w["phase"] for w in found.whole] == ["line 2"]
+    (tmp_path / BOOK).write_bytes(b'{"run": "r", "phase": "p", "items": [["texts", 0, "x", "eaten", []]]}\n\xff\xfe\n')
+    assert compliance(tmp_path).lines() == [] and len(compliance(tmp_path).whole) == 2
+
+
+@pytest.mark.parametrize("recipe, events", [("layers: [responsible_gate]\n", ""), ("a: [", ""),
+                                            ("layers: []\n", '{"kind": "wire"}\n')])
+def test_a_record_that_no_run_has_written_is_named(tmp_path, recipe, events):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "events.jsonl").write_text(events)
+    with pytest.raises(RunError, match="its record is none that a run has written"):
+        compliance(tmp_path)
+
+
+def test_off_is_a_word_of_the_gate_and_a_detector_is_tried():
+    """YAML takes `off` for a no."""
+    assert demanded({"copies": False, "encoder": False}, None).copies == "off"
+    assert make_layers(read_recipe({"method": "fed_rag", "layers": [{"name": "responsible_gate", "copies": False}]})
+                       )[0][0].copies == "off"
+    for wrong in ("json:dumps", "json:__name__", "json:loads", "nowhere:f"):
+        with pytest.raises(RecipeError, match=f"gate_detector = '{wrong}' is not allowed"):
+            demanded({}, wrong)
+    assert demanded({}, "fedllm.gate.personal:personal").detector is personal
 
 
 def test_a_coordinator_is_told_before_it_serves():
@@ -266,3 +296,24 @@ def test_the_compliance_report_is_one_command(tmp_path, tiny_llama_folder):
     assert "FedSPSC.offer/texts" in shown.output.replace("\n", "") or "copy:run" in shown.output
     bare = CliRunner().invoke(app, ["compliance", str(tmp_path / "open")])
     assert bare.exit_code == 1 and "no gate looked at the text of FedSPSC.offer" in bare.output
+
+
+def test_a_clients_rows_are_laid_out_once_and_again_when_they_change():
+    """A site that answers questions has thousands of documents, and no time to lay them out for each."""
+    class Holder:
+        def __init__(self, name):
+            self.id, self.data, self.tests = name, list(ROWS), []
+
+        def held_out(self, on):
+            return self.tests
+
+    gate, holders = ResponsibleGate(encoder="off"), [Holder(f"c{i}") for i in range(6)]
+    first = gate.laid_out(holders[0])
+    assert gate.laid_out(holders[0]) is first and first.copied(ROWS[0]["prompt"]) == "copy:run"
+    holders[0].data.append({"text": "the new ward is painted green and white"})
+    again = gate.laid_out(holders[0])
+    assert again is not first and again.copied("the new ward is painted green and white") == "copy:run"
+    holders[0].data = list(holders[0].data)
+    assert gate.laid_out(holders[0]) is not again
+    held = [gate.laid_out(h) for h in holders]
+    assert len(gate._laid) == 4 and gate.laid_out(holders[-1]) is held[-1]

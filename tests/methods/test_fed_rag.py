@@ -212,6 +212,34 @@ def test_equal_ids_of_two_sites_are_two_documents_unless_all_know_them():
         assert shared or {p.text for p in found} == {"a clerk signs", "the manager signs"}
 
 
+def test_two_documents_that_a_site_calls_alike_are_two():
+    """Files of the same name in two folders, rows with the same id: neither hides the other or adds to its worth."""
+    docs = {"c0": ["the court hears appeals", "the ward opens at nine", "a clerk"], "c1": ["buses"], "c2": ["trams"]}
+    for shared in (False, True):
+        run = world(docs, shared_ids=shared)
+        for row in run.world.federation.clients["c0"].train:
+            row["id"] = "rules.txt"
+        run.go(1)
+        got = ask(run, "when does the ward open the court")
+        assert got.answer == "the court hears appeals [1]" and got.passages[0].clients == ("c0",)
+        [(found, _, _)] = drive(run.method.search(["the ward opens"], run.world.infos(), run.state, 3), run.engine)
+        assert [p.text for p in found] == ["the ward opens at nine", "the court hears appeals"][: 2 - shared]
+
+
+def test_documents_that_changed_since_the_index_was_made_are_found_as_they_are():
+    """Rows are read anew where a site is started again, or a run is asked later: its index follows them."""
+    run = world().go(1)
+    before = {c: dict(m) for c, m in run.engine.memory.items()}
+    shard = run.world.federation.clients["c2"]
+    run.world.federation.clients["c2"] = Shard([{"text": "trams stop at the harbor"}, {"text": "a ferry"}])
+    assert ask(run, "where do trams stop").answer == "trams stop at the harbor [1]"
+    assert "c2" not in ask(world(rank_by="bm25").go(1), "zebra").clients
+    assert not any("buses" in p.text for p in ask(run, "buses leave").passages)
+    run.world.federation.clients["c2"] = shard
+    assert ask(run, "where do buses leave").answer == "buses leave the north station [1]"
+    assert all(run.engine.memory[c][k] is v for c, m in before.items() for k, v in m.items())  # none kept
+
+
 def test_what_a_model_is_asked_for_by_name_is_there():
     assert make_method("fed_rag", writer="w", encoder="e").server_asks_for() == ("w",)
     assert make_method("fed_rag", writer="w", encoder="e").asks_for() == ("e",)
@@ -219,10 +247,32 @@ def test_what_a_model_is_asked_for_by_name_is_there():
         make_method("fed_rag", select_by="best")
 
 
-def test_generation_reads_the_passages():
-    got = ask(world(generate=True, max_new_tokens=3).go(1), "the clerk")
+def test_generation_reads_the_passages(monkeypatch):
+    run = world(generate=True, max_new_tokens=3).go(1)
+    monkeypatch.setattr(run.world.model.net.config, "max_position_embeddings", 256)
+    got = ask(run, "the clerk")
     assert got.answer and len(got.passages) == 3 and set(got.clients) == {"c0", "c1", "c2"} == set(got.asked)
     assert got.cited == () and "[" not in got.answer  # three random words, which no passage holds
+
+
+def test_a_writer_reads_as_many_passages_as_fit(monkeypatch):
+    """Too long a prompt would lose its start: the rules, and the best passage."""
+    docs = {c: [f"the clerk signs {w} " + "word " * 30] for c, w in (("c0", "one"), ("c1", "two"), ("c2", "three"))}
+    run = world(docs, generate=True, max_new_tokens=3, snippet=150).go(1)
+    for window, passages in ((200, 3), (150, 2), (110, 1)):
+        monkeypatch.setattr(run.world.model.net.config, "max_position_embeddings", window)
+        assert len(ask(run, "the clerk").passages) == passages
+    monkeypatch.setattr(run.world.model.net.config, "max_position_embeddings", 70)
+    with pytest.raises(RecipeError, match="one passage take more than the 67 tokens that the writer reads"):
+        ask(run, "the clerk")
+
+
+def test_a_writer_is_a_model_that_writes(recipe_of_documents):
+    data = {**recipe_of_documents["data"], "task": "documents", "template": None, "fields": {}}
+    for knobs, models, who in (({}, {}, "the main model"), ({"writer": "w"}, {"w": "embedded"}, r"models\.w")):
+        with pytest.raises(CompositionError, match=rf"method\.generate: {who} is there for documents and writes no"):
+            fedllm.ask({**recipe_of_documents, "data": data, "models": models,
+                        "method": {"name": "fed_rag", "generate": True, **knobs}}, "x")
 
 
 def test_without_the_extra_words_are_refused(monkeypatch):

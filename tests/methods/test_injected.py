@@ -45,7 +45,9 @@ def test_the_writer_never_sees_the_order(monkeypatch):
     monkeypatch.setattr(LocalText, "complete", lambda self, prompts, *a: seen.extend(prompts) or complete(self, prompts,
                                                                                                           *a))
     docs = {"c0": [FACT], "c1": [f"Invoices of the court. {INJECTED[0]}"], "c2": [f"invoices {INJECTED[6]}"]}
-    got = ask(world(docs, generate=True, max_new_tokens=3).go(1), QUESTION)
+    run = world(docs, generate=True, max_new_tokens=3).go(1)
+    monkeypatch.setattr(run.world.model.net.config, "max_position_embeddings", 256)
+    got = ask(run, QUESTION)
     [prompt] = seen
     assert WANTED not in prompt and FACT in prompt and prompt.index(FACT) < prompt.index(QUESTION)
     assert got.left_out >= 3 and "c0" in got.clients

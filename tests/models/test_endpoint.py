@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import threading
+import time
 import traceback
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -17,6 +18,7 @@ from evidence.rigs.text import untrained
 from fedllm.cli.serve_model import Handler, serving
 from fedllm.core.errors import EndpointError, FedLLMError, RecipeError
 from fedllm.local.text import LocalText, as_text
+from fedllm.models import bounded
 from fedllm.models.endpoint import Completion, Endpoint, total_logprob
 from fedllm.models.load import load_model
 from fedllm.spaces import make_space
@@ -164,6 +166,50 @@ def test_silence_is_a_timeout():
     assert "no answer within 0.1 s" in said and "2 attempts" in said
 
 
+def dripping(line):
+    """Headers, a byte now and then, for ever."""
+    line.sendall(b"HTTP/1.1 200 OK\r\n")
+    with contextlib.suppress(OSError):
+        while True:
+            line.sendall(b"X: y\r\n")
+            time.sleep(0.02)
+
+
+def endless(line):
+    line.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    with contextlib.suppress(OSError):
+        while True:
+            line.sendall(b"x" * (1 << 20))
+
+
+def unpacked(line):
+    line.sendall(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello")
+
+
+@pytest.mark.parametrize(("say", "said", "asked"), [
+    (dripping, "no answer within 0.3 s (2 attempts)", 2), (endless, "the answer is longer than 1 MiB", 1),
+    (unpacked, "DecodingError", 2)])
+def test_an_answer_that_does_not_end_or_is_none(say, said, asked, monkeypatch):
+    """Whatever stands there has so many seconds and so many bytes; a proxy of the environment is not asked for it."""
+    monkeypatch.setattr(bounded, "LARGEST", 1 << 20)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    lines = []
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    lines.append(there.accept()[0])
+                    lines[-1].recv(65536)
+                    threading.Thread(target=say, args=(lines[-1],), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        began = time.monotonic()
+        assert said in complain(f"http://127.0.0.1:{there.getsockname()[1]}/v1", timeout=0.3)[0]
+        assert len(lines) == asked and time.monotonic() - began < 5
+    for line in lines:
+        line.close()
+
+
 def test_overload_is_asked_again_and_a_refusal_is_not():
     with scripted((503, b"busy"), good()) as (url, asked):
         [said] = Endpoint(url, "m", **QUICK).complete(["2 + 2 ="], 4)
@@ -175,10 +221,20 @@ def test_overload_is_asked_again_and_a_refusal_is_not():
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{"text": null}]}',
-                                  b'{"choices": [{"text": "5", "logprobs": 3}]}'])
+                                  b'{"choices": [{"text": "5", "logprobs": 3}]}', b"[" * 100_000,
+                                  b'{"choices": [{"text": "5"}], "usage": {"prompt_tokens": -1}}',
+                                  b'{"choices": [{"text": "5"}], "usage": {"prompt_tokens": 1e999}}',
+                                  b'{"choices": [{"text": "5", "logprobs": {"token_logprobs": [NaN]}}]}',
+                                  b'{"choices": [{"text": "' + b"la " * 2000 + b'"}]}'])
 def test_an_answer_of_another_shape_is_named(body):
     with scripted((200, body)) as (url, _):
         assert "not what the API promises" in complain(url)[0]
+
+
+def test_half_a_character_is_marked():
+    """JSON can hold halves of characters, which no encoding of text can."""
+    with scripted((200, b'{"choices": [{"text": "a \\ud83d b \\ud83d\\ude00"}]}')) as (url, _):
+        assert Endpoint(url, "m", **QUICK).complete(["x"], 4)[0].text == "a \ufffd b \U0001f600"
 
 
 @pytest.mark.parametrize("answer", [(401, f'{{"error": {{"message": "bad key {KEY}"}}}}'.encode()),

@@ -38,6 +38,25 @@ def test_only_what_is_new_is_read_again():
     assert indexing.update(memory, [], True, None).gone == 3 and len(memory["marks"]) == 0
 
 
+def test_an_index_that_lacks_a_part_or_is_of_other_documents_is_made_anew_once():
+    """Another version's, or of documents that have changed since; the memory itself stays as it was."""
+    followed, encoder, rows, made = indexing.Followed(), Encoder(), ["a b", "c d"], []
+
+    def of(memory, rows=rows):
+        return followed.of("c", rows, lambda: rows, memory, ["bm25", "words", "vectors"],
+                           lambda m: made.append(1) or indexing.update(m, rows, True, encoder))
+
+    memory = {}
+    indexing.update(memory, rows, True, encoder)
+    assert of(memory) is memory and not made
+    for lost in ("words", "bm25", "vectors"):
+        part = {k: v for k, v in memory.items() if k != lost}
+        followed.__init__()
+        again = of(part)
+        assert lost in again and lost not in part and of(part) is again and again["words"] == memory["words"]
+    assert len(made) == 3 and len(of(memory, ["e f"])["marks"]) == 1 and len(made) == 4
+
+
 def test_both_rankings_are_added_each_by_its_own_spread():
     memory, encoder = {}, Encoder()
     texts = ["red cat", "blue dog", "green bird"]
@@ -82,6 +101,27 @@ def test_merging_by_lists_values_and_turns():
     assert cori == {"x": pytest.approx(1 / 1.4), "y": pytest.approx(0.5 / 1.4), "z": 0.0, "u": pytest.approx(1.0)}
     assert [d for d, _, _ in rt.merge(lists, "round_robin")] == ["x", "u", "y", "z"]
     assert [(d, w) for d, w, _ in rt.merge(lists, "rerank")][:2] == [("x", 30.0), ("y", 20.0)]
+
+
+def test_equals_are_ordered_by_their_scores_and_not_by_the_names_of_sites():
+    """A site of one document has no spread, and every site's best is alike within its own list."""
+    lists = {"a": [("court", 0.29)], "b": [("ward", 0.58)], "c": [("bus", 0.1)]}
+    alone = {"a": (0.29, 0.0), "b": (0.58, 0.0), "c": (0.1, 0.0)}
+    for by in ("zscore", "minmax", "cori"):
+        assert [d for d, _, _ in rt.merge(lists, by, spread=alone)] == ["ward", "court", "bus"], by
+    apart = {"a": (0.0, 0.01), "b": (0.0, 1.0), "c": (0.0, 1.0)}  # a's stands out most where it was found
+    assert [d for d, _, _ in rt.merge(lists, "minmax", spread=apart)] == ["court", "ward", "bus"]
+    assert [d for d, _, _ in rt.merge(lists, "rrf", spread=apart)] == ["bus", "court", "ward"]  # ranks alone, then ids
+
+
+def test_words_of_texts_that_are_written_otherwise():
+    assert rt.words("ﬁnal cafe\u0301 Straße") == rt.words("final caf\xe9 straße") == ["final", "café", "straße"]
+    assert rt.words("病房 CT一览") == ["病", "房", "病房", "ct", "一", "览", "一览"]
+    texts = ["病房早上九点开门。", "法院星期一审理上诉。"]
+    index, known = rt.bm25_index(texts)
+    assert rt.bm25_scores(index, known, 2, "病房什么时候开门").argmax() == 0
+    once, often = (rt.bm25_scores(index, known, 2, "法院" * n) for n in (1, 40_000))
+    assert often[0] == 0 and often[1] > 10_000 * once[1] > 0  # counted and not looked up each time
 
 
 def test_selection_by_hand():

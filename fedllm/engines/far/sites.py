@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fedllm.engines.far.line import Barred, Body, Head, Link, Patience, Silence, Unsent
+from fedllm.models.bounded import started
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -248,17 +249,3 @@ class Sites:
             self.on_event("suspect", client=site.name, why=why)
         site.suspect = f"suspect: {why}" if not why.startswith("suspect") else why
         return Silence(why)
-
-
-def started(work: Callable[[], T]) -> Future[T]:
-    """`work` on a thread of its own that does not keep the process alive."""
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="flare-call", daemon=True).start()
-    return done

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER, Client
-from fedllm.core.errors import DataError
+from fedllm.core.errors import CompositionError, DataError, RecipeError
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import Payload
-from fedllm.local.text import LocalText
+from fedllm.local.text import LocalText, room
 from fedllm.methods._search import Searching
 from fedllm.models import reading
 from fedllm.models import retrieval as rt
@@ -76,6 +76,14 @@ class FedRAG(Searching):
     def server_asks_for(self) -> Sequence[str]:
         return (self.writer,) if self.writer else ()
 
+    def check(self, model: Any) -> None:
+        if self.generate and not self.writer:
+            need_speech("the main model", model)
+
+    def check_named(self, main: Any, models: Mapping[str, Any]) -> None:
+        if self.generate and self.writer:
+            need_speech(f"models.{self.writer}", models[self.writer])
+
     def answer(self, query: str, clients, state: State | None = None) -> Program:
         wanted = self.read if self.generate else 1
         [(found, asked, near)] = yield from self.search([query], clients, state, wanted, self.wait)
@@ -102,21 +110,29 @@ class FedRAG(Searching):
 
     @on_client(gives="text: text, read: texts, left_out: count")
     def write(self, msg: Payload, client: Client) -> Payload:
-        """The server's model answers from the passages, of which it is shown what tells it nothing to do."""
+        """The server's model answers from the passages: it is shown what of them tells it nothing to do, and as many as
+        fit, the first first."""
         teller = client.holding(self.writer) if self.writer else client
         ours = teller.model if isinstance(teller.model, Model) else None
         marks = ours.tokenizer.all_special_tokens if ours else ()
         shown = [reading.shown(p, marks) for p in msg["passages"]]
         read, left_out = [s.text for s in shown], sum(s.left_out for s in shown)
-        if not any(read):
-            return {"text": "", "read": read, "left_out": left_out}
-        prompt = reading.question_about(reading.unmarked(msg["question"], marks), [t for t in read if t])
-        if ours and ours.tokenizer.chat_template:
-            prompt = LocalText(ours).chat_prompt([{"role": "user", "content": prompt}])
-        elif ours:
-            prompt += "\nAnswer:"
-        [said] = teller.complete([prompt], self.max_new_tokens, 0.0, 0)
-        return {"text": said.text.strip(), "read": read, "left_out": left_out}
+        asked = reading.unmarked(msg["question"], marks)
+        most = room(ours, self.max_new_tokens) if ours else None
+        while any(read):
+            prompt = reading.question_about(asked, [t for t in read if t])
+            if ours and ours.tokenizer.chat_template:
+                prompt = LocalText(ours).chat_prompt([{"role": "user", "content": prompt}])
+            elif ours:
+                prompt += "\nAnswer:"
+            if most is None or len(ours.tokenizer(prompt)["input_ids"]) < most:
+                [said] = teller.complete([prompt], self.max_new_tokens, 0.0, 0)
+                return {"text": said.text.strip(), "read": read, "left_out": left_out}
+            read[max(i for i, t in enumerate(read) if t)] = ""
+            if not any(read):
+                raise RecipeError(f"the question and one passage take more than the {most} tokens that the writer "
+                                  "reads; ask more briefly, or lower method.snippet or method.max_new_tokens")
+        return {"text": "", "read": read, "left_out": left_out}
 
     def examine(self, state: State, clients, rows) -> Program:
         """How high the wanted documents stand, over queries that say which are wanted; no text is sent for it."""
@@ -125,3 +141,10 @@ class FedRAG(Searching):
             raise DataError("method 'fed_rag' is tested on rows with a column 'relevant' (ids of documents), and no "
                             "row of the global test has one; map it by data.fields, or set data.test = 0.0")
         return dict(zip(self.metrics, np.mean(got, 0).tolist(), strict=True)) | {"n": len(got)}
+
+
+def need_speech(name: str, model: Any) -> None:
+    """CompositionError for a model that continues no text."""
+    if isinstance(model, Model) and (model.rules.net != "causal" or model.silent):
+        raise CompositionError(f"method.generate: {name} is there for {model.task} and writes no answer; name one that "
+                               "does in method.writer, as in models: {w: {name: smollm2, task: generation}}")
