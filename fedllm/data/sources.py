@@ -30,6 +30,8 @@ OTHERWISE = {(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"): "unp
 """Endings that rows often have and that are not read, and what to do about it."""
 SPLITS = "dataset_dict.json"
 """In a saved folder of several splits."""
+USER = re.compile(r"://[^/@\s]+@")
+"""A user, and mostly a password or a token, in a URL."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -105,7 +107,8 @@ def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int,
                         "files", file=str(path), kind="unreadable")
     if HUB_ID.fullmatch(source) and path.suffix.lower() not in known:
         return [hub_table(source, split, subset)]
-    raise DataError(f"{source!r}: no such file or folder (looked in {Path.cwd()}); {_instead(source)}")
+    raise DataError(f"{USER.sub('://***@', source)!r}: no such file or folder (looked in {Path.cwd()}); "
+                    f"{_instead(source)}")
 
 
 def _instead(source: str) -> str:

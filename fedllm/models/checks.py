@@ -47,6 +47,8 @@ def a_model(name: str, folder: Path) -> None:
     would read some of them without their scales."""
     if not name.strip():
         raise ModelError(f"model.name = {name!r} names no model; {GIVE}")
+    if "://" in name:
+        raise ModelError(f"model.name = {name.partition('://')[0] + '://...'!r}: nothing is fetched from a URL; {GIVE}")
     if not folder.is_dir():
         return
     if not (folder / "config.json").exists():

@@ -148,6 +148,11 @@ def test_a_split_of_a_saved_dataset_is_picked(tmp_path):
         load_federation({"source": str(tmp_path / "one"), **QA, "split": "dev"}, 0)
 
 
+def test_a_password_in_a_url_is_not_repeated():
+    with pytest.raises(DataError, match=r"https://\*\*\*@host/a.jsonl.*nothing is fetched from a URL"):
+        read_tables("https://user:SECRET@host/a.jsonl")
+
+
 @pytest.mark.parametrize("text, fine", [('q,a\nx, "y"\n', False), ('q, "a"\nx,y\n', False), ('q,a\nx, y "z"\n', True),
                                         ('q,a\n"x ""y""",z\n', True), ('q\n "x"\n', False)])
 def test_quotes_after_a_blank_are_no_quotes(tmp_path, text, fine):

@@ -165,6 +165,12 @@ def test_no_name_is_not_the_folder_that_one_stands_in(folder, monkeypatch, name)
         load(name)
 
 
+def test_a_url_is_no_model_and_what_it_holds_is_not_repeated():
+    with pytest.raises(ModelError, match="nothing is fetched from a URL") as error:
+        load("https://user:hf_SECRET@host/x/y")
+    assert "SECRET" not in str(error.value)
+
+
 def test_a_first_token_that_sees_no_other_stands_for_no_text(folder, tiny_bert_folder):
     with pytest.raises(CompositionError, match=r"pooling = 'cls' .* first token sees none of those after it"):
         load(folder, "classification", pooling="cls")

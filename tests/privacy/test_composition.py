@@ -17,6 +17,7 @@ from fedllm.core.reduce import Mean
 from fedllm.core.rng import numpy_stream
 from fedllm.defenses.median import Median
 from fedllm.methods._factors import Products
+from fedllm.methods.registry import make_method
 from fedllm.privacy.composition import check_stack, clash
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_ftrl import DPFTRL
@@ -118,15 +119,15 @@ def test_the_table_covers_every_pair():
                                     DPFTRL(noise_multiplier=1.0, unit="example")])
 def test_noise_that_clients_share_stands_above_a_secure_sum(shared):
     """What the table for it calls sound is what a stack is held to; rows are made private once."""
-    reducers = {"local": Mean()}
-    check_stack(METHODS["method with Mean (fedavg)"], [shared, SecAgg(), FedRDMA(chunk_bytes=4096)], reducers)
-    check_stack(METHODS["method with Mean (fedavg)"], [shared, SecAggPlus(), LIVE["server_tree"]], reducers)
+    method, reducers = make_method("fedavg"), {"local": Mean()}
+    check_stack(method, [shared, SecAgg(), FedRDMA(chunk_bytes=4096)], reducers)
+    check_stack(method, [shared, SecAggPlus(), LIVE["server_tree"]], reducers)
     for stack, why in (([shared], "no layer below hides"), ([shared, HECKKS()], "no layer below hides"),
                        ([DPSGD(noise_multiplier=1.0), shared, SecAgg()], "the same work twice"),
                        ([shared, DPSGD(noise_multiplier=1.0), SecAgg()], "the same work twice"),
                        ([shared, CodecQuant(), SecAgg()], "to the last bit")):
         with pytest.raises(CompositionError, match=why):
-            check_stack(METHODS["method with Mean (fedavg)"], stack, reducers)
+            check_stack(method, stack, reducers)
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda r: f"{r.above} / {r.below}")
