@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,29 @@ def examples() -> dict[str, Layer]:
         "codec_topk_ef (no feedback)": CodecTopKEF(error_feedback=False), "codec_powersgd": CodecPowerSGD(),
         "server_tree": ServerTree(),
         "ring_all_reduce": RingAllReduce(), "fedrdma": FedRDMA()}
+
+
+def shared_table() -> str:
+    """Under noise that clients share: what may stand above it, between it and the secure sum, and below that."""
+    from fedllm.privacy.dp_ftrl import DPFTRL
+    from fedllm.privacy.dp_sgd import DPSGD
+    from fedllm.privacy.secagg import SecAgg
+
+    forms = [DPSGD(noise_multiplier=1.0, noise="shared"), DPFTRL(noise_multiplier=1.0, unit="example")]
+    lines = ["| layer | above it | between it and secagg | below secagg |", "|---|---|---|---|"]
+    for name, x in examples().items():
+        cells = []
+        for at in range(3):
+            said = {_stacked([*(stack := [form, SecAgg()])[:at], x, *stack[at:]]) for form in forms}
+            cells.append(" / ".join(sorted(said)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _stacked(layers: Sequence[Layer]) -> str:
+    """Whether they run, or why two of them do not fit together, without the way out."""
+    why = next((w for a, b in itertools.combinations(layers, 2) if (w := clash(a, b))), ": runs")
+    return (why.partition(": ")[2] or why.partition("do ")[2]).partition(";")[0]
 
 
 def foldings() -> dict[str, Any]:

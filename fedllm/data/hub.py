@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DataError
+from fedllm.data.strict import present
 from fedllm.data.table import Table
 from fedllm.tasks.row import value_of
 
@@ -27,7 +28,7 @@ def of_dataset(name: str, data: Any) -> Table:
         single = vars(kind).get("feature", kind)  # of a list: what it holds
         if isinstance(single, ClassLabel):
             classes[column] = tuple(single.names)
-    rows = [{c: names(data.features[c], v) if c in classes and v is not None else v for c, v in row.items()}
+    rows = [{c: names(data.features[c], v) if c in classes and v is not None else present(v) for c, v in row.items()}
             for row in data.to_list()]
     return Table(name, rows, classes=classes)
 

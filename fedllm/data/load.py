@@ -25,7 +25,7 @@ from fedllm.data.section import DOCUMENTS_TASK, DataSpec, OfficeSpec, checked
 from fedllm.data.sequences import sequenced
 from fedllm.data.simulated.registry import PREFIX as MADE
 from fedllm.data.simulated.registry import simulated_tables
-from fedllm.data.sources import map_fields, read_tables, resolve
+from fedllm.data.sources import map_fields, parted, read_tables, resolve
 from fedllm.data.table import Table
 from fedllm.data.windows import last_of_each, windowed
 from fedllm.tasks.registry import task_of
@@ -66,6 +66,7 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
         return office_federation(**(spec.office or OfficeSpec()).model_dump(), seed=seed)
     if spec.acts:
         return environments(str(spec.source), spec.environment or EnvironmentSpec(), seed)
+    parted([spec.source, spec.test, spec.public], spec.split, spec.subset)
     if isinstance(spec.source, str) and spec.source.startswith(PREFIX):
         return _grouped(spec, seed)
     held, open_ = (_apart(spec, part, seed) for part in ("test", "public"))
@@ -101,20 +102,25 @@ def load_federation(spec: Mapping[str, Any] | DataSpec, seed: int, embed: Embed 
     said += [*unread(spec.task, spec.template, spec.fields, tables), *odd_labels(labels), *alike(tables),
              *(near_ids(list(clients)) if spec.partition.get("kind") in NAMED else ())]
     if spec.windows is None and spec.sequences is None and not spec.made:
-        said += _looked_at(spec, tables, mine.lean, test, labels, clients)
+        said += _looked_at(spec, tables, mine.lean, test, public, labels, clients)
     elif spec.windows is None:
         said += twice(mine.lean, test)
     return Federation(clients, test, spec.task, labels, public, tuple(said))
 
 
 def _looked_at(spec: DataSpec, tables: Sequence[Table], mine: Sequence[Row], test: Sequence[Row],
-               labels: Sequence[str], clients: Mapping[str, Shard]) -> list[str]:
+               public: Sequence[Row], labels: Sequence[str], clients: Mapping[str, Shard]) -> list[str]:
     """What is to be said of people's own rows."""
-    said = [*twice(mine, test), *odd_texts(mine), *(tests_among(tables) if spec.task != DOCUMENTS_TASK else ())]
+    but = set(spec.fields) - set(task_of(spec.task).columns)
+    said = [*twice(mine, test, but=but), *odd_texts(mine),
+            *(tests_among(tables) if spec.task != DOCUMENTS_TASK else ()),
+            *twice(public, test, but=but, among="the public rows, which a method may train on,"),
+            *twice(mine, public, "data.public", but, among="the clients' rows",
+                   so="they are somebody's, and nothing protects them there")]
     if labels and task_of(spec.task).columns[-1] == "label":
-        said += odd_classes(mine, test, labels, spec.labels is not None)
+        said += odd_classes(mine, test, labels, spec.labels is not None, isinstance(spec.test, str))
     if spec.entity is None and (own := [row for shard in clients.values() for row in shard.test]):
-        said += twice([row for shard in clients.values() for row in shard.train], own, "clients' own tests")
+        said += twice([row for shard in clients.values() for row in shard.train], own, "clients' own tests", but)
     if isinstance(spec.test, float) and spec.test and not test:
         said.append(f"data.test = {spec.test} of {len(mine)} rows is less than one row: there is no global test")
     return said

@@ -22,7 +22,7 @@ from fedllm.core.client import SERVER
 from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.cluster import Embed, clusters
 from fedllm.data.federation import Row
-from fedllm.data.parts import Parts, checked_choice, checked_number, enough, groups_of, numbered, sizes
+from fedllm.data.parts import SKEW, Parts, checked_choice, checked_number, enough, groups_of, numbered, sizes
 from fedllm.tasks.row import nearest
 
 FILE = "_file"
@@ -72,7 +72,7 @@ class Dirichlet(Numbered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checked_number("alpha", self.alpha, 0, open_low=True)
+        checked_number("alpha", self.alpha, *SKEW)
         checked_number("min_examples", self.min_examples, 1, whole=True)
 
     def split(self, rows: Sequence[Row], rng: np.random.Generator, *, embed: Embed | None = None) -> Parts:
@@ -137,7 +137,7 @@ class Quantity(Numbered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checked_number("skew", self.skew, 0)
+        checked_number("skew", self.skew, 0, 1e6)
         checked_number("min_examples", self.min_examples, 1, whole=True)
         checked_choice("law", self.law, ("lognormal", "power"))
 

@@ -16,14 +16,16 @@ NOBODY = "\0null"
 """Groups rows whose key is null: a client of their own, and not those whose key reads null."""
 Parts = dict[str, list[int]]
 """Each client's row indices, in order."""
+SKEW = (1e-6, 1e6)
+"""Dirichlet concentrations that can be drawn from: beyond them shares are NaN, and all rows were one client's."""
 
 
-def checked_number(key: str, value: Any, low: float, *, whole: bool = False, open_low: bool = False) -> None:
+def checked_number(key: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False) -> None:
     """Refuses a knob out of range, naming the key, the value and what is allowed."""
     kind = int if whole else int | float
     right = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    if not right or value < low or (open_low and value == low):
-        bound = f"above {low}" if open_low else f"from {low} up"
+    if not right or not low <= value <= high:
+        bound = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
         raise RecipeError(f"data.partition.{key} = {value!r}: allowed is a {'whole ' if whole else ''}number {bound}")
 
 

@@ -12,7 +12,8 @@ from pydantic import Field
 from fedllm.core.errors import DataError
 from fedllm.data.spec import Spec
 from fedllm.data.table import Table
-from fedllm.data.windows import SERIES, START, ordered
+from fedllm.data.times import Clock
+from fedllm.data.windows import SERIES, START
 from fedllm.tasks.row import as_text, value_of
 
 Count = Annotated[int, Field(ge=1, le=10_000)]
@@ -43,14 +44,15 @@ def sequenced(tables: Sequence[Table], spec: SequenceSpec) -> list[Table]:
 
 
 def _rows(table: Table, spec: SequenceSpec) -> list[dict[str, Any]]:
-    users: dict[str, list[tuple[Any, int, str, Mapping[str, Any]]]] = {}
+    users: dict[str, list[tuple[float, int, str, Mapping[str, Any]]]] = {}
+    clock = Clock()
     for i, row in enumerate(table.rows):
         where = table.where(i)
         who, item = (as_text(value_of(row, c, where), c, where).strip() for c in (spec.user, spec.item))
         if not who or not item:
             raise DataError(f"{where}: {spec.user if not who else spec.item!r} is empty; every interaction has a user "
                             "and an item")
-        users.setdefault(who, []).append((ordered(value_of(row, spec.time, where)), i, item, row))
+        users.setdefault(who, []).append((clock(value_of(row, spec.time, where), spec.time, where), i, item, row))
     out = []
     for who, done in users.items():
         done.sort(key=lambda one: one[:2])

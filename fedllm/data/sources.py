@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fedllm.core.errors import DataError
+from fedllm.core.errors import DataError, RecipeError
 from fedllm.data.files import PACKAGE, each_once, files_in, identities, identity, in_package, no_pointer, these
 from fedllm.data.hub import hub_table, saved_table
 from fedllm.data.memory import Held
@@ -20,7 +20,7 @@ from fedllm.data.strict import bounded, columnar, delimited, loads, named_once, 
 from fedllm.data.table import Table
 from fedllm.tasks.row import as_text, nearest, value_of
 
-__all__ = ["map_fields", "nearest", "read_tables", "resolve", "value_of"]
+__all__ = ["map_fields", "nearest", "parted", "read_tables", "resolve", "value_of"]
 log = logging.getLogger(__name__)
 Reader = Callable[[Path, Held], Table]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -30,6 +30,10 @@ OTHERWISE = {(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"): "unp
              (".pkl", ".pickle", ".pt", ".npy", ".npz", ".joblib"): "such a file may run code when it is read; write "
                                                                    "it as Parquet or JSONL"}
 """Endings that rows often have and that are not read, and what to do about it."""
+SPLITS = "dataset_dict.json"
+"""In a saved folder of several splits."""
+USER = re.compile(r"://[^/@\s]+@")
+"""A user, and mostly a password or a token, in a URL."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -109,7 +113,8 @@ def _read(source: str, split: str, subset: str | None, but: frozenset[tuple[int,
                         "files", file=str(path), kind="unreadable")
     if HUB_ID.fullmatch(source) and path.suffix.lower() not in known:
         return [hub_table(source, split, subset)]
-    raise DataError(f"{source!r}: no such file or folder (looked in {Path.cwd()}); {_instead(source)}")
+    raise DataError(f"{USER.sub('://***@', source)!r}: no such file or folder (looked in {Path.cwd()}); "
+                    f"{_instead(source)}")
 
 
 def _instead(source: str) -> str:
@@ -119,6 +124,23 @@ def _instead(source: str) -> str:
     if any(c in source for c in "*?[$%"):
         return "patterns and variables are not put in: give a file, a folder, or a list of them"
     return "a dataset of the Hub is written 'owner/name' or 'hub:name'"
+
+
+def parted(sources: Sequence[Any], split: str, subset: str | None) -> None:
+    """A RecipeError for a split or a configuration of sources that have none: all rows would be read in its place."""
+    paths = [path for one in sources for path in (one if isinstance(one, list) else [one]) if isinstance(path, str)]
+    for key, value, plain, of in (("split", split, "train", "the Hub, or of a saved one of several splits"),
+                                  ("subset", subset, None, "the Hub")):
+        if value != plain and not any(_has_parts(path, key == "split") for path in paths):
+            raise RecipeError(f"data.{key} = {value!r} picks a part of a dataset of {of}, and {paths[0]!r} is none; "
+                              "leave the key out, and name the file that is meant")
+
+
+def _has_parts(source: str, saved: bool) -> bool:
+    if source.startswith((PACKAGE, "sim:", "grouped:")):
+        return False
+    path = resolve(source.removeprefix("hub:"))
+    return source.startswith("hub:") or not path.exists() or (saved and (path / SPLITS).exists())
 
 
 def _file(path: Path, room: Held, known: Mapping[str, Reader]) -> Table:
@@ -143,7 +165,7 @@ def _folder(path: Path, split: str, but: frozenset[tuple[int, int]], room: Held,
             deep: bool) -> list[Table]:
     """A saved `datasets` folder is one table, and so is a folder of pictures, with a folder for each label; any other
     folder is one table for each file with a known extension."""
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    if (path / "state.json").exists() or (path / SPLITS).exists():
         return [saved_table(path, split)]
     files = files_in(path, known, but, deep)
     if not files and (pictures := sorted(p for p in path.glob("*/*") if p.suffix.lower() in PICTURES)):

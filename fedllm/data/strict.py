@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,10 @@ LONGEST = 2**31 - 1
 """Characters of one field; Python's own limit of 131,072 is shorter than many a document."""
 LINE = 1 << 24
 """Characters (or bytes) of one line: 16 million are more than any document has, and what a tokenizer can take."""
+
+TAB = "\t"
+APART = re.compile(r'\s+"(?:[^"]|"")*"\s*')
+"""A field in quotes with a blank before them, as `a, "b"` has it: the quotes would be read as part of the text."""
 
 WHOLE = 1 << 28
 """Bytes of a file that is one value (.json): it is read whole, and a value may take twenty times its bytes."""
@@ -135,6 +140,10 @@ def delimited(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                             "what look like rows of their own; close it, or write \"\" for a quote mark")
                     raise DataError(f"{path}, line {begins}: {said} (the header is row 1)", row=number - 1,
                                     kind="broken")
+                if odd := next((v for v in row if APART.fullmatch(v)), None):
+                    raise DataError(f"{path}, line {begins}: Row #{number} has a blank before a quote, which is then "
+                                    f"none ({odd!r:.60}); take out the blanks that stand beside the "
+                                    f"{'tabs' if delimiter == TAB else 'commas'}", row=number - 1, kind="broken")
                 if number > 1 and width > 1 and [row[0].removeprefix("\ufeff"), *row[1:]] == header:
                     raise DataError(f"{path}, line {begins}: Row #{number} is the header once more, as files have it "
                                     "that were joined; take the line out", row=number - 1, kind="broken")
@@ -158,9 +167,20 @@ def columnar(path: Path) -> Iterator[dict[str, Any]]:
                  if pa.types.is_float16(f.type) or pa.types.is_float32(f.type)}
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
-                yield {**row, **{n: None if row[n] is None else float(str(kind(row[n]))) for n, kind in kinds.items()}}
+                yield {**{n: present(v) for n, v in row.items()}, **{
+                    n: None if row[n] is None else float(str(kind(row[n]))) for n, kind in kinds.items()}}
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a Parquet file that can be read: {error}", kind="unreadable") from error
+
+
+def present(value: Any, inside: bool = False) -> Any:
+    """A value of a column with the null keys gone of objects that lie in objects: columnar files give every object the
+    keys of all others, so that a call of one tool would be learned with the arguments of each."""
+    if isinstance(value, list):
+        return [present(v, inside) for v in value]
+    if isinstance(value, dict):
+        return {n: present(v, True) for n, v in value.items() if v is not None or not inside}
+    return value
 
 
 def named_once(header: Sequence[str], path: Path) -> None:

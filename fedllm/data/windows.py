@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from fedllm.core.errors import DataError
 from fedllm.data.spec import Spec
 from fedllm.data.table import Table
+from fedllm.data.times import Clock
 from fedllm.tasks.row import as_text, value_of
 
 SERIES, START = "series", "start"
@@ -67,12 +68,12 @@ def windowed(tables: Sequence[Table], spec: WindowSpec, learned: float) -> list[
 
 def _series(table: Table, spec: WindowSpec) -> dict[str, np.ndarray]:
     """Name -> readings in the order of time [steps, variables], those of one time averaged."""
-    columns = [spec.time] if isinstance(spec.time, str) else spec.time
+    columns, clock = [spec.time] if isinstance(spec.time, str) else spec.time, Clock()
     found: dict[str, dict[tuple[Any, ...], list[list[float]]]] = {}
     for i, row in enumerate(table.rows):
         where = table.where(i)
         name = as_text(value_of(row, spec.series, where), spec.series, where) if spec.series else "series"
-        when = tuple(ordered(value_of(row, column, where)) for column in columns)
+        when = tuple(clock(value_of(row, column, where), column, where) for column in columns)
         found.setdefault(name, {}).setdefault(when, []).append(
             [_number(value_of(row, column, where), column, where) for column in spec.of])
     return {name: _filled(np.stack([_mean(np.array(times[when])) for when in sorted(times)]), name, table, spec)
@@ -135,15 +136,6 @@ def last_of_each(rows: Sequence[Mapping[str, Any]], which: np.ndarray, fraction:
         kept = [i for i in mine if rows[i][START] <= first - horizon]
         left += kept or mine[:1]
     return np.array(sorted(out), int), np.array(sorted(left), int)
-
-
-def ordered(value: Any) -> tuple[int, float, str]:
-    """A time as it is sorted: numbers (also as CSV writes them) before texts, which dates in ISO form are."""
-    try:
-        number = float(value)
-        return (0, number, "")
-    except (TypeError, ValueError):
-        return (1, 0.0, str(value))
 
 
 def _number(value: Any, column: str, where: str) -> float:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from fedllm.core.errors import ModelError
+from fedllm.core.errors import CompositionError, ModelError
+from fedllm.models.encoder import HeadedEncoder
 
 GIVE = ("give 'embedded', 'minilm', 'smollm2', a folder saved with save_pretrained, a GGUF file, or a Hub id that this "
         "machine can reach")
@@ -26,6 +29,7 @@ def loaded(kind: Any, name: str, where: str, trust: bool, **options: Any) -> Any
 
     Code that the folder brings runs with `trust` alone, and nobody is asked on standard input.
     """
+    a_model(name, Path(where))
     if not trust:
         no_code_of_its_own(name, where)
     sound_files(name, Path(where))
@@ -37,6 +41,28 @@ def loaded(kind: Any, name: str, where: str, trust: bool, **options: Any) -> Any
                          "loaded: save it with save_pretrained(safe_serialization=True)") from None
     except Exception as error:  # whatever a library makes of a file that it cannot read
         raise ModelError(f"model {name!r} cannot be loaded: {_line(error)} ({GIVE})") from error
+
+
+def a_model(name: str, folder: Path) -> None:
+    """ModelError for a name or a folder that is no model's, and for weights that were packed elsewhere: transformers
+    would read some of them without their scales."""
+    if not name.strip():
+        raise ModelError(f"model.name = {name!r} names no model; {GIVE}")
+    if "://" in name:
+        raise ModelError(f"model.name = {name.partition('://')[0] + '://...'!r}: nothing is fetched from a URL; {GIVE}")
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").exists():
+        what = ("holds a PEFT adapter and no model: give its base as model.name, and this folder as space.start_from"
+                if (folder / "adapter_config.json").exists() else f"has no config.json, so that it is no model; {GIVE}")
+        raise ModelError(f"model {name!r}: the folder {folder} {what}")
+    with contextlib.suppress(ValueError):  # broken JSON says so itself when it is loaded
+        packed = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        if packed:
+            kind = packed.get("quant_method", "unknown") if isinstance(packed, Mapping) else packed
+            raise ModelError(f"model {name!r}: {folder / 'config.json'} says that its weights are packed "
+                             f"(quantization_config: {kind!r}), and packed weights are not read; give the model as it "
+                             "was before (model.quantize packs it in 4 or 8 bits)")
 
 
 def no_code_of_its_own(name: str, where: str) -> None:
@@ -61,10 +87,14 @@ def sound_files(name: str, folder: Path) -> None:
                                  "fetch them with `git lfs pull`")
         if path.suffix == ".safetensors":
             try:
-                with safe_open(path, "pt"):
-                    pass
+                with safe_open(path, "pt") as held:
+                    names = held.keys()  # a method of its own, not a mapping's
+                    small = next((n for n in names if held.get_slice(n).get_dtype().startswith("F8")), None)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"model {name!r}: {path} is no whole safetensors file ({_line(error)})") from None
+            if small:
+                raise ModelError(f"model {name!r}: {path} holds {small!r} in 8 bits (F8), whose scales would not be "
+                                 "used; give the model in float32, bfloat16 or float16")
 
 
 def complete(name: str, net: nn.Module, told: Mapping[str, Any]) -> list[str]:
@@ -125,6 +155,21 @@ def reads_texts(name: str, config: Any, classify: bool = False) -> None:
     if "vocab_size" not in texts.to_dict() or (classify and texts is not config):
         raise ModelError(f"model {name!r} ({config.model_type}) is no network that reads texts alone; give one that "
                          "does")
+
+
+@torch.no_grad()
+def first_sees(name: str, net: HeadedEncoder) -> None:
+    """CompositionError where the first token, which is to stand for a text, sees no other: every text is one then."""
+    if net.pooling != "cls":
+        return
+    weight = net.get_input_embeddings().weight
+    ids = torch.arange(8, device=weight.device).reshape(2, 4) % len(weight)
+    ids[:, 0] = 0
+    first = net.body.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
+    if len(weight) > 7 and torch.equal(first[0], first[1]):
+        raise CompositionError(f"model.pooling = 'cls' and model {name!r}, whose first token sees none of those after "
+                               "it, do not fit together: every text would be one and the same vector; allowed are "
+                               "'last' and 'mean'")
 
 
 def unused(config: Any) -> list[str]:

@@ -22,7 +22,8 @@ from transformers import (
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.rng import seed_of
 from fedllm.models import quantized
-from fedllm.models.checks import complete, loaded, pictures_fit, reads_names, reads_texts, unused, words_fit
+from fedllm.models.checks import (complete, first_sees, loaded, pictures_fit, reads_names, reads_texts, unused,
+                                   words_fit)
 from fedllm.models.dual import DualEncoder
 from fedllm.models.gguf import gguf_folder, is_gguf
 from fedllm.models.kernels import freeing
@@ -121,6 +122,8 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
                 net.classifier.to(place, DTYPES[dtype])
         else:
             net.to(DTYPES[dtype]).to(place)
+        if isinstance(net, HeadedEncoder):
+            first_sees(name, net)
         model = Model(net, tokenizer, task, space, labels=labels, seed=seed, fast_kernels=fast_kernels, name=name,
                       weights=weights, images=images)
         said += take_head(model, resolve(name)) if weights == "pretrained" else []

@@ -258,13 +258,13 @@ def usual_delta(units: int) -> float:
 
 
 def join(statements: Sequence[Mapping[str, Any]], also: Sequence[str] = ()) -> dict[str, Any] | None:
-    """What a run says about its privacy, from what its layers say: the claim holds only if every part of it does.
-
-    `also` are releases that no layer can see, and that take the claim away.
-    """
+    """What a run says about its privacy, from what its layers say: the claim holds only if every part of it does, and
+    none of what no layer can see (`also`) takes it away."""
     if not statements:
         return None
     void = [why for s in statements for why in s.get("void", ())] + list(also)
+    spent = [s.get("epsilon", 0.0) for s in statements]
+    void += [f"epsilon = {epsilon:.3g} promises nothing" for epsilon in spent if MOST_EPSILON < epsilon < math.inf]
     return {"claim": "none" if void else "private", "void": void, "layers": [dict(s) for s in statements]}
 
 

@@ -101,4 +101,5 @@ def same_kind(above: Layer, below: Layer) -> bool:
     """Whether one of the two is enough."""
     a, b = above.algebra, below.algebra
     return (type(above) is type(below) or (a.kind in HIDES and b.kind in HIDES)
-            or (a.kind == b.kind == "robust") or (a.kind == b.kind == "dp" and a.needs == b.needs == "sum"))
+            or (a.kind == b.kind == "robust") or (above.by_example and below.by_example)
+            or (a.kind == b.kind == "dp" and a.needs == b.needs == "sum"))

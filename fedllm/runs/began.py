@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from fedllm.core.errors import DataError, RunError
 from fedllm.data.federation import Row
 from fedllm.models.model import Model
 from fedllm.runs.build import Parts
+from fedllm.runs.complaints import read_yaml
 from fedllm.runs.folder import RunFolder
 
-FILE = "began.json"
+FILE, RECIPE = "began.json", "recipe"
+COURSE = ("method", "space", "local", "layers", "clients", "select", "seed")
 EACH = 1000
 """Up to so many clients each is known by itself, so that an error can name the one whose rows are others."""
 LOOKED_AT = 64
@@ -25,7 +28,7 @@ LOOKED_AT = 64
 
 def write_began(folder: RunFolder, stands_on: Mapping[str, str]) -> None:
     """Kept before the first round."""
-    folder.write_json(FILE, {**stands_on, "in": os.getcwd()})
+    folder.write_json(FILE, {**stands_on, "in": os.getcwd(), RECIPE: _course(folder)})
 
 
 def same_as_began(folder: RunFolder, now: Mapping[str, str]) -> None:
@@ -36,11 +39,29 @@ def same_as_began(folder: RunFolder, now: Mapping[str, str]) -> None:
     kept = folder.read(FILE)
     if not isinstance(kept, dict):
         raise RunError(f"{path} is damaged; bring it back from a copy, or run the recipe again")
+    if other := next(_others(kept.get(RECIPE, {}), _course(folder)), None):
+        raise RunError(f"{folder.path / 'recipe.yaml'} has other {other} than the run began with: what came out would "
+                       "be neither a run of the old nor of the new; bring the file back, or run the recipe anew")
     if differ := [name for name in [*kept, *(n for n in now if n not in kept)]
-                  if name != "in" and kept.get(name) != now.get(name)]:
+                  if name not in ("in", RECIPE) and kept.get(name) != now.get(name)]:
         raise RunError(f"{folder.path} began with other {differ[0]}" + (f" (and {len(differ) - 1} more)" if
                        len(differ) > 1 else "") + ": what came out would be neither a run of the old nor of the new; "
                        "bring back what it began with, or run the recipe anew")
+
+
+def _course(folder: RunFolder) -> dict[str, Any]:
+    """What of the folder's recipe decides how its rounds go; rounds may be added."""
+    said = read_yaml(folder.path / "recipe.yaml")
+    return dict(json.loads(json.dumps({key: said[key] for key in COURSE if key in said}, default=str)))
+
+
+def _others(kept: Any, now: Any, at: str = "") -> Iterator[str]:
+    """Keys that had another value; those that a later version has added are passed over."""
+    if isinstance(kept, dict) and isinstance(now, dict):
+        for key, value in kept.items():
+            yield from _others(value, now.get(key), f"{at}.{key}".lstrip("."))
+    elif kept != now:
+        yield at
 
 
 def from_elsewhere(folder: RunFolder, error: DataError) -> DataError:

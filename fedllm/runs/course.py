@@ -14,8 +14,8 @@ from fedllm.core.client import ClientInfo
 from fedllm.core.errors import CompositionError, PayloadError, QuorumError, RunError
 from fedllm.core.layer import Layer
 from fedllm.core.method import Method, State
-from fedllm.core.payload import leaves
-from fedllm.core.program import drive
+from fedllm.core.payload import leaves, length, non_finite
+from fedllm.core.program import FARTHEST, drive
 from fedllm.core.record import Record
 from fedllm.core.rng import numpy_stream
 from fedllm.core.select import Turn
@@ -100,6 +100,7 @@ class Course:
             program = watched(self.method.round(self.state, cohort), spec.clients, losses)
             new = drive(program, self.engine, self.layers, self.states)
             self._still(new)
+            self._sound(new)
             self.state = new
         except (QuorumError, PayloadError) as error:
             touched = self.engine.abandon()  # what clients noted in their memories does not count
@@ -115,7 +116,6 @@ class Course:
         return {**facts, **self.told(), "loss": losses[-1] if losses else None,
                 "seconds": time.perf_counter() - started, **when, "touched": touched}
 
-
     def _still(self, new: State) -> None:
         """CompositionError for a method that moves a stream which is frozen, by other ways than `client.fit`."""
         if not (frozen := self.parts.world.model.space.frozen):
@@ -127,6 +127,20 @@ class Course:
                 raise CompositionError(f"stream '{stream}' is frozen and method '{type(self.method).__name__}' changed "
                                        f"'{path}'; take it out of space.frozen, or use a method that trains by "
                                        "gradients")
+
+
+    def _sound(self, new: State) -> None:
+        """PayloadError where what is trained has become no numbers, or is farther off than an answer may be: a rate of
+        the server's does that to answers of which each is sound."""
+        old, made = ({p: v for p, v in leaves(state) if p.partition("/")[0] == "theta"} for state in (self.state, new))
+        why = "what the server makes of the answers"
+        if bad := non_finite(made):
+            raise PayloadError(f"{why} holds NaN or infinity in '{bad[:80]}'; lower the rates (method.server_lr, "
+                               "local.lr)")
+        far = FARTHEST * max(1.0, length(old))
+        if not (long := length(made)) <= far:
+            raise PayloadError(f"{why} is {long:.3g} long, allowed is {far:.3g}; lower the rates (method.server_lr, "
+                               "local.lr), or the noise")
 
 
 def watched(program: Program, terms: ClientsSpec, losses: list[float]) -> Program:

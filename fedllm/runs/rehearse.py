@@ -15,6 +15,7 @@ from fedllm.data.federation import Shard
 from fedllm.local.spec import LocalSpec
 from fedllm.methods.registry import make_method
 from fedllm.privacy.dp_fedavg import DPFedAvg
+from fedllm.privacy.dp_ftrl import DPFTRL
 from fedllm.privacy.dp_sgd import DPSGD, LEAST
 from fedllm.runs.build import Parts, bound, build, make_layers
 from fedllm.runs.course import Course
@@ -82,8 +83,8 @@ class Proposal:
 
 
 def propose(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Proposal:
-    """Rounds, rate, clip and (where each client adds its own noise) batch for the epsilon of the recipe's `dp_sgd`, or
-    with the server's rate for that of its `dp_fedavg`.
+    """Rounds, rate, clip and (where each client adds its own noise) batch for the epsilon of the recipe's `dp_sgd` or
+    `dp_ftrl` over rows, or with the server's rate for that of its `dp_fedavg`.
 
     A rehearsal is the recipe's run on `data.public`, dealt out to some of its clients, with the noise of the real run
     scaled by the rows at hand to the rows of the run (by clients, where they are what is private): noise and signal of
@@ -93,7 +94,7 @@ def propose(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -
     parts = build(load_recipe(recipe, overrides))
     at = _layer(parts.recipe)
     layer = parts.layers[at]
-    assert isinstance(layer, DPSGD | DPFedAvg) and layer.epsilon is not None
+    assert isinstance(layer, DPSGD | DPFTRL | DPFedAvg) and layer.epsilon is not None
     stage = _Stage(parts, at)
     server = vars(parts.method).get("server_lr") if isinstance(layer, DPFedAvg) else None
     first = Setting(parts.recipe.rounds, parts.world.local.lr, layer.clip_norm, parts.world.local.batch_size, server)
@@ -114,10 +115,13 @@ def propose(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -
 def _layer(recipe: Recipe) -> int:
     """Where the layer stands whose epsilon is given."""
     names = [n.name for n in recipe.layers]
-    at = next((i for i, name in enumerate(names) if name in ("dp_sgd", "dp_fedavg")), None)
+    at = next((i for i, name in enumerate(names) if name in ("dp_sgd", "dp_ftrl", "dp_fedavg")), None)
     if at is None:
-        raise RecipeError(f"layers = {names}: settings are proposed for the epsilon of layer dp_sgd or dp_fedavg; add "
-                          "one")
+        raise RecipeError(f"layers = {names}: settings are proposed for the epsilon of layer dp_sgd, dp_ftrl or "
+                          "dp_fedavg; add one")
+    if names[at] == "dp_ftrl" and (unit := recipe.layers[at].knobs.get("unit", "client")) != "example":
+        raise RecipeError(f"layers.{at}.unit = {unit!r}: settings of dp_ftrl are proposed for unit: example alone; "
+                          "where clients are what is private, for dp_fedavg")
     if recipe.layers[at].knobs.get("epsilon") is None:
         raise RecipeError(f"layers.{at}.epsilon is not given, and settings are proposed for one; give it")
     return at
@@ -138,7 +142,9 @@ class _Stage:
         self.there = sum(self.real.values()) / len(self.real)
         layer = parts.layers[at]
         self.own_noise = isinstance(layer, DPSGD) and layer.noise == "local"
-        least = LEAST_ROWS if isinstance(layer, DPSGD) else max(1, round(self.there))  # a private client is a whole one
+        least = max(1, round(self.there))  # a private client is a whole one
+        if isinstance(layer, DPSGD | DPFTRL):
+            least = max(LEAST_ROWS, layer.turns.parts)  # a round reads one row at least of each
         count = min(len(ids), self.rows // least)
         if not held or not count:
             most = math.ceil(least / (1 - TESTED))
@@ -160,9 +166,11 @@ class _Stage:
             "clients": recipe.clients.model_copy(update={"per_round": few, "quorum": 1, "deadline": None})})
         z = self._noise(setting)
         batch = max(1, round(setting.batch_size * here / self.there))
+        if isinstance(self.parts.layers[self.at], DPFTRL):
+            batch = setting.batch_size  # all that a round reads, which is more than its share where rows are few
         local = LocalSpec.make({**spec.local, "batch_size": batch}, "local")
         scaled = z * here / self.there * ((few / asked) ** 0.5 if self.own_noise else few / asked)
-        trial = self._trial(setting, max(LEAST, scaled), seed)
+        trial = self._trial(setting, max(LEAST, scaled), seed, few)
         method = make_method(spec.method.name, **spec.method.knobs)
         federation = replace(world.federation, clients=self.shards, test=self.test, public=())
         stage = replace(world, federation=federation, local=local, seed=seed, rounds=setting.rounds)
@@ -178,9 +186,13 @@ class _Stage:
                                    "which settings could be compared")
         return Tried(setting, z, float(figures["loss"]), float(figures[self.metric]), 1)
 
-    def _trial(self, setting: Setting, noise: float, seed: int) -> DPSGD | DPFedAvg:
+    def _trial(self, setting: Setting, noise: float, seed: int, few: int = 1) -> DPSGD | DPFTRL | DPFedAvg:
         """The layer with this much noise and no budget; rows are nobody's, so its draws may be known."""
         layer = self.parts.layers[self.at]
+        if isinstance(layer, DPFTRL):  # without a sum that hides them, each of the few adds all of its noise
+            knobs = self.parts.recipe.layers[self.at].knobs
+            return DPFTRL(unit="example", noise_multiplier=noise / few**0.5, clip_norm=setting.clip_norm,
+                          delta=layer.delta, seed=seed, restart_every=knobs.get("restart_every", 0))
         if isinstance(layer, DPSGD):
             return DPSGD(noise_multiplier=noise, clip_norm=setting.clip_norm, delta=layer.delta, seed=seed,
                          noise="local" if self.own_noise else "central")
@@ -203,7 +215,7 @@ class _Stage:
         """The noise multiplier that these rounds and batches need on the real rows."""
         asked = self._with(setting)
         layer = bound(make_layers(asked)[0], asked, self.real, LocalSpec.make(asked.local, "local"))[self.at]
-        assert isinstance(layer, DPSGD | DPFedAvg) and layer.noise_multiplier is not None
+        assert isinstance(layer, DPSGD | DPFTRL | DPFedAvg) and layer.noise_multiplier is not None
         return layer.noise_multiplier
 
 

@@ -15,6 +15,8 @@ from fedllm.runs.recipe import Recipe
 
 FASTEST = 0.1
 """A learning rate of adam above this is hardly meant: it moves every weight by as much in each step."""
+STEEPEST = 1000.0
+"""And one of sgd above this, also where gradients are clipped short for privacy."""
 
 
 def check_training(model: Any, local: LocalSpec, method: Method, layers: Any = ()) -> None:
@@ -76,6 +78,9 @@ def cautions(local: LocalSpec) -> list[str]:
     if local.optimizer == "adamw" and local.lr * local.weight_decay >= 1:
         return [f"local.lr * local.weight_decay = {local.lr * local.weight_decay:g}: each step takes away all that a "
                 "weight is; usual are 0 to 0.1 for the decay"]
+    if local.optimizer == "sgd" and local.lr > STEEPEST:
+        return [f"local.lr = {local.lr:g} is the rate of sgd, by which each step is as many gradients long: usual are "
+                "1e-3 to 10"]
     if local.optimizer == "sgd" or local.lr <= FASTEST:
         return []
     return [f"local.lr = {local.lr:g} is the rate of {local.optimizer}, which moves every weight by about as much in "

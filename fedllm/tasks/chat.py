@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 COLUMNS = ("messages", "conversations", "conversation")
 """Columns that a conversation is found in: as OpenAI writes it (role, content) or ShareGPT (from, value)."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-         "bot": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
+         "bot": "assistant", "model": "assistant", "ai": "assistant", "observation": "tool",
+         "function_response": "tool"}
 SPOKEN = ("user", "assistant", "system", "developer", "tool", "function")
 """Roles that a turn may have; those of ShareGPT are read as these."""
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
@@ -42,15 +43,18 @@ def messages_of(row: Row, where: str) -> Turns | None:
     if not isinstance(turns, list) or not all(isinstance(t, Mapping) and _keys(t) for t in turns):
         raise DataError(f"{where}: {column!r} must be a list of objects with 'role' and 'content' (or 'from' and "
                         "'value')", kind="chat")
+    if not turns:
+        raise DataError(f"{where}: {column!r} holds no turns, so that there is nothing to learn", kind="empty")
     made = [_turn(t, f"{where}: {column!r}, turn {i}") for i, t in enumerate(turns, start=1)]
     if len(made) < 2 or made[-1]["role"] != "assistant":
         raise DataError(f"{where}: {column!r} must hold two turns or more and end with the role 'assistant'",
                         kind="chat")
     _check_order(made, f"{where}: {column!r}")
     check_answers(made, f"{where}: {column!r}")
-    if is_blank(made[-1]["content"]) and not made[-1].get("tool_calls"):
-        raise DataError(f"{where}: the last turn of {column!r} is empty, so that there is nothing to learn",
-                        kind="empty")
+    if mute := [i for i, t in enumerate(made, start=1) if t["role"] == "assistant" and is_blank(t["content"])
+                and not t.get("tool_calls")]:
+        at = "the last turn" if mute[0] == len(made) else f"turn {mute[0]} (the assistant's)"
+        raise DataError(f"{where}: {at} of {column!r} is empty, so that there is nothing to learn", kind="empty")
     return made
 
 
@@ -60,8 +64,6 @@ def _check_order(turns: Turns, what: str) -> None:
     if "user" not in roles[:-1]:
         raise DataError(f"{what} has no turn of the user, so that nothing is answered", kind="chat")
     for i, role in enumerate(roles, start=1):
-        if role not in SPOKEN:
-            raise DataError(f"{what}, turn {i}: the role is {role!r:.80}; allowed are {', '.join(SPOKEN)}", kind="chat")
         if role in ("system", "developer") and i > 1:
             raise DataError(f"{what}, turn {i} is the {role}'s; it can only come first", kind="chat")
         if role == "assistant" and i > 1 and roles[i - 2] == role:
@@ -81,7 +83,10 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     role, content = turn[names[0]], turn.get(names[1])
     if not isinstance(role, str):
         raise DataError(f"{where}: the {names[0]} is {role!r:.80}; it must be user, assistant or system", kind="chat")
-    role, calls = ROLES.get(role.lower(), role.lower()), calls_of(turn, where)
+    role = ROLES.get(role.strip().lower(), role.strip().lower())
+    if role not in SPOKEN:
+        raise DataError(f"{where}: the role is {role!r:.80}; allowed are {', '.join(SPOKEN)}", kind="chat")
+    calls = calls_of(turn, where)
     if calls and role != "assistant":
         raise DataError(f"{where} is the {role}'s and has 'tool_calls'; the assistant alone calls tools", kind="chat")
     if content is None and not calls:

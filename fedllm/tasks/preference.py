@@ -36,7 +36,7 @@ class Preference(Task):
         if bad := [name for name, text in said.items() if not text.strip()]:
             raise DataError(f"{where}: {bad[0]!r} is {said[bad[0]]!r:.80}; a preference row needs text in chosen and "
                             "in rejected")
-        if said["chosen"] == said["rejected"]:
+        if said["chosen"].strip() == said["rejected"].strip():
             raise DataError(f"{where}: 'chosen' and 'rejected' are the same text, so that nothing is preferred")
         made = {name: how.template({**row, "response": text}, where) for name, text in said.items()}
         return {"prompt": made["chosen"]["prompt"], **{name: m["response"] for name, m in made.items()}}

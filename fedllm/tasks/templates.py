@@ -147,6 +147,15 @@ def columns_of(spec: str | Mapping[str, str] | None) -> set[str]:
     return {name for part in made._parts for _, name in part if name is not None}
 
 
+def told_before(spec: str | Mapping[str, str] | None) -> list[str]:
+    """Fields that a template puts into the prompt and into the response."""
+    made = template(spec)
+    if not isinstance(made, Template):
+        return []
+    asked, said = ({name for _, name in part if name is not None} for part in made._parts)
+    return sorted(asked & said)
+
+
 def as_response(render: Render, row: Row, text: str, where: str) -> str | None:
     """What a template would make the response if this text were the answer; None where that is made of several fields,
     or of none."""

@@ -24,7 +24,8 @@ SIGNS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeErro
 """What a template raises at turns that it does not take."""
 WEIGHED = ("weight", "train", "training", "train_detail", "training_detail")
 """Keys by which a turn, or a part of it, is not to be learned: OpenAI's, and what Axolotl's rows have."""
-LOST = ("function_call", "reasoning_content", "reasoning", "thinking", "audio")
+LOST = ("function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "image", "images",
+        "image_url", "video", "videos", "files", "attachments")
 """Parts of a turn that are not learned, and that nobody would miss before the model is asked."""
 
 
@@ -37,7 +38,7 @@ def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not all(isinstance(t, Mapping) and isinstance(_named(t), str) for t in given):
         raise DataError(f"{where}: 'tools' must be a list of objects {{type: function, function: {{name, description, "
                         "parameters}}, or JSON text of one", kind="chat")
-    return [dict(tool) for tool in given]
+    return [{n: v for n, v in tool.items() if v is not None} for tool in given]
 
 
 def _named(tool: Mapping[str, Any]) -> Any:
@@ -78,8 +79,14 @@ def _json(text: str, what: str) -> Any:
     def no_number(name: str) -> None:
         raise ValueError(f"{name} is no number of JSON")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the key {twice!r:.80} is given twice")
+        return dict(pairs)
+
     try:
-        return json.loads(text, parse_constant=no_number)
+        return json.loads(text, parse_constant=no_number, object_pairs_hook=once)
     except ValueError as error:
         raise DataError(f"{what} is no JSON: {error}", kind="chat") from None
 

@@ -148,6 +148,20 @@ def rows_of_ones_own(recipe, tmp_path, monkeypatch):
         "fields": {"prompt": "q", "response": "a"}, "partition": {"kind": "iid", "clients": 2}}}
 
 
+def test_a_recipe_that_was_edited_in_the_folder_is_not_gone_on_with(recipe, tmp_path):
+    import fedllm
+    from fedllm.core.errors import RunError
+
+    folder = fedllm.run(recipe, root=tmp_path, rounds=1).folder
+    text = (folder / "recipe.yaml").read_text()
+    assert fedllm.resume(folder, rounds=2).rounds == 2 and fedllm.resume(folder, rounds=3).rounds == 3
+    (folder / "result.json").unlink()
+    (folder / "recipe.yaml").write_text(text.replace("lr: 0.02", "lr: 0.03"))
+    with pytest.raises(RunError, match=r"has other local\.lr than the run began with"):
+        fedllm.resume(folder)
+
+
+
 @pytest.mark.parametrize("other, said", [
     ("data.jsonl", "rows of client 'client-0"), ("test.jsonl", "rows of the global test"),
     ("public.jsonl", "public rows"), ("model", "weights of the base model"), (None, None)])

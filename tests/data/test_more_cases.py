@@ -20,7 +20,7 @@ QA = {"fields": {"prompt": "q", "response": "a"}, "template": "plain", "partitio
 
 
 def rows(path, n=12, name=""):
-    path.write_text("".join(json.dumps({"q": f"{name or path.stem} {i}", "a": "y"}) + "\n" for i in range(n)))
+    path.write_text("".join(json.dumps({"q": f"{name or path.stem} {i}", "a": f"y {i}"}) + "\n" for i in range(n)))
     return path
 
 

@@ -192,8 +192,9 @@ def test_what_rows_hold_that_was_hardly_meant_is_said(tmp_path, row, said):
 @pytest.mark.parametrize("template", [{"prompt": "{q} {a}", "response": "{a}"}, {"prompt": "{a}", "response": "{a}"}])
 def test_a_prompt_that_tells_the_answer_is_said(tmp_path, template):
     source = lines(tmp_path / "a.jsonl", qa())
-    (said,) = load_federation({"source": source, **QA, "template": template, "client_test": 0.0}, 0).cautions
-    assert "every prompt ends with its own response" in said
+    said = load_federation({"source": source, **QA, "template": template, "client_test": 0.0}, 0).cautions
+    assert len(said) >= 2 and "into the prompt and into the response" in said[0]
+    assert "every prompt ends with its own response" in said[-1]
 
 
 @pytest.mark.parametrize("tags", [["X", 1], ["x", "X"], ["B-PER", "B-per"]])

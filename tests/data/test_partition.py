@@ -115,7 +115,7 @@ def test_by_cluster_refuses_bad_embeddings_wordless_texts_and_too_few_topics():
     ({"kind": "iid", "clients": 0}, r"data\.partition\.clients = 0: allowed is a whole number from 1 up"),
     ({"kind": "iid", "clients": True}, "clients = True"),
     ({"kind": "iid", "clients": 2.5}, "clients = 2.5"),
-    ({"kind": "dirichlet", "clients": 2, "alpha": 0}, r"alpha = 0: allowed is a number above 0"),
+    ({"kind": "dirichlet", "clients": 2, "alpha": 0}, r"alpha = 0: allowed is a number from 1e-06 to 1e"),
     ({"kind": "dirichlet", "clients": 2, "alpha": float("nan")}, "alpha = nan"),
     ({"kind": "dirichlet", "clients": 2, "alpha": "1e-2"}, "alpha = '1e-2'"),
     ({"kind": "dirichlet", "clients": 2}, "dirichlet needs alpha"),

@@ -209,7 +209,7 @@ def test_ids_are_short_distinct_on_every_disk_and_null_is_nobodys():
 
 def test_columns_that_nobody_reads_are_said(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(f'{{"instruction": "add {i}", "input": "1 2", "output": "3", "id": 4}}\n'
+    path.write_text("".join(f'{{"instruction": "add {i}", "input": "1 2", "output": "{i}", "id": 4}}\n'
                             for i in range(20)))
     spec = {"source": str(path), "fields": {"prompt": "instruction", "response": "output"},
             "partition": {"kind": "iid", "clients": 2}}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartForConditionalGeneration, LlamaForSequenceClassification, LlamaModel
 
-from fedllm.core.errors import ModelError
+from fedllm.core.errors import CompositionError, ModelError
 from fedllm.models.load import load_model, load_tokenizer
 from fedllm.spaces import make_space
 
@@ -145,3 +145,45 @@ def test_dropout_that_is_off_is_said(folder):
     (folder / "config.json").write_text(json.dumps({**said, "attention_dropout": 0.3}))
     assert load(folder).said == ["dropout is off while clients train, though the model's config has "
                                  "attention_dropout > 0"]
+
+
+@pytest.mark.parametrize("harm, why", [
+    (lambda f: (f / "config.json").unlink(), "has no config.json, so that it is no model"),
+    (lambda f: ((f / "config.json").unlink(), (f / "adapter_config.json").write_text("{}")), "holds a PEFT adapter"),
+    (lambda f: config(f, quantization_config={"quant_method": "fp8"}), "its weights are packed .*'fp8'"),
+    (lambda f: narrowed(f), r"'model\.norm\.weight' in 8 bits")])
+def test_a_folder_that_is_no_model_or_a_packed_one_is_told_as_that(folder, harm, why):
+    harm(folder)
+    with pytest.raises(ModelError, match=why):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_folder_that_one_stands_in(folder, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ModelError, match=rf"model\.name = '{name}' names no model"):
+        load(name)
+
+
+def test_a_url_is_no_model_and_what_it_holds_is_not_repeated():
+    with pytest.raises(ModelError, match="nothing is fetched from a URL") as error:
+        load("https://user:hf_SECRET@host/x/y")
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_first_token_that_sees_no_other_stands_for_no_text(folder, tiny_bert_folder):
+    with pytest.raises(CompositionError, match=r"pooling = 'cls' .* first token sees none of those after it"):
+        load(folder, "classification", pooling="cls")
+    load(tiny_bert_folder, "classification", pooling="cls")
+
+
+def config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def narrowed(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, path, {"format": "pt"})

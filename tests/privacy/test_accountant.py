@@ -113,6 +113,8 @@ def test_a_release_without_noise_voids_the_claim_loudly(caplog):
     joined = join([{"layer": "DPFedAvg", "void": state["unbooked"]}])
     assert joined["claim"] == "none" and "without noise" in joined["void"][0]
     assert join([]) is None
+    loud, claim = {"layer": "dp_fedavg", "void": [], "epsilon": 9e7}, {"layer": "dp_sgd", "void": [], "epsilon": 900.0}
+    assert join([loud, claim])["void"] == ["epsilon = 9e+07 promises nothing"] and join([claim])["claim"] == "private"
 
 
 @pytest.mark.parametrize("call, says", [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evidence.pages.composition import examples, foldings, rows, table
+from evidence.pages.composition import examples, foldings, rows, shared_table, table
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError
 from fedllm.core.payload import pack
@@ -17,6 +17,7 @@ from fedllm.core.reduce import Mean
 from fedllm.core.rng import numpy_stream
 from fedllm.defenses.median import Median
 from fedllm.methods._factors import Products
+from fedllm.methods.registry import make_method
 from fedllm.privacy.composition import check_stack, clash
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_ftrl import DPFTRL
@@ -111,6 +112,22 @@ def test_the_table_covers_every_pair():
     assert table().count("\n") == n * n + 4 * n + 2
     docs = Path(__file__).parents[2] / "docs" / "privacy.md"
     assert table() in docs.read_text(), "docs/privacy.md holds another table than evidence.pages.composition.table()"
+    assert shared_table() in docs.read_text(), "docs/privacy.md holds another table than shared_table()"
+
+
+@pytest.mark.parametrize("shared", [DPSGD(noise_multiplier=1.0, noise="shared"),
+                                    DPFTRL(noise_multiplier=1.0, unit="example")])
+def test_noise_that_clients_share_stands_above_a_secure_sum(shared):
+    """What the table for it calls sound is what a stack is held to; rows are made private once."""
+    method, reducers = make_method("fedavg"), {"local": Mean()}
+    check_stack(method, [shared, SecAgg(), FedRDMA(chunk_bytes=4096)], reducers)
+    check_stack(method, [shared, SecAggPlus(), LIVE["server_tree"]], reducers)
+    for stack, why in (([shared], "no layer below hides"), ([shared, HECKKS()], "no layer below hides"),
+                       ([DPSGD(noise_multiplier=1.0), shared, SecAgg()], "the same work twice"),
+                       ([shared, DPSGD(noise_multiplier=1.0), SecAgg()], "the same work twice"),
+                       ([shared, CodecQuant(), SecAgg()], "to the last bit")):
+        with pytest.raises(CompositionError, match=why):
+            check_stack(method, stack, reducers)
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda r: f"{r.above} / {r.below}")

@@ -72,3 +72,21 @@ def test_a_run_that_answered_nothing_is_failed(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(FedSPSC, "answer", answer)
     with pytest.raises(DidNothing, match="none of the 16 questions of the test got an answer"):
         fedllm.run(recipe, root=tmp_path, method={"name": "fed_sp_sc", "embed": "tfidf", "n_synonyms": 0}, rounds=1)
+
+
+@pytest.mark.parametrize("method", ["fedavgm", "fedadam"])
+def test_a_rate_of_the_servers_that_wrecks_the_model_commits_nothing(recipe, tmp_path, method):
+    with pytest.raises(DidNothing, match=r"what the server makes of the answers is .* long, allowed is .*server_lr"):
+        fedllm.run(recipe, root=tmp_path, rounds=1, method={"name": method, "server_lr": 1e15})
+
+
+def test_what_is_no_number_is_not_committed(recipe, tmp_path, monkeypatch):
+    good = FedAvg.round
+
+    def round(self, state, clients):
+        new = yield from good(self, state, clients)
+        return {**new, "theta": {n: t * float("inf") for n, t in new["theta"].items()}}
+
+    monkeypatch.setattr(FedAvg, "round", round)
+    with pytest.raises(DidNothing, match="what the server makes of the answers holds NaN or infinity in 'theta/"):
+        fedllm.run(recipe, root=tmp_path, rounds=1)

@@ -72,9 +72,25 @@ def test_where_a_client_is_what_is_private_whole_clients_rehearse_it(private, mo
     assert made[-1].noise_multiplier == pytest.approx(tried.noise_multiplier * 12 / 54 * (38 / 12) / 3)
 
 
+def test_settings_of_rows_in_turn_are_rehearsed_with_the_noise_of_the_federations_tree(private, monkeypatch):
+    tree = {"name": "dp_ftrl", "unit": "example", "epsilon": 60.0, "delta": 1e-3, "restart_every": 2}
+    private |= {"layers": [tree, "secagg"], "local": {**private["local"], "lr": 1.0}}
+    stage = _Stage(build(load_recipe(private)), 0)
+    made, plain = [], stage._trial
+    monkeypatch.setattr(stage, "_trial", lambda *rest: made.append(plain(*rest)) or made[-1])
+    tried = stage.rehearse(Setting(4, 1.0, 1.0, 512), 0)
+    here, there = 38 / 4, 162 / 4  # rows of a client, as below shared noise
+    assert made[-1].noise_multiplier == pytest.approx(tried.noise_multiplier * here / there / 4**0.5)
+    assert made[-1].restart_every == 2 and np.isfinite(tried.loss)
+    twice = stage.rehearse(Setting(8, 1.0, 1.0, 512), 0)  # four readings of each row and not two
+    assert twice.noise_multiplier > tried.noise_multiplier
+
+
 @pytest.mark.parametrize("change,says", [
-    ({"layers": ["secagg"]}, r"layers = \['secagg'\].*add one"),
+    ({"layers": ["secagg"]}, r"layers = \['secagg'\].*dp_ftrl or dp_fedavg; add one"),
     ({"layers": [{"name": "dp_sgd", "noise_multiplier": 1.0}]}, "layers.0.epsilon is not given"),
+    ({"layers": [{"name": "dp_ftrl", "epsilon": 4.0, "delta": 1e-3, "mechanism": "banded"}]},
+     "layers.0.unit = 'client': settings of dp_ftrl are proposed for unit: example alone"),
     ({"data.public": 0.0}, "data.public gives 0 rows; settings are proposed from 6")])
 def test_what_cannot_be_proposed_is_refused(private, change, says):
     with pytest.raises(RecipeError, match=says):
