@@ -54,7 +54,7 @@ def compare(recipe: Annotated[Path, typer.Argument(metavar="RECIPE|FAMILY", help
                 "Folder of the comparison. Default: comparisons/NAME."))] = None,
             as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: progress, then the "
                                                                  "comparison.")] = False) -> None:
-    """Compare methods on a recipe: [bold]fedllm compare recipes/demo.yaml --methods fedavg,fedprox --seeds 8[/bold].
+    """Compare methods on a recipe: [bold]fedllm compare recipe.yaml --methods fedavg,fedprox --seeds 8[/bold].
 
     Every cell is an ordinary run folder; what is finished is not run again.
     """

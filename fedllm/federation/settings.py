@@ -150,7 +150,7 @@ class SiteSettings(Spec):
         try:
             said = yaml.safe_load(Path(policy).read_text(encoding="utf-8")) if policy is not None else {}
             if not isinstance(said, Mapping):
-                raise ValueError("allowed is a mapping of keys, as in docs/federation.md")
+                raise ValueError(f"allowed is a mapping of these keys: {', '.join(cls.model_fields)}")
             return cls.model_validate({**values, **said})
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise RecipeError(f"{policy or 'the settings of this site'}: {error}") from None
