@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 import fedllm
+from fedllm.cli.guard import stopped
 from fedllm.cli.tables import client_table, show_method
 from fedllm.core.errors import RecipeError
 from fedllm.methods.registry import METHODS
@@ -67,3 +69,13 @@ def test_the_demos_table_of_clients_is_read_on_a_narrow_terminal(width, tmp_path
     text = console.export_text()
     assert "…" not in text and "office-7" in text and "local only" in text and "centralized" in text
     assert ("loss: in the report" in text) == (width == 80)
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (KeyboardInterrupt(), "stopped by hand: nothing was kept yet"),
+    (KeyboardInterrupt("stopped by hand: 2 of 3 rounds are kept"), "stopped by hand: 2 of 3 rounds are kept")])
+def test_whoever_presses_ctrl_c_is_told_what_is_kept(error, said, capsys):
+    """Also before a run has anything to say: an exception without words is one nevertheless."""
+    with pytest.raises(typer.Exit) as ended, stopped("nothing was kept yet"):
+        raise error
+    assert ended.value.exit_code == 130 and capsys.readouterr().err.strip() == said
