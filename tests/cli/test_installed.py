@@ -1,6 +1,7 @@
 """What an installed fedllm says names only what is installed: no page, recipe, tool or target of a checkout."""
 
 import ast
+import io
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fedllm.core.errors import RecipeError
 from fedllm.methods.registry import METHODS
 from fedllm.runs.recipe import load_recipe
 from fedllm.runs.result import Result
+from fedllm.runs.terminal import progress_bars
 
 PACKAGE = Path(fedllm.__file__).parent
 OF_A_CHECKOUT = re.compile(r"\bdocs/|\brecipes/|`make [a-z]+`|\bpython -m evidence|\bevidence/|\btests/")
@@ -79,3 +81,16 @@ def test_whoever_presses_ctrl_c_is_told_what_is_kept(error, said, capsys):
     with pytest.raises(typer.Exit) as ended, stopped("nothing was kept yet"):
         raise error
     assert ended.value.exit_code == 130 and capsys.readouterr().err.strip() == said
+
+
+def test_the_time_left_is_read_on_a_narrow_terminal():
+    with progress_bars(Console(width=80, force_terminal=True, file=io.StringIO())) as shown:
+        shown.rounds(60, 1)
+        shown.round(1, 3)
+        shown.bars.update(shown.outer, left=3723.0, note="training loss 4.066")
+        shown.bars.update(shown.inner, note="3 of 3 clients answered, 1,401 tokens/s")
+        paper = Console(width=80, record=True, file=io.StringIO())
+        paper.print(shown.bars.get_renderable())
+    lines = paper.export_text().splitlines()
+    assert len(lines) == 2 and "1/60 0:00:00 1:02:03 left training loss 4.066" in lines[0], lines
+    assert "3 of 3 clients answer" in lines[1], lines
