@@ -95,7 +95,7 @@ def client_table(console: Console, result: Result) -> Table:
                *((name.replace("_", " "), rule["clients"]) for name, rule in rules(result).items())]
     columns = [(name, m) for name, m in columns if m]
     metrics = shown(result.metrics, *(m for _, c in columns for m in c.values()))
-    for count in range(len(metrics), 0, -1):
+    for count in range(max(1, len(metrics)), 0, -1):
         table = _clients(result, columns, metrics[:count])
         if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
             break
