@@ -118,7 +118,8 @@ def advise(source: str | Path | Mapping[str, Any] | Recipe, wants: Wants | None 
 def _then(source: object, overrides: Mapping[str, Any], names: Sequence[str]) -> str:
     """The command that compares them, on the recipe as it was changed here."""
     where = str(source) if isinstance(source, str | Path) else "RECIPE"
-    changed = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items() if key.partition(".")[0] != "method"]
+    changed = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()
+               if key.partition(".")[0] != "method"]  # these are named instead
     return shlex.join(["fedllm", "compare", where, *changed, "--methods", ",".join(names)])
 
 
