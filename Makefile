@@ -40,7 +40,7 @@ $(VENV)/.bench: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.demo
 	$(BIN)/fedllm demo
 
-# The same on a real language model, SmolLM2-135M-Instruct: a quarter of an hour.
+# The same on a real language model, SmolLM2-135M-Instruct: some six minutes.
 demo-llm: $(VENV)/.llm
 	$(BIN)/fedllm demo --llm
 

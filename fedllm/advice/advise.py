@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.advice.standing import board, places, rows_for, share_of_bytes, standing
+from fedllm.core.card import Trial
 from fedllm.core.errors import FedLLMError, RecipeError
 from fedllm.methods.asking import Asking
 from fedllm.methods.registry import METHODS, method_class
@@ -83,7 +86,8 @@ def advise(source: str | Path | Mapping[str, Any] | Recipe, wants: Wants | None 
     """
     recipe, asked = load_recipe(source, overrides), wants or Wants()
     said, asked = read_wants(recipe, asked)
-    rows = rows_for(recipe.data.task)
+    if not (rows := rows_for(recipe.data.task)) and (rows := rows_for()):
+        said.append("the leaderboard has no row of this task, so that those of other tasks are taken")
     which = "personal" if asked.personal else "global"
     found = places(rows, which)
     chosen: list[Advised] = []
@@ -108,9 +112,15 @@ def advise(source: str | Path | Mapping[str, Any] | Recipe, wants: Wants | None 
     if not chosen:
         common = "; ".join(f"{why} ({n} methods)" for why, n in Counter(passed.values()).most_common(3))
         raise RecipeError(f"no method fits ({', '.join(said)}): {common}")
+    return Advice(recipe.name, said, chosen, passed, _then(source, overrides or {}, [a.method for a in chosen]))
+
+
+def _then(source: object, overrides: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The command that compares them, on the recipe as it was changed here."""
     where = str(source) if isinstance(source, str | Path) else "RECIPE"
-    names = [a.method for a in chosen]
-    return Advice(recipe.name, said, chosen, passed, f"fedllm compare {where} --methods {','.join(names)}")
+    changed = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()
+               if key.partition(".")[0] != "method"]  # these are named instead
+    return shlex.join(["fedllm", "compare", where, *changed, "--methods", ",".join(names)])
 
 
 def _light(chosen: Sequence[Advised], told: Advised) -> bool:
@@ -145,13 +155,20 @@ def _rare(recipe: Recipe) -> bool:
 
 
 def in_order(recipe: Recipe, found: Mapping[tuple[str, str], tuple[int, int]]) -> Iterator[str]:
-    """Methods that learn: by their standing, then those without a row, whose tests are of this task first."""
+    """Methods that learn: by their standing, then those without a row, baselines before what is newer.
+
+    Those whose own tests are of this task, where it is none that every method has, come before what rows of other tasks
+    say.
+    """
     names = [n for n in METHODS if n not in ALONE and not issubclass(method_class(n), Asking)
              and not method_class(n).simulation_only]
+    task, worlds = recipe.data.task, board()["worlds"]
     ranked = {n: s for n in names if (s := standing(n, found)) is not None}
-    yield from sorted(ranked, key=lambda n: (ranked[n], n))
-    rest = [n for n in names if n not in ranked]
-    yield from sorted(rest, key=lambda n: (method_class(n).trial.task != recipe.data.task, n))
+    made = {n for n in names if method_class(n).trial.task == task != Trial().task}
+    told = any(worlds[world]["task"] == task for world, _ in found)
+    yield from sorted(names, key=lambda n: (n not in made if not told else n not in ranked, n not in ranked,
+                                            ranked.get(n, 0.0), n not in made,
+                                            method_class(n).card.topic != "baselines", n))
 
 
 def _looked_at(recipe: Recipe, method: str, wants: Wants, rows: Sequence[Mapping[str, Any]],
@@ -222,7 +239,9 @@ def reasons(parts: Parts, wants: Wants, rows: Sequence[Mapping[str, Any]], which
         out.append("its clients make forward passes alone")
     if wants.personal:
         out.append("each client ends with a model of its own")
-    out += [f"{r['place']} of {r['of']} on {r['world']} by the {which} model's {r['metric']}" for r in rows]
+    of_this = {name for name, world in board()["worlds"].items() if world["task"] == recipe.data.task}
+    out += [f"{r['place']} of {r['of']} on {r['world']} by the {which} model's {r['metric']}"
+            + ("" if r["world"] in of_this else ", which is another task") for r in rows]
     if any(which in r["front"] for r in rows):
         out.append("no other is as good for fewer bytes there")
     if not rows:

@@ -26,13 +26,14 @@ def board() -> Mapping[str, Any]:
         return {"worlds": dict(told["worlds"]), "rows": list(told["rows"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"the leaderboard that comes with fedllm cannot be read ({type(error).__name__}: {error}); "
-                          "install fedllm again, or write it with `make leaderboard`") from None
+                          "install fedllm again, or write it with `make leaderboard` in a checkout") from None
 
 
-def rows_for(task: str) -> list[Row]:
-    """The measured rows of the worlds with this task."""
+def rows_for(task: str | None = None) -> list[Row]:
+    """The measured rows of the worlds with this task, or of all."""
     worlds = board()["worlds"]
-    return [r for r in board()["rows"] if r["status"] in ("measured", "part") and worlds[r["world"]]["task"] == task]
+    return [r for r in board()["rows"] if r["status"] in ("measured", "part")
+            and task in (None, worlds[r["world"]]["task"])]
 
 
 def places(rows: Sequence[Row], which: str) -> dict[tuple[str, str], tuple[int, int]]:

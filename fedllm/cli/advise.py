@@ -33,7 +33,7 @@ def advise(recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; its me
            limit: Annotated[str | None, typer.Option("--bytes", metavar="SIZE", show_default=False, help=(
                "Most bytes of a run, up and down over all clients, as in 20MB."))] = None,
            as_json: Json = False) -> None:
-    """Name two or three methods that fit a recipe, and why: [bold]fedllm advise recipes/demo.yaml[/bold].
+    """Name two or three methods that fit a recipe, and why: [bold]fedllm advise recipe.yaml[/bold].
 
     Loads rows and model, and trains nothing.
     """
@@ -76,7 +76,8 @@ def show(found: Advice) -> None:
             say(f"  [dim]{escape(_line(row, number, size, duration))}[/dim]")
     for method, why in list(found.passed_over.items())[:BEFORE]:
         say(f"[dim]passed over: {method} ({escape(why)})[/dim]")
-    say("A place is of few seeds on small worlds. What holds on your rows:")
+    of_rows = "A place is of few seeds on small worlds. " if any(told.rows for told in found.methods) else ""
+    say(f"{of_rows}What holds on your rows:")
     out.print(found.then, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -36,7 +36,7 @@ def ask(source: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE_OR_URL", sh
         as_json: Json = False,
         key_env: Annotated[str | None, typer.Option(help="With a URL: environment variable with the key.")] = None
         ) -> None:
-    """Ask a method that answers questions: [bold]fedllm ask recipes/rag.yaml "Who signs an invoice?"[/bold]."""
+    """Ask a method that answers questions: [bold]fedllm ask rag.yaml "Who signs an invoice?"[/bold]."""
     from fedllm.runs.asked_far import FarSession
     from fedllm.runs.asking import Session  # heavy, as the whole of a run is
     from fedllm.runs.complaints import parse_override

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedllm.cli.guard import stopped
 from fedllm.core.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def compare(recipe: Annotated[Path, typer.Argument(metavar="RECIPE|FAMILY", help
                 "Folder of the comparison. Default: comparisons/NAME."))] = None,
             as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: progress, then the "
                                                                  "comparison.")] = False) -> None:
-    """Compare methods on a recipe: [bold]fedllm compare recipes/demo.yaml --methods fedavg,fedprox --seeds 8[/bold].
+    """Compare methods on a recipe: [bold]fedllm compare recipe.yaml --methods fedavg,fedprox --seeds 8[/bold].
 
     Every cell is an ordinary run folder; what is finished is not run again.
     """
@@ -66,16 +67,11 @@ def compare(recipe: Annotated[Path, typer.Argument(metavar="RECIPE|FAMILY", help
     changes: dict[str, Any] = dict(parse_override(text) for text in [*(set_ or ()), *(overrides or ())])
     if plugin:
         changes["plugins"] = [str(file) for file in plugin]
-    try:
-        with _display(as_json) as tell:
-            found = go(recipe, methods=_methods(methods), vary=axes(vary or (), "--vary"),
-                       grid=axes(grid, "--grid") if grid else None, seeds=_seeds(seeds), baseline=baseline,
-                       tuning_seeds=tuning_seeds, overrides=changes, real=real, jobs=jobs, out=to, tell=tell)
-            tell("comparison", {"folder": str(found.folder), **found.as_json()})
-    except KeyboardInterrupt:
-        err.print(f"\nstopped by hand: what is finished is kept in {to or ROOT}; the same command goes on",
-                  markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+    with stopped(f"what is finished is kept in {to or ROOT}; the same command goes on"), _display(as_json) as tell:
+        found = go(recipe, methods=_methods(methods), vary=axes(vary or (), "--vary"),
+                   grid=axes(grid, "--grid") if grid else None, seeds=_seeds(seeds), baseline=baseline,
+                   tuning_seeds=tuning_seeds, overrides=changes, real=real, jobs=jobs, out=to, tell=tell)
+        tell("comparison", {"folder": str(found.folder), **found.as_json()})
     if not as_json:
         show(found)
     if found.failed:

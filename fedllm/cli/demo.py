@@ -36,7 +36,7 @@ def demo(console: Console, root: Path, recipe: Path = RECIPE) -> None:
     folder = RunFolder.fresh(root, parts.recipe.name, resolved(parts))
     with progress_bars(console) as progress:
         result = Run(parts, folder, progress, publish).go()
-    console.print(client_table(result))
+    console.print(client_table(console, result))
     show_result(console, result)
     console.print(f"[dim]demo took {duration(time.perf_counter() - started)}; next: fedllm chat {result.folder}, or "
                   "fedllm methods[/dim]", soft_wrap=True)

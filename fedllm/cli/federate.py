@@ -102,8 +102,8 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
          rank: Annotated[int | None, typer.Option(help="LoRA rank that this site can afford.")] = None,
          shares: Annotated[str | None, typer.Option(help="What answers to queries hold: snippets, ids, or (no "
                                                          "text) scores, or counts.")] = None,
-         policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows, as in "
-                                                          "docs/federation.md.")] = None,
+         policy: Annotated[Path | None, typer.Option(help="YAML file with what this site allows: keys of "
+                                                          "its settings, which win over options.")] = None,
          text_leaves: Annotated[bool, typer.Option(help="Whether a reply may hold text.")] = False,
          threads: Annotated[int, typer.Option(help="Threads of the model.")] = 1,
          processes: Annotated[int, typer.Option(min=1, max=64, help="Processes that train together here, each with its "

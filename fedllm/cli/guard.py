@@ -32,7 +32,8 @@ def stopped(otherwise: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as error:
-            err.print(f"\n{error or f'stopped by hand: {otherwise}'}", markup=False, highlight=False, soft_wrap=True)
+            said = str(error) or f"stopped by hand: {otherwise}"  # without words it is an exception nevertheless
+            err.print(f"\n{said}", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(128 + (told[0] if told else signal.SIGINT)) from None
 
 

@@ -77,7 +77,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, plugin: Plugins = None,
                         ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: progress, then the "
                                                              "result (`fedllm schema run`).")] = False) -> None:
-    """Run a recipe: [bold]fedllm run recipes/demo.yaml method=fedprox local.lr=1e-3[/bold]."""
+    """Run a recipe: [bold]fedllm run recipe.yaml method=fedprox local.lr=1e-3[/bold]."""
     from fedllm.report.report import publish
     from fedllm.runs.progress import JsonLines
     from fedllm.runs.stages import begin
@@ -177,8 +177,8 @@ def recipe(keys: Annotated[bool, typer.Option("--keys", help="Every key: type, d
     from fedllm.runs.keys import listed, page
 
     if not keys:
-        raise RecipeError("`fedllm recipe --keys` shows every key that a recipe may have; docs/recipe.md is the same "
-                          "page")
+        raise RecipeError("`fedllm recipe --keys` shows every key that a recipe may have, with its type, default and "
+                          "meaning")
     if as_json:
         return put({"keys": listed()})
     typer.echo(page(), nl=False)
@@ -257,7 +257,7 @@ def chat(path: RunPath, temperature: Annotated[float, typer.Option(min=0.0, help
 
 @app.command()
 def demo(root: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
-         llm: Annotated[bool, typer.Option("--llm", help="On SmolLM2-135M-Instruct, in a quarter of an hour.")] = False,
+         llm: Annotated[bool, typer.Option("--llm", help="On SmolLM2-135M-Instruct, in some six minutes.")] = False,
          as_json: Json = False) -> None:
     """Eight institutions tune the embedded model together; offline, in a few minutes."""
     from fedllm.cli.demo import LLM, RECIPE

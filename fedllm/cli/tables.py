@@ -85,8 +85,8 @@ def _short(text: str, most: int = 300) -> str:
     return text if len(text) <= most else "... " + text[-most:]
 
 
-def client_table(result: Result) -> Table:
-    """Every client's own test before, alone and federated."""
+def client_table(console: Console, result: Result) -> Table:
+    """Every client's own test before, alone and federated, by as many metrics as the terminal is wide, at least one."""
     e = result.evaluation
     columns = [("before", (e.get("before") or {}).get("clients", {})),
                ("local only", (e.get("baselines", {}).get("local_only") or {}).get("clients", {})),
@@ -95,12 +95,23 @@ def client_table(result: Result) -> Table:
                *((name.replace("_", " "), rule["clients"]) for name, rule in rules(result).items())]
     columns = [(name, m) for name, m in columns if m]
     metrics = shown(result.metrics, *(m for _, c in columns for m in c.values()))
+    for count in range(max(1, len(metrics)), 0, -1):
+        table = _clients(result, columns, metrics[:count])
+        if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
+            break
+    if left := metrics[count:]:
+        table.caption = f"{', '.join(label(n, result.metrics) for n in left)}: in the report"
+    return table
+
+
+def _clients(result: Result, columns: Sequence[tuple[str, Any]], metrics: Sequence[str]) -> Table:
+    """These metrics of every client, each before, alone and so on."""
     table = Table(title="each client on rows of its own", title_justify="left", title_style="bold")
     table.add_column("client")
     for n in metrics:
         for name, _ in columns:
             table.add_column(f"{label(n, result.metrics)}\n{name}", justify="right")
-    for client in e.get("clients", {}):
+    for client in result.evaluation.get("clients", {}):
         table.add_row(client, *(number(c.get(client, {}).get(n), n) for n in metrics for _, c in columns))
     return table
 
@@ -192,7 +203,7 @@ def show_method(console: Console, name: str) -> None:
         ("method", f"{name}: {card.title}"), ("paper", card.paper), ("topic", card.topic), ("sends", card.sends),
         ("needs", card.needs), ("moves", card.moves and card.moves.words),
         ("claim", f"{claim.says} (rig {claim.rig}: {_figure(claim)} {claim.holds} {claim.threshold:g}, "
-                  f"{claim.seeds} seeds)"),
+                  f"{_seeds(claim)})"),
         ("evidence", card.evidence), ("file", source_of(name))]
     for key, value in rows:
         if value:
@@ -212,6 +223,11 @@ def _figure(claim: Claim) -> str:
     """What a claim compares with its threshold."""
     sign = {"own": "", "ratio": f" / that of {claim.baseline}", "difference": f" - that of {claim.baseline}"}
     return claim.metric + sign[claim.relative]
+
+
+def _seeds(claim: Claim) -> str:
+    """On how many seeds it is measured; what no seed moves on few."""
+    return f"{claim.seeds} seeds" if claim.seeds else "3 seeds" if claim.sort == "exact" else "10 seeds or more"
 
 
 def allowed(knob: dict[str, Any]) -> str:

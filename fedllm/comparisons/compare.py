@@ -206,8 +206,8 @@ def light(recipe: Recipe) -> None:
     """Refuse knobs that the recipe's method, space or training does not take, without loading anything."""
     from fedllm.local.spec import LocalSpec
     from fedllm.methods.registry import make_method
-    from fedllm.runs.build import make_recipe_space
+    from fedllm.runs.build import by_key, make_recipe_space
 
-    make_method(recipe.method.name, **recipe.method.knobs)
+    by_key("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
     make_recipe_space(recipe)
-    LocalSpec.make(recipe.local, "local")
+    by_key("local", lambda: LocalSpec.make(recipe.local, "local"))

@@ -98,8 +98,12 @@ def main(parent: int) -> None:
     """Answer line by line until there are no more."""
     importlib.import_module("plotly.offline")  # every run's report needs it: once here, not once in each child
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(forked(json.loads(line), parent)) + "\n")
-        sys.stdout.flush()
+        told = json.dumps(forked(json.loads(line), parent)) + "\n"
+        try:
+            sys.stdout.write(told)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who asked was ended; its terminal need not hear of it
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ function badge(state) { return h("span", { class: `badge ${BAD.includes(state) ?
 function address(id) { return `#/run/${id}`; }
 function cells(kind, values) { return h("tr", {}, values.map((v) => v instanceof HTMLTableCellElement ? v : h(kind, {}, v))); }
 function table(heads, rows, kind = "") {
-  return h("div", { class: `scroll ${kind}`, tabIndex: 0 },
+  const named = heads.map((head) => head instanceof Node ? head.textContent : head).filter(Boolean).join(", ");
+  return h("div", { class: `scroll ${kind}`, tabIndex: 0, role: "region", ariaLabel: named },
     h("table", {}, h("thead", {}, cells("th", heads)), h("tbody", {}, rows)));
 }
 function section(title, note, ...inner) {
@@ -148,7 +149,7 @@ function curves(many) {
   }
   out.push(["bytes so far", one ? ["up", "down"].map((k, i) => ({ ...line(many[0], i, k, many[0].curve), dash: ["solid", "dot"][i] })) :
     many.map((r, i) => ({ ...line(r, i, "up", r.curve), y: r.curve.map((p) => p.up + p.down) })), "round", { bytes: true }]);
-  return out.filter(([, lines]) => lines.some((l) => l.y.some((v) => v !== null)));
+  return out.filter(([, lines, , options]) => lines.some((l) => l.y.some((v) => options.bytes ? v > 0 : v !== null)));
 }
 
 function charts(many) {
@@ -233,17 +234,22 @@ function showSide(ids) {
     ["clients without an answer", (r) => r.clients.filter((c) => BAD.includes(c.state)).length], ["trouble", (r) => r.trouble]];
   const body = rows.map(([name, of]) => h("tr", {}, h("th", {}, name), many.map((r) => h("td", {}, of(r)))));
   keeping(() => view.replaceChildren(h("header", {}, h("h1", {}, "Side by side"), h("p", {}, `${many.length} runs`)),
-    section("Learning", "", grid), section("Figures", "", table(["", ...many.map((r) => h("th", {}, h("a", { href: address(r.id) }, r.name)))], body))));
+    section("Learning", "", grid), section("Figures", "", table(["", ...many.map((r) => h("th", {}, h("a", { href: address(r.id) }, r.name)))], body, "side"))));
   paint();
 }
 
-// The page is put together afresh with each change; where its reader had scrolled to stays.
+// The page is put together afresh with each change; where its reader had scrolled to, and what the keyboard is at, stays.
+const AT = "a, button, input, summary, .scroll";
+function named(node) {
+  return `${node.tagName} ${node.id || node.getAttribute("href") || node.ariaLabel || node.textContent}`;
+}
 function keeping(change) {
-  const at = [...view.querySelectorAll(".scroll")].map((s) => [s.scrollLeft, s.scrollTop]), focus = document.activeElement?.id;
+  const at = [...view.querySelectorAll(".scroll")].map((s) => [s.scrollLeft, s.scrollTop]);
+  const held = view.contains(document.activeElement) && document.activeElement.matches(AT) ? named(document.activeElement) : "";
   const y = scrollY;
   change();
   [...view.querySelectorAll(".scroll")].forEach((s, i) => at[i] && ([s.scrollLeft, s.scrollTop] = at[i]));
-  if (focus) document.getElementById(focus)?.focus({ preventScroll: true });
+  if (held) [...view.querySelectorAll(AT)].find((node) => named(node) === held)?.focus({ preventScroll: true });
   scrollTo(0, y);
 }
 
@@ -254,6 +260,8 @@ function where() {
 }
 function show() {
   const { what, ids } = where();
+  const of = what === "run" ? runs.get(ids[0])?.name : what === "side" ? "Side by side" : "";
+  document.title = of ? `${of} - fedllm dashboard` : "fedllm dashboard";
   if (what === "run") showRun(ids[0]);
   else if (what === "side") showSide(ids);
   else keeping(showList);

@@ -22,8 +22,7 @@ from transformers import (
 from fedllm.core.errors import CompositionError, ModelError
 from fedllm.core.rng import seed_of
 from fedllm.models import quantized
-from fedllm.models.checks import (complete, first_sees, loaded, pictures_fit, reads_names, reads_texts, unused,
-                                   words_fit)
+from fedllm.models.checks import complete, first_sees, loaded, pictures_fit, reads_names, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder
 from fedllm.models.gguf import gguf_folder, is_gguf
 from fedllm.models.kernels import freeing

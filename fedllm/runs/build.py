@@ -89,7 +89,7 @@ def build(recipe: Recipe) -> Parts:
         raise RecipeError(f"engine.kind = {recipe.engine.kind!r} runs between organisations: start it with "
                           "`fedllm serve`. In a simulation allowed are in_process, vectorized, ray")
     _take_threads(recipe.engine.threads)
-    method = _part("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
+    method = by_key("method", lambda: make_method(recipe.method.name, **recipe.method.knobs))
     check_ranks(recipe, method)
     check_metrics(method)
     if not overrides(method, "round"):  # it answers and examines: there is nothing to go round for
@@ -99,7 +99,7 @@ def build(recipe: Recipe) -> Parts:
     installed(recipe.track)
     check_rules(recipe)
     judges_of(recipe.evaluate.metric)  # a function that is not there is refused before any row is read
-    local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
+    local = by_key("local", lambda: LocalSpec.make(recipe.local, "local"))
     layers, selector = make_layers(recipe)
     compose(method, layers)
     federation, left_out = _without_empty(load_federation(recipe.data, recipe.seed, embed=_embedder(recipe)))
@@ -142,9 +142,9 @@ def _shards(federation: Federation) -> Sequence[Any]:
 def make_layers(recipe: Recipe, named: bool = False) -> tuple[list[Layer], Selector]:
     """The recipe's layers and its selector, which stands below them if it hears of clients; meters come last.
     `named`: some client holds a model of which the recipe does not know."""
-    layers = [_part(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
+    layers = [by_key(f"layers.{i}", functools.partial(make_layer, n.name, n.knobs, f"layers.{i}"))
               for i, n in enumerate(recipe.layers)]
-    selector = _part("select", lambda: make_selector(recipe.select.name, recipe.select.knobs))
+    selector = by_key("select", lambda: make_selector(recipe.select.name, recipe.select.knobs))
     meter = [*usage_of(recipe, layers, named), *energy_meter(recipe)]
     selector.check_stack([*layers, *meter])
     return [*layers, *([selector] if selector.hears else []), *meter], selector
@@ -160,7 +160,7 @@ def energy_meter(recipe: Recipe) -> list[Layer]:
                           "same time on one machine, whose counters cannot tell them apart. Allowed is engine.kind = "
                           "'in_process', or a real federation")
     first = {k: v[0] if isinstance(v, list) else v for k, v in spec.model_dump().items()}
-    return [_part("energy", lambda: EdgeEnergy.make(first, "energy"))]
+    return [by_key("energy", lambda: EdgeEnergy.make(first, "energy"))]
 
 
 def heard_by(layers: Sequence[Layer], selector: Selector) -> Selector:
@@ -184,7 +184,7 @@ def with_canaries(federation: Federation, recipe: Recipe) -> Federation:
 def make_world(recipe: Recipe, federation: Federation) -> World:
     """The recipe's model over these rows; loads the model."""
     space, start = make_recipe_space(recipe)
-    local = _part("local", lambda: LocalSpec.make(recipe.local, "local"))
+    local = by_key("local", lambda: LocalSpec.make(recipe.local, "local"))
     e = recipe.evaluate
     model = recipe_model(recipe, space, federation.task, federation.labels)
     if start is not None:
@@ -221,7 +221,7 @@ def make_fleet(recipe: Recipe) -> Fleet | None:
     return None if spec.step_seconds is None else Fleet(spec.step_seconds, spec.day_seconds, spec.day_share)
 
 
-def _part(path: str, make: Callable[[], T]) -> T:
+def by_key(path: str, make: Callable[[], T]) -> T:
     """Make one part; its errors name keys by the recipe's path (`method.mu`) and not by the class (`FedProx.mu`)."""
     try:
         return make()
@@ -234,7 +234,7 @@ def _part(path: str, make: Callable[[], T]) -> T:
 
 def make_recipe_space(recipe: Recipe) -> tuple[Space, str | None]:
     """The space, and the folder of the adapter that it starts from (`space.start_from`), if any."""
-    return _part("space", lambda: space_of(recipe.space))
+    return by_key("space", lambda: space_of(recipe.space))
 
 
 def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], local: LocalSpec,
@@ -245,9 +245,9 @@ def bound(layers: Sequence[Layer], recipe: Recipe, rows: Mapping[str, int], loca
     RecipeError for a schedule over the run's steps that does not fit the client with the fewest rows.
     """
     if rows:
-        _part("local", lambda: local.at(0, recipe.rounds, min(rows.values())))
+        by_key("local", lambda: local.at(0, recipe.rounds, min(rows.values())))
     facts = replace(make_facts(recipe, rows, local), guessed=guessed)
-    return [_part(f"layers.{i}", functools.partial(layer.bind, replace(facts, below=tuple(layers[i + 1 :]))))
+    return [by_key(f"layers.{i}", functools.partial(layer.bind, replace(facts, below=tuple(layers[i + 1 :]))))
             for i, layer in enumerate(layers)]
 
 

@@ -113,6 +113,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise RecipeError(f"{path} is the folder of a run: `fedllm resume {path}` goes on with it, and "
                               f"{path / 'recipe.yaml'} is its recipe") from None
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
+        if path.parts[:1] == ("recipes",) and not Path("recipes").is_dir():
+            hint = ("; the folder recipes/ lies in a checkout of fedllm, and `fedllm demo` leaves a recipe in its "
+                    "run's folder")
         raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error.strerror}{hint}") from None
     value = parse_yaml(text, str(path))
     if value is None or not isinstance(value, dict):

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedllm.core.errors import RecipeError
@@ -32,6 +32,8 @@ SPARK = "▁▂▃▄▅▆▇█"
 COLORS = {"answered": "green", "here": "green", "asked": "cyan", "not asked yet": "dim"}
 TOLD = 4
 """Lines of trouble that the live view shows, the newest."""
+WIDE = 100
+"""Columns of a terminal from which bars are long."""
 SHOWN = 12
 """Clients that the live view shows; of more, those whose round needs a look come first."""
 
@@ -170,6 +172,13 @@ class Left(ProgressColumn):
         return Text(clock(task.fields.get("left")), style="progress.remaining")
 
 
+class Note(ProgressColumn):
+    """What is said beside; where a terminal is narrow it is this that is cut, and no figure."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
 @contextlib.contextmanager
 def progress_bars(console: Console | None = None) -> Iterator[Quiet]:
     """Bars on a terminal, `Lines` elsewhere."""
@@ -177,8 +186,9 @@ def progress_bars(console: Console | None = None) -> Iterator[Quiet]:
     if not console.is_terminal:
         yield Lines()
         return
-    columns = [TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               Left(), TextColumn("{task.fields[note]}")]
+    columns = [TextColumn("{task.description:>14}"), BarColumn(30 if console.width >= WIDE else 12),
+               MofNCompleteColumn(table_column=Column(no_wrap=True)), TimeElapsedColumn(Column(no_wrap=True)),
+               Left(Column(no_wrap=True)), Note()]
     with Progress(*columns, console=console, transient=True) as bars:
         yield Bars(bars)
 

@@ -9,6 +9,7 @@ from fedllm.advice import standing
 from fedllm.advice.advise import Wants, advise, read_wants, unfit
 from fedllm.cli import main as cli
 from fedllm.core.errors import DataError, RecipeError
+from fedllm.methods.registry import METHODS
 from fedllm.runs.recipe import load_recipe
 
 
@@ -114,3 +115,19 @@ def test_the_packed_rows(monkeypatch, board):
     monkeypatch.undo()
     standing.board.cache_clear()
     assert {r["world"] for r in standing.board()["rows"]} <= set(standing.board()["worlds"])
+
+
+def test_a_task_without_rows_goes_by_those_of_other_tasks(recipe, board):
+    """Not by the alphabet: the first methods in a list of names are no advice."""
+    told = json.loads(board.read_text())
+    told["worlds"]["w"]["task"] = "classification"
+    board.write_text(json.dumps(told))
+    standing.board.cache_clear()
+    found = advise(recipe | {"local": {**recipe["local"], "optimizer": "sgd"}}, overrides={"rounds": 3, "method.mu": 1})
+    assert names(found) == ["flexlora", "fedsa_lora", "fedit"]
+    assert "no row of this task" in found.says[-1] and found.methods[0].rows[0]["place"] == 1
+    assert "1 of 6 on w by the global model's loss, which is another task" in found.methods[0].reasons
+    assert found.then == "fedllm compare RECIPE rounds=3 --methods flexlora,fedsa_lora,fedit"
+    board.write_text(json.dumps({"worlds": {}, "rows": []}))
+    standing.board.cache_clear()
+    assert {METHODS[n].card.topic for n in names(advise(recipe))} == {"baselines"}

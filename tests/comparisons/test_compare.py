@@ -109,7 +109,7 @@ def test_what_does_not_fit_and_what_dies(small, tmp_path):
     (["--grid", "method.mu=0.1,1"], "no arm has this knob"),
     (["--grid", "local.lr=1e-3,1e-3"], "a value is listed twice"),
     (["--grid", "local.lr="], "write key=value,value"),
-    (["--grid", "local.lr=1e-3,-1"], "local"),
+    (["--grid", "local.lr=1e-3,-1"], "local.lr = -1 is not allowed; it must be > 0"),
     (["--grid", "local.lr=1e-3,3e-3", "--seeds", "999,1000"], "1000 is one of the seeds that rates are chosen on"),
     (["--seeds", "0"], "from 1 up"),
     (["--seeds", "1,1"], "listed twice"),

@@ -74,7 +74,46 @@ def watch(page, address, run):
     page.get_by_role("link", name="hostile").click()
     page.get_by_text("<img src=x").first.wait_for()
     time.sleep(1)
-    assert page.title() == "fedllm dashboard" and page.locator("img").count() == 0 and not errors, errors
+    assert page.title() == "hostile - fedllm dashboard" and page.locator("img").count() == 0 and not errors, errors
     for width in (400, 900, 1400):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+
+
+@pytest.mark.slow
+def test_long_names_many_clients_and_the_keyboard(root, browser):
+    """Nothing runs out of its place at any width, and what the keyboard is at stays while the record grows."""
+    names = [f"a_sweep_over_rates_with_a_rather_long_name_number_{i}" for i in range(6)]
+    going = Run(root, "going", rounds=9).round(0, [f"hospital-{i}" for i in range(200)])
+    for name in names:
+        Run(root, name).round(0).test(1).round(1).test(2).log.close()
+    going.log.flush()
+    with going.folder.held(), served(root) as address:
+        page, errors = browser.new_page(viewport={"width": 1400, "height": 900}), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        box = page.get_by_label(f"side by side: {names[2]}")
+        box.focus()
+        for n in (1, 2, 3):
+            going.round(n).log.flush()
+            page.get_by_text(f"{n + 1} of 9").wait_for()
+        assert page.evaluate("document.activeElement.ariaLabel") == f"side by side: {names[2]}"
+        for other in page.get_by_role("checkbox").all():
+            other.check()
+        page.get_by_role("button", name="Side by side").click()
+        page.get_by_text("Figures").wait_for()
+        for width in (1400, 400, 800):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_function("[...document.querySelectorAll('.chart')].every(c => c.wide === c.clientWidth)")
+            legend, label = page.evaluate("""['.legend', '.side tbody th'].map((at) => {
+                const box = document.querySelector(at).getBoundingClientRect();
+                return [box.right, box.bottom, box.width];
+            })""")
+            top = page.evaluate("document.querySelector('.nsewdrag').getBoundingClientRect().top")
+            assert legend[0] <= width and legend[1] <= top + 2, (width, legend, top)  # it lies over no curve
+            assert label[2] >= 100 and page.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+        page.goto(f"{address}#/run/{page.evaluate('list.runs[1].id')}")
+        page.locator("h1", has_text=names[1]).wait_for()
+        page.set_viewport_size({"width": 400, "height": 900})
+        assert page.title() == f"{names[1]} - fedllm dashboard" and not errors, errors
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
