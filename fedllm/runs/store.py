@@ -131,6 +131,7 @@ def thaw(doc: Any, blobs: Blobs) -> Any:
     """The value that `freeze` was given."""
     if not isinstance(doc, dict):
         return doc
+    inner: Any
     tag, inner = next(iter(doc.items()), ("", None))
     known = ("$tensor", "$array", "$bytes", "$map", *(f"${n}" for n in SEQUENCES.values()))
     if len(doc) != 1 or tag not in known:

@@ -118,3 +118,9 @@ def test_events_wait_while_the_disk_is_full(tmp_path):
     log.append({"kind": "round", "round": 2})
     log.close()
     assert (tmp_path / "events.jsonl").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("doc", [{"version": 99}, {"$map": [], "$list": []}, {}])
+def test_what_another_version_wrote_is_named(tmp_path, doc):
+    with pytest.raises(RunError, match="which this version of fedllm has not written"):
+        thaw(doc, Blobs(tmp_path / "blobs"))
