@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def color(i: int) -> str:
 
 def _axis(table: Table) -> dict[str, str | None]:
     return {"title": label(table.metric), "tickformat": ".0%" if is_share(table.metric) else None}
+
+
+def _decades(values: list[float]) -> dict[str, str | int]:
+    """A log axis with marks at 1, 2 and 5, or where it spans more at 1: nine of a decade would lie on each other."""
+    return {"type": "log", "dtick": "D2" if max(values) < 100 * min(values) else 1}
 
 
 def _bar(row: Row) -> dict[str, object]:
@@ -46,7 +52,8 @@ def front(table: Table) -> str | None:
                            marker={"size": 11 if r.front else 8, "color": color(i),
                                    "symbol": "circle" if r.front else "circle-open"})
     figure.update_layout(hovermode="closest")
-    figure.update_xaxes(title="bytes of a run", type="linear" if zero else "log", tickformat="~s")
+    figure.update_xaxes(title="bytes of a run", tickformat="~s",
+                        **({} if zero else _decades([r.up + r.down for _, r in have])))
     figure.update_yaxes(**_axis(table))
     return html(figure, 360 + 12 * len(have))
 
@@ -71,7 +78,7 @@ def intervals(table: Table) -> str | None:
 
 def curves(table: Table, folder: Path) -> str | None:
     """The metric by round, mean over seeds, of runs that were tested in between."""
-    figure, most = go.Figure(), 0
+    figure, most, last = go.Figure(), 0, 0
     for i, row in enumerate(table.rows):
         by_round: dict[int, list[float]] = defaultdict(list)
         for seed in row.figures:
@@ -81,11 +88,11 @@ def curves(table: Table, folder: Path) -> str | None:
                 if value is not None:
                     by_round[event["round"]].append(float(value))
         rounds = sorted(r for r, v in by_round.items() if len(v) >= len(row.figures))
-        most = max(most, len(rounds))
+        most, last = max(most, len(rounds)), max([last, *rounds])
         figure.add_scatter(x=rounds, y=[sum(by_round[r]) / len(by_round[r]) for r in rounds], mode="lines+markers",
                            name=row.arm, line={"color": color(i), "width": 2}, marker={"size": 5})
     if most < 2:
         return None
-    figure.update_xaxes(title="rounds done")
+    figure.update_xaxes(title="rounds done", dtick=max(1, math.ceil(last / 10)))  # no half of a round
     figure.update_yaxes(**_axis(table))
     return html(figure, 360 + 12 * len(table.rows))

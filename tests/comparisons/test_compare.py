@@ -13,6 +13,7 @@ from fedllm.comparisons.chance import held_together, seeds_needed
 from fedllm.comparisons.design import make_design
 from fedllm.comparisons.figures import on_front, table_of
 from fedllm.comparisons.page import as_markdown, report_html
+from fedllm.comparisons.pictures import front
 from fedllm.comparisons.pool import pool
 from fedllm.comparisons.told import Comparison
 from fedllm.comparisons.weighed import ends
@@ -214,6 +215,17 @@ def test_pages_escape_what_they_are_told(tmp_path):
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
     rows = [line for line in as_markdown(found).splitlines() if line.startswith("| ")]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
+
+
+def test_axes_have_marks_that_can_be_read():
+    """Bytes at 1, 2, 5 of a decade (all nine lay on each other at 800 px), rounds in whole numbers."""
+    def page(ups):
+        arms = {f"a{i}": arm([0]) for i in range(2)}
+        return front(table_of("t", "", "a0", arms, {f"a{i}": {0: result(1.0 + i, 1.0, up)}
+                                                     for i, up in enumerate(ups)}))
+
+    assert '"dtick":"D2"' in page([1000, 2000]) and '"dtick":1' in page([10, 10_000_000])
+    assert '"type":"log"' not in page([0, 2000])
 
 
 def test_yaml_of_the_command_line():
