@@ -44,7 +44,7 @@ def unread(task: str, template: str | Mapping[str, str] | None, fields: Mapping[
     for table in tables:
         columns = list(table.rows[0])
         read = _read(made, template, [*columns, *fields])
-        yield from _for_nobody({n: c for n, c in fields.items() if c not in read}, read, by)
+        yield from _for_nobody({n: c for n, c in fields.items() if isinstance(c, list) or c not in read}, read, by)
         mapped = [fields.get(name, name) for name in read] + [c for n, c in fields.items() if n not in INPUTS]
         taken = {name for one in mapped for name in (one if isinstance(one, list) else [one])}
         for column in columns:

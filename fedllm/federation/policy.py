@@ -19,7 +19,7 @@ def written(policy: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise RecipeError(f"{policy} cannot be read: {error.strerror}") from None
     if not isinstance(said, Mapping) or not all(isinstance(key, str) for key in said):
-        raise RecipeError(f"{policy}: allowed is a mapping of keys, as in docs/federation.md")
+        raise RecipeError(f"{policy}: allowed is a mapping of this site's settings, as in methods: [fedavg]")
     return said
 
 

@@ -53,15 +53,15 @@ def judging(say, wait=0.0):
     """A judge that says what `say` makes of the prompt."""
     class Judge(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.answer({"data": []})
+            self.answer({"data": []}, 0.0)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             heard.append((body, dict(self.headers)))
             self.answer({"choices": [{"message": {"content": say(body["messages"][0]["content"])}}],
-                         "usage": {"prompt_tokens": 100, "completion_tokens": 7}})
+                         "usage": {"prompt_tokens": 100, "completion_tokens": 7}}, wait)
 
-        def answer(self, doc):
+        def answer(self, doc, wait):
             data = json.dumps(doc).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
@@ -158,7 +158,7 @@ def test_no_call_outlasts_its_deadline_and_failures_are_no_ties(runs):
     with judging(lambda prompt: "[[A]]", wait=0.05) as (url, _):
         began = time.monotonic()
         with pytest.raises(EndpointError, match="answered nothing"):
-            duel(one.folder, two.folder, str(folder / "asked.jsonl"), asking(url, timeout=0.4), limit=1)
+            duel(one.folder, two.folder, str(folder / "asked.jsonl"), asking(url, timeout=1.5), limit=1)
         assert time.monotonic() - began < 30
     with pytest.raises(EndpointError):
         duel(one.folder, two.folder, str(folder / "asked.jsonl"), asking("http://127.0.0.1:9/v1", timeout=1.0))
