@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -207,7 +209,9 @@ class Tolerant(Robust, ABC):
 def name_of(layer: Layer) -> str:
     """As a recipe calls it: the stem of its file. A key's message begins with the class (`Krum.f = 3`), in whose place
     `runs.build.by_key` puts the key's path."""
-    return type(layer).__module__.rpartition(".")[2]
+    kind = type(layer)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)  # a plugin's module is called otherwise
+    return Path(file).stem if file else kind.__name__
 
 
 def distances(x: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ weights and the learning rate come after. Which rows, and how one round's noise 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +54,9 @@ class Terms:
 def name_of(layer: Any) -> str:
     """As a recipe calls it: the stem of its file. A key's message begins with the class (`DPSGD.colluding = 2`), in
     whose place `runs.build.by_key` puts the key's path."""
-    return type(layer).__module__.rpartition(".")[2]
+    kind = type(layer)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)  # a plugin's module is called otherwise
+    return Path(file).stem if file else kind.__name__
 
 
 def need_company(layer: Any, count: int) -> None:

@@ -38,7 +38,8 @@ class Yaml(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, value in node.value:
-            if node.flow_style and key.style is None and ":" in key.value[:-1] and value.value == "":
+            plain = isinstance(key, yaml.ScalarNode) and key.style is None
+            if plain and node.flow_style and ":" in key.value[:-1] and value.value == "":
                 first, _, rest = key.value.partition(":")
                 raise yaml.MarkedYAMLError(problem_mark=key.start_mark, problem=(
                     f"'{key.value}' has no value; write a space after the colon, as in '{first}: {rest}'"))

@@ -13,7 +13,12 @@ from fedllm.attacks.att_byzantine import AttByzantine
 from fedllm.cli.main import main
 from fedllm.cli.tables import show_result
 from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.found import load_plugin
 from fedllm.core.layer import Facts
+from fedllm.defenses._robust import name_of as of_defense
+from fedllm.defenses.krum import Krum
+from fedllm.defenses.median import CoordinateMedian
+from fedllm.privacy._shared import name_of as of_privacy
 from fedllm.privacy.fedml_he import FedMLHE
 from fedllm.privacy.he_ckks import HECKKS
 from fedllm.runs.complaints import parse_override
@@ -28,6 +33,15 @@ def test_two_layers_that_clash_are_called_as_in_a_recipe():
     said = [r.says for r in rows() if r.says and r.above in examples()]
     named = {name for text in said for name in re.findall(r"layer '(\w+)'", text)}
     assert len(said) > 100 and "dp_fedavg" in named and named <= set(layer_classes())
+
+
+@pytest.mark.parametrize("called", [of_defense, of_privacy])
+def test_a_layer_of_a_plugin_is_called_by_its_file(tmp_path, called):
+    """Its module has a name of its own; one that was typed into a console has its class's."""
+    (tmp_path / "shrug.py").write_text("from fedllm.core.layer import Layer\n\n\nclass Loud(Layer):\n    pass\n")
+    assert called(load_plugin(tmp_path / "shrug.py", "plugins.0").Loud()) == "shrug"
+    assert called(type("Typed", (), {"__module__": "a_console"})()) == "Typed"
+    assert called(Krum()) == "krum" and called(CoordinateMedian()) == "median"
 
 
 @pytest.mark.parametrize("layer", [HECKKS(), FedMLHE()], ids=["he_ckks", "fedml_he"])
@@ -56,6 +70,9 @@ def test_a_colon_without_its_space_is_said():
     for text in ("layers=[{name:krum,f:3}]", "data.partition={kind:iid, clients: 2}"):
         with pytest.raises(RecipeError, match=r"has no value; write a space after the colon, as in '\w+: \w+'"):
             parse_override(text)
+    assert parse_override("a={<<: {u: 1}, 2: 3}")[1] == {"u": 1, 2: 3}
+    with pytest.raises(RecipeError, match="not YAML"):
+        parse_override("a={[x, y]: 1}")
     assert parse_override('a={"x":1, y: , "u:v": null, w: "a:b"}')[1] == {"x": 1, "y": None, "u:v": None, "w": "a:b"}
 
 
