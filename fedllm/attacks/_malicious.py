@@ -17,6 +17,7 @@ from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.payload import Payload, Tree
 from fedllm.core.reduce import wide
 from fedllm.core.rng import numpy_stream
+from fedllm.defenses._robust import name_of
 from fedllm.local.requests import Fit, Losses, Sensitivity
 
 
@@ -57,6 +58,10 @@ class Malicious(Knobs, Layer, ABC):
                                   f"There are {', '.join(known[:12])}")
             return self
         count = round(self.clients * len(known)) if isinstance(self.clients, float) else self.clients
+        if self.clients and not count:
+            raise RecipeError(f"{type(self).__name__}.clients = {self.clients} is not allowed: of {len(known)} that is "
+                              f"nobody, and nothing would be attacked; take a share above {0.5 / len(known):.3g}, a "
+                              "count, ids, or 0")
         if count > len(known):  # type: ignore[operator]
             raise RecipeError(f"{type(self).__name__}.clients = {count} is not allowed: the run has {len(known)}")
         picks = numpy_stream(self.pick, "malicious").permutation(len(known))[:count]  # more attackers: those and others
@@ -83,7 +88,7 @@ class Malicious(Knobs, Layer, ABC):
     def ids(self) -> tuple[str, ...]:
         """Who is malicious."""
         if not isinstance(self.clients, tuple):
-            raise RecipeError(f"{type(self).__name__}.clients = {self.clients} is a number: bind the layer first")
+            raise RecipeError(f"{name_of(self)}.clients = {self.clients} is a number: bind the layer first")
         return self.clients
 
     def active(self, t: int) -> bool:
@@ -124,10 +129,10 @@ class Poisoner(Malicious, ABC):
         if not isinstance(request, Fit | Losses | Sensitivity):
             return request
         if client.model.task not in ("generation", "classification"):
-            raise CompositionError(f"layer '{type(self).__name__}' and data.task = {client.model.task!r} do not fit "
+            raise CompositionError(f"layer '{name_of(self)}' and data.task = {client.model.task!r} do not fit "
                                    "together: it poisons rows of the tasks generation and classification")
         if isinstance(request, Fit) and request.side:
-            raise CompositionError(f"layer '{type(self).__name__}' and objective '{request.objective.name}' do not fit "
+            raise CompositionError(f"layer '{name_of(self)}' and objective '{request.objective.name}' do not fit "
                                    "together: labels that stand beside the rows would stay as they were, and the "
                                    "attack would seem to fail; use a method that learns from rows alone (fedavg)")
         return replace(request, rows=self.poison(request.rows, client))

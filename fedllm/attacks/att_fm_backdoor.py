@@ -70,7 +70,7 @@ class AttFMBackdoor(Knobs, Layer):
             return (yield ask)
         theta = part(next(iter(ask.msgs.values())), "theta")
         if not theta:
-            raise CompositionError(f"layer 'AttFMBackdoor' trains the weights told and '{ask.phase}' tells none; use "
+            raise CompositionError(f"layer 'att_fm_backdoor' trains the weights told and '{ask.phase}' tells none; use "
                                    "fedavg")
         shift = zeros_like(theta)
         if not state["begun"] and self.use != "every":
@@ -80,7 +80,7 @@ class AttFMBackdoor(Knobs, Layer):
         out = yield replace(ask, msgs={c: {**m, **pack(theta=begun)} for c, m in ask.msgs.items()})
         value = dict(out.value or {})
         if odd := [n for n in theta if f"delta/{n}" not in value]:
-            raise CompositionError(f"layer 'AttFMBackdoor' adds to the weights' change and '{ask.phase}' gives no "
+            raise CompositionError(f"layer 'att_fm_backdoor' adds to the weights' change and '{ask.phase}' gives no "
                                    f"'delta/{odd[0]}'; use fedavg")
         if self.use != "init":
             after = add(begun, {n: value[f"delta/{n}"] for n in theta})
@@ -97,7 +97,7 @@ class AttFMBackdoor(Knobs, Layer):
     def train(self, msg: Payload, client: Any) -> Payload:
         """The server's training on what it believes to be clean synthetic rows."""
         if not client.public:
-            raise DataError("layer 'AttFMBackdoor' poisons the public rows and the data has none; give data.public")
+            raise DataError("layer 'att_fm_backdoor' poisons the public rows and the data has none; give data.public")
         rows = self.planter.poison(client.public, client) if self.share else client.public
         theta = part(msg, "theta")
         return pack(delta=sub(client.fit(theta, on=rows, steps=msg["steps"]).theta, theta))

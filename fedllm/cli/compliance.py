@@ -39,7 +39,10 @@ def compliance(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's
                 ] if items else found.lines()
         for row in rows:
             table.add_row(*(escape(str("" if v is None else v)) for v in row))
-        out.print(table)
+        if rows:
+            out.print(table)
+        else:
+            out.print(f"{found.of}: no text came to a gate", markup=False, highlight=False, soft_wrap=True)
         for reply in found.whole:
             at = "" if reply["round"] is None else f"round {reply['round']}, "
             out.print(f"{at}{reply['client']}, {reply['phase']}: no reply that counts: {reply['why']}", markup=False,

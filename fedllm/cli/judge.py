@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fedllm.evaluation.duel import Duel
 
 out = Console()
+OPTIONS = {"base_url": "--endpoint", "model": "--model", "api_key_env": "--key-env", "timeout": "--timeout",
+           "parallel": "--parallel"}
+"""Knobs of an endpoint, and the options that set them here."""
 
 
 def judge(a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder.", show_default=False)],
@@ -47,8 +50,12 @@ def judge(a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folde
     from fedllm.evaluation.duel import duel
     from fedllm.models.endpoint import Endpoint
 
-    judge = Endpoint(base_url=endpoint, model=model, api="chat", api_key_env=key_env, timeout=timeout,
-                     parallel=parallel, logprobs=False)
+    try:
+        judge = Endpoint(base_url=endpoint, model=model, api="chat", api_key_env=key_env, timeout=timeout,
+                         parallel=parallel, logprobs=False)
+    except RecipeError as error:  # `Endpoint.base_url must ...` is of the option that says it
+        key, gap, rest = str(error).removeprefix("Endpoint.").partition(" ")
+        raise RecipeError(f"{OPTIONS.get(key, key)}{gap}{rest}") from None
     found, at = duel(a, b, data, judge, limit=limit, max_new_tokens=max_new_tokens, prices=_prices(price),
                      verdict_tokens=verdict_tokens, name=name,
                      trust_remote_code=trust_remote_code)

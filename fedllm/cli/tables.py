@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedllm.core.card import Claim
 from fedllm.methods.registry import method_class, source_of
-from fedllm.report.facts import compared, duration, label, mean_metric, number, rules, shown
+from fedllm.report.facts import compared, duration, figures, label, number, rules, shown
 from fedllm.runs.plan import Plan
 from fedllm.runs.progress import size
 from fedllm.runs.rehearse import Proposal
@@ -51,14 +51,13 @@ def show_result(console: Console, result: Result) -> None:
 
 def comparison_table(result: Result) -> Table:
     """before / local only / federated / centralized: the global test, and the mean over clients' own tests."""
-    rows, names = compared(result)
+    columns, rows = figures(result)
     table = Table(title=f"{result.method}, {result.rounds} rounds", title_justify="left", title_style="bold")
     table.add_column("")
-    for where in ("global test", "clients' own tests"):
-        for n in names:
-            table.add_column(f"{where}\n{label(n, result.metrics)}", justify="right")
-    for name, g, c in rows:
-        cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
+    for own, n in columns:
+        where = "clients' own tests" if own else "global test"
+        table.add_column(f"{where}\n{label(n, result.metrics)}", justify="right")
+    for name, cells in rows:
         table.add_row(name, *cells, style="bold green" if name.startswith("federated") else "")
     return table
 
@@ -198,17 +197,18 @@ def show_method(console: Console, name: str) -> None:
     card, claim = kind.card, kind.card.claim
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")  # a path is of no use without its end
+    grid.add_column(overflow="fold")
     rows: list[tuple[str, Any]] = [
         ("method", f"{name}: {card.title}"), ("paper", card.paper), ("topic", card.topic), ("sends", card.sends),
         ("needs", card.needs), ("moves", card.moves and card.moves.words),
         ("claim", f"{claim.says} (rig {claim.rig}: {_figure(claim)} {claim.holds} {claim.threshold:g}, "
                   f"{_seeds(claim)})"),
-        ("evidence", card.evidence), ("file", source_of(name))]
+        ("evidence", card.evidence)]
     for key, value in rows:
         if value:
-            grid.add_row(key, escape(_relative(str(value)) if key == "file" else str(value)))
+            grid.add_row(key, escape(str(value)))
     console.print(grid)
+    console.print(f"[dim]{'file':8}[/dim]  {escape(_relative(source_of(name)))}", highlight=False, soft_wrap=True)
     console.print(f"\n[italic]{escape((kind.__doc__ or '').strip().partition(chr(10) * 2)[0])}[/italic]")
     if knobs := kind.knobs():
         table = Table(title="knobs (method.KEY in a recipe)", title_justify="left", title_style="bold")

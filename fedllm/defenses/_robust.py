@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -149,7 +151,7 @@ class Robust(Knobs, Layer, ABC):
         return {"seen": {}, "out": {}}
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
-        mine = f"layer '{type(self).__name__}' weighs contributions to a sum"
+        mine = f"layer '{name_of(self)}' weighs contributions to a sum"
         for name, reducer in reducers.items():
             if name != "score" and not isinstance(reducer, Sum):
                 how = "keeps replies one by one" if reducer is None else f"folds by {type(reducer).__name__}"
@@ -195,13 +197,21 @@ class Tolerant(Robust, ABC):
         """Why n replies are too few for f, or None."""
         (a, b), f = self.needs, self.faults(n)
         least = a * f + b
-        return f"{type(self).__name__} needs n >= {a}f + {b} = {least}" if n < least else None
+        return f"{name_of(self)} needs n >= {a}f + {b} = {least}" if n < least else None
 
     def tolerates(self, n: int) -> int:
         """f, or a QuorumError: a round with too few replies is refused, and f is never lowered in silence."""
         if why := self.too_many(n):
             raise QuorumError(f"n = {n} replies are too few against f = {self.faults(n)} malicious ones: {why}")
         return self.faults(n)
+
+
+def name_of(layer: Layer) -> str:
+    """As a recipe calls it: the stem of its file. A key's message begins with the class (`Krum.f = 3`), in whose place
+    `runs.build.by_key` puts the key's path."""
+    kind = type(layer)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)  # a plugin's module is called otherwise
+    return Path(file).stem if file else kind.__name__
 
 
 def distances(x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class FLTrust(Robust):
     def root(self, msg: Payload, client: Any) -> Payload:
         """What the server's own rows make of the trainables."""
         if not client.public:
-            raise DataError("layer 'FLTrust' trains on public rows and the data has none; give data.public (a file, or "
+            raise DataError("layer 'fltrust' trains on public rows and the data has none; give data.public (a file, or "
                             "a fraction that is set aside)")
         theta = part(msg, "theta")
         fitted = client.fit(theta, base=part(msg, "base") or None, on=client.public[: self.root_size],

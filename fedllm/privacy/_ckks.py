@@ -76,6 +76,6 @@ def tenseal() -> Any:
     try:
         import tenseal as ts
     except ImportError:
-        raise CompositionError("layer 'HECKKS' and this installation do not fit together: it needs TenSEAL (pip "
+        raise CompositionError("layer 'he_ckks' and this installation do not fit together: it needs TenSEAL (pip "
                                "install 'fedlm[he]'); secagg hides updates without it") from None
     return ts

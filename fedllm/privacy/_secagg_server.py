@@ -18,6 +18,7 @@ from fedllm.core.form import Form
 from fedllm.core.sums import LEAST
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import RingSum, decode, mask_
+from fedllm.privacy._shared import name_of
 from fedllm.wire import _keys as keys
 from fedllm.wire._blame import blame, staying_out
 
@@ -80,7 +81,7 @@ class Server:
     def _enough(self, left: Any, phase: str) -> None:
         if len(left) < self.threshold:
             why = "; ".join(f"{c}: {w}" for c, w in list(self.lost.items())[:5])
-            raise QuorumError(f"{type(self.layer).__name__} gives up {self.ask.phase} in its phase '{phase}': "
+            raise QuorumError(f"{name_of(self.layer)} gives up {self.ask.phase} in its phase '{phase}': "
                               f"{len(left)} of {len(self.ask.msgs)} clients are left and {self.threshold} are needed; "
                               f"nothing was opened ({why})")
 
@@ -135,7 +136,7 @@ class Server:
             reached.update(new)
             edge += new
         if len(reached) < len(alive):
-            raise QuorumError(f"{type(self.layer).__name__} gives up {self.ask.phase}: the survivors fall into parts "
+            raise QuorumError(f"{name_of(self.layer)} gives up {self.ask.phase}: the survivors fall into parts "
                               "that no longer hide behind each other; nothing was opened")
 
     def _consents(self, alive: list[str]) -> Iterator[Any]:
@@ -186,7 +187,7 @@ class Server:
         if found is None:
             if len(by_x) > t:  # one wrong share would have been passed over: it dealt what is not what it committed to
                 blame(self.state, owner)
-            raise QuorumError(f"{type(self.layer).__name__} gives up {self.ask.phase} in its phase 'unmask': "
+            raise QuorumError(f"{name_of(self.layer)} gives up {self.ask.phase} in its phase 'unmask': "
                               f"{len(by_x)} shares of a secret of '{owner}' came back and {t} right ones are needed; "
                               "the sum stays masked")
         secret, wrong = found

@@ -9,8 +9,10 @@ weights and the learning rate come after. Which rows, and how one round's noise 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ RATE = 1e9
 RING = 2.0**31
 FAR = 16
 """Standard deviations of noise that the ring has room for beside the clipped sum: more never happens (1e-56)."""
+SMALLEST = 3
+"""Of a sum over two, each of them knows the other's part; of one there is nothing to hide among."""
 MORE = "a round under {} is one step of gradient descent on {} of each client"
 CLOSED = ("layer '{}' lets a client function learn from its rows through client.fit only, and this one reads the "
           "rows or their losses, so they do not fit together; use dp_fedavg, or a method that only trains (fedavg)")
@@ -48,8 +52,18 @@ class Terms:
 
 
 def name_of(layer: Any) -> str:
-    """As messages call it."""
-    return type(layer).__name__
+    """As a recipe calls it: the stem of its file. A key's message begins with the class (`DPSGD.colluding = 2`), in
+    whose place `runs.build.by_key` puts the key's path."""
+    kind = type(layer)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)  # a plugin's module is called otherwise
+    return Path(file).stem if file else kind.__name__
+
+
+def need_company(layer: Any, count: int) -> None:
+    """CompositionError for a sum over so few clients that it hides nobody."""
+    if count < SMALLEST:
+        raise CompositionError(f"{name_of(layer)} hides a client among at least {SMALLEST} and {count} take part; ask "
+                               "more clients (clients.per_round), or use dp_fedavg alone")
 
 
 def whole(layer: Any) -> str:
@@ -123,9 +137,9 @@ def check_facts(layer: Any, facts: Facts) -> None:
     if layer.delta is not None and not facts.guessed:
         check_delta(layer.delta, sum(facts.rows.values()), layer)
     if (few := min(facts.rows.values(), default=parts)) < parts:
-        raise RecipeError(f"{name_of(layer)}.restart_every = {parts} is not allowed: a client has {few} rows, and a "
-                          f"round reads one in {parts} of them, so that some would read none; set it to {few} or less: "
-                          "noise then starts anew more often, at a price that the plan tells")
+        raise RecipeError(f"{type(layer).__name__}.restart_every = {parts} is not allowed: a client has {few} rows, "
+                          f"and a round reads one in {parts} of them, so that some would read none; set it to {few} or "
+                          "less: noise then starts anew more often, at a price that the plan tells")
     if layer.noise == "shared":
         terms(layer, facts, largest(facts))
 
@@ -144,9 +158,10 @@ def terms(layer: Any, facts: Facts, asked: Sequence[str]) -> Terms:
     count, turns = len(asked), layer.turns
     least = ring.needed(count) if layer.noise == "shared" and ring is not None else 1  # type: ignore[attr-defined]
     if layer.noise == "shared" and layer.colluding >= least:
-        raise RecipeError(f"{name_of(layer)}.colluding = {layer.colluding} is not allowed: a sum opens when {least} of "
-                          f"{count} clients have answered, and of these one at least must not collude; allowed is "
-                          f"{least - 1} at most, or raise the threshold of the secure sum, or ask more clients")
+        raise RecipeError(f"{type(layer).__name__}.colluding = {layer.colluding} is not allowed: a sum opens when "
+                          f"{least} of {count} clients have answered, and of these one at least must not collude; "
+                          f"allowed is {least - 1} at most, or raise the threshold of the secure sum, or ask more "
+                          "clients")
     honest = max(1, least - layer.colluding)
     z = layer.noise_multiplier or 1.0
     spread = z * layer.clip_norm * (math.sqrt(count / honest) if layer.noise == "shared" else 1.0)
@@ -155,7 +170,7 @@ def terms(layer: Any, facts: Facts, asked: Sequence[str]) -> Terms:
     scale = 2.0 ** math.floor(math.log2((RING - 1) / room))
     share = z * layer.clip_norm * scale / math.sqrt(honest)
     if share < turns.finest and layer.noise_multiplier is not None and not facts.guessed:  # there the client looks
-        raise RecipeError(f"{name_of(layer)}.noise_multiplier = {z:g} is not allowed over {rows} rows: their sum "
+        raise RecipeError(f"{type(layer).__name__}.noise_multiplier = {z:g} is not allowed over {rows} rows: their sum "
                           f"leaves the ring of 2^32 a grid on which a client's noise is {share:.3g} quanta wide, and "
                           f"the accountant wants {turns.finest:.3g}; take more noise or fewer clients a round")
     return Terms(least, scale, share)

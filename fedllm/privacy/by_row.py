@@ -8,6 +8,7 @@ from typing import Any
 
 from fedllm.core.errors import CompositionError
 from fedllm.core.form import need
+from fedllm.privacy._shared import name_of
 from fedllm.privacy.accountant import Ledger, check_delta, noise_for, usual_delta
 from fedllm.privacy.dp_sgd import BOOK, DPSGD
 
@@ -60,5 +61,5 @@ def need_silence(layers: Sequence[Any], owner: str, epsilon: float | None) -> No
     for layer in layers if epsilon is not None else ():
         if layer.algebra.reads:
             raise CompositionError(
-                f"method '{owner}' with target_epsilon = {epsilon:g} and '{type(layer).__name__}' do not fit together: "
+                f"method '{owner}' with target_epsilon = {epsilon:g} and '{name_of(layer)}' do not fit together: "
                 f"it tells what clients' rows cost, without noise; {layer.algebra.instead or 'leave it out'}")

@@ -13,6 +13,7 @@ from typing import Any
 from fedllm.core.errors import CompositionError
 from fedllm.core.layer import Layer
 from fedllm.core.reduce import Sum
+from fedllm.privacy._shared import name_of
 
 HIDES = ("secagg", "he")
 """Kinds of layers whose messages look random."""
@@ -26,7 +27,7 @@ def check_stack(method: Any, layers: Sequence[Layer], reducers: Mapping[str, Any
             raise CompositionError(why)
     for i, layer in enumerate(layers):
         if layer.algebra.shares and not any(x.algebra.ring for x in layers[i + 1 :]):
-            raise CompositionError(f"layer '{type(layer).__name__}' has each client add a share of the noise only, so "
+            raise CompositionError(f"layer '{name_of(layer)}' has each client add a share of the noise only, so "
                                    "that the server may see sums alone, and no layer below hides what clients send; "
                                    "list secagg or secagg_plus below it, or let each client add all of it (noise: "
                                    "local)")
@@ -42,14 +43,14 @@ def bent(layer: Layer, method: Any, reducers: Mapping[str, Any]) -> str | None:
     fn = next((name for name, r in reducers.items() if isinstance(r, Sum) and r.divides), None)
     if fn is None or not inexact:
         return None
-    return (f"layer '{type(layer).__name__}' and method '{type(method).__name__}' do not fit together: '{fn}' divides "
+    return (f"layer '{name_of(layer)}' and method '{type(method).__name__}' do not fit together: '{fn}' divides "
             "what is summed by the weight of who had it, which must come as it is; use secagg, he_ckks or dp_sgd")
 
 
 def clash(above: Layer, below: Layer) -> str | None:
     """One sentence on why these two do not fit together in this order; None when they do."""
     a, b = above.algebra, below.algebra
-    up, down = f"layer '{type(above).__name__}'", f"layer '{type(below).__name__}'"
+    up, down = f"layer '{name_of(above)}'", f"layer '{name_of(below)}'"
     if same_kind(above, below):
         return f"{up} and {down} do the same work twice; leave one of them out"
     if b.kind == "robust" and a.kind in ("codec", "attack"):

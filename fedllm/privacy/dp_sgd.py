@@ -35,7 +35,7 @@ from fedllm.privacy.accountant import (
 )
 
 BOOK = "dp_sgd"
-CLOSED = _shared.CLOSED.format("DPSGD")
+CLOSED = _shared.CLOSED.format("dp_sgd")
 LEAST, LOUDEST = 1e-3, 1e6
 """Noise multipliers that a ledger holds: with less noise an epsilon is a number in the millions, and no promise."""
 

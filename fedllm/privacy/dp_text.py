@@ -77,7 +77,7 @@ class DPText(Knobs, Layer):
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         if not getattr(method, "only_text", False):
-            raise CompositionError(f"layer 'DPText' draws text anew, and method '{type(method).__name__}' sends more "
+            raise CompositionError(f"layer 'dp_text' draws text anew, and method '{type(method).__name__}' sends more "
                                    "of rows than text, which would leave as it is; use dp_sgd, or a method that sends "
                                    "text alone (inferdpt)")
 

@@ -102,8 +102,8 @@ class FedMLHE(HECKKS):
         """The map: sensitivities up, encrypted; their sum to one client; its choice to all."""
         first = part(next(iter(msgs.values())), "theta")
         if not first:
-            raise CompositionError("layer 'FedMLHE' and a method that tells clients no trainables ('theta') do not fit "
-                                   "together, since sensitivity is theirs; he_ckks encrypts whatever is sent")
+            raise CompositionError("layer 'fedml_he' and a method that tells clients no trainables ('theta') do not "
+                                   "fit together, since sensitivity is theirs; he_ckks encrypts whatever is sent")
         of = [[n, *first[n].shape] for n in sorted(first)]
         if self.mask == "random":
             score = torch.rand(sum(t.numel() for t in first.values()), generator=torch_stream("fedml_he", *of))

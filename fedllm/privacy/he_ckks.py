@@ -23,6 +23,7 @@ from fedllm.core.payload import Payload
 from fedllm.core.reduce import wide
 from fedllm.core.sums import is_control, must_lift, need_sums, without
 from fedllm.privacy._ckks import CipherSum, joined, no_openfhe, serialized, split, tenseal
+from fedllm.privacy._shared import SMALLEST, name_of, need_company
 from fedllm.wire import _keys as keys
 from fedllm.wire.codec import DTYPES, NAMES
 
@@ -37,8 +38,6 @@ HONEST = ("a server that follows the protocol, unless a client colludes with it;
           "own, or have a client open another's update")
 GIVERS = 3
 """Holders that are asked to hand the key on, one after another: all but one may have been started again."""
-SMALLEST = 3
-"""Of a sum over two, each of them knows the other's part; of one there is nothing to hide among."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,16 @@ class HECKKS(Knobs, Layer):
         return 2.0 ** (self.largest - 1).bit_length()
 
     def bind(self, facts: Facts) -> HECKKS:
-        bound, n = replace(self, largest=max(facts.rows.values(), default=1)), len(facts.rows)
-        object.__setattr__(bound, "_least", min(SMALLEST, facts.cohort or n, n))
+        bound, n = replace(self, largest=max(facts.rows.values(), default=1)), facts.cohort or len(facts.rows)
+        if n:
+            need_company(self, n)
+        object.__setattr__(bound, "_least", min(SMALLEST, n))
         return bound
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         need_sums(self, method, reducers)
         if self.backend == "openfhe":
-            raise CompositionError(no_openfhe(type(self).__name__))
+            raise CompositionError(no_openfhe(name_of(self)))
         tenseal()
 
     def server(self, ask: Any, state: Any) -> Any:
@@ -111,7 +112,7 @@ class HECKKS(Knobs, Layer):
     def _enough(self, answered: Sequence[str]) -> None:
         """A sum of too few is one that nobody hides in: it stays closed."""
         if len(answered) < (least := self.__dict__["_least"]):
-            raise QuorumError(f"{type(self).__name__} gives the round up: {len(answered)} of the {least} clients "
+            raise QuorumError(f"{name_of(self)} gives the round up: {len(answered)} of the {least} clients "
                               "answered among whom one must hide")
 
     def _first(self, fn: Any, holders: Sequence[str], msg: Payload) -> Any:
@@ -123,7 +124,7 @@ class HECKKS(Knobs, Layer):
                 return out[holder]
             missing |= out.missing
         who = "; ".join(f"{c}: {why}" for c, why in list(missing.items())[:5])
-        raise QuorumError(f"{type(self).__name__} gives the round up: none of {len(holders)} clients did "
+        raise QuorumError(f"{name_of(self)} gives the round up: none of {len(holders)} clients did "
                           f"'{fn.__name__}' ({who})")
 
     def _numbers(self, opened: Payload) -> dict[str, Any]:
@@ -180,7 +181,7 @@ class HECKKS(Knobs, Layer):
                 return
         live["holders"] = holders[len(first):]
         if not live["holders"]:
-            raise QuorumError(f"{type(self).__name__} gives the round up: none of {len(adverts)} clients made a key "
+            raise QuorumError(f"{name_of(self)} gives the round up: none of {len(adverts)} clients made a key "
                               "that the others could take; the next round begins with a new one")
 
     def usable(self, msg: Payload, reply: Payload) -> None:
@@ -291,7 +292,7 @@ class HECKKS(Knobs, Layer):
     def _context(self, client: str) -> Any:
         """The key, which lives as long as the client's process."""
         if "context" not in (seat := self._seat(client)):
-            raise Withheld(f"client '{client}' was started again and holds the key of {type(self).__name__} no longer; "
+            raise Withheld(f"client '{client}' was started again and holds the key of {name_of(self)} no longer; "
                            "it is handed on to it when it is asked the next time, and nobody has to do anything")
         return seat["context"]
 

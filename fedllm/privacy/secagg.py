@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedllm.core.ask import on_client
-from fedllm.core.errors import CompositionError, PayloadError, RecipeError, Withheld
+from fedllm.core.errors import PayloadError, RecipeError, Withheld
 from fedllm.core.form import aligned, need
 from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
@@ -22,10 +22,9 @@ from fedllm.core.sums import LEAST, is_control, must_lift, need_sums, without
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import encode, fraction_bits, mask_, within
 from fedllm.privacy._secagg_server import OWN, Server
+from fedllm.privacy._shared import SMALLEST, name_of, need_company
 from fedllm.wire import _keys as keys
 
-SMALLEST = 3
-"""A sum over two tells each of them the other's part."""
 SURE = 0.05
 """Fewer lost rounds than this share are not worth a word."""
 
@@ -91,17 +90,14 @@ class SecAgg(Knobs, Layer):
 
     def fraction(self, count: int) -> int:
         """f of the quantum 2^-f for so many clients; refuses too few, and what may overflow."""
-        name = type(self).__name__
-        if count < SMALLEST:
-            raise CompositionError(f"{name} hides a client among at least {SMALLEST} and {count} take part; ask more "
-                                   "clients (clients.per_round), or use dp_fedavg alone")
-        return fraction_bits(self.clip, count, self.quantum, name)
+        need_company(self, count)
+        return fraction_bits(self.clip, count, self.quantum, name_of(self))
 
     def needed(self, holders: int) -> int:
         """How many of so many holders it takes to open a secret."""
         t = math.floor(self.threshold * holders + 1e-9) + 1
         if t > holders:
-            raise RecipeError(f"{type(self).__name__}.threshold = {self.threshold} of {holders} is above the cohort")
+            raise RecipeError(f"{name_of(self)}.threshold = {self.threshold} of {holders} is above the cohort")
         return t
 
     def neighbors(self, clients: Sequence[str], seed: bytes) -> dict[str, list[str]]:
@@ -217,7 +213,7 @@ class SecAgg(Knobs, Layer):
         return {"of": list(shares), "shares": list(shares.values())}
 
     def statement(self, state: Any) -> dict[str, Any]:
-        return {"layer": type(self).__name__.lower(), "hides": "single updates from the server",
+        return {"layer": name_of(self), "hides": "single updates from the server",
                 "threshold": self.threshold, "identities": self.keys or "pinned when first seen",
                 "sessions": state.get("sessions", 0),
                 "not_covered": "the sum itself, who answered, declared sizes; no differential privacy of its own",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedllm.methods.registry import method_class
 from fedllm.models.made import NAMES as BUILT
-from fedllm.report.facts import compared, duration, label, mean_metric, number, read_facts
+from fedllm.report.facts import duration, figures, label, read_facts
 from fedllm.report.statement import summary
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.progress import size
@@ -62,14 +62,12 @@ def _usage(result: Result, base: str) -> list[str]:
 
 
 def _results(result: Result) -> list[str]:
-    rows, names = compared(result)
-    if not names:
+    columns, rows = figures(result)
+    if not columns:
         return ["No test was given."]
-    told = [label(n, result.metrics) for n in names]
-    head = [f"global: {t}" for t in told] + [f"own tests: {t}" for t in told]
+    head = [f"{'own tests' if own else 'global'}: {label(n, result.metrics)}" for own, n in columns]
     table = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    for name, g, c in rows:
-        cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
+    for name, cells in rows:
         table.append(f"| {name} | " + " | ".join(cells) + " |")
     return table
 

@@ -30,7 +30,7 @@ def training(facts: Facts) -> str | None:
         return None
     figure = go.Figure(go.Scatter(x=rounds, y=losses, mode="lines+markers", name="mean training loss",
                                   line={"color": BLUE, "width": 2.5}, marker={"size": 6}))
-    figure.update_xaxes(title="round", dtick=max(1, len(rounds) // 10))
+    figure.update_xaxes(title="round", dtick=max(1, len(rounds) // 10))  # no half of a round
     figure.update_yaxes(title="training loss", rangemode="tozero")
     return html(figure)
 
@@ -51,7 +51,7 @@ def testing(facts: Facts, baselines: Mapping[str, Any], own: Mapping[str, str]) 
             side = "bottom right" if falls(name, own) else "bottom left"  # where the curve is not
             figure.add_hline(y=value, line={"color": color, "dash": "dash", "width": 2}, annotation_text=text,
                              annotation_position=side, annotation_font_color=color)
-    figure.update_xaxes(title="rounds done")
+    figure.update_xaxes(title="rounds done", dtick=max(1, points[-1]["round"] // 10))
     share = is_share(name)
     figure.update_yaxes(title=f"global test: {label(name, own)}", rangemode="tozero",
                         tickformat=".0%" if share else None, range=[0, 1.05] if share else None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm.report import charts
 from fedllm.report.facts import Facts, falls, headline, label, number, views
-from fedllm.report.page import section
+from fedllm.report.page import section, sentence
 from fedllm.runs.progress import size
 from fedllm.runs.result import Result
 
@@ -18,7 +18,8 @@ def clients(facts: Facts, result: Result) -> str:
     found, held = views(result), charts.holdings(facts.clients)
     bars = charts.per_client(found, result.metrics)
     parts = "".join(f"<div class='card'>{p}</div>" for p in (bars, held) if p)
-    says = "Each client on rows of its own that it did not train on, and what it holds to train on."
+    says = sentence(text for text, part in (("each client on rows of its own that it did not train on", bars),
+                                            ("what each holds to train on", held)) if part)
     return section("Clients", says, _views_table(result, found) + parts + _client_table(facts, result))
 
 

@@ -94,6 +94,17 @@ def compared(result: Result) -> tuple[list[tuple[str, Mapping[str, Any] | None, 
     return rows, shown(result.metrics, *(m for _, g, c in rows for m in (g, *c.values())))
 
 
+def figures(result: Result) -> tuple[list[tuple[bool, str]], list[tuple[str, list[str]]]]:
+    """`compared` as a table of texts: of each column whether it is of clients' own tests and its metric; of each row
+    its label and cells. A column in which no row has a figure is left out: it would take room from the others."""
+    rows, names = compared(result)
+    every = [(own, n) for own in (False, True) for n in names]
+    found = [(label, [mean_metric(c, n) if own else (g or {}).get(n) for own, n in every]) for label, g, c in rows]
+    kept = [i for i in range(len(every)) if any(values[i] is not None for _, values in found)]
+    return ([every[i] for i in kept],
+            [(label, [number(values[i], every[i][1]) for i in kept]) for label, values in found])
+
+
 def comparison(result: Result) -> list[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]]:
     """(label, global metrics, clients' metrics): before, the baselines, and the run itself between them."""
     e, baselines = result.evaluation, result.evaluation.get("baselines", {})

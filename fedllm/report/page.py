@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -24,8 +25,19 @@ def section(title: str, says: str, inner: str | None) -> str:
     """A part of the page under a heading; nothing where there is nothing in it."""
     if not inner:
         return ""
-    note = f"<p class='note'>{escape(says)}</p>" if says else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{inner}</section>"
+    return f"<section><h2>{escape(title)}</h2>{note(says) if says else ''}{inner}</section>"
+
+
+def note(says: str) -> str:
+    """A paragraph in small; `what is between backticks` is code."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(says))
+    return f"<p class='note'>{text}</p>"
+
+
+def sentence(parts: Iterable[str]) -> str:
+    """What is there, as one sentence; empty where nothing is."""
+    said = ", and ".join(parts)
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
 def side_by_side(parts: Sequence[str | None]) -> str | None:

@@ -15,15 +15,14 @@ from fedllm.report.card import model_card
 from fedllm.report.clients import clients
 from fedllm.report.facts import (
     Facts,
-    compared,
     duration,
+    figures,
     label,
-    mean_metric,
     number,
     read_facts,
     shown,
 )
-from fedllm.report.page import page, section, side_by_side
+from fedllm.report.page import note, page, section, sentence, side_by_side
 from fedllm.report.statement import privacy_statement, seen, summary
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.progress import size
@@ -64,9 +63,11 @@ def report_html(folder: RunFolder, result: Result) -> str:
 
 
 def _learning(facts: Facts, result: Result) -> str:
-    curves = [charts.training(facts), charts.testing(facts, result.evaluation.get("baselines", {}), result.metrics)]
-    says = "Training loss as clients report it, and the model on the global test."
-    return section("Learning", says, side_by_side(curves))
+    baselines = result.evaluation.get("baselines", {})
+    curves = {"training loss as clients report it": charts.training(facts),
+              "the model on the global test": charts.testing(facts, baselines, result.metrics)}
+    says = sentence(name for name, curve in curves.items() if curve)
+    return section("Learning", says, side_by_side([*curves.values()]))
 
 
 def _header(facts: Facts, result: Result) -> str:
@@ -107,21 +108,25 @@ def _tests(result: Result) -> str:
 
 
 def _table(result: Result) -> str:
-    rows, names = compared(result)
-    if not rows or not names:
+    columns, rows = figures(result)
+    if not columns:
         return ""
-    head = "".join(f"<th>{escape(label(n, result.metrics))}<br><small>{where}</small></th>"
-                   for where in ("global test", "own tests, mean") for n in names)
+    head = "".join(f"<th>{escape(label(n, result.metrics))}<br><small>"
+                   f"{'own tests, mean' if own else 'global test'}</small></th>" for own, n in columns)
     lines = []
-    for name, g, c in rows:
-        cells = [number((g or {}).get(n), n) for n in names] + [number(mean_metric(c, n), n) for n in names]
+    for name, cells in rows:
         mark = " class='mine'" if name.startswith("federated") else ""
         lines.append(f"<tr{mark}><th>{escape(name)}</th>{''.join(f'<td>{v}</td>' for v in cells)}</tr>")
     table = (f"<div class='scroll'><table><thead><tr><th></th>{head}</tr></thead>"
              f"<tbody>{''.join(lines)}</tbody></table></div>")
-    says = ("Local only: each client trains alone; its model is tested on the global test and the mean is shown. "
-            "Centralized: all rows pooled, which a simulation may do and a federation may not.")
-    return section("What federation gives", says if len(rows) > 2 else "", table)
+    says = " ".join(text for name, text in BASELINES.items() if name in dict(rows))
+    return section("What federation gives", says, table)
+
+
+BASELINES = {
+    "local only": "Local only: each client trains alone; its model is tested on the global test and the mean is shown.",
+    "centralized": "Centralized: all rows pooled, which a simulation may do and a federation may not."}
+"""What stands over the table of rows that are there."""
 
 
 def _samples(facts: Facts) -> str:
@@ -193,8 +198,8 @@ def _privacy(facts: Facts, result: Result) -> str:
     table = ("<details><summary>Who saw what</summary><div class='scroll text'><table><thead><tr><th>party</th>"
              f"<th>phase</th><th>messages</th><th>bytes</th><th>what</th></tr></thead><tbody>{rows}</tbody></table>"
              "</div></details>")
-    head = (f"<p class='note'>{result.audit['events']} events, head of their hash chain "
-            f"{escape(result.audit['head'])}: `fedllm audit verify` checks them.</p>") if result.audit else ""
+    head = note(f"{result.audit['events']} events, head of their hash chain {result.audit['head']}: "
+                "`fedllm audit verify` checks them.") if result.audit else ""
     return section("Privacy and evidence", "The whole statement is in privacy_statement.md.",
                     f"<div class='card'><p>{said}</p>{table}{head}</div>")
 

@@ -37,7 +37,12 @@ class Yaml(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, value in node.value:
+            plain = isinstance(key, yaml.ScalarNode) and key.style is None
+            if plain and node.flow_style and ":" in key.value[:-1] and value.value == "":
+                first, _, rest = key.value.partition(":")
+                raise yaml.MarkedYAMLError(problem_mark=key.start_mark, problem=(
+                    f"'{key.value}' has no value; write a space after the colon, as in '{first}: {rest}'"))
             name = "<<" if key.tag == MERGE else str(self.construct_object(key, deep=True))
             if name in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key '{name}' is given twice", problem_mark=key.start_mark)

@@ -44,8 +44,9 @@ def check_declared(recipe: Recipe, method: Method, world: World) -> None:
         try:
             world.model.initial(most)
         except RecipeError as error:
-            where = "clients.ranks" if most in (recipe.clients.ranks or ()) else "clients.profiles"
-            raise RecipeError(f"{where}: {error}") from None
+            who = next(c.id for c in world.infos() if c.profile.rank == most)
+            key = "clients.ranks" if most in (recipe.clients.ranks or ()) else f"clients.profiles.{who}.rank"
+            raise RecipeError(str(error).replace("space.rank", key, 1)) from None
 
 
 def check_deadlines(recipe: Recipe, method: Method, world: World) -> None:

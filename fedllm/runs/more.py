@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from fedllm.core.errors import RecipeError
+from fedllm.privacy._shared import name_of
 from fedllm.runs.beside import FILE
 from fedllm.runs.build import Parts, bound, make_layers
 from fedllm.runs.folder import RunFolder
@@ -34,10 +35,10 @@ def check_layers(old: Parts, new: Parts, folder: RunFolder) -> None:
     before = _layers(old)
     for was, now in zip(before, _layers(new), strict=True):
         if repr(vars(was)) != repr(vars(now)):
-            raise RecipeError(f"rounds = {new.recipe.rounds}: layer '{type(was).__name__}' was set for "
+            raise RecipeError(f"rounds = {new.recipe.rounds}: layer '{name_of(was)}' was set for "
                               f"{old.recipe.rounds} rounds (its noise follows from them); run the recipe anew")
         if was.secrets and (folder.path / "result.json").exists():
-            raise RecipeError(f"rounds = {new.recipe.rounds}: layer '{type(was).__name__}' forgot its secrets when the "
+            raise RecipeError(f"rounds = {new.recipe.rounds}: layer '{name_of(was)}' forgot its secrets when the "
                               "run ended, and cannot go on; run the recipe anew")
 
 

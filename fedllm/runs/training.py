@@ -11,6 +11,7 @@ from fedllm.local.packing import check_packing
 from fedllm.local.spec import LocalSpec
 from fedllm.models.checkpointing import layers_of
 from fedllm.models.model import Model
+from fedllm.privacy._shared import name_of
 from fedllm.runs.recipe import Recipe
 
 FASTEST = 0.1
@@ -39,13 +40,13 @@ def check_training(model: Any, local: LocalSpec, method: Method, layers: Any = (
                                "each layer, and a layer that ran again would put them twice; leave it out")
     if draws := "local.neftune" if local.neftune is not None else "space.dropout" if model.space.draws else "":
         if private := next((x for x in layers if x.by_example), None):
-            raise CompositionError(f"{draws} and layer '{type(private).__name__}' do not fit together: nothing is "
+            raise CompositionError(f"{draws} and layer '{name_of(private)}' do not fit together: nothing is "
                                    "drawn where single examples' gradients are clipped; leave one out")
         whole = model.space.draws and not model.ways.sites  # trainables are put into the weights: no input to drop of
         if model.rules.net in ("policy", "dual") or not model.ways.uneven or whole:
             raise CompositionError(f"{draws}: {name} shows no rows of tokens to draw for; leave it out")
     if local.order == "stream" and (private := next((x for x in layers if x.by_example), None)):
-        raise CompositionError(f"local.order = 'stream' and layer '{type(private).__name__}' do not fit together: it "
+        raise CompositionError(f"local.order = 'stream' and layer '{name_of(private)}' do not fit together: it "
                                "draws each batch at random, for the privacy of rows; leave one out")
     if local.packing:
         check_packing(model)
@@ -58,7 +59,7 @@ def check_processes(recipe: Recipe, model: Any, local: LocalSpec, layers: Any) -
         return
     check_group(model, size, local)
     if private := next((x for x in layers if x.by_example), None):
-        raise CompositionError(f"engine.processes = {size} and layer '{type(private).__name__}' do not fit together: "
+        raise CompositionError(f"engine.processes = {size} and layer '{name_of(private)}' do not fit together: "
                                "single examples' gradients are clipped, and the processes see sums alone; leave one "
                                "out")
     if recipe.clients.models:

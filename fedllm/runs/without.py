@@ -14,6 +14,7 @@ from fedllm.core.payload import Tree, digest
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.engines.world import World
+from fedllm.privacy._shared import name_of
 from fedllm.runs.began import same_as_began, stands_on
 from fedllm.runs.build import Parts, build
 from fedllm.runs.course import PATIENCE, in_order, watched
@@ -218,7 +219,7 @@ def _check_client(folder: RunFolder, parts: Parts, client: str, rounds: int) -> 
                                "client; run the recipe again without it")
     for layer in parts.layers:
         if layer.algebra.kind not in PLAIN:
-            raise CompositionError(f"layer '{type(layer).__name__}': its replies were masked, noised or changed, and "
+            raise CompositionError(f"layer '{name_of(layer)}': its replies were masked, noised or changed, and "
                                    "cannot be folded without one of them; run the recipe again without the client")
     parts.method.check_clients([c for c in ids if c != client],
                                cohort_size(parts.recipe.clients.per_round, len(ids) - 1))

@@ -52,11 +52,14 @@ class RingAllReduce(Knobs, Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "_least", 1)
+        object.__setattr__(self, "_void", [])
 
     def bind(self, facts: Facts) -> RingAllReduce:
         """In a run of three clients or more nobody takes part in a ring of fewer."""
-        bound, n = replace(self), len(facts.rows)
-        object.__setattr__(bound, "_least", min(SMALLEST, facts.cohort or n, n))
+        bound, n = replace(self), facts.cohort or len(facts.rows)
+        object.__setattr__(bound, "_least", min(SMALLEST, n))
+        if 0 < n < SMALLEST:
+            object.__setattr__(bound, "_void", [f"a ring of {n} hides nobody; {SMALLEST} clients a round do"])
         return bound
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
@@ -173,7 +176,8 @@ class RingAllReduce(Knobs, Layer):
     def statement(self, state: Any) -> dict[str, Any]:
         return {"layer": "ring_all_reduce", "hides": "single updates from the server",
                 "not_covered": "one Nth of each update from the client's right neighbor, all of it from its neighbors "
-                               "if they collude with the server; the sum itself; who answered", "void": []}
+                               "if they collude with the server; the sum itself; who answered",
+                "void": list(self.__dict__["_void"])}
 
 
 class SameLayout:

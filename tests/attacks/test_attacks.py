@@ -135,11 +135,11 @@ def test_wrong_knobs(make, says):
 
 
 @pytest.mark.parametrize("layers, says", [
-    ([AttByzantine(), CoordinateMedian()], "list layer 'CoordinateMedian' first"),
-    ([CodecQuant(), AttByzantine()], "obeys the wire; list layer 'AttByzantine' first"),
-    ([SecAgg(), AttByzantine()], "list layer 'AttByzantine' first"),
-    ([DPFedAvg(noise_multiplier=0.0), AttByzantine()], "list layer 'AttByzantine' first"),
-    ([CoordinateMedian(), SecAgg()], "sums only and layer 'CoordinateMedian' needs every single reply"),
+    ([AttByzantine(), CoordinateMedian()], "list layer 'median' first"),
+    ([CodecQuant(), AttByzantine()], "obeys the wire; list layer 'att_byzantine' first"),
+    ([SecAgg(), AttByzantine()], "list layer 'att_byzantine' first"),
+    ([DPFedAvg(noise_multiplier=0.0), AttByzantine()], "list layer 'att_byzantine' first"),
+    ([CoordinateMedian(), SecAgg()], "sums only and layer 'median' needs every single reply"),
     ([CoordinateMedian(), DPFedAvg(noise_multiplier=0.0)], "needs every single reply"),
     ([CoordinateMedian(), Krum()], "the same work twice")])
 def test_stacks_that_do_not_hold(layers, says):
@@ -220,11 +220,11 @@ def test_a_plain_rider_sends_zeros_and_a_delta_rider_the_last_step(after):
 
 @pytest.mark.parametrize("layers, says", [
     ([{"name": "krum", "f": 1}],
-     r"layers.0.f = 1 is not allowed with n = 4 clients a round: Krum needs n >= 2f \+ 3 = 5"),
+     r"layers.0.f = 1 is not allowed with n = 4 clients a round: krum needs n >= 2f \+ 3 = 5"),
     ([{"name": "median"}, {"name": "att_byzantine", "clients": ["nobody"]}],
      r"layers.1.clients: no client 'nobody' in this run"),
     ([{"name": "median"}, {"name": "att_byzantin"}], "did you mean 'att_byzantine'"),
-    ([{"name": "att_byzantine"}, {"name": "median"}], "list layer 'CoordinateMedian' first")])
+    ([{"name": "att_byzantine"}, {"name": "median"}], "list layer 'median' first")])
 def test_a_recipe_that_cannot_hold_is_refused_before_it_runs(layers, says):
     recipe = {"data": {"source": "office", "office": {"clients": 4, "rows": 5, "test_rows": 2, "client_test_rows": 0}},
               "layers": layers, "rounds": 1}

@@ -111,8 +111,8 @@ def test_bulyan_stands_one_coordinate_where_krum_does_not():
 
 
 @pytest.mark.parametrize("layer, says", [
-    (Krum(f=4), r"Krum.f = 4 is not allowed with n = 10 clients a round: Krum needs n >= 2f \+ 3 = 11"),
-    (Bulyan(f=2), r"Bulyan.f = 2 is not allowed with n = 10 clients a round: Bulyan needs n >= 4f \+ 3 = 11"),
+    (Krum(f=4), r"Krum.f = 4 is not allowed with n = 10 clients a round: krum needs n >= 2f \+ 3 = 11"),
+    (Bulyan(f=2), r"Bulyan.f = 2 is not allowed with n = 10 clients a round: bulyan needs n >= 4f \+ 3 = 11"),
     (RLR(theta=11.0), "theta = 11 is not allowed with n = 10")])
 def test_more_attackers_than_it_tolerates(layer, says):
     with pytest.raises(RecipeError, match=says):

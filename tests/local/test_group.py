@@ -155,7 +155,7 @@ def test_a_process_that_was_done_before_the_fit_was_given_up_is_not_waited_for_a
     ({"local.neftune": 5.0}, CompositionError, "drawn for a whole batch"),
     ({"model.dtype": "bfloat16"}, CompositionError, "never in less than fp32"),
     ({"space": "lora", "layers": [{"name": "dp_sgd", "noise_multiplier": 1.0}]}, CompositionError,
-     r"engine\.processes = 2 and layer 'DPSGD' do not fit together"),
+     r"engine\.processes = 2 and layer 'dp_sgd' do not fit together"),
 ])
 def test_what_cannot_be_spread_is_refused_before_anything_runs(recipe, overrides, kind, why):
     with pytest.raises(kind, match=why):

@@ -236,7 +236,7 @@ def test_what_cannot_be_done_is_refused(tiny_llama_folder):
     with pytest.raises(RecipeError, match=r"local.neftune = 5 goes by the length of each row"):
         LocalSpec.make({"packing": True, "neftune": 5}, "local")
     from fedllm.privacy.dp_sgd import DPSGD
-    with pytest.raises(CompositionError, match=r"space.dropout and layer 'DPSGD'"):
+    with pytest.raises(CompositionError, match=r"space.dropout and layer 'dp_sgd'"):
         check(LocalSpec(), layers=[DPSGD(noise_multiplier=1.0)], dropout=0.1)
     with pytest.raises(RecipeError, match="accumulate = 0"):
         LocalSpec.make({"accumulate": 0}, "local")

@@ -158,7 +158,7 @@ def test_a_reply_that_is_none_is_refused(bad):
 
 def test_a_meter_beside_it_is_refused(begin):
     """It tells how many tokens a client's rows have."""
-    with pytest.raises(CompositionError, match=r"'fdkt' with target_epsilon = 3 and 'EdgeEnergy' do not fit together"):
+    with pytest.raises(CompositionError, match=r"'fdkt' with target_epsilon = 3 and 'edge_energy' do not fit together"):
         make_method("fdkt").check_layers([EdgeEnergy()])
     make_method("fdkt", target_epsilon=None).check_layers([EdgeEnergy()])
 

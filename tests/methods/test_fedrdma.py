@@ -58,7 +58,7 @@ def test_what_is_bad_too_often_is_missing(begin, gap):
 
 
 def test_it_stands_next_to_the_wire(begin, gap):
-    assert "list layer 'SecAgg' first" in (clash(FedRDMA(), SecAgg()) or "")
+    assert "list layer 'secagg' first" in (clash(FedRDMA(), SecAgg()) or "")
     masked = begin("fedavg", dtype=torch.float32, layers=(SecAgg(), FedRDMA(chunk_bytes=4096))).go(1)
     assert gap(masked.state["theta"], begin("fedavg", dtype=torch.float32).go(1).state["theta"]) < 1e-4
     with pytest.raises(RecipeError, match="chunk_bytes = 10 is not allowed"):

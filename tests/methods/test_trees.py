@@ -78,7 +78,7 @@ def test_secure_aggregation_on_either_side(run, gap, above):
 
 
 def test_an_edge_of_two_cannot_hide_its_clients(run):
-    with pytest.raises(CompositionError, match="SecAgg hides a client among at least 3 and 2 take part"):
+    with pytest.raises(CompositionError, match="secagg hides a client among at least 3 and 2 take part"):
         run("fedavg", layers=(ServerTree(fan_out=(3,)), SecAgg())).go(1)
 
 
@@ -129,8 +129,8 @@ def test_trees_that_cannot_be(make, says):
 
 
 @pytest.mark.parametrize("above, below, says", [
-    (ServerTree(), CodecTopKEF(), "list layer 'CodecTopKEF' first"),
-    (ServerTree(), DPFedAvg(noise_multiplier=1.0), "list layer 'DPFedAvg' first"),
+    (ServerTree(), CodecTopKEF(), "list layer 'codec_topk_ef' first"),
+    (ServerTree(), DPFedAvg(noise_multiplier=1.0), "list layer 'dp_fedavg' first"),
     (CodecTopKEF(), ServerTree(), "do not add up"),
     (THGSSecAgg(), ServerTree(), "use secagg, whose masked sum")])
 def test_what_does_not_add_up_is_refused(above, below, says):

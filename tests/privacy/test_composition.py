@@ -18,6 +18,7 @@ from fedllm.core.rng import numpy_stream
 from fedllm.defenses.median import Median
 from fedllm.methods._factors import Products
 from fedllm.methods.registry import make_method
+from fedllm.privacy._shared import name_of
 from fedllm.privacy.composition import check_stack, clash
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_ftrl import DPFTRL
@@ -141,7 +142,7 @@ def test_each_pair_runs_as_the_plain_form_or_is_refused(row, loop):
         with pytest.raises(CompositionError) as caught:
             check_stack(method, layers, reducers)
         text = str(caught.value)
-        assert all(type(x).__name__ in text for x in layers) or type(method).__name__ in text
+        assert all(f"layer '{name_of(x)}'" in text for x in layers) or type(method).__name__ in text
         assert text.count(". ") == 0 and ("; " in text)  # one sentence, with a way out
         return
     check_stack(method, layers, reducers)
@@ -156,7 +157,7 @@ def test_each_pair_runs_as_the_plain_form_or_is_refused(row, loop):
     (SecAgg(), CodecQuant(), "cannot be compressed; list codec_powersgd above"),
     (CodecQuant(), SecAgg(), "do not add up .* secagg's own quantum"),
     (CodecTopKEF(), SecAgg(), "codec_powersgd, whose messages add up"),
-    (SecAgg(), DPFedAvg(**QUIET), "list layer 'DPFedAvg' first"),
+    (SecAgg(), DPFedAvg(**QUIET), "list layer 'dp_fedavg' first"),
     (DPFedAvg(**QUIET), CodecTopKEF(), "longer than the clip.*error_feedback: false"),
     (DPFedAvg(**QUIET), CodecQuant(), "longer than the clip"),
     (SecAgg(), SecAggPlus(), "the same work twice")])

@@ -267,7 +267,7 @@ def test_what_it_may_stand_over_and_under():
     layer = DPFTRL(unit="example", noise_multiplier=1.0)
     with pytest.raises(CompositionError, match=r"share of the noise only.*secagg or secagg_plus"):
         check_stack(SimpleNamespace(only_fits=True), [layer], {})
-    with pytest.raises(CompositionError, match="'DPFTRL' lets a client function learn"):
+    with pytest.raises(CompositionError, match="'dp_ftrl' lets a client function learn"):
         check_stack(SimpleNamespace(only_fits=False), [layer, SecAgg()], {})
     assert clash(layer, SecAgg()) is clash(layer, SecAggPlus()) is None
     assert "last bit" in clash(layer, CodecQuant()) and "secagg_plus" in clash(layer, HECKKS())

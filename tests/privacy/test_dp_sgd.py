@@ -171,7 +171,7 @@ def test_reading_rows_beside_training_is_refused(tiny, what):
     layer = DPSGD(noise_multiplier=1.0)
     engine, _, state, world = tiny(layers=[layer], k=3, spec=SGD)
     engine.stack = (Peek(what), layer)
-    with pytest.raises(CompositionError, match=r"DPSGD.*client.fit only.*dp_fedavg"):
+    with pytest.raises(CompositionError, match=r"dp_sgd.*client.fit only.*dp_fedavg"):
         drive(Peek(what).round(state, world.infos()), engine, [layer])
 
 

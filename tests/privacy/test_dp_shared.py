@@ -265,8 +265,8 @@ def test_shares_without_a_secure_sum_are_refused():
 
 
 @pytest.mark.parametrize("below,why", [
-    (CodecQuant(), "to the last bit; leave layer 'CodecQuant' out"), (HECKKS(), "use secagg or secagg_plus"),
-    (RingAllReduce(), "use secagg or secagg_plus"), (THGSSecAgg(), "HGSSecAgg"), (ServerTree(), None), (SecAgg(), None),
+    (CodecQuant(), "to the last bit; leave layer 'codec_quant' out"), (HECKKS(), "use secagg or secagg_plus"),
+    (RingAllReduce(), "use secagg or secagg_plus"), (THGSSecAgg(), "thgs_"), (ServerTree(), None), (SecAgg(), None),
     (DPFedAvg(noise_multiplier=1.0), "the same work twice"), (SecAggPlus(), None)])
 def test_what_may_stand_below(below, why):
     said = clash(DPSGD(noise_multiplier=1.0, noise="shared"), below)

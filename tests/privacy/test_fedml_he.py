@@ -81,9 +81,9 @@ def test_what_does_not_fit_is_refused():
         assert "read from rows without noise; use he_ckks" in (clash(layer, FedMLHE()) or "")
     with pytest.raises(RecipeError, match=r"encrypt_ratio = 1.5 is not allowed; it must be >= 0 and <= 1"):
         FedMLHE(encrypt_ratio=1.5)
-    with pytest.raises(CompositionError, match=r"FedMLHE.*'openfhe' do not fit together: it .*import.*tenseal works"):
+    with pytest.raises(CompositionError, match=r"fedml_he.*'openfhe' do not fit together: it .*import.*tenseal works"):
         FedMLHE(backend="openfhe").check(None, {})
-    with pytest.raises(CompositionError, match=r"HECKKS.*openfhe"):
+    with pytest.raises(CompositionError, match=r"he_ckks.*openfhe"):
         HECKKS(backend="openfhe").check(None, {})
 
 

@@ -67,7 +67,7 @@ def test_who_was_started_again_is_in_the_next_round(town, who):
     sites.restart(*who)
     out = round()
     assert right(out, clients) == 5 - len(who) and set(out.missing) == set(who)
-    assert all("was started again and holds the key of HECKKS no longer" in why for why in out.missing.values())
+    assert all("was started again and holds the key of he_ckks no longer" in why for why in out.missing.values())
     assert right(round(), clients) == 5
     assert sites.stacks["c04"][1].__dict__["_seats"]["c04"]["context"] is context  # the key is the one that it was
     assert right(round(), clients) == 5 and {fn for fn, _ in sites.told} == {"local", "open"}
@@ -87,7 +87,7 @@ def test_where_all_were_started_again_a_round_is_lost_and_no_more(town):
     round, sites, clients = town
     assert right(round(), clients) == 5
     sites.restart(*clients)
-    with pytest.raises(QuorumError, match="holds the key of HECKKS no longer; it is handed on"):
+    with pytest.raises(QuorumError, match="holds the key of he_ckks no longer; it is handed on"):
         round()
     assert right(round(), clients) == 5
     sites.quorum = 1.0  # the recipe's own quorum gives the round up, and not the layer
@@ -114,9 +114,9 @@ def test_a_client_that_was_started_again_opens_nothing_and_makes_no_second_key(t
             serve(sites.stacks["c01"], "HECKKS.open", sealed, clients["c01"])
     sites.restart("c01")
     serve(sites.stacks["c01"], "HECKKS.advertise", {}, clients["c01"])
-    with pytest.raises(Withheld, match="holds the key of HECKKS no longer"):
+    with pytest.raises(Withheld, match="holds the key of he_ckks no longer"):
         serve(sites.stacks["c01"], "HECKKS.make_key", {"to": [], "keys": [], "held": 1}, clients["c01"])
-    with pytest.raises(Withheld, match="holds the key of HECKKS no longer"):
+    with pytest.raises(Withheld, match="holds the key of he_ckks no longer"):
         serve(sites.stacks["c01"], "Ship.local", told, clients["c01"])
 
 

@@ -126,7 +126,7 @@ def test_rounds_that_cannot_be_added_are_refused(recipe, tmp_path, caplog):
         fedllm.resume(falls, rounds=4)
     private = recipe | {"layers": [{"name": "dp_fedavg", "epsilon": 50.0, "clip_norm": 1.0}]}
     noisy = fedllm.run(private, root=tmp_path).folder
-    with pytest.raises(RecipeError, match="layer 'DPFedAvg' was set for 2 rounds"):
+    with pytest.raises(RecipeError, match="layer 'dp_fedavg' was set for 2 rounds"):
         fedllm.resume(noisy, rounds=4)
     assert fedllm.resume(noisy).rounds == 2  # nothing was lost
     for key in ("keep_best", "patience"):

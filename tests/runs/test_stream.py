@@ -124,5 +124,5 @@ def test_batches_of_an_epoch_and_what_does_not_go_with_a_stream(recipe):
     assert [at.tolist() for at in plan] == [[0, 1], [2, 3], [4], [10, 11]] and place == {"epoch": 1, "at": 2}
     plan, place = onward(5, 2, 2, place, order)
     assert [at.tolist() for at in plan] == [[12, 13], [14]] and place == {"epoch": 2, "at": 0}
-    with pytest.raises(CompositionError, match=r"local\.order = 'stream' and layer 'DPSGD'"):
+    with pytest.raises(CompositionError, match=r"local\.order = 'stream' and layer 'dp_sgd'"):
         build(load_recipe({**recipe, "layers": [{"name": "dp_sgd", "noise_multiplier": 1.0}]}, {}))

@@ -208,7 +208,7 @@ def test_real_entities_load_with_their_tags():
 def test_rooms_that_know_texts_and_classes_alone_refuse_other_tasks(write, tmp_path, tiny_bert_folder):
     data = {"source": write(rows_of("tokens")), "task": "tokens", "partition": {"kind": "iid", "clients": 3}}
     recipe = {"name": "tagged", "model": tiny_bert_folder, "rounds": 1, "space": "head", "data": data}
-    with pytest.raises(CompositionError, match=r"'AttLabelFlip' and data\.task = 'tokens' do not fit together"):
+    with pytest.raises(CompositionError, match=r"'att_label_flip' and data\.task = 'tokens' do not fit together"):
         fedllm.run({**recipe, "layers": [{"name": "att_label_flip", "clients": 1}]}, root=tmp_path)
     with pytest.raises(RecipeError, match=r"data\.canaries = 2 and data\.task = 'tokens'"):
         fedllm.run({**recipe, "data": {**data, "canaries": 2}}, root=tmp_path)
