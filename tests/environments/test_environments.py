@@ -215,7 +215,7 @@ def test_no_payload_tells_what_was_seen_or_done():
 
 
 def test_dp_sgd_refuses_what_it_cannot_see():
-    with pytest.raises(CompositionError, match="DPSGD"):
+    with pytest.raises(CompositionError, match="dp_sgd"):
         trained("vectorized", layers=(make_layer("dp_sgd", {"noise_multiplier": 1.0}, "layers.0"),), rounds=1)
 
 

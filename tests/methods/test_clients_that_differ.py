@@ -17,8 +17,8 @@ def made(recipe, **changes):
 
 
 @pytest.mark.parametrize("method, declared, says", [
-    ("flexlora", {"ranks": [2, 40]}, r"clients\.ranks: space\.rank = 40 is not allowed; .* must be <= \d+"),
-    ("flexlora", {"profiles": {"c": {"rank": 40}}}, r"clients\.profiles: space\.rank = 40 is not allowed"),
+    ("flexlora", {"ranks": [2, 40]}, r"clients\.ranks = 40 is not allowed; .* must be <= \d+"),
+    ("flexlora", {"profiles": {"c": {"rank": 40}}}, r"clients\.profiles\.client-00\.rank = 40 is not allowed"),
     ("hetlora", {"ranks": [2, 40]}, r"clients\.ranks|rank 40")])
 def test_a_rank_above_the_bases_width(recipe, method, declared, says):
     space = {"name": "lora", "rank": 4, "scaling": "shared"}

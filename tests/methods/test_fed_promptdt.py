@@ -168,7 +168,7 @@ def test_weights_leave_and_no_log(tmp_path):
     assert {n for n in driver.memory["client-0"]} == {"0/seen", "0/did", "0/paid", "0/steps"}
     alone = trained("vectorized", rounds=1, share="nothing")
     assert alone[2].record.totals()["up"] < driver.record.totals()["up"] / 5 and "theta" in alone[2].memory["client-1"]
-    with pytest.raises(CompositionError, match="DPSGD"):
+    with pytest.raises(CompositionError, match="dp_sgd"):
         from fedllm.privacy.composition import check_stack
 
         check_stack(make_method("fed_promptdt"), [make_layer("dp_sgd", {"noise_multiplier": 1.0}, "layers.0")], {})

@@ -96,6 +96,13 @@ def test_fedkc_sends_no_document(begin, monkeypatch):
         run.method.fits({"wide": [2, 3]}, {"c": torch.zeros(1, 2), "y": torch.zeros(1, 4), "count": [3]})
 
 
+@pytest.mark.parametrize("sizes", [(8, 2), (2, 2), (8, 2, 8)])
+def test_fedkc_goes_on_where_a_client_has_no_cluster_that_is_large_enough(begin, sizes):
+    """It says nothing, and whom nobody told anything trains as in FedAvg."""
+    run = begin("fedkc", n_clusters=2, least=5, sizes=sizes, **TEXTS).go(1)
+    assert all(torch.isfinite(t).all() for t in run.state["theta"].values())
+
+
 def test_fedkc_composes_what_is_near():
     method = make_method("fedkc", neighbors=2, tau=2.0)
     h, c = np.array([[0.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]])

@@ -75,7 +75,7 @@ class FedKC(Star):
         if self.lambda_cons:
             out = yield Ask(self.tell, {c: {**msg, "wide": state["wide"]} for c, msg in told.items()})
             pool = {c: [torch.cat([out[o][k] for o in out if o != c]) for k in "cy"] for c in told if set(out) - {c}}
-            told = {c: {**msg, **(dict(zip("cy", pool[c], strict=True)) if c in pool else {})}
+            told = {c: {**msg, **(dict(zip("cy", pool[c], strict=True)) if c in pool and len(pool[c][0]) else {})}
                     for c, msg in told.items()}
         return self.merge(state, (yield Ask(self.local, told)))
 
@@ -97,7 +97,7 @@ class FedKC(Star):
             found = KMeans(max(1, min(self.n_clusters, len(h) // self.least)), n_init=1,
                            random_state=int(client.rng("fedkc").integers(2**31))).fit_predict(h)
         kept = [at for g in np.unique(found) if len(at := np.flatnonzero(found == g)) >= self.least]
-        means = [torch.tensor(np.array([x[at].mean(0) for at in kept]).reshape(len(kept), -1)) for x in (h, p)]
+        means = [torch.tensor(np.array([x[at].mean(0) for at in kept]).reshape(-1, x.shape[1])) for x in (h, p)]
         return {"c": means[0], "y": means[1], "count": [len(at) for at in kept]}
 
     def states(self, msg: Any, client: Any) -> tuple[np.ndarray, np.ndarray]:
