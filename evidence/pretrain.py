@@ -178,7 +178,7 @@ def main(seeds: Sequence[int], longer: bool = False) -> None:
     console = Console()
     found = json.loads(OUT.read_text()) if OUT.is_file() else {}
     if found.get("settings") != settings():
-        found = {"settings": settings(), "cpu": machine()["cpu"], "tuning": {}, "cells": [], "longer": []}
+        found = {"settings": settings(), "cpu": machine()["cpu"], "tuning": {}, "cells": []}
 
     def keep() -> None:
         fresh = OUT.with_suffix(".part")

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evidence.rigs.boundary import TEMPLATE, chain, packs, teller
-from evidence.rigs.boundary import words_tokenizer as words
+from evidence.rigs.boundary import chain
+from evidence.rigs.canaries import TEMPLATE, packs, teller
+from evidence.rigs.canaries import words_tokenizer as words
 from evidence.rigs.trials import Metrics, Trial
 from fedllm.core.rng import numpy_stream
 from fedllm.data.federation import Federation, Shard

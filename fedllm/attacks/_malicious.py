@@ -13,11 +13,10 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program
 from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.knobs import Knobs, knob
-from fedllm.core.layer import Algebra, Facts, Layer
+from fedllm.core.layer import Algebra, Facts, Layer, name_of
 from fedllm.core.payload import Payload, Tree
 from fedllm.core.reduce import wide
 from fedllm.core.rng import numpy_stream
-from fedllm.defenses._robust import name_of
 from fedllm.local.requests import Fit, Losses, Sensitivity
 
 

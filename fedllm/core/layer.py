@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fedllm.core.ask import Ask, Program
@@ -141,3 +143,11 @@ class Layer:
     def statement(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What it can say about the run's privacy; `void` lists what takes its claim away. None: nothing."""
         return None
+
+
+def name_of(layer: Layer) -> str:
+    """As a recipe calls it: the stem of its file. A key's message begins with the class (`Krum.f = 3`), in whose place
+    `runs.build.by_key` puts the key's path."""
+    kind = type(layer)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)  # a plugin's module is called otherwise
+    return Path(file).stem if file else kind.__name__

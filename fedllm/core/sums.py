@@ -15,6 +15,8 @@ WHOLE = "_whole/"
 """Stands before the key of an int32 tensor that is in the ring of 2^32 already: it is added as it is."""
 LEAST = "_sum/least"
 """In a message: the fewest clients whose sum may be opened; who answers it helps to open no other."""
+SMALLEST = 3
+"""Clients of a sum in which one may hide: of two each knows the other's part, of one there is nothing to hide among."""
 
 INSTEAD = "a method whose reducer is a Sum works, such as fedavg, flexlora or ffa_lora"
 

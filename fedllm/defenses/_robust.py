@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.errors import CompositionError, FedLLMError, QuorumError, RecipeError
 from fedllm.core.knobs import Knobs, knob
-from fedllm.core.layer import Algebra, Facts, Layer
+from fedllm.core.layer import Algebra, Facts, Layer, name_of
 from fedllm.core.payload import Payload, Tree, alike
 from fedllm.core.reduce import Mean, Sum, wide
 
@@ -204,14 +202,6 @@ class Tolerant(Robust, ABC):
         if why := self.too_many(n):
             raise QuorumError(f"n = {n} replies are too few against f = {self.faults(n)} malicious ones: {why}")
         return self.faults(n)
-
-
-def name_of(layer: Layer) -> str:
-    """As a recipe calls it: the stem of its file. A key's message begins with the class (`Krum.f = 3`), in whose place
-    `runs.build.by_key` puts the key's path."""
-    kind = type(layer)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)  # a plugin's module is called otherwise
-    return Path(file).stem if file else kind.__name__
 
 
 def distances(x: Tensor) -> Tensor:

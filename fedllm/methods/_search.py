@@ -229,7 +229,10 @@ class Searching(Asking):
     def _index(self, client: Client) -> Mapping[str, Any]:
         """The index of the client's documents as they are now; without a round before it is this process's alone."""
         rows = client.data
-        texts = lambda: [rt.document(r) for r in rows]  # noqa: E731
+
+        def texts() -> list[str]:
+            return [rt.document(r) for r in rows]
+
         parts = [*(("bm25", "words") if self._by(client) != "vectors" else ()),
                  *(("vectors",) if self._reads_vectors(client) else ())]
         return self._followed.of(client.id, rows, texts, client.memory, parts,

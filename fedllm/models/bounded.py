@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
+
+from fedllm.core.aside import started
 
 LARGEST = 64 << 20
 """Bytes of the longest answer."""
 HERE = ("localhost", "127.0.0.1", "::1")
-T = TypeVar("T")
 
 
 class TooLong(httpx.TransportError):
@@ -48,17 +46,3 @@ def whole(http: httpx.Client, method: str, url: str, timeout: float, **more: Any
         return started(read).result(timeout)
     except TimeoutError:
         raise httpx.ReadTimeout(f"no answer within {timeout:g} s") from None
-
-
-def started(work: Callable[[], T]) -> Future[T]:
-    """`work` on a thread of its own that does not keep the process alive."""
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="started", daemon=True).start()
-    return done

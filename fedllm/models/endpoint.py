@@ -154,9 +154,8 @@ class Endpoint(Knobs):
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
             raise EndpointError(f"{self._who}: the environment variable {self.api_key_env} is not set")
-        if not key.isascii() or not key.isprintable():  # the HTTP library would repeat it in its complaint, escaped
-            raise EndpointError(f"{self._who}: the environment variable {self.api_key_env} holds characters that no "
-                                "HTTP header can carry")
+        if not carried(key):
+            raise EndpointError(f"{self._who}: the environment variable {self.api_key_env} {UNFIT}")
         return key
 
     @property
@@ -206,6 +205,14 @@ class Endpoint(Knobs):
             start = hidden(answer.text[:200], key)
             raise EndpointError(f"{self._who}: its answer is not what the API promises "
                                 f"({type(error).__name__}: {hidden(str(error), key)}): {start!r}") from None
+
+
+UNFIT = "holds characters that no HTTP header can carry"
+
+
+def carried(key: str) -> bool:
+    """Whether a header can hold it; the HTTP library would repeat it in its complaint, escaped."""
+    return key.isascii() and key.isprintable()
 
 
 def characters(text: str) -> str:

@@ -15,10 +15,10 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.errors import QuorumError
 from fedllm.core.form import Form
+from fedllm.core.layer import name_of
 from fedllm.core.sums import LEAST
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import RingSum, decode, mask_
-from fedllm.privacy._shared import name_of
 from fedllm.wire import _keys as keys
 from fedllm.wire._blame import blame, staying_out
 

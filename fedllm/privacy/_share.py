@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import CompositionError, PayloadError
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Layer, name_of
 from fedllm.core.sums import LEAST, WHOLE, without
 from fedllm.local.objective import taken
 from fedllm.local.requests import Fit
 from fedllm.local.summed import Clipped, Summed
 from fedllm.privacy._discrete import Coins, discrete_gaussian
-from fedllm.privacy._shared import CLOSED, OWN, RATE, RING, name_of, whole
+from fedllm.privacy._shared import CLOSED, OWN, RATE, RING, whole
 
 
 def client(layer: Any, fn: Any, msg: Any, client: Any, call: Any) -> Any:

@@ -9,20 +9,18 @@ weights and the learning rate come after. Which rows, and how one round's noise 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedllm.core.errors import CompositionError, RecipeError
-from fedllm.core.layer import Facts
+from fedllm.core.layer import Facts, name_of
 from fedllm.core.payload import digest
 from fedllm.core.reduce import Lifted, Mean
-from fedllm.core.sums import EVALUATION, LEAST, WHOLE, must_lift
+from fedllm.core.sums import EVALUATION, LEAST, SMALLEST, WHOLE, must_lift
 from fedllm.privacy._discrete import Coins, discrete_gaussian
 from fedllm.privacy.accountant import Ledger, check_delta, check_reach, noise_for, rounds_for
 
@@ -32,8 +30,6 @@ RATE = 1e9
 RING = 2.0**31
 FAR = 16
 """Standard deviations of noise that the ring has room for beside the clipped sum: more never happens (1e-56)."""
-SMALLEST = 3
-"""Of a sum over two, each of them knows the other's part; of one there is nothing to hide among."""
 MORE = "a round under {} is one step of gradient descent on {} of each client"
 CLOSED = ("layer '{}' lets a client function learn from its rows through client.fit only, and this one reads the "
           "rows or their losses, so they do not fit together; use dp_fedavg, or a method that only trains (fedavg)")
@@ -49,14 +45,6 @@ class Terms:
     """Quanta per 1."""
     share: float
     """Standard deviation of one client's noise, in quanta; under `central` of all of it."""
-
-
-def name_of(layer: Any) -> str:
-    """As a recipe calls it: the stem of its file. A key's message begins with the class (`DPSGD.colluding = 2`), in
-    whose place `runs.build.by_key` puts the key's path."""
-    kind = type(layer)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)  # a plugin's module is called otherwise
-    return Path(file).stem if file else kind.__name__
 
 
 def need_company(layer: Any, count: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm.core.errors import CompositionError
 from fedllm.core.form import need
-from fedllm.privacy._shared import name_of
+from fedllm.core.layer import name_of
 from fedllm.privacy.accountant import Ledger, check_delta, noise_for, usual_delta
 from fedllm.privacy.dp_sgd import BOOK, DPSGD
 

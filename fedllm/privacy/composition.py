@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedllm.core.errors import CompositionError
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Layer, name_of
 from fedllm.core.reduce import Sum
-from fedllm.privacy._shared import name_of
 
 HIDES = ("secagg", "he")
 """Kinds of layers whose messages look random."""

@@ -18,12 +18,12 @@ from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, PayloadError, QuorumError, Withheld
 from fedllm.core.form import Form, aligned, need
 from fedllm.core.knobs import Knobs, knob
-from fedllm.core.layer import Algebra, Facts, Layer
+from fedllm.core.layer import Algebra, Facts, Layer, name_of
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import wide
-from fedllm.core.sums import is_control, must_lift, need_sums, without
+from fedllm.core.sums import SMALLEST, is_control, must_lift, need_sums, without
 from fedllm.privacy._ckks import CipherSum, joined, no_openfhe, serialized, split, tenseal
-from fedllm.privacy._shared import SMALLEST, name_of, need_company
+from fedllm.privacy._shared import need_company
 from fedllm.wire import _keys as keys
 from fedllm.wire.codec import DTYPES, NAMES
 

@@ -17,12 +17,12 @@ from fedllm.core.ask import on_client
 from fedllm.core.errors import PayloadError, RecipeError, Withheld
 from fedllm.core.form import aligned, need
 from fedllm.core.knobs import Knobs, knob
-from fedllm.core.layer import Algebra, Facts, Layer
-from fedllm.core.sums import LEAST, is_control, must_lift, need_sums, without
+from fedllm.core.layer import Algebra, Facts, Layer, name_of
+from fedllm.core.sums import LEAST, SMALLEST, is_control, must_lift, need_sums, without
 from fedllm.privacy import _shamir as shamir
 from fedllm.privacy._ring import encode, fraction_bits, mask_, within
 from fedllm.privacy._secagg_server import OWN, Server
-from fedllm.privacy._shared import SMALLEST, name_of, need_company
+from fedllm.privacy._shared import need_company
 from fedllm.wire import _keys as keys
 
 SURE = 0.05

@@ -10,7 +10,7 @@ import httpx
 
 from fedllm.core.errors import EndpointError, RecipeError
 from fedllm.models.bounded import client_for, whole
-from fedllm.models.endpoint import complaint, hidden
+from fedllm.models.endpoint import UNFIT, carried, complaint, hidden
 from fedllm.runs.asking import Answered, check_question
 
 
@@ -24,9 +24,8 @@ class FarSession:
         self.key = "" if key_env is None else os.environ.get(key_env, "")
         if key_env is not None and not self.key:
             raise RecipeError(f"--key-env {key_env}: this environment variable is not set")
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise RecipeError(f"--key-env {key_env}: this environment variable holds characters that no HTTP header "
-                              "can carry")
+        if not carried(self.key):
+            raise RecipeError(f"--key-env {key_env}: this environment variable {UNFIT}")
         self.url, self.timeout = f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions", timeout
         try:
             self.http = client_for(self.url, timeout)

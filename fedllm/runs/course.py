@@ -128,7 +128,6 @@ class Course:
                                        f"'{path}'; take it out of space.frozen, or use a method that trains by "
                                        "gradients")
 
-
     def _sound(self, new: State) -> None:
         """PayloadError where what is trained has become no numbers, or is farther off than an answer may be: a rate of
         the server's does that to answers of which each is sound."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from fedllm.core.errors import RecipeError
-from fedllm.privacy._shared import name_of
+from fedllm.core.layer import name_of
 from fedllm.runs.beside import FILE
 from fedllm.runs.build import Parts, bound, make_layers
 from fedllm.runs.folder import RunFolder

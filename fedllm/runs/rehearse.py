@@ -186,7 +186,7 @@ class _Stage:
                                    "which settings could be compared")
         return Tried(setting, z, float(figures["loss"]), float(figures[self.metric]), 1)
 
-    def _trial(self, setting: Setting, noise: float, seed: int, few: int = 1) -> DPSGD | DPFTRL | DPFedAvg:
+    def _trial(self, setting: Setting, noise: float, seed: int, few: int) -> DPSGD | DPFTRL | DPFedAvg:
         """The layer with this much noise and no budget; rows are nobody's, so its draws may be known."""
         layer = self.parts.layers[self.at]
         if isinstance(layer, DPFTRL):  # without a sum that hides them, each of the few adds all of its noise

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Method
 from fedllm.local.groupable import check_group
 from fedllm.local.packing import check_packing
 from fedllm.local.spec import LocalSpec
 from fedllm.models.checkpointing import layers_of
 from fedllm.models.model import Model
-from fedllm.privacy._shared import name_of
 from fedllm.runs.recipe import Recipe
 
 FASTEST = 0.1

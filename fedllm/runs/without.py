@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import CompositionError, PayloadError, QuorumError, RecipeError, RunError
+from fedllm.core.layer import name_of
 from fedllm.core.payload import Tree, digest
 from fedllm.core.program import drive
 from fedllm.core.record import Record
 from fedllm.engines.world import World
-from fedllm.privacy._shared import name_of
 from fedllm.runs.began import same_as_began, stands_on
 from fedllm.runs.build import Parts, build
 from fedllm.runs.course import PATIENCE, in_order, watched

@@ -19,15 +19,13 @@ from fedllm.core.knobs import Knobs, knob
 from fedllm.core.layer import Algebra, Facts, Layer
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import wide
-from fedllm.core.sums import is_control, must_lift, need_sums, without
+from fedllm.core.sums import SMALLEST, is_control, must_lift, need_sums, without
 from fedllm.wire import _letters as letters
 from fedllm.wire._blame import BROKE, blame, staying_out
 from fedllm.wire.codec import DTYPES, NAMES
 
 OWN = "ring/"
 HELD = "ring_all_reduce"
-SMALLEST = 3
-"""A sum over two tells each of them the other's part."""
 
 
 @dataclass(frozen=True)

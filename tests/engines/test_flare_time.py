@@ -134,18 +134,26 @@ def test_with_one_at_work_at_a_time_nothing_need_be_forced(tmp_path, name, speed
 
 
 def test_an_answer_to_an_older_question_comes_with_its_version(tmp_path):
-    method, slow = make_method("fedbuff", buffer_size=2, concurrency=3), threading.Event()
+    """c000's first answer comes after the others' first six, before their seventh, and its second never."""
+    method = make_method("fedbuff", buffer_size=2, concurrency=3)
+    passed, slow, late = (threading.Event() for _ in range(3))
+    passed.set()
+    gates = {"c000": [slow], "others": [passed] * 6}
 
     def hold(line, site, head, over):
-        if site == "c000":
-            slow.wait(20)
+        with line.lock:
+            mine = gates.get(site, gates["others"])
+            gate = mine.pop() if mine else over if site == "c000" else late
+        gate.wait(60)
 
     engine = far(Line(tmp_path, method, hold=hold), method)
     state = go(engine, method, 3)
     assert "c000" not in state["given"] and [t.client for t in engine.clock.flying].count("c000") == 1
     slow.set()
     until(lambda: next(t for t in engine.clock.flying if t.client == "c000").answer.done())
+    late.set()
     state = go(engine, method, 1, state, 3)
+    engine.finish(4)
     assert state["given"]["c000"] == 1 and state["ages"]["0003"] == 1
 
 

@@ -26,11 +26,18 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     rows = {(r["arm"], r["H"]): r for r in compared(found["cells"])}
     assert rows["diloco", 4]["fewer"] == pytest.approx(4, rel=0.01)
     assert rows["sparse_loco", 4]["fewer"] > 100
+    monkeypatch.setattr(pretrain, "TIMES", 2)
+    pretrain.main([0], longer=True)
+    long = json.loads(small["OUT"].read_text())["longer"]
+    assert {(c["arm"], c["H"], c["tokens"]) for c in long} == {
+        (arm, 1 if arm == "ddp" else 4, 2 * found["cells"][0]["tokens"]) for arm in ("ddp", "diloco", "sparse_loco")}
+    assert "## 2 times as long" in (tmp_path / "pretrain.md").read_text()
     lost = {**found, "cells": found["cells"][:-1]}
     small["OUT"].write_text(json.dumps(lost))
     monkeypatch.setattr(pretrain, "ddp", None)  # nothing of it is left to do
     pretrain.main([0])
     again = json.loads(small["OUT"].read_text())
+    assert "times as long" not in (tmp_path / "pretrain.md").read_text()
     for c in (found, again):
         for cell in c["cells"]:
             cell.pop("cpu_seconds")

@@ -11,6 +11,7 @@ import torch
 from evidence.pages.composition import examples, foldings, rows, shared_table, table
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError
+from fedllm.core.layer import name_of
 from fedllm.core.payload import pack
 from fedllm.core.program import drive
 from fedllm.core.reduce import Mean
@@ -18,7 +19,6 @@ from fedllm.core.rng import numpy_stream
 from fedllm.defenses.median import Median
 from fedllm.methods._factors import Products
 from fedllm.methods.registry import make_method
-from fedllm.privacy._shared import name_of
 from fedllm.privacy.composition import check_stack, clash
 from fedllm.privacy.dp_fedavg import DPFedAvg
 from fedllm.privacy.dp_ftrl import DPFTRL

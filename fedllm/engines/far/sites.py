@@ -15,8 +15,8 @@ from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from fedllm.core.aside import started
 from fedllm.engines.far.line import Barred, Body, Head, Link, Patience, Silence, Unsent
-from fedllm.models.bounded import started
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fedllm.core.aside import started
 from fedllm.core.errors import FedLLMError, RunError
 from fedllm.engines.far.line import Patience
 from fedllm.federation.answering import ASKING, Desk
@@ -21,7 +22,6 @@ from fedllm.federation.coordinator import FAILED
 from fedllm.federation.nvflare.keys import ADMIN, NODES, Federation
 from fedllm.federation.nvflare.process import kit_process
 from fedllm.federation.process import need_port
-from fedllm.models.bounded import started
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.progress import log as progress
 from fedllm.runs.result import Result, finished
