@@ -260,13 +260,20 @@ def federation() -> list[Row]:
     return [*speed(), *flower_speed()]
 
 
+ROWED: dict[str, Callable[[Path, Sequence[str]], Any]] = {"digests": digests, "faults": faults, "flower": flower}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Measure the parts named on the command line (PART or PART:ROW,ROW), or all."""
+    asked = [word.partition(":") for word in (sys.argv[1:] if words is None else words) or PARTS]
+    for part, rows, _ in asked:
+        if part not in (ROWED if rows else PARTS):
+            sys.exit(f"bench federation: there is no part {part + rows!r}; allowed: {', '.join(PARTS)}; of "
+                     f"{', '.join(ROWED)} some rows too, as {next(iter(ROWED))}:ROW,ROW")
     with stoppable():
-        for word in (sys.argv[1:] if words is None else words) or list(PARTS):
-            part, _, only = word.partition(":")
+        for part, _, only in asked:
             if only:
-                {"digests": digests, "faults": faults, "flower": flower}[part](OUT, only.split(","))
+                ROWED[part](OUT, only.split(","))
             else:
                 PARTS[part](OUT)
 

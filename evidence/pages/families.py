@@ -29,8 +29,10 @@ SMALL: Mapping[str, tuple[int, int, tuple[str, ...]]] = {
     "fedpetuning": (2, 1, MINILM),
     "fedtune_bench": (2, 1, MINILM),
     "knowledge": (3, 1, ()),
-    "vision_language": (1, 1, ()),
-    "profit": (1, 1, ("data.office.test_rows=30", "local.steps=5")),
+    "vision_language": (10, 1, ()),
+    "profit": (3, 1, ("data.office.test_rows=30", "local.steps=5")),
+    "architectures": (3, 1, ()),
+    "init_study": (3, 1, ()),
     "ftl_fm": (1, 1, ()),
 }
 """Name -> seeds, tuning seeds, and keys of the recipe that differ from the family's own."""
