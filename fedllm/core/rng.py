@@ -5,7 +5,10 @@ Cryptography does not come here: keys and masks take the operating system's rand
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,3 +28,16 @@ def torch_stream(*key: object) -> torch.Generator:
 def numpy_stream(*key: object) -> np.random.Generator:
     """A numpy generator for this key."""
     return np.random.Generator(np.random.PCG64(seed_of(*key)))
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def torch_own(seed: int | None = None) -> Iterator[None]:
+    """Let code that is not ours draw from torch's own stream, which the process has once: from `seed` where there is
+    one; one thread at a time, and afterwards the stream is where it was."""
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield

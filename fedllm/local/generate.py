@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,7 @@ def run_generates(requests: Sequence[Generate], limits: Limits) -> list[list[lis
             full = [[row[2] for row in rows] + [rows[0][2]] * (wide - len(rows)) for rows in part]  # a rectangle
             batch = collate(full, model.pad, model.device, left=True)
             seats = [_seat(requests, rows[j]) if j < len(rows) else None for rows in part for j in range(wide)]
-            quick = fast(model.device, batch.ids.shape[1], model.fast_kernels)
-            with torch.no_grad(), model.using([lane.request.theta for lane in lanes], first.base), quick:
+            with torch.no_grad(), model.using([lane.request.theta for lane in lanes], first.base):
                 got = decode(model, batch, first, seats)
             for k, rows in enumerate(part):
                 for j, (i, row, _) in enumerate(rows):
@@ -76,12 +76,19 @@ def decode(model: Model, batch: Batch, how: Generate, seats: Sequence[np.random.
 
     `seats` holds one random stream a row, None for rows that only fill the rectangle.
     """
-    text, ends = Continuation(model, batch, how.max_new_tokens), model.ends
+    def quick() -> AbstractContextManager[None]:
+        """For one token, so that other threads come in between (`core.switches`)."""
+        return fast(model.device, batch.ids.shape[1], model.fast_kernels)
+
+    with quick():
+        text, ends = Continuation(model, batch, how.max_new_tokens), model.ends
     said: list[list[int]] = [[] for _ in seats]
     talking = {i for i, seat in enumerate(seats) if seat is not None}
     here = list(range(len(seats)))  # whose row each is
     for _ in range(how.max_new_tokens):
-        token = _pick(text.logits(), how.temperature, [seats[i] for i in here])
+        with quick():
+            logits = text.logits()
+        token = _pick(logits, how.temperature, [seats[i] for i in here])
         for i, word in zip(here, token.tolist(), strict=True):
             if i in talking and word in ends:
                 talking.remove(i)

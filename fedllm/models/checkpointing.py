@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedllm.core.errors import CompositionError
+from fedllm.core.switches import PLAIN_ATTENTION, on, on_now
 from fedllm.models.model import Model
 from fedllm.spaces.space import Stack
 
@@ -51,14 +51,15 @@ def _again(plain: Callable[..., Any], stack: Stack) -> Callable[..., Any]:
             return plain(*args, **kwargs)
         seen = {n: getattr(stack, n) for n in SEEN}
         visits = copy.copy(seen["noise"].visits) if seen["noise"] else None
-        ran, flash = False, torch.backends.cuda.flash_sdp_enabled()
+        ran, plainly = False, on_now(PLAIN_ATTENTION)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal ran
             if not ran:
                 ran = True
                 return plain(*args, **kwargs)
-            with _as_seen(stack, seen, visits), contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH):
+            again = plainly and not on_now(PLAIN_ATTENTION)  # on a card this is a thread of autograd's
+            with _as_seen(stack, seen, visits), on(PLAIN_ATTENTION) if again else contextlib.nullcontext():
                 return plain(*args, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedllm.core.errors import ModelError
+from fedllm.core.rng import torch_own
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.models.quantized import kind_of
 from fedllm.spaces.layers import block_of
@@ -119,7 +120,7 @@ def _built(net: Any, kept: tuple[int, ...], weights: Mapping[str, Tensor], lists
     config.num_hidden_layers = len(kept)
     for key, of_each in {**lists, KEPT: list(kept)}.items():
         setattr(config, key, of_each)
-    with torch.random.fork_rng(devices=[]):
+    with torch_own():
         made = type(net)(config).to(net.dtype)
     made.load_state_dict({n: t.to(net.device) for n, t in weights.items()}, assign=True)
     made.tie_weights()

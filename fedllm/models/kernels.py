@@ -9,6 +9,7 @@ import gc
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedllm.core.switches import ONEDNN, PLAIN_ATTENTION, on
 from fedllm.models.attention import SHORT
 from fedllm.tasks.task import wide
 
@@ -37,7 +38,7 @@ def onednn_is_fp32() -> bool:
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))  # read at the first product
     rng = torch.Generator().manual_seed(0)
-    with _onednn():
+    with on(ONEDNN):
         return all(_error(rng, *size) <= 1e-5 for size in ((192, 256, 160), (1024, 256, 256), (64, 32, 32)))
 
 
@@ -49,32 +50,19 @@ def _error(rng: torch.Generator, m: int, k: int, n: int) -> float:
     return float((got.double() - exact).abs().max() / exact.abs().max())
 
 
-@contextlib.contextmanager
-def _onednn() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@contextlib.contextmanager
-def fast(device: torch.device, length: int, switch: bool = True) -> Iterator[None]:
+def fast(device: torch.device, length: int, switch: bool = True) -> AbstractContextManager[None]:
     """Run a forward over sequences of `length` with the quickest kernels that pass their check."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(products(device, switch))
-        if switch and device.type == "cpu" and length <= SHORT:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
+    short = switch and device.type == "cpu" and length <= SHORT
+    return on(*_products(device, switch), *([PLAIN_ATTENTION] if short else []))
 
 
-@contextlib.contextmanager
-def products(device: torch.device, switch: bool = True) -> Iterator[None]:
+def products(device: torch.device, switch: bool = True) -> AbstractContextManager[None]:
     """The part of `fast` that a backward pass needs around it as well: which kernels multiply matrices."""
-    with _onednn() if switch and device.type == "cpu" and onednn_helps() else contextlib.nullcontext():
-        yield
+    return on(*_products(device, switch))
+
+
+def _products(device: torch.device, switch: bool) -> list[str]:
+    return [ONEDNN] if switch and device.type == "cpu" and onednn_helps() else []
 
 
 def onednn_helps() -> bool:

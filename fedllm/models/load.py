@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fedllm.core.errors import CompositionError, ModelError
-from fedllm.core.rng import seed_of
+from fedllm.core.rng import seed_of, torch_own
 from fedllm.models import quantized
 from fedllm.models.checks import complete, first_sees, loaded, pictures_fit, reads_names, reads_texts, unused, words_fit
 from fedllm.models.dual import DualEncoder
@@ -149,8 +149,7 @@ def bare(kind: Any, name: str, said: list[str], *, weights: str = "pretrained", 
         said += complete(name, net, told)
         return net
     config = reshaped(_load(AutoConfig, name, trust_remote_code), shape or {}, name)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(seed, "weights"))
+    with torch_own(seed_of(seed, "weights")):
         return kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedllm.core.errors import ModelError
+from fedllm.core.rng import torch_own
 from fedllm.models.emulator import blocks_of
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.spaces.slices import INNER, OUTER, Slice
@@ -66,7 +67,7 @@ def cut_net(net: Any, width: float) -> nn.Module:
                     and not (isinstance(m, nn.Linear) and KNOWN.search(n))), None):
         raise ModelError(f"{type(body).__name__}: '{odd}' in its blocks is no separate projection of heads or neurons "
                          "(fused ones are not taken apart), so its width is not cut")
-    with torch.random.fork_rng(devices=[]):
+    with torch_own():
         small: Any = type(body)(narrowed(body.config, width))
         if isinstance(net, HeadedEncoder):
             if "pooler" in dict(small.named_children()):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
+from fedllm.core.rng import torch_own
 from fedllm.models.exam import Exam, what
 from fedllm.models.hidden import WINDOWS
 from fedllm.models.model import Model
@@ -34,7 +33,7 @@ def examine(model: Model, cache: bool = True) -> None:
             model.go(ways)
         return model.tell(said)
     said = []
-    with torch.random.fork_rng(devices=[]):
+    with torch_own():
         exam = Exam.of(model)
         check(exam)
         said += _settle(model, exam)

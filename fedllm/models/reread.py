@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from fedllm.core.errors import ModelError
-from fedllm.core.rng import torch_stream
+from fedllm.core.rng import torch_own, torch_stream
 from fedllm.data.encode import Encoded
 from fedllm.models.batch import Batch, collate
 from fedllm.models.dual import DualEncoder, tensor_of
@@ -46,7 +46,7 @@ def reread(folder: Path, model: Model, theta: Mapping[str, Tensor]) -> None:
     for length in (7, 4):
         ids = torch.randint(words, (length,), generator=rng)
         batch = collate([[Encoded(ids.numpy(), ids.numpy(), 0)]], model.pad, model.device)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch_own():
             with model.using([theta]):
                 ours = _made(model, batch)
             want = _made_by_peft(theirs, model, batch)

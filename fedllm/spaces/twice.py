@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from fedllm.core.switches import PLAIN_ATTENTION, on
 
 _WANTED: ContextVar[bool] = ContextVar("two derivatives are wanted", default=False)
 
@@ -22,7 +22,7 @@ def twice() -> Iterator[None]:
     second derivative goes, and of torch's attention the plain one alone has any."""
     token = _WANTED.set(True)
     try:
-        with sdpa_kernel([SDPBackend.MATH]):
+        with on(PLAIN_ATTENTION):
             yield
     finally:
         _WANTED.reset(token)

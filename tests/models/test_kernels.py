@@ -1,13 +1,16 @@
 """The fast kernels compute what the plain ones do, and leave the switches as they found them."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fedllm.core.switches import ONEDNN, on
 from fedllm.models import kernels
 from fedllm.models.kernels import fast, frozen_head_loss, onednn_helps
+from fedllm.spaces.twice import twice
 
 
 def test_frozen_head_loss_equals_cross_entropy_and_its_gradient():
@@ -64,6 +67,71 @@ def test_the_self_check_refuses_a_machine_that_rounds_to_bf16(monkeypatch, round
 
 def test_the_self_check_accepts_fp32():
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with kernels._onednn() if kernels.onednn_is_fp32() else contextlib.nullcontext():
+    with on(ONEDNN) if kernels.onednn_is_fp32() else contextlib.nullcontext():
         assert kernels._error(torch.Generator().manual_seed(1), 300, 70, 50) <= 1e-5
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_thread_turns_no_switch_for_another():
+    """Short rows in one, long ones in the other: what either computes under never changes while it computes, and after
+    threads that leave in another order than they came all is as before."""
+    def flash():
+        return torch.backends.cuda.flash_sdp_enabled()
+
+    assert flash()
+    seen, errors = {8: set(), 1000: set()}, []
+    ready = threading.Barrier(4)
+
+    def work(length):
+        try:
+            ready.wait(60)
+            for _ in range(100):
+                with fast(torch.device("cpu"), length):
+                    seen[length].add(flash())
+                    for _ in range(20):
+                        torch.ones(8, 8) @ torch.ones(8, 8)
+                    seen[length].add(flash())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=[n], daemon=True) for n in (8, 1000, 8, 1000)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not errors and not any(t.is_alive() for t in threads)
+    assert seen == {8: {False}, 1000: {True}} and flash()
+
+
+def test_who_leaves_out_of_turn_leaves_no_switch_on():
+    cpu, steps = torch.device("cpu"), [threading.Event() for _ in range(3)]
+    other = []
+
+    def second():
+        steps[0].wait(60)
+        with fast(cpu, 8):
+            steps[1].set()
+            steps[2].wait(60)
+            other.append(torch.backends.cuda.flash_sdp_enabled())
+
+    thread = threading.Thread(target=second, daemon=True)
+    thread.start()
+    with fast(cpu, 8):
+        steps[0].set()
+        assert steps[1].wait(60)
+    steps[2].set()
+    thread.join(60)
+    assert other == [False] and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_switch_inside_another_and_back():
+    cpu, flash = torch.device("cpu"), torch.backends.cuda.flash_sdp_enabled
+    with fast(cpu, 1000):
+        with twice():
+            assert not flash()
+            with fast(cpu, 1000):
+                assert not flash()
+        assert flash()
+    with pytest.raises(KeyError), fast(cpu, 8):
+        raise KeyError
+    assert flash()
