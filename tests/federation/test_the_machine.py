@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from fedllm.api import resume, run
 from fedllm.cli.chat import Speaker
-from fedllm.cli.federate import printable
 from fedllm.cli.main import app
+from fedllm.cli.said import printable
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.engines.far.reasons import Refused
 from fedllm.federation.identity import keep_identity

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import RunFailed
 from fedllm.engines.far.line import Patience
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import new_federation
@@ -188,7 +188,7 @@ class Loopback:
         path, until = self.keys.kit(site) / "local" / SETTINGS, time.monotonic() + 60
         while not path.exists():  # `join` writes it, and may just have begun
             if time.monotonic() > until:
-                raise RunError(f"{site} has written no settings in a minute; its log is {self.folder / f'{site}.log'}")
+                raise RunFailed(f"{site} has written no settings in a minute; its log is {self.folder / f'{site}.log'}")
             time.sleep(0.1)
         before = path.read_text()
         path.write_text(json.dumps({**json.loads(before), **changed}))
