@@ -202,6 +202,20 @@ def test_foolsgold_casts_out_those_who_are_alike(caplog):
     assert "it needs clients with different data" in caplog.text
 
 
+def test_colluders_who_part_in_pairs_are_not_seen_by_foolsgold():
+    """Fung et al.'s intelligent perturbation: with the same sum, and the same in every round."""
+    sent, update = {}, {"w": rows(1, 400)[0]}
+    for apart in (0.0, 3.0):
+        attack = AttByzantine(kind="ipm", clients=("c0", "c1", "c2", "c3", "c4"), apart=apart)
+        sent[apart] = torch.stack([attack.perturbed(update, i)["w"] for i in range(5)])
+        again = torch.stack([attack.perturbed(update, i)["w"] for i in range(5)])
+        assert torch.equal(again, sent[apart]) and torch.equal(sent[apart][4], update["w"])  # nobody is left for it
+    torch.testing.assert_close(sent[3.0].sum(0), sent[0.0].sum(0), rtol=1e-4, atol=1e-4)
+    honest = rows(6, 400, 1)
+    seen, unseen = (foolsgold(torch.cat([honest, x[:4]]), 1.0)[0][6:].mean() for x in sent.values())
+    assert float(seen) < 0.05 and float(unseen) > 0.9
+
+
 def test_foolsgold_divides_by_clients_and_not_by_weights():
     x = rows(10, 30)
     x[7:] = x[7] + 0.01 * rows(3, 30, 1)
