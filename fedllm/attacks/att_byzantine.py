@@ -56,7 +56,7 @@ class AttByzantine(Malicious):
                                                   options=("colluders", "all"))
 
     apart: float = knob(0.0, "ALIE and IPM: colluders add noise of so many rms of their update, each two of them the "
-                             "same with opposite signs, so that their sum is as it was and none resembles another", ge=0)
+                             "same with opposite signs, so that their sum is as it was and none is like another", ge=0)
 
     def forge(self, msg: Payload, client: Any, call: Callable[[Payload], Payload], marked: Payload) -> Payload:
         reply = call(msg)
@@ -110,7 +110,7 @@ class AttByzantine(Malicious):
 
     def perturbed(self, made: Tree, i: int) -> Tree:
         """What colluder i sends of their one update: it plus or minus the noise of its pair; an odd one has none."""
-        if not self.apart or i == len(self.ids()) - 1 and i % 2 == 0:
+        if not self.apart or (i == len(self.ids()) - 1 and i % 2 == 0):
             return made
         rng = torch_stream(self.pick, "apart", i // 2)
         size = (1 - 2 * (i % 2)) * self.apart * norm(made) / math.sqrt(max(1, sum(t.numel() for t in made.values())))
