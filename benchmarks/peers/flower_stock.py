@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -138,9 +137,9 @@ def _stock(folder: Path, sites: Sequence[str], notes: Path) -> Iterator[Any]:
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-    from fedllm.federation.process import end_tree
+    from fedllm.federation.process import end_tree, free_port
 
-    scripts, ports = Path(sys.executable).parent, [_free() for _ in range(len(sites) + 1)]
+    scripts, ports = Path(sys.executable).parent, [free_port() for _ in range(len(sites) + 1)]
     running: list[subprocess.Popen[bytes]] = []
     env = {**os.environ, **QUIET, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "FLWR_HOME": str(notes)}
     try:
@@ -189,12 +188,6 @@ def _status(control: Any, run: int) -> str:
     from flwr.proto.control_pb2 import ListRunsRequest
 
     return control.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status.status
-
-
-def _free() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from fedllm.core.card import Card, Claim
 from fedllm.core.knobs import knob
 from fedllm.core.payload import Payload, Tree, norm, scale
 from fedllm.core.program import Fold
+from fedllm.core.rng import torch_stream
 from fedllm.defenses._robust import Every
 
 COLLUDE = ("alie", "ipm")
@@ -28,7 +29,9 @@ class AttByzantine(Malicious):
 
     ALIE and IPM need what others send. Colluders' honest replies meet in the server half, which stands for their own
     channel, and are replaced there before any defense that is listed above sees them; so list the attack below a
-    defense, and above codecs.
+    defense, and above codecs. All send one update, which FoolsGold sees at once; `apart` is the "intelligent
+    perturbation" of its own paper (Fung et al., RAID 2020). The noise stays the same over the rounds, since FoolsGold
+    compares sums of updates.
     """
 
     card = Card(
@@ -51,6 +54,9 @@ class AttByzantine(Malicious):
                                     "lengths sees them")
     knowledge: Literal["colluders", "all"] = knob("all", "whose honest updates ALIE and IPM know",
                                                   options=("colluders", "all"))
+
+    apart: float = knob(0.0, "ALIE and IPM: colluders add noise of so many rms of their update, each two of them the "
+                             "same with opposite signs, so that their sum is as it was and none is like another", ge=0)
 
     def forge(self, msg: Payload, client: Any, call: Callable[[Payload], Payload], marked: Payload) -> Payload:
         reply = call(msg)
@@ -85,7 +91,8 @@ class AttByzantine(Malicious):
             fold.miss(c, why)
         for c, reply in replies.items():
             if c in mine and seen:
-                reply = with_change(ask.msgs[c], reply, self.together(seen, len(ask.msgs), len(mine)))
+                made = self.perturbed(self.together(seen, len(ask.msgs), len(mine)), self.ids().index(c))
+                reply = with_change(ask.msgs[c], reply, made)
             fold.take(c, reply)
         return fold.done()
 
@@ -100,6 +107,14 @@ class AttByzantine(Malicious):
         if not self.honest_norm:
             return made
         return scale(made, median(norm(u) for u in seen) / max(norm(made), 1e-30))
+
+    def perturbed(self, made: Tree, i: int) -> Tree:
+        """What colluder i sends of their one update: it plus or minus the noise of its pair; an odd one has none."""
+        if not self.apart or (i == len(self.ids()) - 1 and i % 2 == 0):
+            return made
+        rng = torch_stream(self.pick, "apart", i // 2)
+        size = (1 - 2 * (i % 2)) * self.apart * norm(made) / math.sqrt(max(1, sum(t.numel() for t in made.values())))
+        return {k: t + size * torch.randn(t.shape, generator=rng).to(t.dtype) for k, t in made.items()}
 
 
 def z_max(n: int, f: int) -> float:

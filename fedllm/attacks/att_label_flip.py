@@ -37,7 +37,7 @@ class AttLabelFlip(Poisoner):
         classes = len(client.model.labels)
         flips = dict(zip(self.sources, self.targets, strict=True)) or {i: (i + 1) % classes for i in range(classes)}
         if bad := [i for i in (*flips, *flips.values()) if not 0 <= i < classes]:
-            raise RecipeError(f"AttLabelFlip: label {bad[0]} does not exist; the data has 0 to {classes - 1}")
+            raise RecipeError(f"layer 'att_label_flip': label {bad[0]} does not exist; the data has 0 to {classes - 1}")
         return [replace(row, labels=flips.get(int(row.labels), int(row.labels))) for row in rows]
 
 

@@ -9,9 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedllm.cli.federate import printable
 from fedllm.cli.guard import stopped
-from fedllm.cli.said import Json, put
+from fedllm.cli.said import Json, printable, put
 from fedllm.cli.typed import lines
 from fedllm.core.errors import RecipeError
 

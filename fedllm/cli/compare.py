@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedllm.cli.guard import stopped
-from fedllm.core.errors import RecipeError, RunError
+from fedllm.core.errors import RecipeError, RunFailed
 
 if TYPE_CHECKING:
     from fedllm.comparisons.compare import Tell
@@ -75,7 +75,7 @@ def compare(recipe: Annotated[Path, typer.Argument(metavar="RECIPE|FAMILY", help
     if not as_json:
         show(found)
     if found.failed:
-        raise RunError("cells without a figure: " + "; ".join(found.failed)[:2000])
+        raise RunFailed("cells without a figure: " + "; ".join(found.failed)[:2000])
 
 
 def _methods(text: str | None) -> list[str]:

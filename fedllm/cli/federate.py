@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from fedllm.cli.said import Json, put, put_error
-from fedllm.core.errors import DataError, FedLLMError, RecipeError
+from fedllm.cli.said import Json, printable, put
+from fedllm.core.errors import DataError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Run between organisations on different machines.")
 keys = typer.Typer(no_args_is_help=True, help="Keys of a federation: one CA, and a kit for each site.")
@@ -20,20 +18,6 @@ console, out = Console(stderr=True), Console()
 
 Folder = Annotated[Path, typer.Option("--federation", help="Folder that `fedllm keys new` made.")]
 HERE = Path("federation")
-
-
-def printable(text: str) -> str:
-    """What may have come from a site, as a terminal may show it: no escapes, and not without an end."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:4000])
-
-
-def _refuse(error: FedLLMError) -> typer.Exit:
-    now = click.get_current_context(silent=True)
-    if now is not None and now.params.get("as_json"):
-        put_error(error, printable(str(error)))
-        return typer.Exit(1)
-    console.print(f"[bold red]{type(error).__name__}[/]: {escape(printable(str(error)))}", highlight=False)
-    return typer.Exit(1)
 
 
 @app.command()
@@ -78,8 +62,6 @@ def serve(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a run
     except KeyboardInterrupt:
         console.print("stopped; `fedllm serve runs/NAME` goes on where the run stood")
         raise typer.Exit(130) from None
-    except FedLLMError as error:
-        raise _refuse(error) from None
     if as_json:
         return put({"event": "result", "folder": str(result.folder), **result.as_json()})
     console.print(f"done: {result.folder} (state {result.state_digest[:16]}, report {result.report_path})",
@@ -118,21 +100,18 @@ def join(address: Annotated[str, typer.Argument(help="host:port of the coordinat
     from fedllm.tasks.row import nearest
 
     take_part = join_flower if is_flower_kit(kit) else join_academy if is_academy_kit(kit) else take_part
-    try:
-        if not data.exists() and not str(data).startswith(SCENE):
-            raise DataError(f"--data {str(data)!r}: no such file or folder (looked in {Path.cwd()})", file=str(data))
-        if unknown := [m for m in allow or () if m not in METHODS]:
-            raise RecipeError(f"--allow {unknown[0]!r} is no method{nearest(unknown[0], METHODS) or '.'} `fedllm "
-                              "methods` lists them")
-        if as_json:
-            put({"joining": address, "data": str(data)})
-        console.print(f"joining {address} with the rows of {data}; Ctrl-C ends it", markup=False, highlight=False)
-        take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
-                  threads=threads, processes=processes, model=model, endpoint={"url": endpoint} if endpoint else None,
-                  public=str(public) if public else None,
-                  profile={k: v for k, v in (("rank", rank), ("shares", shares)) if v is not None})
-    except FedLLMError as error:
-        raise _refuse(error) from None
+    if not data.exists() and not str(data).startswith(SCENE):
+        raise DataError(f"--data {str(data)!r}: no such file or folder (looked in {Path.cwd()})", file=str(data))
+    if unknown := [m for m in allow or () if m not in METHODS]:
+        raise RecipeError(f"--allow {unknown[0]!r} is no method{nearest(unknown[0], METHODS) or '.'} `fedllm "
+                          "methods` lists them")
+    if as_json:
+        put({"joining": address, "data": str(data)})
+    console.print(f"joining {address} with the rows of {data}; Ctrl-C ends it", markup=False, highlight=False)
+    take_part(address, data, kit=kit, methods=allow, models=models or [], policy=policy, text_leaves=text_leaves,
+              threads=threads, processes=processes, model=model, endpoint={"url": endpoint} if endpoint else None,
+              public=str(public) if public else None,
+              profile={k: v for k, v in (("rank", rank), ("shares", shares)) if v is not None})
 
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
@@ -143,10 +122,7 @@ def status(run: RunPath, as_json: Json = False) -> None:
     """How a federation's run stands: rounds, bytes, and each site."""
     from fedllm.federation.operate import Tally
 
-    try:
-        now = Tally(run).look().as_json()
-    except FedLLMError as error:
-        raise _refuse(error) from None
+    now = Tally(run).look().as_json()
     if as_json:
         return put(now)
     out.print(f"{now['run']}: {printable(now['state'])}\n{now['method']}, {now['rounds']} of {now['of']} rounds "
@@ -164,14 +140,11 @@ def logs(path: Annotated[Path, typer.Argument(help="A run's folder (its events) 
     """The last lines of a run's record, one JSON object each, or of a kit's log."""
     from fedllm.federation.operate import log_lines
 
-    try:
-        for line in log_lines(path, last):
-            if as_json:
-                put({"line": line})
-                continue
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
-    except FedLLMError as error:
-        raise _refuse(error) from None
+    for line in log_lines(path, last):
+        if as_json:
+            put({"line": line})
+            continue
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -180,13 +153,10 @@ def stop(run: RunPath, wait: Annotated[float, typer.Option(help="Seconds to wait
     """End the `fedllm serve` of this run, in order; `fedllm serve RUN` goes on with it."""
     from fedllm.federation.operate import stop as end
 
-    try:
-        process = end(run, wait)
-        if as_json:
-            return put({"ended": process, "run": str(run)})
-        out.print(f"process {process} ended; `fedllm serve {run}` goes on with the run", highlight=False, markup=False)
-    except FedLLMError as error:
-        raise _refuse(error) from None
+    process = end(run, wait)
+    if as_json:
+        return put({"ended": process, "run": str(run)})
+    out.print(f"process {process} ended; `fedllm serve {run}` goes on with the run", highlight=False, markup=False)
 
 
 @keys.command("new")
@@ -201,12 +171,9 @@ def new(sites: Annotated[list[str], typer.Argument(help="Names of the sites.")],
     from fedllm.federation.nvflare.keys import new_federation
 
     makers = {"flare": new_federation, "flower": new_flower_federation, "academy": new_academy_federation}
-    try:
-        if engine not in makers:
-            raise RecipeError(f"--engine {engine!r}: allowed are {', '.join(makers)}")
-        made: Any = makers[engine](federation, sites, host, port)
-    except FedLLMError as error:
-        raise _refuse(error) from None
+    if engine not in makers:
+        raise RecipeError(f"--engine {engine!r}: allowed are {', '.join(makers)}")
+    made: Any = makers[engine](federation, sites, host, port)
     secret = made.folder / ("ca" if engine == "flare" else "server")
     if as_json:
         return put({"kits": str(made.folder / "kits"), "secret": str(secret)})
@@ -223,10 +190,7 @@ def add(sites: Annotated[list[str], typer.Argument(help="Names of further sites.
     from fedllm.federation.nvflare.keys import add_sites
 
     adders = {"flower": add_flower_sites, "academy": add_academy_sites}
-    try:
-        made: Any = adders.get(made_for(federation), add_sites)(federation, sites)
-    except FedLLMError as error:
-        raise _refuse(error) from None
+    made: Any = adders.get(made_for(federation), add_sites)(federation, sites)
     if as_json:
         return put({"kits": str(made.folder / "kits")})
     console.print(f"kits are in {made.folder / 'kits'}")
@@ -252,13 +216,10 @@ def revoke(site: str, federation: Folder = HERE, as_json: Json = False) -> None:
     from fedllm.federation.nvflare import serve as federate
     from fedllm.federation.nvflare.keys import revoke_site
 
-    try:
-        if (own := _keyring(federation)) is not None:
-            own.revoke(site)
-        elif not federate.suspend_if_running(revoke_site(federation, site), site):
-            console.print("the coordinator is not running; it will refuse the site from its next start on")
-    except FedLLMError as error:
-        raise _refuse(error) from None
+    if (own := _keyring(federation)) is not None:
+        own.revoke(site)
+    elif not federate.suspend_if_running(revoke_site(federation, site), site):
+        console.print("the coordinator is not running; it will refuse the site from its next start on")
     _told(site, "revoked", as_json)
 
 
@@ -281,10 +242,7 @@ def _change(what: str, site: str, federation: Path) -> None:
     from fedllm.federation.nvflare import serve as federate
     from fedllm.federation.nvflare.keys import Federation
 
-    try:
-        if (own := _keyring(federation)) is not None:
-            {"suspend": own.suspend, "restore": own.restore}[what](site)
-        else:
-            {"suspend": federate.suspend, "restore": federate.restore}[what](Federation(federation.resolve()), site)
-    except FedLLMError as error:
-        raise _refuse(error) from None
+    if (own := _keyring(federation)) is not None:
+        {"suspend": own.suspend, "restore": own.restore}[what](site)
+    else:
+        {"suspend": federate.suspend, "restore": federate.restore}[what](Federation(federation.resolve()), site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -16,10 +17,26 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from fedllm.cli.consoles import flushed, in_a_folder, leads_nowhere, takes_nothing, told_to_end
-from fedllm.cli.said import put_error
-from fedllm.core.errors import FedLLMError, RunError
+from fedllm.cli.said import printable, put_error
+from fedllm.core.errors import (
+    BudgetSpent,
+    ClientError,
+    EndpointError,
+    FedLLMError,
+    PayloadError,
+    QuorumError,
+    RunError,
+    RunFailed,
+)
 
 err = Console(stderr=True)
+
+FAILED = (BudgetSpent, ClientError, EndpointError, PayloadError, QuorumError, RunFailed)
+"""What ends a command with code 1: it was begun, and failed. Every other error of ours is of its input, and is 2."""
+
+PLACES = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC,
+          errno.EDQUOT)
+"""What may be wrong with a place that was given, and is no fault of fedllm."""
 
 PROGRESS = "fedllm.progress"
 """The logger of progress lines; without a terminal they take the place of bars."""
@@ -38,7 +55,7 @@ def stopped(otherwise: str) -> Iterator[None]:
 
 
 def guarded(work: Callable[[], Any], debug: bool, as_json: bool = False) -> None:
-    """Do it; what goes wrong on purpose ends with code 2, a fault of ours with 1, both in a sentence."""
+    """Do it; bad input ends with code 2, a run that failed and a fault of ours with 1, all in a sentence."""
     try:
         try:
             work()
@@ -63,6 +80,9 @@ def guarded(work: Callable[[], Any], debug: bool, as_json: bool = False) -> None
             raise SystemExit(1) from None
         if isinstance(error, FileNotFoundError) and not in_a_folder():
             return refuse(RunError("the folder that this was started in is gone; change into another one"), as_json)
+        if isinstance(error, OSError) and error.filename is not None and error.errno in PLACES:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return refuse((RunFailed if full else RunError)(f"{error.filename}: {error.strerror}"), as_json)
         err.print(Panel(escape(f"{type(error).__name__}: {error}\n\nThis is a fault of fedllm, not of yours. The same "
                                "command with --debug shows where; please report it."), title="unexpected error",
                         title_align="left", border_style="red"))
@@ -70,14 +90,14 @@ def guarded(work: Callable[[], Any], debug: bool, as_json: bool = False) -> None
 
 
 def refuse(error: FedLLMError, as_json: bool = False) -> None:
-    """Say why and end with code 2; `as_json`: as one object on standard error."""
+    """Say why and end with the error's code; `as_json`: as one object on standard error."""
     if as_json:
-        put_error(error, str(error))
+        put_error(error, printable(str(error)))
     else:
         name = type(error).__name__
         title = f"{name.removesuffix('Error').lower()} error" if name.endswith("Error") else "run error"
-        err.print(Panel(escape(str(error)), title=title, title_align="left", border_style="red"))
-    raise SystemExit(2)
+        err.print(Panel(escape(printable(str(error))), title=title, title_align="left", border_style="red"))
+    raise SystemExit(1 if isinstance(error, FAILED) else 2)
 
 
 def quiet(debug: bool) -> None:

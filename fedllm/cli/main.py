@@ -277,7 +277,8 @@ def _parsed(overrides: list[str] | None, plugins: list[Path] | None = None) -> d
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; what goes wrong on purpose is one red panel and exit code 2."""
+    """Run the command line; what goes wrong on purpose is one red panel; exit code 2 for bad input, 1 for a run that
+    failed."""
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]

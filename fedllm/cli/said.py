@@ -17,6 +17,11 @@ def put(facts: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(facts, default=str))
 
 
+def printable(text: str) -> str:
+    """What may have come from a site, as a terminal may show it: no escapes, and not without an end."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:4000])
+
+
 def put_error(error: Exception, says: str) -> None:
     """What went wrong, as one object on standard error."""
     sys.stderr.write(json.dumps({"error": type(error).__name__, "says": says}) + "\n")

@@ -11,7 +11,8 @@
         Withheld        a client keeps its answer to itself in this round, and says why; the round goes on without it
       EndpointError     a text endpoint that cannot be reached or answers wrongly: names URL, model and cause
       RunError          a run folder that cannot be read, resumed or written
-        DidNothing      a run that ended without a single round that counted, or without any answer; its record is kept
+        RunFailed       a run that failed on its way: sites that did not come, a server that ended
+          DidNothing    a run that ended without a single round that counted, or without any answer; its record is kept
         BudgetSpent     the next round would exceed a budget (privacy, queries); the run ends before it, with a result
 """
 
@@ -81,7 +82,11 @@ class RunError(FedLLMError):
     """A run folder cannot be read, resumed or written."""
 
 
-class DidNothing(RunError):
+class RunFailed(RunError):
+    """A run that was begun and failed: sites that did not come, a server that ended, a part of it without a figure."""
+
+
+class DidNothing(RunFailed):
     """No round of the run counted, or no question was answered; the message says why and where its record lies."""
 
 

@@ -145,9 +145,9 @@ class Layer:
         return None
 
 
-def name_of(layer: Layer) -> str:
-    """As a recipe calls it: the stem of its file. A key's message begins with the class (`Krum.f = 3`), in whose place
-    `runs.build.by_key` puts the key's path."""
-    kind = type(layer)
+def name_of(part: object) -> str:
+    """A layer, method, space or selector (or its class) as a recipe calls it: the stem of its file. A key's message
+    begins with the class (`Krum.f = 3`), in whose place `runs.build.by_key` puts the key's path."""
+    kind = part if isinstance(part, type) else type(part)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)  # a plugin's module is called otherwise
     return Path(file).stem if file else kind.__name__

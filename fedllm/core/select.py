@@ -12,7 +12,7 @@ from fedllm.core.ask import ClientId, Program
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import CompositionError
 from fedllm.core.knobs import Knobs
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Layer, name_of
 from fedllm.core.method import Method, State
 
 
@@ -49,11 +49,10 @@ class Selector(Knobs, Layer):
 
     def check_stack(self, layers: Sequence[Layer]) -> None:
         """Raise CompositionError where choosing by what clients tell would break another layer's promise."""
-        name = type(self).__name__
         for layer in layers:
             if self.hears and layer.algebra.kind == "dp":
-                raise CompositionError(f"selector '{name}' reads clients' losses without noise and layer "
-                                       f"'{type(layer).__name__}' promises privacy, so they do not fit together; use "
+                raise CompositionError(f"selector '{name_of(self)}' reads clients' losses without noise and layer "
+                                       f"'{name_of(layer)}' promises privacy, so they do not fit together; use "
                                        "select: uniform or by_size")
 
 

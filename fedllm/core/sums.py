@@ -7,7 +7,7 @@ from typing import Any
 
 from fedllm.core.ask import Ask
 from fedllm.core.errors import CompositionError
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Layer, name_of
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Lifted, Sum
 
@@ -39,7 +39,7 @@ def must_lift(ask: Ask, layer: Layer) -> bool:
 def refusal(layer: Layer, phase: str, reducer: Any) -> str:
     """The sentence for a question that is no sum."""
     need = "every single reply" if reducer is None else f"the reducer {type(reducer).__name__}, which is no Sum"
-    return (f"layer '{type(layer).__name__}' lets the server see sums only and '{phase}' needs {need}, so they do not "
+    return (f"layer '{name_of(layer)}' lets the server see sums only and '{phase}' needs {need}, so they do not "
             f"fit together; {INSTEAD}")
 
 

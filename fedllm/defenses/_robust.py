@@ -68,14 +68,14 @@ class Rows:
                    if k not in named and k != "n"}
         return cls(list(lifted), torch.stack([row(r) for r in lifted.values()]), form, numbers, common, refused)
 
-    def like(self, tree: Tree, who: str) -> Tensor:
+    def like(self, tree: Tree, layer: Layer) -> Tensor:
         """A tree of trainables as one row [d]; refuses a method whose replies hold anything else."""
         parts = []
         for key, shape in self.form:
             name = key.partition("/")[2]
             if name not in tree or tuple(tree[name].shape) != shape:
-                raise CompositionError(f"layer '{who}' compares replies with the trainables told, and this method "
-                                       f"sends '{key}', which is none of them; use fedavg")
+                raise CompositionError(f"layer '{name_of(layer)}' compares replies with the trainables told, and this "
+                                       f"method sends '{key}', which is none of them; use fedavg")
             parts.append(tree[name].reshape(-1).to(self.x.dtype))
         return torch.cat(parts)
 
@@ -135,6 +135,27 @@ class Robust(Knobs, Layer, ABC):
     """A client whose weight is at most this counts as cast out."""
     names_clients: ClassVar[bool] = False
     """Whether the rule may cast out single clients."""
+    fewest: ClassVar[int] = 3
+    """Replies among which one that is wrong can be told from the others, or outvoted by them."""
+
+    def short(self, n: int) -> tuple[str, str] | None:
+        """(the knob that is at fault, with its value; what would do) where the rule defends nothing over n replies."""
+        return self.below(n, self.fewest, f"name = '{name_of(self)}'", "")
+
+    def below(self, n: int, least: int, knob: str, otherwise: str) -> tuple[str, str] | None:
+        """What `short` says of a rule that needs so many; `otherwise` is another way out."""
+        return (knob, f"{name_of(self)} needs n >= {least}{otherwise and f', or {otherwise}'}") if n < least else None
+
+    def bind(self, facts: Facts) -> Robust:
+        return self.enough(facts)
+
+    def enough(self, facts: Facts) -> Robust:
+        """This rule, or a RecipeError where so few clients are asked that it would defend nothing."""
+        n = asked(facts)
+        if short := self.short(n):
+            raise RecipeError(f"{type(self).__name__}.{short[0]} is not allowed with n = {n} client{'s' * (n != 1)} a "
+                              f"round: {short[1]}")
+        return self
 
     @abstractmethod
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
@@ -161,6 +182,10 @@ class Robust(Knobs, Layer, ABC):
             return (yield ask)
         out = yield replace(ask, reduce=Every())
         rows = Rows.of(ask, out)
+        n = len(rows.clients)
+        if short := self.short(n):  # a round with too few is refused, and nothing is lowered in silence
+            raise QuorumError(f"{ask.phase}: n = {n} repl{'ies are' if n != 1 else 'y is'} too few with {short[0]}: "
+                              f"{short[1]}")
         verdict = yield from self.decide(ask, rows, state)
         for i, client in enumerate(rows.clients):
             state["seen"][client] = state["seen"].get(client, 0) + 1
@@ -177,31 +202,25 @@ class Tolerant(Robust, ABC):
     needs: ClassVar[tuple[int, int]] = (2, 1)
 
     f: int | None = knob(None, "malicious clients a round that it must stand; None: a fifth of those asked, or as many "
-                               "as it can", ge=0)
+                               "as it can, and one at least", ge=0)
 
     def bind(self, facts: Facts) -> Robust:
-        n = min(facts.cohort or len(facts.rows), len(facts.rows))
-        bound = replace(self, f=self.faults(n))  # type: ignore[type-var]
-        if why := bound.too_many(n):
-            raise RecipeError(f"{type(self).__name__}.f = {bound.f} is not allowed with n = {n} clients a round: {why}")
-        return bound
+        return replace(self.enough(facts), f=self.faults(asked(facts)))  # type: ignore[type-var]
 
     def faults(self, n: int) -> int:
         """f, for n clients."""
         a, b = self.needs
-        return max(0, min(n // 5, (n - b) // a)) if self.f is None else self.f
+        return max(1, min(n // 5, (n - b) // a)) if self.f is None else self.f
 
-    def too_many(self, n: int) -> str | None:
-        """Why n replies are too few for f, or None."""
+    def short(self, n: int) -> tuple[str, str] | None:
         (a, b), f = self.needs, self.faults(n)
-        least = a * f + b
-        return f"{name_of(self)} needs n >= {a}f + {b} = {least}" if n < least else None
+        why = f"{name_of(self)} needs n >= {a}f + {b} = {a * f + b}"
+        return (f"f = {f}", why) if n < a * f + b else None
 
-    def tolerates(self, n: int) -> int:
-        """f, or a QuorumError: a round with too few replies is refused, and f is never lowered in silence."""
-        if why := self.too_many(n):
-            raise QuorumError(f"n = {n} replies are too few against f = {self.faults(n)} malicious ones: {why}")
-        return self.faults(n)
+
+def asked(facts: Facts) -> int:
+    """Clients asked in a round."""
+    return min(facts.cohort or len(facts.rows), len(facts.rows))
 
 
 def distances(x: Tensor) -> Tensor:

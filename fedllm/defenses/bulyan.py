@@ -26,7 +26,7 @@ class Bulyan(Tolerant):
     names_clients = True
 
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
-        f = self.tolerates(len(rows.x))
+        f = self.faults(len(rows.x))
         chosen = selection(rows.x, f)
         weights = torch.zeros(len(rows.x)).index_fill(0, torch.tensor(chosen), 1 / len(chosen))
         return Verdict(near_median(rows.x[chosen], len(chosen) - 2 * f), weights)

@@ -30,6 +30,11 @@ class CenteredClip(Robust):
     bucket: int = knob(2, "updates that are averaged before they are clipped; 1: none", ge=1)
     seed: int = knob(0, "seed of who shares a bucket with whom", ge=0)
 
+    def short(self, n: int) -> tuple[str, str] | None:
+        """By itself, the middle one of three buckets is the first that one client cannot move as it likes."""
+        knob = f"bucket = {self.bucket}"
+        return self.below(n, 2 * self.bucket + 1, knob, "a smaller bucket, or tau") if self.tau is None else None
+
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
         state["round"] = state.get("round", 0) + 1
         y = buckets(rows.x, self.bucket, numpy_stream(self.seed, "buckets", state["round"]))

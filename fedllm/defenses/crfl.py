@@ -38,7 +38,10 @@ class CRFL(Robust):
     seed: int = knob(0, "seed of the noise", ge=0)
 
     def bind(self, facts: Facts) -> Robust:
-        return replace(self, rounds=facts.rounds)
+        return replace(self.enough(facts), rounds=facts.rounds)  # type: ignore[type-var]
+
+    def short(self, n: int) -> tuple[str, str] | None:
+        return self.below(n, self.fewest, "rho = null", "a rho") if self.rho is None else None
 
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
         theta, t = state["told"], state.get("round", 0)
@@ -52,7 +55,7 @@ class CRFL(Robust):
         return Verdict(w - theta)
 
     def decide(self, ask: Ask, rows: Rows, state: MutableMapping[str, Any]) -> Program:
-        state["told"] = rows.like(part(next(iter(ask.msgs.values())), "theta"), "CRFL")
+        state["told"] = rows.like(part(next(iter(ask.msgs.values())), "theta"), self)
         yield from ()
         return self.rule(rows, state)
 

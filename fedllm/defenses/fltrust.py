@@ -40,6 +40,7 @@ class FLTrust(Robust):
     )
 
     names_clients = True
+    fewest = 1  # each is held against the root alone
 
     root_size: int = knob(100, "public rows that the server trains on, at most", ge=1)
     root_steps: int | None = knob(None, "its steps a round; None: as `local` says for so many rows", ge=1)
@@ -53,7 +54,7 @@ class FLTrust(Robust):
     def decide(self, ask: Ask, rows: Rows, state: MutableMapping[str, Any]) -> Program:
         told = next(iter(ask.msgs.values()))
         out = yield Ask(self.root, {SERVER: pack(theta=part(told, "theta"), base=part(told, "base"))})
-        state["root"] = rows.like(part(out[SERVER], "delta"), "FLTrust")
+        state["root"] = rows.like(part(out[SERVER], "delta"), self)
         return self.rule(rows, state)
 
     @on_server

@@ -27,6 +27,7 @@ class FoolsGold(Robust):
 
     flags = 0.1
     names_clients = True
+    fewest = 2
 
     kappa: float = knob(1.0, "how sharply similar clients are told from others", gt=0, le=10)
     memory: bool = knob(True, "compare the sums of all updates so far, and not this round's alone")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedllm.core.card import Card, Claim
-from fedllm.core.errors import QuorumError
 from fedllm.core.knobs import knob
 from fedllm.defenses._robust import Rows, Tolerant, Verdict, distances
 
@@ -49,11 +48,13 @@ class Krum(Tolerant):
 
     keep: int | None = knob(1, "updates averaged: 1 is Krum, null is n - f - 2 (multi-Krum)", ge=1)
 
+    def short(self, n: int) -> tuple[str, str] | None:
+        f, keep = self.faults(n), self.keep or 1
+        return super().short(n) or self.below(n, keep + f, f"keep = {keep} and f = {f}", f"keep <= n - f = {n - f}")
+
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
-        n, f = len(rows.x), self.tolerates(len(rows.x))
+        n, f = len(rows.x), self.faults(len(rows.x))
         keep = max(1, n - f - 2) if self.keep is None else self.keep
-        if keep > n - f:
-            raise QuorumError(f"Krum.keep = {keep} is more than the n - f = {n} - {f} replies that may be honest")
         best = krum_scores(distances(rows.x), f).argsort(stable=True)[:keep]
         weights = torch.zeros(n).index_fill(0, best, 1 / keep)
         return Verdict(rows.x[best].mean(0), weights)

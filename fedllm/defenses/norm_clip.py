@@ -32,6 +32,9 @@ class NormClip(Robust):
         if self.bound != "median" and not (number and self.bound > 0):  # type: ignore[operator]
             raise RecipeError(f"NormClip.bound = {self.bound!r} is not allowed; it must be > 0, or 'median'")
 
+    def short(self, n: int) -> tuple[str, str] | None:
+        return self.below(n, self.fewest, "bound = 'median'", "a bound > 0") if self.bound == "median" else None
+
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
         state["round"] = state.get("round", 0) + 1
         norms = rows.x.norm(dim=1)

@@ -61,7 +61,7 @@ class S2WEF(Robust):
     seed: int = knob(0, "seed of the simulated noise", ge=0)
 
     def decide(self, ask: Ask, rows: Rows, state: MutableMapping[str, Any]) -> Program:
-        theta = rows.like(part(next(iter(ask.msgs.values())), "theta"), "S2WEF")[self.columns(rows)]
+        theta = rows.like(part(next(iter(ask.msgs.values())), "theta"), self)[self.columns(rows)]
         state["globals"] = [*state.get("globals", []), theta][-self.window - 1 :]
         yield from ()
         return self.rule(rows, state)
@@ -69,7 +69,7 @@ class S2WEF(Robust):
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
         t = state["round"] = state.get("round", -1) + 1
         kept, steps = torch.ones(len(rows.x), dtype=torch.bool), state["globals"]
-        if t >= self.grace and len(steps) > 1 and len(rows.x) > 2:
+        if t >= self.grace and len(steps) > 1:
             own = wef(rows.x[:, self.columns(rows)])
             moved = torch.stack([b - a for a, b in itertools.pairwise(steps)])
             rng = torch_stream(self.seed, "s2_wef", t)
@@ -87,8 +87,8 @@ class S2WEF(Robust):
                 found[key] = (at, at + size)
             at += size
         if not found:
-            raise CompositionError(f"layer 'S2WEF': no tensor of the replies matches {self.tensor or 'a matrix'}; they "
-                                   f"hold {', '.join(k for k, _ in rows.form[:6])}")
+            raise CompositionError(f"layer 's2_wef': no tensor of the replies matches {self.tensor or 'a matrix'}; "
+                                   f"they hold {', '.join(k for k, _ in rows.form[:6])}")
         inner = [k for k in found if not any(h in k for h in HEADS)] or list(found)
         return torch.arange(*found[inner[-1]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,10 @@ class TrimmedMean(Robust):
 
     trim: float = knob(0.2, "beta: this share is cut at either end, rounded down to whole clients; 0: the mean", ge=0,
                        lt=0.5)
+
+    def short(self, n: int) -> tuple[str, str] | None:
+        least = math.ceil((1 - 1e-9) / self.trim) if self.trim else 1  # whom it cuts are whole clients
+        return self.below(n, least, f"trim = {self.trim:g}", "trim = 0, the mean")
 
     def rule(self, rows: Rows, state: MutableMapping[str, Any]) -> Verdict:
         return Verdict(trimmed_mean(rows.x, int(self.trim * len(rows.x) + 1e-9)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import PayloadError, RecipeError, RunError
+from fedllm.core.layer import name_of
 from fedllm.core.payload import Payload
 from fedllm.engines.far.leaving import Words, held_back
 from fedllm.engines.far.reasons import Refused
@@ -47,7 +48,7 @@ def gated(method: Any, layers: Sequence[Any], gate: Mapping[str, Any], detector:
     """The layers with a site's demands in their gate; `Refused` where the method sends text and there is none."""
     if not any(isinstance(x, ResponsibleGate) for x in layers):
         if "text" in method.card.kinds:
-            raise Refused("gate", f"method '{type(method).__name__}' sends text; the run must list {GATE}")
+            raise Refused("gate", f"method '{name_of(method)}' sends text; the run must list {GATE}")
         return list(layers)
     mine = demanded(gate, detector)
     return [x.under(mine) if isinstance(x, ResponsibleGate) else x for x in layers]

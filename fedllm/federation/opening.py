@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fedllm.core.errors import RecipeError, RunError, plain
+from fedllm.core.errors import RecipeError, RunFailed, plain
 from fedllm.core.form import KINDS
 from fedllm.engines.far.line import Silence
 from fedllm.engines.far.reasons import sentence
@@ -77,7 +77,7 @@ class Opening:
         out |= strangers({n: self.said[n] for n in names if n not in out})
         if len(names) - len(out) < needed:
             reasons = "; ".join(f"{n}: {why}" for n, why in out.items())
-            raise RunError(f"{len(names) - len(out)} of {len(names)} sites take part, {needed} are needed ({reasons})")
+            raise RunFailed(f"{len(names) - len(out)} of {len(names)} sites take part, {needed} are needed ({reasons})")
         for name in out:
             del self.sites.table[name]
             self.said.pop(name, None)
@@ -87,7 +87,7 @@ class Opening:
         """These sites take no part; RunError when fewer than `needed` do."""
         if len(self.said) - len(out) < needed:
             reasons = "; ".join(f"{n}: {why}" for n, why in out.items())
-            raise RunError(f"{len(self.said) - len(out)} sites are left, {needed} are needed ({reasons})")
+            raise RunFailed(f"{len(self.said) - len(out)} sites are left, {needed} are needed ({reasons})")
         for name in out:
             del self.sites.table[name], self.said[name]
         return out

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from fedllm.core.errors import RunError, plain
+from fedllm.core.errors import RunError, RunFailed, plain
 from fedllm.core.record import is_test
 from fedllm.federation.academy.keys import KIT as ACADEMY_KIT
 from fedllm.federation.flower.keys import KIT
@@ -211,7 +211,7 @@ def stop(run: Path, wait: float = 60.0) -> int:
     ends = time.monotonic() + wait
     while serving(run) == pid:
         if time.monotonic() > ends:
-            raise RunError(f"process {pid} did not end within {wait:g} s")
+            raise RunFailed(f"process {pid} did not end within {wait:g} s")
         time.sleep(0.1)
     return pid
 

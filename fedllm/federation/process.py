@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from fedllm.core.errors import RunError
 
+_GIVEN: set[int] = set()
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -52,6 +55,36 @@ def need_port(port: int, what: str) -> None:
         except OSError as error:
             raise RunError(f"port {port} of this machine cannot be had for {what} ({error.strerror}): end what uses "
                            "it, or make keys for another port") from None
+
+
+def free_port() -> int:
+    """A port of this machine for a server that begins later, in a process that cannot be handed a socket.
+
+    It lies below those that the kernel gives to whoever asks for any: one of these may be somebody's by then. None is
+    given twice by a process.
+    """
+    low, chance = 10_000, random.SystemRandom()  # a recipe's seed must not give two processes the same
+    high = _ephemeral()
+    for _ in range(1000):
+        port = chance.randrange(low, high) if high - low > 1000 else 0
+        with socket.socket() as trial:
+            try:
+                trial.bind(("", port))
+            except OSError:
+                continue
+            port = int(trial.getsockname()[1])
+        if port not in _GIVEN:
+            _GIVEN.add(port)
+            return port
+    raise RunError("of a thousand ports of this machine none is free")
+
+
+def _ephemeral() -> int:
+    """The first port that the kernel gives to whoever asks for any."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32_768
 
 
 @contextlib.contextmanager

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from fedllm.core.errors import CompositionError, DataError
+from fedllm.core.layer import name_of
 from fedllm.models.names import AMONG
 
 
 def need_space(method: str, model: Any, *kinds: type) -> None:
     """CompositionError for a model whose space is none of these kinds."""
     if type(model.space) not in kinds:
-        names = [kind.__module__.rpartition(".")[2] for kind in kinds]
+        names = [name_of(kind) for kind in kinds]
         raise CompositionError(f"method '{method}' and space '{model.space.stem}' do not fit together; with data.task "
                                f"= 'image_text' space = {' or '.join(map(repr, names))} works")
 

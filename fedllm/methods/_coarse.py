@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.layer import name_of
 from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import Mean
 from fedllm.wire.codec_quant import packed, unpacked
@@ -83,6 +84,6 @@ def refuse_codes(method: Any, layers: Sequence[Any], instead: str) -> None:
     """CompositionError for a layer that reads tensors of a reply as numbers."""
     for layer in layers:
         if layer.algebra.kind in ("dp", "secagg", "he", "robust", "codec"):
-            raise CompositionError(f"layer '{type(layer).__name__}' reads replies as numbers, and "
-                                   f"'{type(method).__name__}' sends codes of few bits, so they do not fit together; "
+            raise CompositionError(f"layer '{name_of(layer)}' reads replies as numbers, and "
+                                   f"'{name_of(method)}' sends codes of few bits, so they do not fit together; "
                                    f"use {instead}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.layer import name_of
 from fedllm.core.payload import Payload, Tree, part
 from fedllm.core.reduce import Mean, Sum, wide
 from fedllm.core.rng import torch_stream
@@ -21,11 +22,11 @@ from fedllm.spaces.lora import LoRA, factors, names_of
 def need_lora(method: Any, model: Any, plain: bool = True) -> LoRA:
     """The model's space, which must be LoRA; with `plain` one whose change of a weight is s B A and no more."""
     if not isinstance(model.space, LoRA):
-        raise CompositionError(f"method '{type(method).__name__}' and space '{type(model.space).__name__}' do not fit "
+        raise CompositionError(f"method '{name_of(method)}' and space '{model.space.stem}' do not fit "
                                "together: it works on LoRA's factors; use the space 'lora'")
     if plain and not model.space.plain:
         knob = "dora = true" if model.space.dora else "init = 'pissa'"
-        raise CompositionError(f"space.{knob} and method '{type(method).__name__}' do not fit together: it counts on a "
+        raise CompositionError(f"space.{knob} and method '{name_of(method)}' do not fit together: it counts on a "
                                "change of s B A and no more; leave it out, or use fedavg or fedit")
     return model.space
 

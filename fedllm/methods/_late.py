@@ -10,6 +10,7 @@ from typing import Any
 from fedllm.core.ask import Replies
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.layer import name_of
 from fedllm.core.method import State
 from fedllm.core.payload import Payload
 from fedllm.core.reduce import Sum, wide
@@ -85,8 +86,8 @@ def refuse_rounds(method: Any, layers: Sequence[Any]) -> None:
         whole = layer.algebra.kind in ("dp", "secagg", "he", "robust")
         if whole or (layer.algebra.kind == "codec" and layer.init()):
             use = "fedavg" if whole else "codec_quant, which keeps nothing between them"
-            raise CompositionError(f"layer '{type(layer).__name__}' needs a question and its answers in one round, and "
-                                   f"'{type(method).__name__}' takes answers to earlier ones, so they do not fit "
+            raise CompositionError(f"layer '{name_of(layer)}' needs a question and its answers in one round, and "
+                                   f"'{name_of(method)}' takes answers to earlier ones, so they do not fit "
                                    f"together; use {use}")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, DataError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Method, State, knob
 from fedllm.core.payload import Payload, Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
@@ -99,7 +100,7 @@ class Offsite(Method):
         n = round(middle * (1 - self.drop_ratio))
         if n < 1:
             raise CompositionError(
-                f"method '{type(self).__name__}' with adapter_layers = {self.adapter_layers} and drop_ratio = "
+                f"method '{name_of(self)}' with adapter_layers = {self.adapter_layers} and drop_ratio = "
                 f"{self.drop_ratio} leaves no block of a model of {depth} to the emulator; lower one of them")
         return [*range(low), *(low + i for i in self.spread(middle, n)), *range(low + middle, depth)]
 
@@ -122,7 +123,7 @@ class Offsite(Method):
         a, _ = self.split(self.at_client(model))
         if not a or (self.freeze_a and not isinstance(model.space, LoRA)):
             raise CompositionError(
-                f"method '{type(self).__name__}' and space '{type(model.space).__name__}' do not fit together: "
+                f"method '{name_of(self)}' and space '{model.space.stem}' do not fit together: "
                 + ("freeze_a is about LoRA's factors" if a else "it trains nothing within blocks") + "; use 'lora'")
         if isinstance(model.space, LoRA):
             need_lora(self, model)
@@ -164,7 +165,7 @@ class Offsite(Method):
     @on_server
     def alignment(self, msg: Payload, client: Any) -> Payload:
         if not client.public:
-            raise DataError(f"method '{type(self).__name__}' aligns its emulator on public rows and the data has none; "
+            raise DataError(f"method '{name_of(self)}' aligns its emulator on public rows and the data has none; "
                             "give data.public, or set prealign_steps and align_steps to 0")
         thin = self.at_client(client.model)
         e, loss = brought_closer(client, thin, part(msg, "A"), part(msg, "plugged"), part(msg, "E"),

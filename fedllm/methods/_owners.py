@@ -16,6 +16,7 @@ from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError, DataError, QuorumError, RecipeError, Withheld
 from fedllm.core.form import need
+from fedllm.core.layer import name_of
 from fedllm.core.method import Method, State, knob
 from fedllm.core.payload import Payload, Tree
 from fedllm.core.rng import torch_stream
@@ -112,10 +113,9 @@ class Owned(Method):
 
     def check(self, model: Any) -> None:
         if model.task != "classification" or not isinstance(model.space, MLPHead):
-            name = type(self).__name__
-            raise CompositionError(f"method '{name}', data.task = {model.task!r} and space '{model.space.stem}' do not "
-                                   "fit together: what owners tell is a hidden layer; use data.task = 'classification' "
-                                   "and the space 'mlp_head'")
+            raise CompositionError(f"method '{name_of(self)}', data.task = {model.task!r} and space "
+                                   f"'{model.space.stem}' do not fit together: what owners tell is a hidden layer; use "
+                                   "data.task = 'classification' and the space 'mlp_head'")
 
     def check_clients(self, ids: Sequence[str], cohort: int) -> None:
         if len(ids) < 2 or cohort < len(ids):

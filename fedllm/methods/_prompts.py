@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fedllm.core.errors import CompositionError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Method
 from fedllm.spaces.space import Space
 
@@ -22,7 +23,7 @@ def need_prompt(method: Method, model: Any, kinds: Iterable[str] = PROMPTS, besi
     kinds, beside = tuple(kinds), tuple(beside)
     stems = [s.stem for s in streams_of(model.space)]
     if sum(s in kinds for s in stems) != 1 or any(s not in (*kinds, *beside) for s in stems):
-        stem, more = type(method).__module__.rpartition(".")[2], f", beside it at most {', '.join(beside)}"
+        stem, more = name_of(method), f", beside it at most {', '.join(beside)}"
         raise CompositionError(f"method '{stem}' and space '{model.space.stem}' do not fit together: what it sends is "
                                f"a prompt; use one of the spaces {', '.join(kinds)}{more if beside else ''}")
 

@@ -11,6 +11,7 @@ import torch
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError
 from fedllm.core.form import need
+from fedllm.core.layer import name_of
 from fedllm.core.method import Star, State, knob
 from fedllm.core.payload import Payload, Tree, pack
 from fedllm.local.perturb import LAWS
@@ -43,7 +44,7 @@ class Seeds(Star):
 
     def check_work(self, local: Any, rounds: int) -> None:
         if (local.schedule, local.over_rounds) != ("constant",) * 2 or local.weight_decay:
-            raise CompositionError(f"{type(self).__name__.lower()} and a learning-rate schedule or weight decay do not "
+            raise CompositionError(f"{name_of(self)} and a learning-rate schedule or weight decay do not "
                                    "fit together: the replay of seeds would be wrong; use local.schedule = "
                                    "local.over_rounds = constant, weight_decay = 0")
 

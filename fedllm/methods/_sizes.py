@@ -13,6 +13,7 @@ import numpy as np
 from fedllm.core.ask import Ask, Program, on_client, on_server
 from fedllm.core.client import SERVER, ClientInfo
 from fedllm.core.errors import CompositionError, DataError, RecipeError, Withheld
+from fedllm.core.layer import name_of
 from fedllm.core.method import Method, State, knob
 from fedllm.core.payload import Payload, Tree, pack, part, sub, tensor_bytes
 from fedllm.methods._control import Scene
@@ -170,11 +171,11 @@ class Sized(Method):
         need_lora(self, model)
         if self.bottom_layers + self.adapter_layers >= (depth := len(blocks_of(model.net))):
             raise CompositionError(
-                f"method '{type(self).__name__}' with bottom_layers = {self.bottom_layers} and adapter_layers = "
+                f"method '{name_of(self)}' with bottom_layers = {self.bottom_layers} and adapter_layers = "
                 f"{self.adapter_layers} leaves nothing of a model of {depth} blocks between; lower one of them")
         blocks_at(model, [])
         if not split(model.initial(), self.sizes.ends(depth))[0]:
-            raise CompositionError(f"method '{type(self).__name__}': space.targets = {list(model.space.targets)} has "
+            raise CompositionError(f"method '{name_of(self)}': space.targets = {list(model.space.targets)} has "
                                    "nothing within the blocks that are tuned; name linear modules of theirs")
 
     def init(self, model: Model) -> State:
@@ -246,7 +247,7 @@ class Sized(Method):
 
     def need_public(self, client: Any) -> None:
         if not client.public:
-            raise DataError(f"method '{type(self).__name__}' aligns its emulators (and trains at the server) on public "
+            raise DataError(f"method '{name_of(self)}' aligns its emulators (and trains at the server) on public "
                             "rows and the data has none; give data.public, or set prealign_steps to 0 and "
                             "server_trains to false")
 

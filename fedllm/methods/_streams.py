@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedllm.core.errors import CompositionError
+from fedllm.core.layer import name_of
 from fedllm.core.method import State
 from fedllm.core.payload import Tree, add, pack, part
 
@@ -12,9 +13,9 @@ from fedllm.core.payload import Tree, add, pack, part
 def need_two(method: Any, model: Any, shared: str, own: str, use: str) -> None:
     """CompositionError unless the model's space is these two streams, of which the second is personal."""
     if {n.partition("/")[0] for n in model.initial()} != {shared, own} or model.space.personal != (own,):
-        name = type(method).__module__.rpartition(".")[2]
+        name = name_of(method)
         raise CompositionError(
-            f"method '{name}' and space '{type(model.space).__name__}' do not fit together: it needs two streams of "
+            f"method '{name}' and space '{model.space.stem}' do not fit together: it needs two streams of "
             f"which {own} is personal; use space: {use}")
 
 

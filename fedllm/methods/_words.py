@@ -9,6 +9,7 @@ import numpy as np
 
 from fedllm.core.client import Client
 from fedllm.core.errors import CompositionError, DataError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Method
 from fedllm.core.payload import Tree
 from fedllm.local.objectives.verbalized import Said
@@ -16,7 +17,7 @@ from fedllm.local.objectives.verbalized import Said
 
 def check_words(method: Method, verbalizer: Sequence[str], model: Any) -> None:
     """CompositionError where labels cannot be words of this model's, or are too few."""
-    stem = type(method).__module__.rpartition(".")[2]
+    stem = name_of(method)
     if model.task != "generation":
         raise CompositionError(f"method '{stem}' and data.task = {model.task!r} do not fit together: a label is a word "
                                "that the model says; use data.task = 'generation'")

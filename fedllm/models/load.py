@@ -127,7 +127,7 @@ def load_model(name: str, task: str, space: Space, *, labels: Sequence[str] = ()
                       weights=weights, images=images)
         said += take_head(model, resolve(name)) if weights == "pretrained" else []
         if weights == "random" and (still := {n for n, _ in net.named_parameters()} - model.initial().keys()):
-            raise CompositionError(f"model.weights = 'random' and space '{type(space).__name__.lower()}' do not fit "
+            raise CompositionError(f"model.weights = 'random' and space '{space.stem}' do not fit "
                                    f"together: '{min(still)}' would stay random; use space: full")
         model.tell(said)
         examine(model)

@@ -64,7 +64,7 @@ class Model:
         if self.device.type == "cuda":
             repeatable()
         if self.rules.net in ("masked", "dual") and space.virtual:
-            raise CompositionError(f"space '{type(space).__name__}' puts virtual tokens before the text, and data.task "
+            raise CompositionError(f"space '{space.stem}' puts virtual tokens before the text, and data.task "
                                    f"= {task!r} has no place for them; 'lora' works")
         if self.room < 2:
             raise ModelError(f"space '{space.stem}' takes {space.places} places before the text, and "
@@ -179,7 +179,7 @@ class Model:
               stacked: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Run forwards with these lanes' trainables (`stacked`: already stacked, one leading K), wherever they lie."""
         if base and not self.space.takes_base:
-            raise CompositionError(f"space '{type(self.space).__name__}' cannot add a drift to the base; use 'lora'")
+            raise CompositionError(f"space '{self.space.stem}' cannot add a drift to the base; use 'lora'")
         s = self.stack
         before = (s.k, s.tensors, s.base, s.extra, s.mask, s.past)
         stacked = stack_lanes(trees) if stacked is None else stacked

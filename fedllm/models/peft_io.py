@@ -51,7 +51,7 @@ def save_adapter(folder: Path, model: Model, theta: Mapping[str, Tensor], base_n
     """
     made = model.space.to_peft(model.net, model.task, theta)
     if made is None:
-        raise ModelError(f"space '{type(model.space).__name__}' has no PEFT format; export the merged model instead")
+        raise ModelError(f"space '{model.space.stem}' has no PEFT format; export the merged model instead")
     config, theirs = made
     config.base_model_name_or_path, config.inference_mode = base_name, True
     tensors = apart(theirs)

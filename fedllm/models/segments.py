@@ -94,7 +94,7 @@ def segments(model: Model, cuts: Sequence[int]) -> list[Segment]:
     if tuple(cuts) in made:
         return made[tuple(cuts)]
     if model.task not in ("generation", "masked_words") or not isinstance(net, PreTrainedModel) or model.space.virtual:
-        raise ModelError(f"segments: {type(net).__name__} with the space '{type(model.space).__name__}' cannot be cut; "
+        raise ModelError(f"segments: {type(net).__name__} with the space '{model.space.stem}' cannot be cut; "
                          "it takes a language model (task generation or masked_words), and a space whose trainables "
                          "lie in its modules")
     depth, marks = len(blocks_of(net)), list(cuts)

@@ -63,7 +63,7 @@ def whole(layer: Any) -> str:
 def check_fits(layer: Any, method: Any) -> None:
     """CompositionError for a method that reads rows beside training on them."""
     if not method.only_fits:
-        raise CompositionError(f"{CLOSED.format(name_of(layer))}; method {type(method).__name__!r} does so")
+        raise CompositionError(f"{CLOSED.format(name_of(layer))}; method '{name_of(method)}' does so")
 
 
 def check_method(layer: Any, method: Any, reducers: Mapping[str, Any]) -> None:

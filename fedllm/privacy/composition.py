@@ -42,7 +42,7 @@ def bent(layer: Layer, method: Any, reducers: Mapping[str, Any]) -> str | None:
     fn = next((name for name, r in reducers.items() if isinstance(r, Sum) and r.divides), None)
     if fn is None or not inexact:
         return None
-    return (f"layer '{name_of(layer)}' and method '{type(method).__name__}' do not fit together: '{fn}' divides "
+    return (f"layer '{name_of(layer)}' and method '{name_of(method)}' do not fit together: '{fn}' divides "
             "what is summed by the weight of who had it, which must come as it is; use secagg, he_ckks or dp_sgd")
 
 

@@ -16,7 +16,7 @@ from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, Withheld
 from fedllm.core.form import TEXT
 from fedllm.core.knobs import Knobs, knob
-from fedllm.core.layer import Algebra, Layer
+from fedllm.core.layer import Algebra, Layer, name_of
 from fedllm.core.payload import Payload
 from fedllm.core.rng import numpy_stream
 from fedllm.gate.verdict import told
@@ -77,7 +77,7 @@ class DPText(Knobs, Layer):
 
     def check(self, method: Any, reducers: Mapping[str, Any]) -> None:
         if not getattr(method, "only_text", False):
-            raise CompositionError(f"layer 'dp_text' draws text anew, and method '{type(method).__name__}' sends more "
+            raise CompositionError(f"layer 'dp_text' draws text anew, and method '{name_of(method)}' sends more "
                                    "of rows than text, which would leave as it is; use dp_sgd, or a method that sends "
                                    "text alone (inferdpt)")
 

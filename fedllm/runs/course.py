@@ -12,7 +12,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import CompositionError, PayloadError, QuorumError, RunError
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Layer, name_of
 from fedllm.core.method import Method, State
 from fedllm.core.payload import leaves, length, non_finite
 from fedllm.core.program import FARTHEST, drive
@@ -124,7 +124,7 @@ class Course:
         for path, leaf in leaves(new):
             stream = next((s for s in frozen if f"/{s}/" in f"/{path}"), None)
             if stream and isinstance(leaf, Tensor) and path in before and not leaf.equal(before[path]):
-                raise CompositionError(f"stream '{stream}' is frozen and method '{type(self.method).__name__}' changed "
+                raise CompositionError(f"stream '{stream}' is frozen and method '{name_of(self.method)}' changed "
                                        f"'{path}'; take it out of space.frozen, or use a method that trains by "
                                        "gradients")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.core.errors import CompositionError, RecipeError
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Layer, name_of
 from fedllm.core.method import Method
 from fedllm.engines.world import World
 from fedllm.methods.registry import method_class, modules
@@ -73,8 +73,8 @@ def need_public(recipe: Recipe, method: Method, rows: int) -> None:
 def compose(method: Method, layers: list[Layer]) -> None:
     """Let every layer look at the method; what would be unsound is refused with a CompositionError."""
     if any(not layer.optional for layer in layers) and overrides(method, "answer") and not overrides(method, "round"):
-        raise CompositionError(f"method '{type(method).__name__}' answers questions and has no rounds, so the layers "
-                               f"{[type(x).__name__ for x in layers]} would never act; leave 'layers' out")
+        raise CompositionError(f"method '{name_of(method)}' answers questions and has no rounds, so the layers "
+                               f"{[name_of(x) for x in layers]} would never act; leave 'layers' out")
     reducers = {n: f.__dict__.get("reduce") for n in dir(type(method))
                 if callable(f := getattr(type(method), n)) and getattr(f, "__dict__", {}).get("runs_on_client")
                 and "on_server" not in f.__dict__}

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from fedllm.core.ask import Ask, Program, Replies
 from fedllm.core.errors import CompositionError, RunError
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Layer, name_of
 from fedllm.core.payload import Payload, pack
 from fedllm.core.program import Fold
 from fedllm.core.reduce import Mean, Reducer
@@ -131,7 +131,7 @@ def check_taped(method: Any) -> None:
     """CompositionError for a method whose replies say nothing to anybody after their round."""
     marks = {n: getattr(getattr(type(method), n), "__dict__", {}) for n in dir(type(method))}
     if sealed := [n for n, mark in marks.items() if mark.get("sealed")]:
-        raise CompositionError(f"method '{type(method).__name__}': its clients seal letters to one another "
+        raise CompositionError(f"method '{name_of(method)}': its clients seal letters to one another "
                                f"({sealed[0]}) with keys that nobody keeps, so its replies cannot be folded again")
 
 

@@ -30,7 +30,7 @@ def check_training(model: Any, local: LocalSpec, method: Method, layers: Any = (
             raise RecipeError(f"local.lora_plus = {local.lora_plus} is the ratio of the rates of LoRA's two factors, "
                               f"and space '{model.space.stem}' has none; leave it out")
         if method.reads_rates:
-            raise CompositionError(f"local.lora_plus = {local.lora_plus} and method '{type(method).__name__}' do not "
+            raise CompositionError(f"local.lora_plus = {local.lora_plus} and method '{name_of(method)}' do not "
                                    "fit together: it divides by the one rate of all trainables; leave it out")
     if local.checkpointing and not layers_of(model):
         raise CompositionError(f"local.checkpointing = true: {name} has no layers of which transformers says that they "

@@ -47,7 +47,7 @@ class ByEnergy(Selector):
     def check_stack(self, layers: Sequence[Layer]) -> None:
         super().check_stack(layers)
         if not any(isinstance(x, EdgeEnergy) for x in layers):
-            raise CompositionError("selector 'ByEnergy' reads what clients' answers cost and no meter tells it; give "
+            raise CompositionError("selector 'by_energy' reads what clients' answers cost and no meter tells it; give "
                                    "the recipe an energy section, or use select: uniform")
 
     def server(self, ask: Ask, state: MutableMapping[str, Any]) -> Program:

@@ -28,7 +28,7 @@ class Params(Space):
         """Trained parameters by name; tied ones once, under their first name."""
         found = {n: p for n, p in net.named_parameters() if self.picks(net, n, p)}
         if not found:
-            raise ModelError(f"{type(self).__name__}: the model has no such parameters; try the space 'lora' or 'ia3'")
+            raise ModelError(f"{self.stem}: the model has no such parameters; try the space 'lora' or 'ia3'")
         return found
 
     def start(self, net: nn.Module, rng: torch.Generator, rank: int | None = None) -> Tree:

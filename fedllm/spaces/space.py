@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedllm.core.errors import ModelError
 from fedllm.core.knobs import Knobs
+from fedllm.core.layer import name_of
 from fedllm.core.payload import Tree
 
 CAUSAL = ("generation", "preference")
@@ -145,7 +146,7 @@ class Space(Knobs):
     @classmethod
     def peft_knobs(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The knobs with which an adapter of this config (as JSON) was made."""
-        raise ModelError(f"space '{cls.__module__.rpartition('.')[2]}' says no knobs for a PEFT config")
+        raise ModelError(f"space '{name_of(cls)}' says no knobs for a PEFT config")
 
     def from_peft(self, config: Mapping[str, Any], tree: Tree, fresh: Mapping[str, Tensor]) -> Tree:
         """Trainables that compute what the adapter's tensors do under their own config; `fresh` is a start of ours."""
@@ -154,7 +155,7 @@ class Space(Knobs):
     @property
     def stem(self) -> str:
         """Its name in recipes: the stem of its file."""
-        return type(self).__module__.rpartition(".")[2]
+        return name_of(self)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
 from fedllm.core.errors import CompositionError, PayloadError
+from fedllm.core.layer import name_of
 from fedllm.core.payload import Payload, non_finite
 from fedllm.wire import _keys as keys
 from fedllm.wire import codec
@@ -30,7 +31,7 @@ def closed_to(method: str, layers: Sequence[Any]) -> None:
     """CompositionError for a layer that would have to read what is sealed."""
     for layer in layers:
         if layer.algebra.kind not in ("plain", "dp", "line"):
-            raise CompositionError(f"{method} and layer '{type(layer).__name__}' do not fit together: no layer can "
+            raise CompositionError(f"{method} and layer '{name_of(layer)}' do not fit together: no layer can "
                                    "read sealed letters; dp_sgd works, which acts inside training")
 
 

@@ -46,7 +46,7 @@ class CodecPowerSGD(Knobs, Layer):
         for name, reducer in reducers.items():
             if name != "score" and not isinstance(reducer, Sum):
                 needs = "every single reply" if reducer is None else f"the reducer {type(reducer).__name__}"
-                raise CompositionError(f"layer 'CodecPowerSGD' sends factors of a sum and "
+                raise CompositionError(f"layer 'codec_powersgd' sends factors of a sum and "
                                        f"'{type(method).__name__}.{name}' needs {needs}, so they do not fit together; "
                                        "codec_quant works with any method")
 

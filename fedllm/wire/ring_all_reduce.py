@@ -117,7 +117,8 @@ class RingAllReduce(Knobs, Layer):
             if missing:
                 self._blame(ring, missing, step, state)
                 who = "; ".join(f"{c}: {why}" for c, why in list(missing.items())[:5])
-                raise QuorumError(f"RingAllReduce gives the round up: the ring broke in step {step + 1} of {n} ({who})")
+                raise QuorumError(f"ring_all_reduce gives the round up: the ring broke in step {step + 1} of {n} "
+                                  f"({who})")
             post = dict(got)
         return {(i + 1) % n: (got["x"], got["y"]) for i, got in enumerate(post[c] for c in ring)}
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,12 @@ from fedllm.attacks.att_byzantine import AttByzantine
 from fedllm.attacks.att_fm_backdoor import AttFMBackdoor
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, QuorumError, RecipeError, Withheld
-from fedllm.core.layer import Facts
+from fedllm.core.layer import Facts, name_of
 from fedllm.core.payload import pack
 from fedllm.core.program import Fold, drive, serve
 from fedllm.core.reduce import Mean
 from fedllm.core.rng import numpy_stream, torch_stream
+from fedllm.defenses._robust import Robust
 from fedllm.defenses.anomaly import Anomaly
 from fedllm.defenses.bulyan import Bulyan
 from fedllm.defenses.centered_clip import CenteredClip, buckets, clipped_step
@@ -32,6 +34,8 @@ from fedllm.defenses.s2_wef import S2WEF, two_means
 from fedllm.defenses.trimmed_mean import TrimmedMean
 from fedllm.defenses.vetting import Vetting, effective_rank, equal_rows, oddity, unlike
 from fedllm.models.known_by import base_digest
+from fedllm.runs.build import by_key
+from fedllm.runs.layers import layer_classes
 
 RULES = [CoordinateMedian(), TrimmedMean(), Krum(f=1), Krum(f=1, keep=None), Bulyan(f=1), RFA(), CenteredClip(),
          FoolsGold(), NormClip(), NormClip(noise=0.025), RLR(), Anomaly(), S2WEF()]
@@ -120,8 +124,45 @@ def test_more_attackers_than_it_tolerates(layer, says):
 
 
 def test_a_round_with_too_few_replies_is_refused():
-    with pytest.raises(QuorumError, match=r"n = 6 replies are too few against f = 2 .* needs n >= 2f \+ 3 = 7"):
+    with pytest.raises(QuorumError, match=r"n = 6 replies are too few with f = 2: krum needs n >= 2f \+ 3 = 7"):
         through(Krum(f=2), rows(6))
+
+
+def fewest(layer):
+    """The fewest clients over which it may stand."""
+    return next(n for n in range(1, 20) if layer.short(n) is None)
+
+
+EVERY = [cls() for cls in layer_classes().values() if issubclass(cls, Robust)]
+ALSO = [CenteredClip(bucket=1), CRFL(rho=2.0), NormClip(bound=1.0), RLR(theta=0.0), TrimmedMean(trim=0.0), Bulyan(f=0)]
+
+
+@pytest.mark.parametrize("layer", EVERY + ALSO, ids=repr)
+def test_a_defense_over_too_few_is_refused_and_not_run_in_silence(layer):
+    """When it is built, by its key, value and what would do; and in a round that lost so many."""
+    name, least = name_of(layer), fewest(layer)
+    bound = layer.bind(Facts({f"c{i}": 1 for i in range(least)}, least, 3))
+    assert layer in ALSO or least >= {"fltrust": 1, "foolsgold": 2}.get(name, 3)
+    for few in range(1, least):
+        with pytest.raises(RecipeError) as told:  # layers.0: as a run builds it
+            by_key("layers.0", lambda few=few: layer.bind(Facts({f"c{i}": 1 for i in range(9)}, few, 3)))
+        says = rf"layers\.0\.\w+ = .* is not allowed with n = {few} clients? a round: {name} needs n >= .*{least}\b"
+        assert re.match(says, str(told.value)), told.value
+        with pytest.raises(QuorumError, match=rf"n = {few} repl.* too few with .*: {name} needs n >= .*{least}\b"):
+            through(bound, rows(few))
+
+
+@pytest.mark.parametrize("layer", [CoordinateMedian(), TrimmedMean(), Krum(), Bulyan(), RFA(), CenteredClip(),
+                                   CenteredClip(bucket=1), NormClip()], ids=repr)
+def test_of_the_fewest_one_may_be_wild(layer):
+    x = 0.1 * rows(fewest(layer)) + 1
+    x[0] = 1e6
+    assert float(layer.rule(SimpleNamespace(x=x), layer.init()).g.norm()) < 100 < float(x.mean(0).norm())
+
+
+def test_krum_keeps_no_more_than_may_be_honest():
+    with pytest.raises(RecipeError, match=r"^Krum.keep = 8 and f = 3 is not allowed with n = 10 .* keep <= n - f = 7$"):
+        Krum(f=3, keep=8).bind(Facts({f"c{i}": 1 for i in range(10)}, 10, 3))
 
 
 def test_a_reply_of_another_shape_is_left_out_wherever_it_comes():
@@ -159,6 +200,20 @@ def test_foolsgold_casts_out_those_who_are_alike(caplog):
     with caplog.at_level(logging.WARNING):
         through(FoolsGold(), 1 + 0.01 * rows())
     assert "it needs clients with different data" in caplog.text
+
+
+def test_colluders_who_part_in_pairs_are_not_seen_by_foolsgold():
+    """Fung et al.'s intelligent perturbation: with the same sum, and the same in every round."""
+    sent, update = {}, {"w": rows(1, 400)[0]}
+    for apart in (0.0, 3.0):
+        attack = AttByzantine(kind="ipm", clients=("c0", "c1", "c2", "c3", "c4"), apart=apart)
+        sent[apart] = torch.stack([attack.perturbed(update, i)["w"] for i in range(5)])
+        again = torch.stack([attack.perturbed(update, i)["w"] for i in range(5)])
+        assert torch.equal(again, sent[apart]) and torch.equal(sent[apart][4], update["w"])  # nobody is left for it
+    torch.testing.assert_close(sent[3.0].sum(0), sent[0.0].sum(0), rtol=1e-4, atol=1e-4)
+    honest = rows(6, 400, 1)
+    seen, unseen = (foolsgold(torch.cat([honest, x[:4]]), 1.0)[0][6:].mean() for x in sent.values())
+    assert float(seen) < 0.05 and float(unseen) > 0.9
 
 
 def test_foolsgold_divides_by_clients_and_not_by_weights():

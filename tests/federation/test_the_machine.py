@@ -3,10 +3,12 @@
 import inspect
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import click
 import pytest
@@ -16,13 +18,14 @@ from typer.testing import CliRunner
 
 from fedllm.api import resume, run
 from fedllm.cli.chat import Speaker
-from fedllm.cli.federate import printable
 from fedllm.cli.main import app
+from fedllm.cli.said import printable
 from fedllm.core.errors import RecipeError, RunError
 from fedllm.engines.far.reasons import Refused
+from fedllm.federation import process
 from fedllm.federation.identity import keep_identity
 from fedllm.federation.operate import announced, serving
-from fedllm.federation.process import need_port, no_proxy
+from fedllm.federation.process import free_port, need_port, no_proxy
 from fedllm.methods.baselines import fedavg
 from fedllm.runs.audit_key import make_key
 from fedllm.runs.folder import RunFolder
@@ -201,6 +204,23 @@ def test_a_port_in_use_is_found_at_once():
     need_port(port, "NVFlare's server")
 
 
+def test_a_port_for_later_is_none_that_the_kernel_gives_away():
+    """It was one of those, which whoever connects anywhere may have by the time that the server begins."""
+    ports = [free_port() for _ in range(50)]
+    assert len(set(ports)) == 50
+    with socket.socket() as anyone:
+        anyone.bind(("127.0.0.1", 0))
+        assert anyone.getsockname()[1] > max(ports) or process._ephemeral() < 11_001
+
+
+def test_whoever_needs_a_port_for_later_asks_for_it_there():
+    """A socket that is bound to any port, and neither listens nor stays."""
+    slip = re.compile(r"as (\w+):\n\s+\1\.bind\(\(.*, 0\)\)\n(?!\s+\1\.listen)")
+    root = Path(__file__).parents[2]
+    files = [f for room in ("fedllm", "tests", "evidence", "benchmarks") for f in (root / room).rglob("*.py")]
+    assert [f.name for f in files if slip.search(f.read_text())] == ["test_the_machine.py"]  # the one above
+
+
 def test_proxies_are_not_for_loopback(monkeypatch):
     """Through a proxy that answers nobody, this machine is reached all the same."""
     import httpx
@@ -233,6 +253,7 @@ import socket, sys
 from fedllm.federation.network import close
 from fedllm.federation.settings import SiteSettings
 from fedllm.engines.far.reasons import Refused
+from fedllm.federation import process
 close(SiteSettings(data="d", store="s", hosts=["named.example"]), ["localhost"])
 for where in (("93.184.216.34", 80), ("evil.example", 80)):
     try:
@@ -253,6 +274,7 @@ with socket.socket() as server:
     socket.create_connection(server.getsockname(), 1).close()
     socket.create_connection(("localhost", server.getsockname()[1]), 1).close()
 import os
+import re
 print("open", os.environ["HF_HUB_OFFLINE"])
 """
 

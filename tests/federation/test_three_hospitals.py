@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedllm.federation.process import end_tree
+from fedllm.federation.process import end_tree, free_port
 
 TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorials" / "three-hospitals.md"
 
@@ -33,10 +32,7 @@ def test_the_tutorial_has_commands():
 def test_three_hospitals(tmp_path):
     if importlib.util.find_spec("nvflare") is None:
         pytest.skip("nvflare is not installed")
-    with socket.socket() as free, socket.socket() as other:
-        free.bind(("localhost", 0))
-        other.bind(("localhost", 0))
-        port, figures = free.getsockname()[1], other.getsockname()[1]
+    port, figures = free_port(), free_port()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "fedllm").write_text(f'#!/bin/sh\nexec {sys.executable} -m fedllm.cli.main "$@"\n')
     (tmp_path / "bin" / "fedllm").chmod(0o755)

@@ -227,7 +227,7 @@ def test_what_cannot_be_done_is_refused(tiny_llama_folder):
 
     with pytest.raises(RecipeError, match=r"local.lora_plus = 16 .* space 'ia3' has none"):
         check(LocalSpec(lora_plus=16), "ia3")
-    with pytest.raises(CompositionError, match=r"Scaffold.* divides by the one rate"):
+    with pytest.raises(CompositionError, match=r"scaffold.* divides by the one rate"):
         check(LocalSpec(lora_plus=16, optimizer="sgd"), method="scaffold")
     with pytest.raises(CompositionError, match=r"local.checkpointing.*space 'prefix'"):
         check(LocalSpec(checkpointing=True), "prefix")

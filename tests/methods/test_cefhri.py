@@ -58,7 +58,7 @@ def test_without_position_embeddings_only_the_adapter_along_time_sees_order():
 
 
 def test_other_spaces_and_tasks_are_refused(begin):
-    with pytest.raises(CompositionError, match="not the space 'LoRA'; use the space 'st_adapter'"):
+    with pytest.raises(CompositionError, match="not the space 'lora'; use the space 'st_adapter'"):
         make_method("cefhri").check(begin("fedavg").world.model)
     with pytest.raises(CompositionError, match="recognizes classes, and the task is 'generation'"):
         make_method("cefhri").check(begin("fedavg", space="st_adapter").world.model)

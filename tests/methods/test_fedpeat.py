@@ -266,9 +266,9 @@ def test_who_learns_from_losses_does_not_go_with_noise():
     from fedllm.runs.fits import compose
 
     compose(make_method("fedpeat"), [DPSGD(noise_multiplier=1.0)])
-    with pytest.raises(CompositionError, match=r"controller = 'sabppo' and layer 'DPSGD' do not fit.*use 'greedy'"):
+    with pytest.raises(CompositionError, match=r"controller = 'sabppo' and layer 'dp_sgd' do not fit.*use 'greedy'"):
         compose(make_method("fedpeat", controller="sabppo"), [DPSGD(noise_multiplier=1.0)])
-    with pytest.raises(CompositionError, match=r"server_trains = true and layer 'DPSGD' do not fit together"):
+    with pytest.raises(CompositionError, match=r"server_trains = true and layer 'dp_sgd' do not fit together"):
         compose(make_method("fedpeat", server_trains=True), [DPSGD(noise_multiplier=1.0)])
 
 

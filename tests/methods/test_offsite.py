@@ -234,7 +234,7 @@ def test_dp_offsite_peft_is_refused_without_its_privacy():
     from fedllm.runs.fits import compose
 
     method, user = make_method("dp_offsite_peft"), make_method("dp_offsite_peft", dp_level="user")
-    with pytest.raises(CompositionError, match=r"dp_level = example and .*SecAgg.* do not fit.*list dp_sgd"):
+    with pytest.raises(CompositionError, match=r"dp_level = example and .*secagg.* do not fit.*list dp_sgd"):
         compose(method, [SecAgg()])
     with pytest.raises(CompositionError, match=r"dp_level = user .* list dp_fedavg"):
         compose(user, [DPSGD(noise_multiplier=1.0)])

@@ -140,7 +140,7 @@ def test_what_does_not_add_up_is_refused(above, below, says):
 def test_single_replies_and_medians_are_refused():
     with pytest.raises(CompositionError, match="needs every single reply"):
         ServerTree().check(make_method("fedkseed"), {"local": None})
-    with pytest.raises(CompositionError, match="use fedavg with the layers DPFedAvg, ServerTree"):
+    with pytest.raises(CompositionError, match="use fedavg with the layers dp_fedavg, server_tree"):
         make_method("hierarchical").check_layers([DPFedAvg(noise_multiplier=1.0)])
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from evidence.rigs.text import untrained
 from fedllm.cli.serve_model import Handler, serving
 from fedllm.core.errors import EndpointError, FedLLMError, RecipeError
+from fedllm.federation.process import free_port
 from fedllm.local.text import LocalText, as_text
 from fedllm.models import bounded
 from fedllm.models.endpoint import Completion, Endpoint, total_logprob
@@ -151,9 +152,7 @@ def test_an_answer_longer_than_the_context_is_refused(local):
 
 
 def test_nobody_there():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    url = f"http://127.0.0.1:{free_port()}/v1"
     said, _ = complain(url)
     assert url in said and "ConnectError" in said and "2 attempts" in said
 

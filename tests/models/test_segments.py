@@ -126,7 +126,7 @@ def test_cuts_that_do_not_fit_are_refused():
             segments(m, cuts)
     with pytest.raises(CompositionError, match=r"method\.cut = 1 leaves the server none of the model's 2 blocks"):
         begin("fedbert_split", space="full", cut=1)
-    with pytest.raises(ModelError, match="SoftPrompt' cannot be cut"):
+    with pytest.raises(ModelError, match="soft_prompt' cannot be cut"):
         segments(model("soft_prompt", length=4), [1])
 
 
@@ -202,7 +202,7 @@ def test_scratch_lasts_one_round_and_never_reaches_memory(engine):
 
 
 def test_secure_aggregation_refuses_a_server_that_reads_each_clients_states():
-    with pytest.raises(CompositionError, match=r"SecAgg' lets the server see sums only and 'FedBERTSplit.begin' needs"):
+    with pytest.raises(CompositionError, match=r"secagg' lets the server see sums only and 'FedBERTSplit.begin' needs"):
         compose(make_method("fedbert_split"), [make_layer("secagg", {}, "layers.0")])
 
 

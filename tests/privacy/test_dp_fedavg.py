@@ -186,7 +186,7 @@ def test_bad_knobs_are_refused(knobs, says):
 def test_a_delta_that_may_expose_a_client_and_replies_one_by_one_are_refused():
     with pytest.raises(RecipeError, match=r"delta = 0.1 is not allowed with 10 units"):
         DPFedAvg(noise_multiplier=1.0, delta=0.1).bind(Facts(dict.fromkeys("abcdefghij", 1), 10, 3))
-    with pytest.raises(CompositionError, match=r"DPFedAvg.*'Ship.each' needs every single reply.*fedavg, flexlora"):
+    with pytest.raises(CompositionError, match=r"dp_fedavg.*'Ship.each' needs every single reply.*fedavg, flexlora"):
         DPFedAvg(noise_multiplier=1.0).check(Ship(), {"local": Mean(), "each": None, "score": None})
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import socket
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,6 +16,7 @@ from fedllm.core.method import Method
 from fedllm.core.payload import leaves
 from fedllm.core.program import drive
 from fedllm.engines import ENGINES
+from fedllm.federation.process import free_port
 from fedllm.local.text import LocalText
 from fedllm.models.load import load_model
 from fedllm.runs.build import build
@@ -280,9 +280,7 @@ def test_what_cannot_be_is_refused_when_the_run_is_built(named, key, value, erro
 
 
 def test_an_endpoint_that_does_not_answer_is_found_before_any_work(named, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    url = f"http://127.0.0.1:{free_port()}/v1"
     named["models"]["teacher"]["endpoint"] |= {"base_url": url, "backoff": 0.0}
     with pytest.raises(EndpointError, match=rf"endpoint {url}/completions, model 'local': ConnectError"):
         fedllm.run(named, root=tmp_path)

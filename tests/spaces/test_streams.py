@@ -197,7 +197,7 @@ def test_a_frozen_stream_stays_as_it_is_whatever_the_method():
 def test_a_method_that_moves_a_frozen_stream_by_other_ways_is_refused(recipe, tmp_path):
     recipe |= {"space": {"name": "streams", "of": TWO["of"], "frozen": ["r"]}, "rounds": 1,
                "method": {"name": "fedmezo", "steps": 1}}
-    with pytest.raises(CompositionError, match="stream 'r' is frozen and method 'FedMeZO' changed"):
+    with pytest.raises(CompositionError, match="stream 'r' is frozen and method 'fedmezo' changed"):
         fedllm.run(recipe, root=tmp_path)
 
 

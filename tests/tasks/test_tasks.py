@@ -189,7 +189,7 @@ def test_labels_by_name_here_and_by_number_there(write):
 
 
 def test_a_masked_model_has_no_place_for_virtual_tokens(tiny_masked_folder, write, tmp_path):
-    with pytest.raises(CompositionError, match=r"'SoftPrompt' puts virtual tokens before the text, and data\.task"):
+    with pytest.raises(CompositionError, match=r"'soft_prompt' puts virtual tokens before the text, and data\.task"):
         fedllm.run({"model": tiny_masked_folder, "space": "soft_prompt", "data": {
             "source": write(rows_of("masked_words")), "task": "masked_words"}}, root=tmp_path)
 

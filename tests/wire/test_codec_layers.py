@@ -251,5 +251,5 @@ def test_a_client_lost_between_the_questions_keeps_its_residue():
 
 
 def test_powersgd_needs_sums():
-    with pytest.raises(CompositionError, match=r"CodecPowerSGD.*'Apart.local' needs every single reply.*codec_quant"):
+    with pytest.raises(CompositionError, match=r"codec_powersgd.*'Apart.local' needs every single reply.*codec_quant"):
         CodecPowerSGD().check(Apart(), {"local": None})

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedllm.core.errors import RecipeError
 from fedllm.core.knobs import Knobs
+from fedllm.core.layer import name_of
 from fedllm.data.table import Table
 from fedllm.tasks.row import nearest
 
@@ -28,11 +29,11 @@ class Simulated(Knobs):
 
     def public(self, seed: int) -> Sequence[Table]:
         """Rows that are nobody's (`data.public: sim:NAME`)."""
-        raise RecipeError(f"data.public: the simulated source '{type(self).__name__.lower()}' makes no public rows")
+        raise RecipeError(f"data.public: the simulated source '{name_of(self)}' makes no public rows")
 
     def test(self, seed: int) -> Sequence[Table]:
         """Rows of a global test apart (`data.test: sim:NAME`)."""
-        raise RecipeError(f"data.test: the simulated source '{type(self).__name__.lower()}' makes no test apart")
+        raise RecipeError(f"data.test: the simulated source '{name_of(self)}' makes no test apart")
 
 
 @functools.cache

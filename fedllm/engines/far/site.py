@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from fedllm.core.client import ClientInfo
 from fedllm.core.errors import FedLLMError, Withheld
-from fedllm.core.layer import Layer
+from fedllm.core.layer import Layer, name_of
 from fedllm.core.method import Method
 from fedllm.core.payload import Payload, non_finite
 from fedllm.core.program import serve
@@ -157,7 +157,7 @@ class SiteRun:
             return
         for layer in stack[at + 1 :]:
             if layer.session and not any(key in msg for key in layer.session):
-                raise Refused("stack", f"the message lacks the session of layer '{type(layer).__name__}'")
+                raise Refused("stack", f"the message lacks the session of layer '{name_of(layer)}'")
 
     def _work(self, question: Question, stack: Sequence[Any], msg: Payload, attempt: str, visit: str) -> Body:
         """The reply in the codec's bytes, if nothing stands against it."""

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Coroutine
 from typing import Any
 
-from fedllm.core.errors import PayloadError, RunError
+from fedllm.core.errors import PayloadError, RunFailed
 from fedllm.engines.far.desk import fetched
 from fedllm.engines.far.line import Barred, Body, Head, Silence
 from fedllm.federation.academy.keys import AcademyFederation, token
@@ -38,7 +38,7 @@ class AcademyLink:
         try:
             self._run(self._connect()).result(START)
         except Exception as error:
-            raise RunError(f"the exchange does not answer ({type(error).__name__}: {str(error)[:200]}); see "
+            raise RunFailed(f"the exchange does not answer ({type(error).__name__}: {str(error)[:200]}); see "
                            f"{keys.folder / 'exchange.log'}") from None
 
     def call(self, site: str, head: Head, body: Body, seconds: float, over: threading.Event | None = None

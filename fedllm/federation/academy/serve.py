@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import RunFailed
 from fedllm.engines.far.line import Link, Patience, Silence
 from fedllm.engines.far.pieces import InPieces
 from fedllm.engines.far.sites import PROTOCOL
@@ -59,7 +59,7 @@ def exchange(keys: AcademyFederation) -> Iterator[AcademyLink]:
         ends = time.monotonic() + START
         while not there(f"localhost:{port}"):
             if process.poll() is not None or time.monotonic() > ends:
-                raise RunError(f"Academy's exchange did not begin; see {keys.folder / 'exchange.log'}")
+                raise RunFailed(f"Academy's exchange did not begin; see {keys.folder / 'exchange.log'}")
             time.sleep(0.1)
         link = AcademyLink(keys)
         try:
@@ -85,5 +85,5 @@ def await_agents(link: Link, sites: Sequence[str], needed: int, wait: float) -> 
         if len(here) >= needed:
             return sorted(here)
         if time.monotonic() > ends:
-            raise RunError(f"{len(here)} of {needed} sites joined in {wait:g} s ({', '.join(sorted(here)) or 'none'})")
+            raise RunFailed(f"{len(here)} of {needed} sites joined in {wait:g} s ({', '.join(sorted(here)) or 'none'})")
         time.sleep(0.2)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import secrets
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import IO, Any
 from fedllm.federation.flower.internals import check_flower
 from fedllm.federation.flower.keys import KIT
 from fedllm.federation.flower.wire import QUIET, read
-from fedllm.federation.process import end_tree, no_proxy, stoppable
+from fedllm.federation.process import end_tree, free_port, no_proxy, stoppable
 from fedllm.federation.settings import SiteSettings
 from fedllm.federation.watching import SiteWatch
 from fedllm.runs.watch import begun
@@ -70,9 +69,7 @@ def site_processes(kit: Path, superlink: str) -> Iterator[tuple[subprocess.Popen
     secret = kit / "secret"
     secret.touch(0o600)
     secret.write_bytes(secrets.token_bytes(32))  # no other user of this machine may take the SuperNode's tasks
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     node = ["fedllm.federation.flower.supernode", "--superlink", superlink, "--root-certificates", str(kit / "ca.crt"),
             "--auth-supernode-private-key", str(kit / "node.key"), "--isolation", "process", "--host", "127.0.0.1",
             "--port", str(port), "--superexec-auth-secret-file", str(secret)]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import RunFailed
 from fedllm.engines.far.line import Patience
 from fedllm.federation.coordinator import drive_run
 from fedllm.federation.flower.internals import check_flower, fab, gentle, hasten_pulls, inside, keep_alive, runtime
@@ -90,9 +90,9 @@ def register(keys: FlowerFederation, process: subprocess.Popen[bytes]) -> dict[s
             del todo[site]
         except Exception as error:
             if process.poll() is not None:
-                raise RunError(f"the SuperLink ended as it began; see {keys.folder / 'superlink.log'}") from None
+                raise RunFailed(f"the SuperLink ended as it began; see {keys.folder / 'superlink.log'}") from None
             if time.monotonic() > ends:
-                raise RunError(f"the SuperLink does not answer ({type(error).__name__}: {str(error)[:200]}); see "
+                raise RunFailed(f"the SuperLink does not answer ({type(error).__name__}: {str(error)[:200]}); see "
                                f"{keys.folder / 'superlink.log'}") from None
             time.sleep(0.3)
     return nodes
@@ -121,7 +121,7 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
         got = counter.AcquireTask(own.AcquireTaskRequest(supported_task_types=[own.TaskType.SERVER_APP]))
         token = got.token if got.HasField("task") else ""
         if not token and time.monotonic() > ends:
-            raise RunError(f"the SuperLink gave no task for run {run} in {START:g} s")
+            raise RunFailed(f"the SuperLink gave no task for run {run} in {START:g} s")
         time.sleep(0 if token else 0.05)
     grid = own.HttpGrid(address, False, ca, token=token)
     gentle(grid._retry_invoker)
@@ -130,7 +130,7 @@ def flower_run(keys: FlowerFederation) -> Iterator[Any]:
     try:
         told = grid._runtime_client.PullTaskInput(own.PullTaskInputRequest())
         if told.run.run_id != run:
-            raise RunError(f"the SuperLink gave the task of run {told.run.run_id}, which is not ours ({run})")
+            raise RunFailed(f"the SuperLink gave the task of run {told.run.run_id}, which is not ours ({run})")
         identity = own.TaskIdentity
         identity.task_id, identity.run_id, identity.node_id = told.task_id, run, told.context.node_id
         grid.set_run(own.run_from_proto(told.run))
@@ -158,5 +158,5 @@ def await_nodes(grid: Any, nodes: Mapping[str, int], needed: int, wait: float) -
         if len(here) >= needed:
             return here
         if time.monotonic() > ends:
-            raise RunError(f"{len(here)} of {needed} sites joined in {wait:g} s ({', '.join(here) or 'none'})")
+            raise RunFailed(f"{len(here)} of {needed} sites joined in {wait:g} s ({', '.join(here) or 'none'})")
         time.sleep(0.2)

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,11 +18,11 @@ from typing import Any
 
 import psutil
 
-from fedllm.core.errors import RunError
+from fedllm.core.errors import RunFailed
 from fedllm.engines.far.line import Patience
 from fedllm.federation.nvflare import serve as federate
 from fedllm.federation.nvflare.keys import new_federation
-from fedllm.federation.process import end_tree
+from fedllm.federation.process import end_tree, free_port
 from fedllm.federation.settings import SETTINGS
 from fedllm.methods.registry import method_class
 from fedllm.runs.folder import RunFolder, fresh_path
@@ -82,9 +81,7 @@ class Loopback:
             rows(folder / "data" / f"{site}.jsonl", k, ROWS[k % len(ROWS)])
         rows(folder / "test.jsonl", 9, 6)
         rows(folder / "public.jsonl", 10, 6)
-        with socket.socket() as free:
-            free.bind((host, 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.policy = folder / "policy.yaml"
         self.policy.write_text("text_leaves: true\nrows_may_change: true\ngate: {copies: report, personal: report}\n")
         self.keys: Any = self._keys(folder / "keys", host)
@@ -188,7 +185,7 @@ class Loopback:
         path, until = self.keys.kit(site) / "local" / SETTINGS, time.monotonic() + 60
         while not path.exists():  # `join` writes it, and may just have begun
             if time.monotonic() > until:
-                raise RunError(f"{site} has written no settings in a minute; its log is {self.folder / f'{site}.log'}")
+                raise RunFailed(f"{site} has written no settings in a minute; its log is {self.folder / f'{site}.log'}")
             time.sleep(0.1)
         before = path.read_text()
         path.write_text(json.dumps({**json.loads(before), **changed}))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.aside import started
-from fedllm.core.errors import FedLLMError, RunError
+from fedllm.core.errors import FedLLMError, RunError, RunFailed
 from fedllm.engines.far.line import Patience
 from fedllm.federation.answering import ASKING, Desk
 from fedllm.federation.coordinator import FAILED
@@ -61,7 +61,7 @@ def _starts(run: Path, what: str) -> Iterator[None]:
         before, done = done, _rounds(run)
         vain = 0 if done > before else vain + 1
         if vain > RESTARTS:
-            raise RunError(f"{what} ended {vain} times in a row, and the run came no round further")
+            raise RunFailed(f"{what} ended {vain} times in a row, and the run came no round further")
         log.warning("%s ended too early; it is started again (%d of %d starts without a further round)", what, vain,
                     RESTARTS)
         time.sleep(PAUSE)
@@ -125,9 +125,9 @@ def admin(keys: Federation, wait: float = 60.0, alive: Callable[[], bool] = lamb
         except Exception as error:  # NVFlare raises errors of many kinds while its server starts
             last = f"{type(error).__name__}: {error}"
             if not alive():
-                raise RunError(f"the server ended as it began; see {keys.kit('server') / 'process.log'}") from None
+                raise RunFailed(f"the server ended as it began; see {keys.kit('server') / 'process.log'}") from None
             if time.monotonic() > ends:
-                raise RunError(f"the server at {at[0]}:{at[1]} does not answer ({last})") from None
+                raise RunFailed(f"the server at {at[0]}:{at[1]} does not answer ({last})") from None
             time.sleep(0.5)
     try:
         yield session
@@ -160,7 +160,7 @@ def await_sites(session: Any, needed: int, wait: float) -> list[str]:
         if len(have) >= needed:
             return have
         if time.monotonic() > ends:
-            raise RunError(f"{len(have)} of {needed} sites joined in {wait:g} s ({', '.join(have) or 'none'})")
+            raise RunFailed(f"{len(have)} of {needed} sites joined in {wait:g} s ({', '.join(have) or 'none'})")
         time.sleep(0.5)
 
 
@@ -201,7 +201,7 @@ def _follow(session: Any, run: Path, job: str, alive: Callable[[], bool], stalle
             raise ServerGone("it ended while the run went on")
         over = str(session.get_job_status(job)).startswith("FINISHED")
         if (run / FAILED).exists():
-            raise RunError((run / FAILED).read_text())
+            raise RunFailed((run / FAILED).read_text())
         if over:
             return (run / "result.json").exists() and not asked
         if asked and not open_ and (open_ := (run / ASKING).exists()):

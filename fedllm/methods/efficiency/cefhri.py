@@ -44,7 +44,7 @@ class CEFHRI(Star):
     def check(self, model) -> None:
         if not isinstance(model.space, STAdapter):
             raise CompositionError(f"method 'cefhri' trains adapters that look along time, not the space "
-                                   f"'{type(model.space).__name__}'; use the space 'st_adapter'")
+                                   f"'{model.space.stem}'; use the space 'st_adapter'")
         if model.task != "classification":
             raise CompositionError(f"method 'cefhri' recognizes classes, and the task is '{model.task}'; use "
                                    "data.task: classification, or method: fedavg with the space 'st_adapter'")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, RunError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Card, Claim, Moves, State, Trial, knob
 from fedllm.core.payload import Payload, add, pack, part, scale, sub
 from fedllm.core.reduce import Mean
@@ -87,7 +88,7 @@ class FedPEAT(Sized):
         return ("server",) if self.prealign_steps or self.server_trains else ()
 
     def check_layers(self, layers: Sequence[Any]) -> None:
-        dp = [type(x).__name__ for x in layers if x.algebra.kind == "dp"]
+        dp = [name_of(x) for x in layers if x.algebra.kind == "dp"]
         if dp and self.server_trains:
             raise CompositionError(f"method.server_trains = true and layer '{dp[0]}' do not fit together: its noise is "
                                    "for what clients send, and the server would outweigh them; leave it out")

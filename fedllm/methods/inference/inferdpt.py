@@ -11,6 +11,7 @@ import numpy as np
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import SERVER
 from fedllm.core.errors import CompositionError, PayloadError, RecipeError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Card, Claim, Moves, State, Trial, knob
 from fedllm.core.payload import pack
 from fedllm.methods.asking import Asking
@@ -73,11 +74,11 @@ class InferDPT(Asking):
 
     def check_layers(self, layers: Sequence[Any]) -> None:
         """What leaves must be perturbed."""
-        names = [type(x).__name__ for x in layers]
-        if "ResponsibleGate" in names and "DPText" in names[names.index("ResponsibleGate"):]:
-            raise CompositionError("layer 'ResponsibleGate' above layer 'DPText': the gate would see documents as they "
-                                   "are, and keep them back; list dp_text first")
-        if self.protect == "token" and "DPText" not in names:
+        names = [name_of(x) for x in layers]
+        if "responsible_gate" in names and "dp_text" in names[names.index("responsible_gate"):]:
+            raise CompositionError("layer 'responsible_gate' above layer 'dp_text': the gate would see documents as "
+                                   "they are, and keep them back; list dp_text first")
+        if self.protect == "token" and "dp_text" not in names:
             raise CompositionError("method 'inferdpt' with protect = token and layers without dp_text do not fit "
                                    "together: documents would leave as they are; list dp_text, or set method.protect "
                                    "= none")

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedllm.core.ask import Ask, Program
 from fedllm.core.client import SERVER, ClientInfo
 from fedllm.core.errors import CompositionError, RecipeError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Card, Claim, State, Trial, knob
 from fedllm.core.payload import add, pack, part
 from fedllm.methods._pieces import Machine, Plan, costed, even, operations, ops_of, partition
@@ -94,8 +95,9 @@ class FusionAI(Pipeline):
     def check_layers(self, layers):
         for layer in layers:
             if layer.algebra.kind in ("dp", "secagg", "he", "robust", "codec"):
-                raise CompositionError(f"layer '{type(layer).__name__}' changes or hides single answers, of which "
-                                       "FusionAI needs each as it is, so they do not fit together; leave it out")
+                raise CompositionError(f"layer '{name_of(layer)}' changes or hides single answers, of which "
+                                       "method 'fusionai' needs each as it is, so they do not fit together; leave it "
+                                       "out")
 
     def init(self, model: Any) -> State:
         return {"theta": model.initial(), "moments": {}, "ops": operations(model), "plan": {}, "version": 0,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fedllm.core.ask import Ask, Program, on_client
 from fedllm.core.client import Client, ClientInfo
 from fedllm.core.errors import CompositionError, RecipeError, Withheld
+from fedllm.core.layer import name_of
 from fedllm.core.method import Card, Claim, Method, State, Trial, knob
 from fedllm.core.payload import Payload, Tree, add, digest, non_finite, pack, part, scale, sub, zeros_like
 from fedllm.methods._coarse import WHOLE, MeanOfCoarse, coarse, fine
@@ -61,8 +62,9 @@ class PrimeElastic(Method):
     def check_layers(self, layers):
         for layer in layers:
             if layer.algebra.kind in ("dp", "secagg", "he", "robust", "codec"):
-                raise CompositionError(f"layer '{type(layer).__name__}' changes or hides single answers, and "
-                                       "PrimeElastic counts each vote, so they do not fit together; use method diloco")
+                raise CompositionError(f"layer '{name_of(layer)}' changes or hides single answers, and "
+                                       "method 'prime_elastic' counts each vote, so they do not fit together; use "
+                                       "method diloco")
 
     def init(self, model) -> State:
         theta = model.initial()

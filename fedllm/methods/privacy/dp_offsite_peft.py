@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedllm.core.errors import CompositionError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Card, Claim, Moves, Trial, knob
 from fedllm.methods._offsite import Offsite
 
@@ -41,6 +42,6 @@ class DPOffsitePEFT(Offsite):
         levels = {"user" if x.algebra.needs == "sum" else "example" for x in layers if x.algebra.kind == "dp"}
         if self.dp_level != "none" and self.dp_level not in levels:
             raise CompositionError(
-                f"method 'DPOffsitePEFT' with dp_level = {self.dp_level} and the layers "
-                f"{[type(x).__name__ for x in layers]} do not fit together: none of them gives it; list "
+                f"method 'dp_offsite_peft' with dp_level = {self.dp_level} and the layers "
+                f"{[name_of(x) for x in layers]} do not fit together: none of them gives it; list "
                 f"{LAYER[self.dp_level]}, or set method.dp_level = none")

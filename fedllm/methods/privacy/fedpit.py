@@ -72,7 +72,7 @@ class FedPIT(Star):
 
     def check(self, model: Any) -> None:
         if model.task != "generation":
-            raise CompositionError("method 'FedPIT' and data.task = classification do not fit together: it invents "
+            raise CompositionError("method 'fedpit' and data.task = classification do not fit together: it invents "
                                    "instructions with responses; use data.task = generation")
 
     @on_client(reduce=Mean(), gives="delta: tree, n: rows, synthetic: count")

@@ -54,7 +54,7 @@ class FedCLIP(Star):
     def check(self, model: Any) -> None:
         if not isinstance(model.space, FeatureAttention):
             raise CompositionError(f"method 'fedclip' trains the attention on image features, and space "
-                                   f"'{type(model.space).__name__}' something else; space = 'feature_attention' works")
+                                   f"'{model.space.stem}' something else; space = 'feature_attention' works")
 
     @on_client(reduce=Mean(by="uniform"), gives="theta: tree, n: rows, loss?: number")
     def local(self, msg: Payload, client: Client) -> Payload:

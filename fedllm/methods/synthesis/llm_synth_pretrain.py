@@ -71,8 +71,8 @@ class LLMSynthPretrain(WarmStart):
     def __post_init__(self) -> None:
         super().__post_init__()
         if abs(sum(self.shares) - 1) > 1e-6:
-            raise RecipeError(f"LLMSynthPretrain: the shares {', '.join(WAYS)} = {list(self.shares)} are not allowed; "
-                              "they must add up to 1")
+            raise RecipeError(f"LLMSynthPretrain.shares = {list(self.shares)} is not allowed; they are of "
+                              f"{', '.join(WAYS)}, and must add up to 1")
         try:
             [re.compile(p) for p in self.blocked]
         except re.error as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedllm.core.ask import Ask, on_client
 from fedllm.core.errors import CompositionError, QuorumError
+from fedllm.core.layer import name_of
 from fedllm.core.method import Card, Claim, Method, State, knob
 from fedllm.core.payload import add, pack, part, sub
 from fedllm.core.reduce import Mean
@@ -58,9 +59,9 @@ class Hierarchical(Branching, Method):
     def check_layers(self, layers) -> None:
         for layer in layers:
             if layer.algebra.kind == "dp" and layer.algebra.needs == "sum":
-                raise CompositionError(f"hierarchical and layer '{type(layer).__name__}' do not fit together: it would "
-                                       "account for one sum and each edge takes its own; use fedavg with the layers "
-                                       f"{type(layer).__name__}, ServerTree")
+                raise CompositionError(f"method 'hierarchical' and layer '{name_of(layer)}' do not fit together: "
+                                       "it would account for one sum and each edge takes its own; use fedavg with "
+                                       f"the layers {name_of(layer)}, server_tree")
 
     def round(self, state: State, clients):
         edges = self.places([c.id for c in clients])

@@ -63,7 +63,7 @@ class OffsiteTuning(Offsite):
     def kept(self, depth: int) -> list[int]:
         if self.bottom_layers + self.adapter_layers >= depth:
             raise CompositionError(
-                f"method 'OffsiteTuning' with bottom_layers = {self.bottom_layers} and adapter_layers = "
+                f"method 'offsite_tuning' with bottom_layers = {self.bottom_layers} and adapter_layers = "
                 f"{self.adapter_layers} leaves nothing of a model of {depth} blocks to stay with its owner; lower one "
                 "of them")
         return super().kept(depth)
