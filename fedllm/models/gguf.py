@@ -27,6 +27,7 @@ from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, lo
 
 from fedllm.core.errors import ModelError
 from fedllm.models.cache import made_once
+from fedllm.models.gguf_head import begins, has_room, laid_out
 from fedllm.models.kernels import freeing
 from fedllm.models.plain import plain_copy
 from fedllm.models.splits import split_of
@@ -91,7 +92,8 @@ def _folder(name: str, file: str, size: int, changed: int) -> str:
 @functools.cache
 def _reader() -> str:
     """What reads: this code and transformers."""
-    code = hashlib.sha256(b"".join(Path(f).read_bytes() for f in (__file__, split_of.__code__.co_filename)))
+    code = hashlib.sha256(b"".join(Path(f).read_bytes() for f in (
+        __file__, begins.__code__.co_filename, split_of.__code__.co_filename)))
     return f"{code.hexdigest()} transformers {importlib.metadata.version('transformers')}"
 
 
@@ -103,9 +105,7 @@ def look(name: str, file: Path) -> Head:
     told = f"model {name!r}: {file}"
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{told} is a GGUF file, and reading one needs an optional extra: {NEEDS}")
-    with file.open("rb") as start:
-        if start.read(4) != b"GGUF":
-            raise ModelError(f"{told} is no GGUF file: it does not begin with GGUF")
+    begins(told, file)
     try:
         facts, _ = read_gguf_metadata(str(file), TEXTS)
         head = GgufHeader.from_file(str(file))
@@ -121,6 +121,7 @@ def look(name: str, file: Path) -> Head:
     if head.architecture not in ARCHITECTURES:
         raise ModelError(f"{told} has the architecture {head.architecture!r}; read are {', '.join(ARCHITECTURES)}. "
                          "Give the model's own folder (save_pretrained)")
+    laid_out(told, head, facts)
     if not facts.get(TEXTS[0]):
         raise ModelError(f"{told} has no tokenizer ({TEXTS[0]}); give a file that has one, or the model's own folder")
     return head, facts
@@ -134,12 +135,17 @@ def read(name: str, file: Path, head: Head) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
         config = AutoConfig.from_pretrained(str(file.parent), **where)
         _accounted(told, header, facts, config)
+        has_room(told, header, config)
         found: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), **where, config=config, dtype=torch.float32, output_loading_info=True)
+            str(file.parent), **where, config=config, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{told} cannot be read: {_line(error)}") from error
+    if odd := sorted(found[1]["mismatched_keys"]):
+        key, there, wanted = odd[0]
+        raise ModelError(f"{told}: its tensor for {key} is {tuple(there)}, and its keys say {tuple(wanted)}")
     net, said = plain_copy(found[0], found[0].state_dict()), found[1]
     if lost := sorted(said["missing_keys"]):
         raise ModelError(f"{told} lacks tensors for {', '.join(lost[:3])}")

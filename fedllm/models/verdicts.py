@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,10 +16,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fedllm.core.version import VERSION
+from fedllm.models.cache import cannot_be_kept, home, why
 from fedllm.models.model import HeadedEncoder, Model
 from fedllm.models.ways import Ways
-
-log = logging.getLogger(__name__)
 
 
 def kept(model: Model) -> tuple[Ways, str, list[str]] | None:
@@ -37,13 +36,15 @@ def keep(model: Model, said: Sequence[str]) -> None:
     path = _path(model)
     if path is None:
         return
+    part = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps({"ways": asdict(model.ways), "silent": model.silent, "said": list(said)}))
         part.replace(path)
     except OSError as error:
-        log.debug("the examination of %s is not kept: %s", model.name, error)
+        with contextlib.suppress(OSError):
+            part.unlink()
+        cannot_be_kept(home(), why(error))
 
 
 def _path(model: Model) -> Path | None:
@@ -57,8 +58,7 @@ def _path(model: Model) -> Path | None:
         "dtype": str(net.dtype), "device": model.device.type, "labels": len(model.labels), "asked": model.fast_kernels,
         "net": [type(net).__name__, vars(model.net).get("pooling")], "name": model.name, "versions": _versions()}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "fedllm" / "examined" / f"{key[:40]}.json"
+    return home() / "examined" / f"{key[:40]}.json"
 
 
 @functools.cache

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fedllm.core.errors import ModelError, RunError
+from fedllm.models.cache import NOT_TAKEN, why
 from fedllm.models.checks import loaded
 from fedllm.models.gguf import is_gguf
 from fedllm.models.load import DTYPES, load_tokenizer, place_of, resolve
@@ -25,12 +28,16 @@ from fedllm.runs.received import received
 from fedllm.runs.recipe import load_recipe, read_recipe
 from fedllm.runs.result import Result
 from fedllm.runs.sections import ModelSpec
+from fedllm.runs.store import sync_files, sync_folder
 from fedllm.spaces.registry import make_space
 from fedllm.spaces.space import CAUSAL
 
 CARD = "model_card.md"
 PAPERS = {CARD: "README.md", "privacy_statement.md": "privacy_statement.md"}
 """What goes along with a model, and under which name model hubs look for it."""
+
+PART = ".part-"
+"""Begins the name of a folder in which an export is made, beside where it will lie."""
 
 
 def export(path: str | Path, out: str | Path | None = None, *, merge: bool = False, gguf: str | None = None,
@@ -56,26 +63,53 @@ def export(path: str | Path, out: str | Path | None = None, *, merge: bool = Fal
     _is_free(goal)
     if served.name == "adapter":
         sound(served)  # what is damaged is not handed out
-    try:
-        if merge and served.name == "trainables":
-            made = json.loads((served / SPACE).read_text())
-            why = make_space(made["space"], **made["knobs"]).stays  # streams have theirs from what they hold
-            raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {why}; export what "
-                             "it trained as it is with --peft")
+    if merge and served.name == "trainables":
+        made = json.loads((served / SPACE).read_text())
+        stays = make_space(made["space"], **made["knobs"]).stays  # streams have theirs from what they hold
+        raise ModelError(f"space '{made['space']}' cannot be merged into the model's weights: {stays}; export what it "
+                         "trained as it is with --peft")
+    with _filled(goal) as part:
         if merge and served.name == "adapter":
-            _merge(served, goal, read_recipe(result.folder / "recipe.yaml").model, trust_remote_code)
+            _merge(served, part, read_recipe(result.folder / "recipe.yaml").model, trust_remote_code)
         else:
             if (served / BASE).exists():
                 raise RunError(f"{served}: the method also changed the base weights ({BASE}), which an adapter alone "
                                "cannot hold; export with --merge")
-            shutil.copytree(served, goal, dirs_exist_ok=True)
+            shutil.copytree(served, part, dirs_exist_ok=True)
         for name, as_name in PAPERS.items():
             if (paper := result.folder / name).is_file():
                 text = paper.read_text(encoding="utf-8")
-                (goal / as_name).write_text(as_exported(text, merge) if name == CARD else text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{goal} cannot be written: {error}") from None
+                (part / as_name).write_text(as_exported(text, merge) if name == CARD else text, encoding="utf-8")
     return goal
+
+
+@contextlib.contextmanager
+def _filled(goal: Path) -> Iterator[Path]:
+    """A folder whose files become those of `goal` when the block ends well; else nothing is left, and a disk that does
+    not take them is a RunError. A folder that is there (a disk of its own, it may be) is filled, not replaced."""
+    try:
+        there = goal.is_dir()
+        at = goal if there else goal.absolute().parent
+        at.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PART, dir=at) as room:
+            part = Path(room) / "whole"
+            part.mkdir()
+            yield part
+            sync_files(part)
+            if not there:
+                part.replace(goal)
+            for path in sorted(part.iterdir(), key=_last) if there else ():
+                path.replace(goal / path.name)
+            sync_folder(at)
+    except NOT_TAKEN as error:
+        named = goal.parent.parent if goal.parent.name.startswith(PART) else goal  # a part is gone by now
+        raise RunError(f"{named} cannot be written: {why(error)}; make room, or give another folder with --out"
+                       ) from None
+
+
+def _last(path: Path) -> bool:
+    """What a folder is known by comes last."""
+    return path.name.endswith("config.json")
 
 
 USE = """```python
@@ -116,14 +150,14 @@ def _as_gguf(path: str | Path, out: str | Path | None, kind: str, round: int | N
         raise ModelError(f"{path}: only models that continue texts are written as GGUF")
     goal = Path(out) if out else result.folder / "gguf"
     _is_free(goal)
-    with tempfile.TemporaryDirectory(dir=result.folder) as part:
-        merged = export(path, Path(part) / "merged", merge=True, round=round, trust_remote_code=trust)
+    with _filled(goal) as part:
+        merged = export(path, part.parent / "merged", merge=True, round=round, trust_remote_code=trust)
         net = loaded(AutoModelForCausalLM, str(merged), str(merged), False)
-        made = written(goal, net.eval(), load_tokenizer(str(merged)), kind, result.folder.name)
+        made = written(part, net.eval(), load_tokenizer(str(merged)), kind, result.folder.name)
         for name in PAPERS.values():
             if (merged / name).is_file():
-                shutil.copyfile(merged / name, goal / name)
-    return made
+                shutil.copyfile(merged / name, part / name)
+    return goal / made.name
 
 
 def _export_round(path: Path, round: int, out: Path | None, merge: bool, trust: bool) -> Path:
@@ -144,14 +178,12 @@ def _export_round(path: Path, round: int, out: Path | None, merge: bool, trust: 
                        "with --merge")
     if form_of(parts.world.model, theta) != "adapter" and merge:
         raise ModelError(f"space '{parts.world.model.space.stem}' has no adapter to merge; export it with --peft")
-    with tempfile.TemporaryDirectory() as name:
-        made = Path(name) / "made"
-        made.mkdir()
+    with _filled(goal) as part:
+        made = part.parent / "made" if merge else part
+        made.mkdir(exist_ok=True)
         write_tree(made, parts.world.model, theta, base)
         if merge:
-            _merge(made, goal, parts.recipe.model, trust)
-        else:
-            shutil.copytree(made, goal, dirs_exist_ok=True)
+            _merge(made, part, parts.recipe.model, trust)
     return goal
 
 
@@ -171,6 +203,7 @@ def export_for_clients(recipe: Any, out: str | Path) -> Path:
     parts, goal = build(load_recipe(recipe, {})), Path(out)
     _is_free(goal)
     held: Any = parts.method.at_client(parts.world.model)
-    held.net.save_pretrained(str(goal))
-    held.tokenizer.save_pretrained(str(goal))
+    with _filled(goal) as part:
+        held.net.save_pretrained(str(part))
+        held.tokenizer.save_pretrained(str(part))
     return goal

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -24,6 +24,7 @@ from fedllm.runs.store import (
     private_folder,
     read_json,
     reading,
+    sync_files,
     sync_folder,
     thaw,
     write_atomic,
@@ -114,21 +115,21 @@ class RunFolder:
 
         The system takes the lock back when its process ends, however it ends, so that none is ever stale.
         """
-        with open(self.path / name, "a+", opener=only_mine) as file:
-            ends = time.monotonic() + wait
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
+        with contextlib.ExitStack() as open_:
+            try:
+                file = open_.enter_context(open(self.path / name, "a+", opener=only_mine))
+                ends = time.monotonic() + wait
+                while not _locked(file):
                     if time.monotonic() > ends:
                         file.seek(0)
                         raise RunError(f"{self.path} is being worked on by process {file.read().strip() or '?'}; wait "
-                                       "for it, or end it") from None
+                                       "for it, or end it")
                     time.sleep(0.05)
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+                file.truncate(0)
+                os.write(file.fileno(), str(os.getpid()).encode())  # what a buffer keeps would fail again at its end
+            except OSError as error:
+                raise RunError(f"{self.path / name} cannot be written: {error.strerror}; make room, or let the run's "
+                               "folder be written into") from None
             yield
 
     def is_held(self, name: str = ".lock") -> bool:
@@ -210,6 +211,7 @@ class RunFolder:
         temp.mkdir(parents=True)
         try:
             yield temp
+            sync_files(temp)
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
@@ -245,6 +247,15 @@ class RunFolder:
                     if want(event):
                         out.append(event)
         return out
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether this process has the lock now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def fresh_path(root: Path, name: str) -> Path:

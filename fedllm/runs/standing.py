@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from safetensors import SafetensorError
-
 from fedllm.core.errors import RunError
 from fedllm.core.record import Event, Record, is_test
+from fedllm.models.cache import NOT_TAKEN, why
 from fedllm.privacy.accountant import join, unaccounted
 from fedllm.runs.began import same_as_began, stands_on
 from fedllm.runs.beside import Beside
@@ -144,20 +143,19 @@ class Standing:
             self.dirty.clear()
             return True
         except OSError as error:
-            why = error.strerror or str(error)
-            self.record.emit("checkpoint_failed", round=round, why=why)
-            log.warning("the checkpoint before round %d could not be written (%s); the last one stands", round, why)
+            self.record.emit("checkpoint_failed", round=round, why=why(error))
+            log.warning("the checkpoint before round %d could not be written (%s); the last one stands", round,
+                        why(error))
             return False
 
     def _write(self, write: Callable[[], Any]) -> Any:
         """Write what the run made; when the disk refuses, say how to finish it."""
         try:
             return write()
-        except (OSError, SafetensorError) as error:
+        except NOT_TAKEN as error:
             at = self.folder.rounds()
             stand = f"its last checkpoint is before round {at[-1]}" if at else "it has no checkpoint yet"
             lost = isinstance(error, FileNotFoundError) and not (self.folder.path / "recipe.yaml").is_file()
             mend = "It was deleted or moved while the run worked; bring it back" if lost else "Make room"
-            why = getattr(error, "strerror", None) or error
-            raise RunError(f"{self.folder.path} cannot be written: {why}; {stand}. "
+            raise RunError(f"{self.folder.path} cannot be written: {why(error)}; {stand}. "
                            f"{mend}, then `fedllm resume {self.folder.path}`") from None

@@ -51,12 +51,20 @@ def write_atomic(path: Path, data: bytes | bytearray) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder last through a power cut."""
+    """Make a rename in this folder last through a power cut; of a file, its content."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """Make what lies in this folder last through a power cut, before a rename says that it is whole."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync_folder(path)
+    sync_folder(folder)
 
 
 class Blobs:

@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -135,10 +136,58 @@ def test_two_at_once(tmp_path, monkeypatch, patience):
     assert (newer / "x").read_text() == "new"
 
 
-def test_a_cache_that_cannot_be_written(file, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    with pytest.raises(ModelError, match="set XDG_CACHE_HOME to a folder"):
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device"),
+                                   SafetensorError("I/O error: No space left on device"),
+                                   OSError("393216 requested and 10016 written")])
+def test_a_cache_that_cannot_be_written_is_none(file, net, tokenizer, monkeypatch, caplog, error):
+    """It ends no run: the folder is made for this process, and that is said once."""
+    cache.cannot_be_kept.cache_clear()
+    if error is None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    else:
+        monkeypatch.setattr(cache, "_make", lambda *a: (_ for _ in ()).throw(error))
+    for _ in range(2):
+        ours._folder.cache_clear()
+        made = load_model(str(file), "generation", make_space("lora", rank=2))
+        assert torch.allclose(logits(made.net, made.tokenizer), logits(net, tokenizer), atol=1e-4)
+    said = [r.getMessage() for r in caplog.records if "cannot be written" in r.getMessage()]
+    assert len(said) == 1 and str(cache.home()) in said[0] and "set XDG_CACHE_HOME" in said[0]
+
+
+def test_nowhere_to_write(file, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(ours, "save", full)
+    with pytest.raises(ModelError, match=r"neither .* can be written .*No space left.* set XDG_CACHE_HOME"):
         resolve(str(file))
+    assert not list(cache.home().rglob("made.json"))
+
+
+def test_a_verdict_that_the_disk_does_not_take_leaves_nothing(file, monkeypatch, caplog):
+    cache.cannot_be_kept.cache_clear()
+    write = Path.write_text
+
+    def half(path, text, *args, **more):
+        write(path, text[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedllm.models.verdicts.Path.write_text", half)
+    load_model(str(EMBEDDED), "generation", make_space("lora", rank=2))
+    assert not [p for p in cache.home().rglob("*") if p.is_file()] and "No space left on device" in caplog.text
+
+
+def test_a_file_for_big_endian_machines(file, tmp_path):
+    path, read = tmp_path / "big.gguf", gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    for tensor in read.tensors:
+        writer.add_tensor(tensor.name, tensor.data.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"big\.gguf is written for big-endian machines; allowed are little-endian"):
+        resolve(str(path))
 
 
 def _typed(data, name, number):
@@ -149,7 +198,42 @@ def _typed(data, name, number):
     return data[:at] + struct.pack("<I", number) + data[at + 4 :]
 
 
+def _at(data, name, offset):
+    """The file with this tensor lying elsewhere."""
+    at = data.index(name) + len(name)
+    at += 8 + 8 * struct.unpack_from("<I", data, at)[0]
+    return data[:at] + struct.pack("<Q", offset) + data[at + 8 :]
+
+
+def _turned(data, name):
+    """The file with this tensor's two sizes exchanged."""
+    at = data.index(name) + len(name) + 4
+    return data[:at] + data[at + 8 : at + 16] + data[at : at + 8] + data[at + 16 :]
+
+
+def _says(data, key, number):
+    """The file with another number under this key."""
+    at = data.index(key) + len(key) + 4
+    return data[:at] + struct.pack("<I", number) + data[at + 4 :]
+
+
+def _list(data, kind, many):
+    """The file with one more list, of so many values of one byte that nobody reads."""
+    more = struct.pack("<Q", 3) + b"x.y" + struct.pack("<IIQ", 9, kind, many) + b"\0" * 32
+    return data[:16] + struct.pack("<Q", struct.unpack_from("<Q", data, 16)[0] + 1) + more + data[24:]
+
+
 BROKEN = {
+    "is empty": lambda d: b"",
+    "is cut short: its head has 4 of at least 24 bytes": lambda d: d[:4],
+    "is GGUF version 99; allowed are 2, 3": lambda d: d[:4] + struct.pack("<I", 99) + d[8:],
+    "has a list of 300,000,000 entries .x.y.; allowed are 4,194,304": lambda d: _list(d, 0, 300_000_000),
+    "tensor 'blk.0.ffn_up.weight' begins at 0, and by": lambda d: _at(d, b"blk.0.ffn_up.weight", 0),
+    "tensor 'blk.0.ffn_up.weight' begins at 7, and by": lambda d: _at(d, b"blk.0.ffn_up.weight", 7),
+    "is damaged: its tensor 'blk.0.ffn_down.weight' begins": lambda d: _typed(d, b"blk.0.ffn_up.weight", 2),
+    "up_proj.weight is .64, 96., and its keys say .96, 64.": lambda d: _turned(d, b"blk.0.ffn_up.weight"),
+    "block_count = 1073741824, and has tensors of 2 blocks": lambda d: _says(d, b"llama.block_count", 1 << 30),
+    "its keys mean a network of": lambda d: _says(d, b"llama.embedding_length", 1 << 30),
     "is no GGUF file": lambda d: b"safetensors" + d,
     "cut short or damaged: its head cannot be read": lambda d: d[:5000],
     "cut short: it has": lambda d: d[:-1000],
