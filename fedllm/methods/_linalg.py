@@ -17,7 +17,8 @@ def factored_svd(b: Tensor, a: Tensor) -> Svd:
     qb, rb = orthogonal(b.double())  # B = Qb Rb
     qa, ra = orthogonal(a.double().mT)  # A^T = Qa Ra
     u, s, vt = torch.linalg.svd(rb @ ra.mT, full_matrices=False)  # B A = Qb (Rb Ra^T) Qa^T
-    return (qb @ u).to(b.dtype), s.to(b.dtype), (vt @ qa.mT).to(a.dtype)
+    u, vt = signed(qb @ u, vt @ qa.mT)
+    return u.to(b.dtype), s.to(b.dtype), vt.to(a.dtype)
 
 
 def orthogonal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,16 @@ def orthogonal(x: Tensor) -> tuple[Tensor, Tensor]:
 def dense_svd(m: Tensor) -> Svd:
     """SVD of a matrix that is there as a whole, in fp64."""
     u, s, vt = torch.linalg.svd(m.double(), full_matrices=False)
+    u, vt = signed(u, vt)
     return u.to(m.dtype), s.to(m.dtype), vt.to(m.dtype)
+
+
+def signed(u: Tensor, vt: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of an SVD with the largest entry of each row of Vt [q, i] positive: the routine leaves signs to the
+    last bits of its input, and a start from U and Vt would hang on the processor and on who shares a batch."""
+    largest = vt.gather(1, vt.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(vt.dtype)
+    return u * sign.mT, vt * sign
 
 
 def cut(svd: Svd, rank: int, split: Literal["us_v", "balanced"] = "balanced") -> tuple[Tensor, Tensor]:

@@ -164,7 +164,7 @@ def test_of_a_writer_that_repeats_itself_nothing_leaves(name, monkeypatch):
 def test_a_site_takes_no_part_where_text_would_leave_and_no_gate_is_listed(name):
     kind = method_class(name)
     speaks = object.__new__(kind)
-    with pytest.raises(Refused, match=f"method '{kind.__name__}' sends text; the run must list responsible_gate"):
+    with pytest.raises(Refused, match=f"method '{name}' sends text; the run must list responsible_gate"):
         gated(speaks, [], {}, None)
     [layer] = gated(speaks, [ResponsibleGate(encoder="off")], {"copies": "withhold"}, None)
     assert layer.copies == "withhold"

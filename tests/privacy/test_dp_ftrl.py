@@ -245,7 +245,7 @@ def test_too_few_clients_for_the_rounds_and_bad_methods_are_refused():
             facts([f"c{i}" for i in range(10)], 50))
     with pytest.raises(RecipeError, match=r"delta = 0.1 is not allowed with 10 units"):
         DPFTRL(noise_multiplier=1.0, delta=0.1).bind(facts([f"c{i}" for i in range(10)], 3))
-    with pytest.raises(CompositionError, match=r"DPFTRL.*every single reply"):
+    with pytest.raises(CompositionError, match=r"dp_ftrl.*every single reply"):
         DPFTRL(noise_multiplier=1.0).check(Ship(), {"local": None})
 
 

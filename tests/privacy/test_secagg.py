@@ -290,7 +290,7 @@ def test_a_client_hides_among_three_whatever_the_server_says(loop, people):
 @pytest.mark.parametrize("make, says", [
     (lambda: SecAgg(quantum=1e-6).bind(Facts(dict.fromkeys("abcdefghij", 1), 10)), "overflow the ring.*finest quantum"),
     (lambda: SecAgg().bind(Facts({"a": 1, "b": 1}, 2, 1)), "at least 3 and 2 take part"),
-    (lambda: SecAgg().check(Ship(), {"each": None}), r"SecAgg.*'Ship.each' needs every single reply.*fedavg")])
+    (lambda: SecAgg().check(Ship(), {"each": None}), r"secagg.*'Ship.each' needs every single reply.*fedavg")])
 def test_what_cannot_hold_is_refused_before_the_run(make, says):
     with pytest.raises(CompositionError, match=says):
         make()

@@ -78,8 +78,8 @@ def test_rounds_before_it_came_are_not_asked_again(begin):
 
 def test_what_is_left_of_it_is_tested_and_listed(begin, sources):
     data = {"source": sources["all"], "test": sources["test"], "partition": {"kind": "by_key", "key": "who"},
-            "client_test": 0.2, "canaries": 8, "canary_copies": 1}
-    run = begin(data=data, rounds=3, local={"lr": 0.03, "steps": 40, "batch_size": 8}, engine="vectorized")
+            "client_test": 0.2, "canaries": 8, "canary_copies": 2}
+    run = begin(data=data, rounds=3, local={"lr": 0.01, "steps": 40, "batch_size": 8}, engine="vectorized")
     said = CliRunner().invoke(app, ["replay", str(run.folder), "--without", "c1"])
     assert said.exit_code == 0, said.output
     assert "replies from the record" in said.output and "cannot be recalled" in said.output

@@ -12,6 +12,7 @@ from fedllm.core.errors import CompositionError
 from fedllm.core.method import Card, Claim, Star, State, Trial, knob
 from fedllm.core.payload import Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
+from fedllm.methods._linalg import dense_svd
 from fedllm.spaces.lora import factors, names_of
 from fedllm.spaces.lora_sb import LoRASB, core
 
@@ -89,7 +90,7 @@ class FedSB(Star):
         out = dict(theta)
         for path, (b, _) in factors(theta).items():
             b_name, a_name = names_of(path)
-            u, sv, vt = torch.linalg.svd(sketch[a_name].double() / s, full_matrices=False)
+            u, sv, vt = dense_svd(sketch[a_name].double() / s)
             out[b_name], out[a_name] = (b.double() @ u).to(b), vt.to(b)
             out[core(path)] = (-self.first_step / s * torch.diag(sv)).to(b)
         return out

@@ -15,6 +15,7 @@ from fedllm.core.payload import Payload, Tree, add, pack, part, sub
 from fedllm.core.reduce import Mean
 from fedllm.core.rng import torch_stream
 from fedllm.methods._factors import need_lora, split_heads
+from fedllm.methods._linalg import dense_svd
 from fedllm.spaces.lora import factors, names_of
 
 A = "lora_A.weight"
@@ -106,7 +107,7 @@ class FedASK(Star):
 
 def refactored(q: Tensor, product: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """The best B [o, r] and A [r, i] for Q product [s, i], balanced; as they were where the product is nothing."""
-    u, s, vt = torch.linalg.svd(product.double(), full_matrices=False)
+    u, s, vt = dense_svd(product.double())
     r = len(a)
     u, s, vt = u[:, :r], s[:r], vt[:r]
     if not float(s[0]) > 0:

@@ -21,8 +21,7 @@ from fedllm.models.segments import segments
 
 KILLED = {"kill": (1, 5)}
 EXACT: Any = {"rig": "pieces", "holds": "<=", "kind": "exact", "seeds": 3}
-MOST = 1024
-"""Micro-batches of a step at the most."""
+MOST = 1024  # micro-batches of a step
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,8 @@ class FusionAI(Pipeline):
     def check_layers(self, layers):
         for layer in layers:
             if layer.algebra.kind in ("dp", "secagg", "he", "robust", "codec"):
-                raise CompositionError(f"layer '{name_of(layer)}' changes or hides single answers, of which "
-                                       "method 'fusionai' needs each as it is, so they do not fit together; leave it "
-                                       "out")
+                raise CompositionError(f"layer '{name_of(layer)}' changes or hides single answers, and method "
+                                       "'fusionai' needs each as it is; leave it out")
 
     def init(self, model: Any) -> State:
         return {"theta": model.initial(), "moments": {}, "ops": operations(model), "plan": {}, "version": 0,
