@@ -53,6 +53,7 @@ def small(recipe, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_console_without_the_character_and_brackets_in_a_path_end_no_finished_run(small):
     """One run on a cp1252 console, without a terminal, in a folder whose path looks like markup; then a talk."""
     ran = command("run", "small.yaml", cwd=small, env={"PYTHONIOENCODING": "cp1252"})
@@ -66,6 +67,7 @@ def test_a_console_without_the_character_and_brackets_in_a_path_end_no_finished_
     assert talk.returncode == 0 and b"[/b]" in out and b"model>" in out, err
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_was_kept_and_how_to_go_on(small):
     run = command("run", "small.yaml", "rounds=10000", cwd=small)
     for line in run.stderr:  # the run's own lines: it has begun

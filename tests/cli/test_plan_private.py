@@ -88,6 +88,7 @@ def test_a_plan_says_what_will_be_spent_and_what_may_not_be_meant(planned, layer
     assert "_compute_log_a_frac" not in said
 
 
+@pytest.mark.slow
 def test_accountants_warnings_of_single_orders_do_not_bury_the_plan(planned):
     code, said = planned([LOCAL], {"local": SEVERAL})
     assert code == 0 and "dp_sgd: epsilon" in said and "Excluding this order" not in said

@@ -86,6 +86,7 @@ def test_cells_are_runs_that_are_resumed_repeated_and_added_to(small, tmp_path):
             fedllm.compare(small, methods=both, **ask | other)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_and_what_dies(small, tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     plugged = {"plugins": [str(tmp_path / "dies.py")]}

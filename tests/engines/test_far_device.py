@@ -28,7 +28,10 @@ UNSEEN = {"fed_synth_upload": "second derivatives go through torch's composite a
 """Methods of which the device made up here cannot show anything."""
 
 
-@pytest.mark.parametrize("name", METHODS)
+FEW = ("fedavg", "flexlora", "fedmezo", "fedprompt", "fedbiot", "fed_dpo")
+
+
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_methods(name):
     if name in UNSEEN:
         pytest.skip(UNSEEN[name])

@@ -165,6 +165,7 @@ def _wait(shots):
     return Silence("the coordinator is gone")
 
 
+@pytest.mark.slow
 def test_a_site_started_again_in_mid_round_gives_the_same_answers(data, tiny_llama_folder):
     spec = recipe(data, tiny_llama_folder, "scaffold", rounds=3)
     undisturbed = drive_run(far_folder(data, spec, "calm"), Line(data, tiny_llama_folder), SITES, patience=QUICK)
@@ -182,6 +183,7 @@ def test_a_site_started_again_in_mid_round_gives_the_same_answers(data, tiny_lla
     assert far.state_digest == undisturbed.state_digest
 
 
+@pytest.mark.slow
 def test_a_coordinator_killed_before_the_sites_heard_that_a_round_counted(data, tiny_llama_folder):
     spec = recipe(data, tiny_llama_folder, "scaffold", rounds=3)
     undisturbed = drive_run(far_folder(data, spec, "calm"), Line(data, tiny_llama_folder), SITES, patience=QUICK)
@@ -247,6 +249,7 @@ def test_what_sites_declare_reaches_the_method_and_a_policy_is_heard(data, tiny_
     assert [e["client"] for e in left] == ["site-b"] and "differential privacy within its own budget" in left[0]["why"]
 
 
+@pytest.mark.slow
 def test_epsilon_alone_works_at_sites_that_keep_their_own_budget(data, tiny_llama_folder):
     """Finding 10, and the sites' ledgers beside the coordinator's account: both stay within the budget."""
     spec = recipe(data, tiny_llama_folder, layers=[{"name": "dp_sgd", "epsilon": 8.0}], rounds=2)

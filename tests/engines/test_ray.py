@@ -117,6 +117,7 @@ def test_the_result_is_the_in_process_one_in_fp32_with_sgd(pool, data, tiny_llam
     assert gap(far[0], here[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_killed_worker_s_share_is_done_again(pool, data, tiny_llama_folder):
     """SIGKILL to one worker's process in the middle of round 1: the same bits come out, in state and memories."""
     spec = recipe(data, tiny_llama_folder, "scaffold", local={"optimizer": "sgd", "lr": 0.1, "steps": 200,
@@ -170,6 +171,7 @@ def test_an_error_of_a_client_ends_the_run_and_names_it(pool, data, tiny_llama_f
         Course(parts, parts.method, parts.layers).step(0)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_the_in_process_one_says(no_pool, data, tiny_llama_folder, tmp_path, monkeypatch):
     """`fedllm run` with a pool of its own: same record, one model load a worker, no process left."""
     import psutil

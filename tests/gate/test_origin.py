@@ -32,6 +32,7 @@ def test_the_margin_lets_one_of_a_hundred_of_nobodys_texts_by():
         how.margin(nobody[:50], reference[:50])
 
 
+@pytest.mark.slow
 def test_the_command_tells_runs_apart(tmp_path, tiny_llama_folder):
     """Two runs that learned two sentences each say of a third file which is whose."""
     said = {"a": ["red green blue one two", "cat dog bird say the"],

@@ -78,6 +78,7 @@ def same(parts, r):
     return two
 
 
+@pytest.mark.slow
 def test_two_processes_train_all_weights_as_one_does_and_a_dead_one_is_named(recipe):
     parts = parts_of(recipe)
     with together(parts):

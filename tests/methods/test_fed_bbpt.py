@@ -161,6 +161,7 @@ def spoken(model, url, engine="vectorized", rounds=0, **knobs):
     return method, state, drive(method.evaluate(state, world.infos(), "local"), running)
 
 
+@pytest.mark.slow
 def test_text_in_text_out_is_enough(embedded):
     """The embedded model behind an OpenAI-compatible endpoint: clients learn which instruction their rows want."""
     far = LocalText(embedded)

@@ -17,6 +17,7 @@ SAYS = {"template": "w1 {prompt} w2 {response} w3 ", "temperature": 2.0, "max_ne
 FEW = [{"prompt": "w5 w6 w7", "response": "w8"}, {"prompt": "w9 w10", "response": "w11 w12"}]
 
 
+@pytest.mark.slow
 def test_engines_agree_on_rows_that_the_model_itself_invents(begin, gap):
     runs = [begin("fedpit", engine=e, loopback=e == "in_process", **SAYS).go(2) for e in ("in_process", "vectorized")]
     assert gap(*(r.state["theta"] for r in runs)) < 1e-10

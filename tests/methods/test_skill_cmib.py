@@ -107,6 +107,7 @@ def test_engines_agree_and_the_merge_is_by_rows(gap):
     assert alone.scores("local").keys() == {"c0", "c1"}
 
 
+@pytest.mark.slow
 def test_a_latent_that_costs_too_much_is_empty_and_what_both_are_worth():
     both = two_cues("skill_cmib", 0)
     assert both["accuracy"] > 0.6 and both["secrets"] == 0

@@ -136,6 +136,7 @@ def test_two_at_once(tmp_path, monkeypatch, patience):
     assert (newer / "x").read_text() == "new"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [None, OSError(28, "No space left on device"),
                                    SafetensorError("I/O error: No space left on device"),
                                    OSError("393216 requested and 10016 written")])

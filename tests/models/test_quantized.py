@@ -118,6 +118,7 @@ def test_engines_agree(tmp_path, kind):
     assert all(torch.allclose(ends[0][n], ends[1][n], atol=1e-5) for n in ends[0])
 
 
+@pytest.mark.slow
 def test_bf16_trains(tmp_path):
     result = fedllm.run(recipe("nf4", model={"name": "embedded", "quantize": "nf4", "dtype": "bfloat16"},
                                local={"lr": 0.01, "steps": 4, "batch_size": 4, "max_length": 64}), root=tmp_path)

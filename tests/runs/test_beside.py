@@ -23,6 +23,7 @@ def parts(tiny_llama_folder):
         "evaluate": {"exact_match": False, "samples": 0, "baselines": NAMES}}))
 
 
+@pytest.mark.slow
 def test_a_process_beside_says_the_same(parts, tmp_path):
     far, here = (RunFolder.create(tmp_path / n, resolved(parts)) for n in ("far", "here"))
     process = Beside(far.path)

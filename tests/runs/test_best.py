@@ -112,6 +112,7 @@ def test_added_rounds_end_as_if_they_had_been_there(recipe, tmp_path, more):
     assert fedllm.resume(short.folder, rounds=4).state_digest == whole.state_digest
 
 
+@pytest.mark.slow
 def test_rounds_that_cannot_be_added_are_refused(recipe, tmp_path, caplog):
     recipe |= {"evaluate": QUIET, "rounds": 2}
     run = fedllm.run(recipe, root=tmp_path).folder

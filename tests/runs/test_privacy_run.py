@@ -48,6 +48,7 @@ def killed_and_resumed(spec, root, rounds=3):
     return fedllm.resume(root / "small")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["dp_sgd", *(pytest.param(x, marks=pytest.mark.slow) for x in LAYERS
                                               if x != "dp_sgd")])
 def test_a_killed_run_ends_with_the_same_epsilon_and_digest(spec, tmp_path, layer):
@@ -83,6 +84,7 @@ def distance(a, b):
     return max(float((x[k].double() - y[k].double()).abs().max()) for k in x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer, unit", [("dp_fedavg", "client"), ("dp_ftrl", "client"), ("dp_sgd", "example")])
 def test_the_plan_says_what_the_run_then_spends(spec, tmp_path, layer, unit):
     knobs = {k: v for k, v in LAYERS[layer].items() if k != "noise_multiplier"}

@@ -59,6 +59,7 @@ def test_noise_stands_to_the_rows_at_hand_as_it_will(private, monkeypatch, noise
     assert made[-1].noise == ("central" if noise == "shared" else "local")
 
 
+@pytest.mark.slow
 def test_where_a_client_is_what_is_private_whole_clients_rehearse_it(private, monkeypatch):
     """Of as many rows as the real ones, with the noise of their sum by their number; the server's rate counts too."""
     private |= {"layers": [{"name": "dp_fedavg", "epsilon": 60.0, "delta": 1e-3, "clip_norm": 0.3, "clip_lr": 0.0}],

@@ -34,6 +34,7 @@ def killed(args, events, after_lines, wait):
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(recipe, tmp_path):
     recipe |= {"rounds": 10, "method": "scaffold", "local": {"lr": 0.05, "optimizer": "sgd"}}  # clients that remember
     recipe["record"] = {"replies": True}

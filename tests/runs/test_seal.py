@@ -90,6 +90,7 @@ def edit_result(run, key, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
 
+@pytest.mark.slow
 def test_the_chain_goes_on_after_a_kill(recipe, tmp_path):
     """kill -9 in mid-run: what stands verifies, the resumed run verifies, and the chain is one."""
     recipe |= {"rounds": 8, "layers": ["secagg"]}

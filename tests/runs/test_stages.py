@@ -77,6 +77,7 @@ def test_another_space_begins_over_the_merged_model(recipe, tmp_path):
     assert any(not torch.equal(theirs[n], ours[n]) for n in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 3])
 def test_killed_within_or_between_it_ends_the_same(recipe, tmp_path, monkeypatch, at):
     """Before the round `at` of all (2: as the second stage begins, 3: within it), and once more as a stage ends."""

@@ -44,6 +44,7 @@ def test_text_that_leaves_is_said(recipe, tmp_path):
     assert "No text of rows left a client" not in text
 
 
+@pytest.mark.slow
 def test_baselines_beside_a_claim_are_marked(recipe, tmp_path):
     dp = {"layers": [{"name": "dp_fedavg", "noise_multiplier": 1.0}], "rounds": 1, "clients": FIVE,
           "evaluate": {**recipe["evaluate"], "clients": False}}
