@@ -99,7 +99,10 @@ def canaries(method: str, seed: int, *, knobs: Mapping[str, Any] | None = None, 
     torch.set_num_threads(1)
     rng, tokenizer = numpy_stream(seed, "canaries"), words_tokenizer()
     model = Model(teller(seed), tokenizer, "generation", make_space("lora", rank=8), seed=seed)
-    word = lambda n: " ".join(f"w{i}" for i in rng.integers(0, TOKENS, n))  # noqa: E731
+
+    def word(n: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(0, TOKENS, n))
+
     secrets = {f"client-{k}": [{"prompt": word(5), "response": word(4)} for _ in range(planted)]
                for k in range(clients)}
     after = chain(seed, 0.4)
