@@ -11,7 +11,7 @@ from fedllm.core.errors import CompositionError, RecipeError
 from fedllm.core.payload import pack, part, tensor_bytes
 from fedllm.local.requests import Limits, Sensitivity
 from fedllm.local.sensitivity import run_sensitivities
-from fedllm.methods._linalg import factored_svd
+from fedllm.methods._linalg import dense_svd, factored_svd
 from fedllm.methods.efficiency.fedask import refactored
 from fedllm.methods.registry import make_method
 from fedllm.models.batch import collate
@@ -230,3 +230,21 @@ def test_fedask_refuses_a_sketch_that_cannot_hold_the_product_and_keeps_a_when_n
     q = torch.linalg.qr(torch.randn(4, 3)).Q
     kept_b, kept_a = refactored(q, torch.zeros(3, 5), b, a)
     assert torch.equal(kept_a, a) and not kept_b.any()
+
+
+def test_an_svds_signs_do_not_hang_on_the_routine(monkeypatch):
+    """LAPACK may give each pair either sign, by the last bits of its input and by processor."""
+    g = torch.Generator().manual_seed(0)
+    b, a = torch.randn(7, 3, generator=g, dtype=torch.float64), torch.randn(3, 5, generator=g, dtype=torch.float64)
+    plain, flip = torch.linalg.svd, torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+
+    def other(m, full_matrices):
+        u, s, vt = plain(m, full_matrices=full_matrices)
+        return u * flip[: len(s)], s, vt * flip[: len(s), None]
+
+    one = dense_svd(b @ a), factored_svd(b, a)
+    monkeypatch.setattr(torch.linalg, "svd", other)
+    two = dense_svd(b @ a), factored_svd(b, a)
+    for (u, s, vt), (u2, _, vt2), made in zip(one, two, (b @ a, b @ a), strict=True):
+        assert torch.equal(u, u2) and torch.equal(vt, vt2)
+        assert torch.allclose(u * s @ vt, made)
